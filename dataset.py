@@ -1,0 +1,399 @@
+"""NIfTI slices in, tensors out: reading, the cache of decoded slices, and slicing the public volumes.
+
+A study is a folder of keras_slices_train/, keras_slices_validate/ and keras_slices_test/, and these hold 2-D
+slices named case_004_week_0_slice_0.nii.gz. In your own code:
+
+    splits = dataset.open_study(dataset.DataConfig(data="keras_slices_data"))
+    loader = torch.utils.data.DataLoader(splits["train"], batch_size=16, shuffle=True)
+
+The public HipMRI release is 3-D volumes; this makes a study of them, 60 central coronal planes of each and
+their masks (which 60 the course took is not published):
+
+    python dataset.py slice --volumes HipMRI_study_complete_release_v1 --out keras_slices_data
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel
+import numpy as np
+import torch
+from skimage.transform import resize
+from tqdm import tqdm
+
+from runtime import atomic_path, from_flags, option, parser, run_cli, write_json, write_nifti
+
+SPLITS = ("train", "validate", "test")
+STUDY_NAMES = ("keras_slices_data", "HipMRI_study_keras_slices_data")  # looked for in the working directory
+CACHE_VERSION = 1  # raised when what is cached changes meaning: older caches are then rebuilt
+ARRAYS = ("pixels.npy", "table.npz")  # of a cache, all splits one after another
+NAME = re.compile(r"(?:(?!week|slice)\D)*(\d+)(?:.*?week[_-]?(\d+))?(?:.*?slice[_-]?(\d+))?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which study, and the size of the slices that the model sees."""
+
+    data: str = option("", f"study folder; empty looks for {STUDY_NAMES[0]}/ here")
+    height: int = option(256, "rows; slices of another size are resized")
+    width: int = option(128, "columns; slices of another size are resized")
+    allow_patient_overlap: bool = option(False, "let splits share a patient")
+    cache: str = option("", "decoded slices; empty is ~/.cache/vqvae2-slices")
+
+    def __post_init__(self) -> None:
+        if min(self.height, self.width) < 2:
+            raise ValueError(f"--height {self.height} --width {self.width}: expected at least 2 of each.")
+
+
+class SliceName(NamedTuple):
+    patient: int
+    week: int
+    slice: int
+
+
+class SourceFile(NamedTuple):
+    name: SliceName
+    path: str
+    size: int
+    mtime_ns: int
+
+
+# ---- a study's files, none of them opened -----------------------------------------------------------------
+
+
+def parse_name(path: Path | str) -> SliceName:
+    """Patient, week and slice in a file name; a week or slice that is not named is 0.
+
+    Reads case_004_week_0_slice_12.nii.gz and, of volumes, Case_004_Week0_LFOV.nii or B006_Week0_LFOV.nii.
+    ValueError where no patient number comes first.
+    """
+    match = NAME.match(os.path.basename(path))
+    if not match:
+        raise ValueError("no patient number in the name; expected case_004_week_0_slice_0.nii.gz or the like")
+    return SliceName(*(int(number or 0) for number in match.groups()))
+
+
+def find_study(data: str = "") -> Path | None:
+    """The study folder: `data`, else the first of `STUDY_NAMES` in the working directory, else None."""
+    if data and not Path(data).is_dir():
+        raise FileNotFoundError(f"{data}: no such study folder. Mend: check --data.")
+    return next((path for path in map(Path, [data] if data else STUDY_NAMES) if path.is_dir()), None)
+
+
+def scan(folder: Path | str, bad: dict[str, str]) -> list[SourceFile]:
+    """The NIfTI files of `folder` in numerical order; the unusable go into `bad`, with the reason."""
+    files: dict[SliceName, SourceFile] = {}
+    with os.scandir(folder) as entries:  # one stat a file: 12,660 of them must not be felt at the start
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.name.startswith(".") or not entry.name.endswith((".nii", ".nii.gz")):
+                continue
+            try:
+                name, stat = parse_name(entry.name), entry.stat()
+                if name in files:
+                    raise ValueError(f"the same patient, week and slice as {files[name].path}")
+            except (ValueError, OSError) as error:
+                bad[entry.path] = str(error)
+            else:
+                files[name] = SourceFile(name, entry.path, stat.st_size, stat.st_mtime_ns)
+    return [files[name] for name in sorted(files)]
+
+
+def _scan_study(study: Path, bad: dict[str, str]) -> dict[str, list[SourceFile]]:
+    """The files of each split; FileNotFoundError for a split that is missing or empty."""
+    folders = {split: study / f"keras_slices_{split}" for split in SPLITS}
+    files = {split: scan(folder, bad) if folder.is_dir() else [] for split, folder in folders.items()}
+    missing = [f.name for split, f in folders.items() if not files[split] and not (f.is_dir() and bad)]
+    if missing:
+        raise FileNotFoundError(
+            f"{study}: no {', '.join(missing)} with .nii or .nii.gz files. Mend: --data names the folder "
+            "of all three splits; `python dataset.py slice` makes one of the public volumes."
+        )
+    return files
+
+
+def _check_patients(study: Path, files: dict[str, list[SourceFile]], allowed: bool) -> None:
+    patients = {split: {file.name.patient for file in files[split]} for split in SPLITS}
+    shared = [
+        f"{', '.join(f'{number:03d}' for number in sorted(both))} in {one} and {other}"
+        for one, other in combinations(SPLITS, 2)
+        if (both := patients[one] & patients[other])
+    ]
+    if shared and not allowed:
+        mend = "Mend: move them, or --allow-patient-overlap."
+        raise ValueError(f"{study}: shared patients: {'; '.join(shared)}. {mend}")
+    if shared:
+        print(f"warning: shared patients: {'; '.join(shared)}. Scores will flatter the model.")
+
+
+def raise_bad(where: Path | str, bad: dict[str, str], total: int) -> None:
+    """One ValueError for all the files that cannot be used: the first ten and why, and the count."""
+    listing = "".join(f"\n  {path}: {reason}" for path, reason in list(bad.items())[:10])
+    listing += f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
+    mend = "Mend: fetch or make these again, or move them elsewhere."
+    raise ValueError(f"{where}: {len(bad)} of {total} files cannot be used:{listing}\n{mend}")
+
+
+# ---- reading ----------------------------------------------------------------------------------------------
+
+
+def read_nifti(path: str) -> tuple[np.ndarray, nibabel.Nifti1Image]:
+    """The scaled array of a NIfTI-1 file, gzipped or not, and its image; ValueError says what is wrong."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+        # One call, which releases the GIL, and not nibabel's own opener: nibabel.load takes twice the time.
+        image = nibabel.Nifti1Image.from_bytes(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
+        real = image.get_data_dtype().kind in "biuf"
+        pixels = np.asanyarray(image.dataobj) if real else None  # scl_slope and scl_inter applied
+    except Exception as error:  # nibabel and zlib have a dozen types for a broken file: they all mean this
+        raise ValueError(f"not a whole NIfTI file ({type(error).__name__}: {error})") from error
+    if pixels is None:
+        kind = image.header.get_value_label("datatype")
+        raise ValueError(f"pixels of type {kind}; expected one real number a pixel")
+    return pixels, image
+
+
+def finite(pixels: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes Inf, and an error here
+        pixels = np.ascontiguousarray(pixels, np.float32)
+    if broken := pixels.size - np.count_nonzero(np.isfinite(pixels)):
+        raise ValueError(f"{broken} of {pixels.size} pixels are NaN or Inf")
+    return pixels
+
+
+def _resize(pixels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """`pixels` at another size: linear, smoothed first where it shrinks, as in the report."""
+    return resize(pixels, shape, anti_aliasing=True, preserve_range=True).astype(np.float32)
+
+
+def _decode(path: str, size: tuple[int, int]) -> tuple[np.ndarray, dict] | str:
+    """A slice at `size`, float32 in scanner units, and its row of the table; or why there is none."""
+    try:
+        pixels, image = read_nifti(path)
+        extra_axes = pixels.ndim > 2
+        if pixels.ndim < 2 or min(pixels.shape[:2]) < 2 or pixels.size == 0:
+            raise ValueError(f"an array of shape {pixels.shape}; expected a 2-D slice")
+        pixels = finite(pixels[(..., *[0] * (pixels.ndim - 2))])
+    except ValueError as error:
+        return str(error)
+    row = {"affines": image.affine, "shapes": pixels.shape, "extra_axes": extra_axes}
+    if pixels.shape != size:
+        pixels = _resize(pixels, size)
+    mean, std = np.float32(pixels.mean(dtype=np.float64)), np.float32(pixels.std(dtype=np.float64))
+    constant = bool(std == 0 or pixels.min() == pixels.max())
+    return pixels, {**row, "mean": mean, "std": np.float32(1) if constant else std, "constant": constant}
+
+
+def in_parallel(function: Callable, items: Sequence, label: str, unit: str) -> Iterator:
+    """`function` of each item, in order, under a progress bar.
+
+    Threads, not processes: zlib releases the GIL, and each process would have to import torch first and would
+    need a main guard in the caller's script.
+    """
+    bar = tqdm(total=len(items), desc=label, unit=unit, disable=None)
+    with bar, ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+        for start in range(0, len(items), 256):  # so that no more than 256 results wait for their reader
+            for result in pool.map(function, items[start : start + 256]):
+                bar.update()
+                yield result
+
+
+# ---- the cache: <cache>/<study>-<digest of path and size>/ holds ARRAYS and index.json --------------------
+
+
+def _fingerprint(files: list[SourceFile], config: DataConfig) -> str:
+    listing = [(os.path.basename(file.path), file.size, file.mtime_ns) for file in files]
+    return hashlib.sha256(repr((CACHE_VERSION, config.height, config.width, listing)).encode()).hexdigest()
+
+
+def _stamps(folder: Path) -> list[list[int]]:
+    """Size and time of each array in a cache folder: those in its index must match for it to be trusted."""
+    return [[stat.st_size, stat.st_mtime_ns] for stat in (os.stat(folder / name) for name in ARRAYS)]
+
+
+def _cache_problem(folder: Path, fingerprints: dict[str, str]) -> str:
+    """Why the cache in `folder` cannot be used, or an empty string."""
+    try:
+        index = json.loads((folder / "index.json").read_text())
+        if index["fingerprints"] != fingerprints:
+            return "was made from other files or settings"
+        return "" if index["arrays"] == _stamps(folder) else "holds other arrays than were written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"is not whole ({type(error).__name__})"
+
+
+def _write_cache(folder: Path, key: dict, paths: list[str], size: tuple[int, int], bad: dict) -> None:
+    """Decode all the slices into `folder`; ValueError at the end if any file is bad."""
+    rows, total = [], len(paths) + len(bad)
+    # Pixels go into a plain file: written through a memory map, a full disk is a SIGBUS and not an OSError.
+    with open(folder / ARRAYS[0], "wb") as out:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (len(paths), *size)}
+        np.lib.format.write_array_header_2_0(out, header)
+        work = in_parallel(partial(_decode, size=size), paths, "decoding", "slice")
+        for path, decoded in zip(paths, work, strict=True):
+            if isinstance(decoded, str):
+                bad[path] = decoded
+            else:
+                out.write(decoded[0].astype("<f4", copy=False).data)
+                rows.append(decoded[1])
+        out.flush()
+        os.fsync(out.fileno())
+    if bad:
+        raise_bad(Path(next(iter(bad))).parents[1], bad, total)
+    table = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+    np.savez(folder / ARRAYS[1], **table)
+    odd = {
+        "slices have more than two axes (warning: [:, :, 0] was taken)": table["extra_axes"],
+        f"slices of another size were resized to {size[0]}x{size[1]}": (table["shapes"] != size).any(axis=1),
+        "slices have one value only (kept, std 1)": table["constant"],
+    }
+    notes = [f"{hit.sum()} {what}, such as {paths[hit.argmax()]}" for what, hit in odd.items() if hit.any()]
+    index = {"fingerprints": key, "arrays": _stamps(folder), "notes": notes}
+    write_json(folder / "index.json", index)
+
+
+def _ready_cache(study: Path, files: dict, fingerprints: dict, config: DataConfig, bad: dict) -> Path:
+    """The folder of a cache that matches `files`, made now where there is none; raises if any file is bad."""
+    root = config.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vqvae2-slices")
+    place = repr((str(study.resolve()), config.height, config.width))
+    folder = Path(root, f"{study.resolve().name}-{hashlib.sha256(place.encode()).hexdigest()[:12]}")
+    problem = "" if bad else _cache_problem(folder, fingerprints)
+    if not bad and not problem:
+        print(f"decoded slices: from the cache {folder}")
+        return folder
+    if problem and folder.exists():
+        print(f"cache {folder} {problem}: decoding again")
+    paths, start = [file.path for split in SPLITS for file in files[split]], time.perf_counter()
+    try:
+        with atomic_path(folder) as part:
+            part.mkdir(exist_ok=True)  # one of a killed process that had our number
+            _write_cache(part, fingerprints, paths, (config.height, config.width), bad)
+    except OSError as error:
+        if _cache_problem(folder, fingerprints):  # else another run has just made the same one: use it
+            size = len(paths) * config.height * config.width * 4 / 1e9
+            raise OSError(
+                f"{folder}: cannot write the cache of decoded slices ({error.strerror or error}). "
+                f"Mend: --cache DIR, a folder that you may write to with {size:.2f} GB free."
+            ) from error
+    print(f"decoded slices: {len(paths)} into the cache {folder} in {time.perf_counter() - start:.1f} s")
+    return folder
+
+
+# ---- datasets ---------------------------------------------------------------------------------------------
+
+
+class SliceDataset(torch.utils.data.Dataset):
+    """One split of a study, z-scored per slice (population standard deviation), read from the cache.
+
+    Attributes:
+        paths, names: of the N source files, in order of patient, week and slice.
+        pixels: (N, height, width) float32 memory map, scanner units after any resize.
+        mean, std: (N,) float32, scanner units; std is 1 for a constant slice.
+        affines, shapes: (N, 4, 4) float64 and (N, 2) int, of the source planes.
+        fingerprint: hex digest of the files' names, sizes and times, and of the settings.
+        synthetic: the study holds a file named SYNTHETIC.txt.
+    """
+
+    def __init__(
+        self, study: Path, split: str, files: list[SourceFile], cache: Path, start: int, fingerprint: str
+    ) -> None:
+        self._made_of = (study, split, files, cache, start, fingerprint)
+        self.study, self.split, self.fingerprint = study, split, fingerprint
+        self.paths, self.names = [Path(file.path) for file in files], [file.name for file in files]
+        self.synthetic = (study / "SYNTHETIC.txt").is_file()
+        mine = slice(start, start + len(files))
+        self.pixels = np.load(cache / ARRAYS[0], mmap_mode="r")[mine]
+        with np.load(cache / ARRAYS[1]) as table:
+            self.mean, self.std = table["mean"][mine], table["std"][mine]
+            self.affines, self.shapes = table["affines"][mine], table["shapes"][mine]
+
+    def __reduce__(self):
+        """A pickled memory map would carry its pixels; a worker process opens the file instead."""
+        return type(self), self._made_of
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def images(self, indices: Sequence[int]) -> torch.Tensor:
+        """A whole batch at once: (B, 1, height, width) float32, z-scored."""
+        indices = np.asarray(indices)
+        batch = np.asarray(self.pixels)[indices]  # (B, height, width), a copy
+        batch -= self.mean[indices, None, None]
+        batch /= self.std[indices, None, None]
+        return torch.from_numpy(batch).unsqueeze(1)
+
+    def __getitem__(self, index: int) -> dict:
+        """One slice, "image" (1, height, width) float32 z-scored, with what leads back to its source."""
+        index = range(len(self))[index]
+        mean, std = float(self.mean[index]), float(self.std[index])
+        whence = {"affine": self.affines[index], "index": index, "path": str(self.paths[index])}
+        return {"image": self.images([index])[0], "mean": mean, "std": std, **whence}
+
+
+def open_study(config: DataConfig) -> dict[str, SliceDataset]:
+    """The three splits of a study, decoded into the cache if they are not there yet; prints what it did.
+
+    Raises:
+        FileNotFoundError: no study, or a split missing or empty.
+        ValueError: files that cannot be used (all listed at once), or patients shared between splits.
+        OSError: the cache cannot be written.
+    """
+    study = find_study(config.data)
+    if study is None:
+        raise FileNotFoundError(
+            f"{Path.cwd()}: neither {'/ nor '.join(STUDY_NAMES)}/ is here. "
+            "Mend: --data DIR, or `python driver.py`, which makes a synthetic study."
+        )
+    bad: dict[str, str] = {}
+    files = _scan_study(study, bad)
+    _check_patients(study, files, config.allow_patient_overlap)
+    fingerprints = {split: _fingerprint(files[split], config) for split in SPLITS}
+    cache = _ready_cache(study, files, fingerprints, config, bad)
+    splits, start = {}, 0
+    for split, of in files.items():
+        splits[split] = SliceDataset(study, split, of, cache, start, fingerprints[split])
+        people = len({file.name.patient for file in of})
+        print(f"{study}: {split:<8} {len(of):>6} slices of {people} patients")
+        start += len(of)
+    for note in json.loads((cache / "index.json").read_text())["notes"]:
+        print(note)
+    if splits["train"].synthetic:
+        print(f"{study}: SYNTHETIC, a phantom drawn by a program and not MRI")
+    return splits
+
+
+def save_reconstruction(dataset: SliceDataset, index: int, image: np.ndarray, path: Path | str) -> None:
+    """Write a z-scored (height, width) image as float32 NIfTI in scanner units on the plane of slice `index`.
+
+    The z-score of that slice is undone, its size and affine restored. ValueError for another shape.
+    """
+    pixels = np.asarray(image, np.float64)
+    if pixels.shape != dataset.pixels.shape[1:]:
+        raise ValueError(f"an image of shape {pixels.shape}; expected {dataset.pixels.shape[1:]}")
+    pixels = (pixels * dataset.std[index] + dataset.mean[index]).astype(np.float32)
+    shape = tuple(map(int, dataset.shapes[index]))
+    pixels = pixels if pixels.shape == shape else _resize(pixels, shape)
+    write_nifti(path, pixels, dataset.affines[index], "VQ-VAE-2 reconstruction, not for clinical use")
+
+
+def main() -> None:
+    import volumes  # which imports this file: not at the top
+
+    flags = parser(__doc__, volumes.SliceConfig)
+    flags.add_argument("command", choices=["slice"], help="cut volumes into a study")
+    volumes.slice_volumes(from_flags(volumes.SliceConfig, flags.parse_args()))
+
+
+if __name__ == "__main__":
+    run_cli(main)

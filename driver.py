@@ -1,0 +1,48 @@
+"""The whole story in order: a study, training on it, and the scores of its test split.
+
+    python driver.py                              # no data: makes a synthetic study first; about 3 minutes
+    python driver.py --data keras_slices_data     # a real study, at the report's settings
+    python driver.py --data keras_slices_data --preset best
+
+Takes the flags of train.py, and --nifti of predict.py. Read Results/ afterwards.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import predict
+
+import phantom
+import runtime
+import train
+from dataset import DataConfig, find_study
+from modules import VQVAE2Config
+
+PHANTOM = Path("phantom_slices_data")  # made where there is no study
+
+
+def main() -> None:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--data", default="")
+    no_study = find_study(first.parse_known_args()[0].data) is None
+
+    parser = train.flags(__doc__)
+    parser.add_argument("--nifti", action="store_true", help="write the reconstructions as NIfTI too")
+    args, checkpoint = train.parse(parser, preset="quick" if no_study else "report")
+    data, model, config = (runtime.from_flags(c, args) for c in (DataConfig, VQVAE2Config, train.TrainConfig))
+    if no_study and not checkpoint:
+        print("no study here and no --data: making a synthetic one")
+        data = replace(data, data=str(phantom.write_phantom(PHANTOM)))
+
+    best = train.train(data, model, config, checkpoint)
+    predict.predict(
+        predict.PredictConfig(
+            checkpoint=str(best), data=data.data, out=config.out, device=config.device, nifti=args.nifti
+        )
+    )
+    print(f"open {config.out}/comparison.png, {config.out}/loss_plot.png and {config.out}/metrics.json")
+
+
+if __name__ == "__main__":
+    runtime.run_cli(main)

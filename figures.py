@@ -1,0 +1,145 @@
+"""Arrays in, pictures out: the only file that uses matplotlib.
+
+No pyplot, so that importing this file sets no backend and leaves no figure open: each function draws on a
+`Figure` of its own and writes it whole or not at all. Slices are shown as stored, rows down: (H, W).
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from PIL import Image
+
+from runtime import atomic_path
+
+DPI = 120
+PANEL = 3.0  # inches, the height of a slice in a sheet
+MOST_COLOURS = 20  # patients that a histogram tells apart
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def _save(figure: Figure, path: Path | str) -> None:
+    with atomic_path(path) as part:
+        FigureCanvasAgg(figure).print_png(part)
+
+
+def _show(axes, image: np.ndarray, title: str = "", **options):
+    """Draw a slice or a map with square pixels, no ticks and no smoothing."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title(title, fontsize=9)
+    return axes.imshow(image, interpolation="nearest", **{"cmap": "gray", **options})
+
+
+def save_slice(path: Path | str, image: np.ndarray, low: float, high: float) -> None:
+    """Write (H, W) as a grey PNG of W x H pixels, one for one; `low` is black and `high` white.
+
+    Values outside saturate, so give both slices of a pair the original's minimum and maximum.
+    """
+    grey = np.clip((np.asarray(image, np.float64) - low) / ((high - low) or 1), 0, 1)
+    with atomic_path(path) as part:
+        Image.fromarray(np.round(255 * grey).astype(np.uint8)).save(part, format="png")
+
+
+def loss_plot(path: Path | str, train_losses: Sequence[float], val_losses: Sequence[float]) -> None:
+    """Plot the mean loss of each epoch, train and validation."""
+    figure = _figure(7, 4.5)
+    axes = figure.add_subplot()
+    for losses, name, marker in ((train_losses, "train", "o"), (val_losses, "validation", "s")):
+        axes.plot(range(1, len(losses) + 1), losses, marker=marker, markersize=4, label=name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set(xlabel="epoch", ylabel="loss, mean over the split", title="Training and validation loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
+def comparison_sheet(
+    path: Path | str, rows: Sequence[tuple[str, np.ndarray, np.ndarray]], note: str = ""
+) -> None:
+    """Draw original | reconstruction | absolute difference of slices side by side, with one colour bar.
+
+    Each pair is shown on its original's range, and its difference as a share of that range, so that the
+    differences of all slices have one scale; it ends at the 99.9th percentile of them all.
+
+    Args:
+        rows: title, original (H, W) and reconstruction (H, W) of each slice.
+        note: a line above it all.
+    """
+    differences = [np.abs(original - made) / (np.ptp(original) or 1) for _, original, made in rows]
+    span = {"cmap": "inferno", "vmin": 0, "vmax": max(np.percentile(differences, 99.9), 1e-6)}
+    height, width = rows[0][1].shape
+    panel, gap, group_gap, bottom = PANEL * width / height, 0.06, 0.3, 0.15  # inches, as all that follows
+    size = (len(rows) * (3 * (panel + gap) + group_gap) + 0.9, bottom + PANEL + 0.75 + 0.3 * bool(note))
+    figure = Figure(figsize=size, dpi=DPI)
+
+    def place(left: float, wide: float):
+        return figure.add_axes((left / size[0], bottom / size[1], wide / size[0], PANEL / size[1]))
+
+    left = group_gap / 2
+    for (title, original, made), difference in zip(rows, differences, strict=True):
+        grey = {"vmin": original.min(), "vmax": original.max()}
+        panels = (
+            ("original", original, grey),
+            ("reconstruction", made, grey),
+            ("|difference|", difference, span),
+        )
+        middle = (left + 1.5 * panel + gap) / size[0]
+        figure.text(middle, (bottom + PANEL + 0.3) / size[1], title, fontsize=9, ha="center", va="bottom")
+        for name, image, options in panels:
+            shown = _show(place(left, panel), image, name, **options)
+            left += panel + gap
+        left += group_gap
+    percent = FuncFormatter(lambda share, _: f"{100 * share:.3g} %")
+    bar = figure.colorbar(shown, cax=place(left - group_gap + 0.04, 0.12), extend="max", format=percent)
+    bar.set_label("of the original's range", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    figure.text(0.5, 1 - 0.08 / size[1], note, fontsize=10, ha="center", va="top")
+    _save(figure, path)
+
+
+def code_maps(
+    path: Path | str, original: np.ndarray, top: np.ndarray, bottom: np.ndarray, title: str = ""
+) -> None:
+    """Draw a slice (H, W) beside its code maps (h, w), int in [0, K), all at one height.
+
+    Codes have no order, so colours only tell one from another.
+    """
+    height, width = original.shape
+    figure = _figure(3 * PANEL * width / height + 2.2, PANEL + 0.9)
+    figure.suptitle(title, fontsize=10) if title else None
+    axes = figure.subplots(1, 3)
+    _show(axes[0], original, f"original {height}x{width}")
+    for panel, name, codes in ((axes[1], "top", top), (axes[2], "bottom", bottom)):
+        kinds = len(np.unique(codes))
+        image = _show(panel, codes, f"{name} {codes.shape[0]}x{codes.shape[1]}: {kinds} codes", cmap="turbo")
+        figure.colorbar(image, ax=panel, label="code").ax.tick_params(labelsize=7)
+    _save(figure, path)
+
+
+def ssim_histogram(path: Path | str, values: Mapping[str, Sequence[float]]) -> None:
+    """Draw the histogram of SSIM over slices, stacked by patient; `values` has each patient's slices."""
+    figure = _figure(8, 4.5)
+    axes = figure.add_subplot()
+    everything = np.concatenate([np.asarray(of, float) for of in values.values()])
+    edges = np.histogram_bin_edges(everything, bins=30)
+    if len(values) <= MOST_COLOURS:
+        labels = [f"{patient} (n = {len(of)})" for patient, of in values.items()]
+        colours = mpl.colormaps["tab10" if len(values) <= 10 else "tab20"].colors[: len(values)]
+        axes.hist(list(values.values()), edges, stacked=True, label=labels, color=colours)
+    else:
+        axes.hist(everything, edges, label=f"{len(values)} patients")
+    mean = everything.mean()
+    axes.axvline(mean, color="black", linestyle="--", label=f"mean {mean:.4f}")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    title = f"SSIM of the test slices (n = {len(everything)})"
+    axes.set(xlabel="SSIM, the report's protocol", ylabel="slices", title=title)
+    figure.legend(loc="outside right upper", fontsize=8, title="patient")
+    _save(figure, path)

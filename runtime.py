@@ -1,0 +1,251 @@
+"""What every script needs and none is about: flags, devices, seeds, whole files, checkpoints, NIfTI out.
+
+Bad input ends a script with one line on stderr and exit code 2 (`run_cli`); files are written to a temporary
+name and moved into place (`atomic_path`), so a reader never meets half a file.
+"""
+
+import argparse
+import dataclasses
+import gzip
+import json
+import os
+import pickle
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from io import BytesIO
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import torch
+
+FORMAT = "vqvae2-1"  # of a checkpoint; raised when its keys change meaning
+ROOT = Path(__file__).resolve().parent
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Run a script's `main`; turn what a user can mend into one line on stderr and exit code 2.
+
+    Users' mistakes reach here as `OSError`, or as `ValueError` raised by this repository's own files. A
+    `ValueError` from inside a library is a bug of ours and keeps its traceback.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)  # as a shell reports a process that Ctrl-C ended
+    except torch.OutOfMemoryError as error:
+        message = f"{str(error).splitlines()[0]} Mend: a smaller --batch-size, or --device cpu."
+    except OSError as error:
+        message = str(error)
+    except ValueError as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if raised_in.parent != ROOT:
+            raise
+        message = str(error)
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def option(default, help: str, **metadata):
+    """A dataclass field that `parser` turns into a flag with this help (and these `choices`)."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def parser(doc: str, *configs: type) -> argparse.ArgumentParser:
+    """An argument parser with one flag per field of the dataclasses `configs`; the defaults are theirs."""
+    built = argparse.ArgumentParser(
+        description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for config in configs:
+        hints = typing.get_type_hints(config)
+        for field in dataclasses.fields(config):
+            options = {"default": field.default, "help": f"{field.metadata['help']} (default: %(default)s)"}
+            if hints[field.name] is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            else:
+                options |= {"type": hints[field.name], "choices": field.metadata.get("choices")}
+            built.add_argument("--" + field.name.replace("_", "-"), **options)
+    return built
+
+
+def from_flags(config: type, args: argparse.Namespace):
+    """The dataclass `config` filled from parsed flags; its `__post_init__` checks the values."""
+    return config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(config)})
+
+
+# ---- device, seeds -------------------------------------------------------------------------------
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU; asking for a CUDA that is not there is an error."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device. Mend: --device cpu, or a CUDA build.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 convolutions are faster than float32 ones here (a CPU without it emulates them)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+
+
+def autocast(device: torch.device, bf16: bool):
+    """bfloat16 autocast, or nothing at all."""
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict:
+    """The state of the generators that training draws from, as tensors."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict) -> None:
+    torch.set_rng_state(state["cpu"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM in the list given instead of dying, so that a loop can end at a whole step.
+
+    A second signal ends the process at once.
+    """
+    received: list[int] = []
+
+    def remember(number: int, frame) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---- whole files ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Write to the path given, beside `path` and with its suffix; if the block succeeds it becomes `path`.
+
+    Works for a folder too: it replaces `path` whole.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".part-{os.getpid()}-{path.name}")
+    try:
+        yield part
+        if part.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        os.replace(part, path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    with atomic_path(path) as part:
+        part.write_text(text)
+
+
+def write_json(path: Path | str, value) -> None:
+    """`value` as indented JSON; NaN and infinity, which JSON lacks, are an error of ours."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_nifti(path: Path | str, pixels: np.ndarray, affine: np.ndarray, description: str = "") -> None:
+    """A NIfTI-1 file of `pixels` with its dtype; gzipped if `path` ends in .gz.
+
+    The same pixels give the same bytes: the gzip header carries no time. `description` (at most 79 ASCII
+    characters) goes into the header, where viewers show it.
+    """
+    image = nibabel.Nifti1Image(pixels, affine)
+    image.header["descrip"] = description.encode("ascii")
+    image.header.set_xyzt_units("mm")
+    data = image.to_bytes()
+    with atomic_path(path) as part:
+        part.write_bytes(gzip.compress(data, compresslevel=3, mtime=0) if str(path).endswith(".gz") else data)
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: Path | str, checkpoint: dict) -> None:
+    """Write `checkpoint` (tensors and plain containers only) whole or not at all."""
+    buffer = BytesIO()  # to a full disk torch.save raises RuntimeError, bytes an OSError that says so
+    torch.save({"format": FORMAT, **checkpoint}, buffer)
+    with atomic_path(path) as part, open(part, "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before it has the name: a power cut leaves the old one
+
+
+def load_checkpoint(path: Path | str, kind: str) -> dict:
+    """Read a checkpoint that `train.py` wrote, on the CPU, running no code from the file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: truncated or not a checkpoint; of another format; of another `kind` of model.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint. Mend: run train.py, or name another.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = (checkpoint.get("format"), checkpoint.get("kind"))
+    except (RuntimeError, EOFError, KeyError, AttributeError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path}: not a whole checkpoint ({type(error).__name__}). Mend: an earlier one, or train again."
+        ) from error
+    if found != (FORMAT, kind):
+        raise ValueError(
+            f"{path}: a checkpoint of format and kind {found}; expected {(FORMAT, kind)}. "
+            "Mend: use the version of these scripts that wrote it, or train again."
+        )
+    return checkpoint
+
+
+def provenance() -> dict:
+    """What a result depends on beside its inputs: argv, versions, machine, the scripts' revision."""
+    revision = subprocess.run(
+        ["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return {
+        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "revision": revision.stdout.strip() or "unknown",
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs"
+        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+    }

@@ -1,0 +1,54 @@
+"""What several test files share: a study of a few small slices, and scripts run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime import write_nifti
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory):
+    """No test reads or fills the user's own cache of decoded slices."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory) -> Path:
+    """A study of 64x32 slices: 14 of two patients to train on, 5 to validate, 6 of two patients to test."""
+    folder = tmp_path_factory.mktemp("study") / "keras_slices_data"
+    patients = {"train": {4: 7, 5: 7}, "validate": {36: 5}, "test": {40: 4, 41: 2}}
+    for split, counts in patients.items():
+        for patient, count in counts.items():
+            for number in range(count):
+                rng = np.random.default_rng([patient, number])
+                rows, columns = np.mgrid[:64, :32]
+                disc = np.hypot(rows - 32 - patient % 5, columns - 16) < 10 + number
+                pixels = 100 * (2 + disc + 0.1 * rng.normal(size=disc.shape)) * (np.abs(rows - 32) < 28)
+                name = f"case_{patient:03d}_week_0_slice_{number}.nii.gz"
+                write_nifti(folder / f"keras_slices_{split}" / name, pixels.astype(np.float32), np.eye(4))
+    return folder
+
+
+def start(script: str, *args, **options) -> subprocess.Popen:
+    """A script of the repository in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, ROOT / script, *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def run(script: str, *args, **options) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a script."""
+    process = start(script, *args, **options)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err

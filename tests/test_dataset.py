@@ -1,0 +1,531 @@
+"""Reading, cache, splits and slicing of tiny files; skimage and nibabel are the references."""
+
+import gzip
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from nibabel.affines import apply_affine
+from skimage.transform import resize
+
+import dataset
+from dataset import SPLITS, DataConfig, open_study, parse_name
+from volumes import SliceConfig, slice_volumes, split_patients
+
+SIZE = (32, 16)
+AFFINE = np.array([[-1.5, 0, 0, 40], [0, 0, 2, -30], [0, 1.25, 0, 7], [0, 0, 0, 1]])
+
+
+def noise(seed, shape=SIZE):
+    return np.random.default_rng(seed).gamma(2, 100, shape).astype(np.float32)
+
+
+def name_of(patient, number, week=0):
+    return f"case_{patient:03d}_week_{week}_slice_{number}.nii.gz"
+
+
+def save(path, pixels, affine=AFFINE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(pixels, affine), path)
+    return path
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Patients 4 (12 slices), 36 and 40 (2 slices each), in the layout of the sliced set."""
+    for split, patient, count in zip(SPLITS, (4, 36, 40), (12, 2, 2), strict=True):
+        for number in range(count):
+            save(
+                tmp_path / "s" / f"keras_slices_{split}" / name_of(patient, number),
+                noise(100 * patient + number),
+            )
+    return tmp_path / "s"
+
+
+@pytest.fixture
+def config(study, tmp_path):
+    return DataConfig(data=str(study), height=SIZE[0], width=SIZE[1], cache=str(tmp_path / "cache"))
+
+
+def put(study, pixels, number=0):
+    return save(study / "keras_slices_train" / name_of(4, number), pixels)
+
+
+# ---- names and folders ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("case_004_week_0_slice_0.nii.gz", (4, 0, 0)),
+        ("x/case_042_week_11_slice_59.nii", (42, 11, 59)),
+        ("seg_019_week_1_slice_7.nii.gz", (19, 1, 7)),
+        ("Case_004_Week3_LFOV.nii.gz", (4, 3, 0)),
+        ("B006_Week2_SEMANTIC.nii.gz", (6, 2, 0)),
+    ],
+)
+def test_names_give_patient_week_slice(name, expected):
+    assert parse_name(name) == expected
+
+
+@pytest.mark.parametrize("name", ["brain.nii.gz", "week_3_slice_4.nii.gz", "case_week_3.nii.gz"])
+def test_a_name_without_patient_number_is_an_error(name):
+    with pytest.raises(ValueError, match="no patient number"):
+        parse_name(name)
+
+
+def test_slices_come_in_numerical_order_with_the_right_pixels(config):
+    train = open_study(config)["train"]
+    assert [name.slice for name in train.names] == list(range(12))  # lexical order is 0, 1, 10, 11, 2
+    for number in range(12):
+        np.testing.assert_array_equal(train.pixels[number], noise(400 + number))
+
+
+@pytest.mark.parametrize("name", dataset.STUDY_NAMES)
+def test_study_is_found_in_the_working_directory(study, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert dataset.find_study() is None
+    study.rename(tmp_path / name)
+    assert dataset.find_study() == Path(name)
+
+
+def test_missing_study_and_missing_or_empty_split_are_named(study, config, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="keras_slices_data"):
+        open_study(DataConfig())
+    with pytest.raises(FileNotFoundError, match="nowhere: no such study"):
+        open_study(DataConfig(data="nowhere"))
+    with pytest.raises(
+        FileNotFoundError, match="keras_slices_train, keras_slices_validate, keras_slices_test"
+    ):
+        open_study(DataConfig(data="."))
+    for file in (study / "keras_slices_test").iterdir():
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match="no keras_slices_test with"):
+        open_study(config)
+
+
+def test_shared_patients_are_named_unless_allowed(study, config, capsys):
+    save(study / "keras_slices_test" / name_of(4, 90, week=1), noise(1))
+    with pytest.raises(ValueError, match="004 in train and test"):
+        open_study(config)
+    assert len(open_study(DataConfig(**{**vars(config), "allow_patient_overlap": True}))["test"]) == 3
+    assert "004 in train and test" in capsys.readouterr().out
+
+
+# ---- reading ----------------------------------------------------------------------------------------------
+
+
+def test_z_score_is_per_slice_with_population_deviation(config):
+    train = open_study(config)["train"]
+    pixels = noise(403).astype(np.float64)
+    expected = (pixels - pixels.mean()) / pixels.std()
+    np.testing.assert_allclose(train[3]["image"][0], expected, atol=2e-6)
+    assert train[3]["mean"] == pytest.approx(pixels.mean()) and train[3]["std"] == pytest.approx(pixels.std())
+    np.testing.assert_array_equal(train[3]["affine"], AFFINE)
+    assert train[3]["path"].endswith(name_of(4, 3)) and train[-1]["index"] == 11
+    torch.testing.assert_close(train.images([7, 3, 3]), torch.stack([train[i]["image"] for i in (7, 3, 3)]))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.float64, ">i2"])
+def test_any_real_dtype_and_its_scale_are_honoured(study, config, dtype):
+    raw = (noise(5) % 120).astype(dtype)
+    image = nibabel.Nifti1Image(raw, AFFINE)
+    image.header.set_slope_inter(2.5, -3)
+    data = bytearray(image.to_bytes())
+    data[112:120] = struct.pack("<2f" if image.header.endianness == "<" else ">2f", 2.5, -3)
+    (study / "keras_slices_train" / name_of(4, 0)).write_bytes(gzip.compress(bytes(data)))
+    np.testing.assert_allclose(
+        open_study(config)["train"].pixels[0], raw.astype(np.float64) * 2.5 - 3, rtol=1e-6
+    )
+
+
+def test_plain_nii_and_hidden_files(study, config):
+    (study / "keras_slices_train" / name_of(4, 0)).unlink()
+    (study / "keras_slices_train" / f"._{name_of(4, 0)}").write_bytes(b"what macOS leaves")
+    save(study / "keras_slices_train" / name_of(4, 0)[:-3], noise(9))
+    np.testing.assert_array_equal(open_study(config)["train"].pixels[0], noise(9))
+
+
+def test_extra_axes_take_the_first_and_are_counted_once(study, config, capsys):
+    stack = noise(6, (*SIZE, 3, 2))
+    put(study, stack, 0)
+    put(study, noise(7, (*SIZE, 1)), 1)
+    train = open_study(config)["train"]
+    np.testing.assert_array_equal(train.pixels[0], stack[:, :, 0, 0])
+    np.testing.assert_array_equal(train.pixels[1], noise(7, (*SIZE, 1))[:, :, 0])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "more than two axes" in line]
+    assert len(lines) == 1 and lines[0].startswith("2 slices")
+
+
+def test_other_sizes_are_resized_as_skimage_does(study, config, capsys):
+    wide = noise(8, (64, 40))  # so much that the smoothing shows
+    put(study, wide, 0)
+    train = open_study(config)["train"]
+    np.testing.assert_allclose(train.pixels[0], resize(wide, SIZE, anti_aliasing=True), rtol=1e-6)
+    assert tuple(train.shapes[0]) == (64, 40) and tuple(train.shapes[1]) == SIZE
+    assert "1 slices of another size were resized to 32x16" in capsys.readouterr().out
+    open_study(config)
+    assert "1 slices of another size" in capsys.readouterr().out  # said from the cache too
+
+
+def test_a_constant_slice_is_kept_and_said(study, config, capsys):
+    put(study, np.full(SIZE, 7, np.float32), 2)
+    train = open_study(config)["train"]
+    assert train.std[2] == 1 and train.mean[2] == 7 and not train[2]["image"].any()
+    out = capsys.readouterr().out
+    assert "1 slices have one value only" in out and name_of(4, 2) in out
+
+
+def break_file(path, kind):
+    """Make the slice at `path` unusable; returns what the message must say of it."""
+    whole = path.read_bytes()
+    odd = noise(1)
+    odd[3, 4] = np.nan if kind == "nan" else np.inf
+    rgb = np.zeros(SIZE, dtype=[(c, "u1") for c in "RGB"])
+    arrays = {
+        "nan": (odd, "1 of 512 pixels are NaN or Inf"),
+        "inf": (odd, "1 of 512 pixels are NaN or Inf"),
+        "overflow": (noise(1).astype(np.float64) * 1e300, "NaN or Inf"),
+        "complex": (noise(1).astype(np.complex64), "complex64"),
+        "rgb": (rgb, "RGB"),
+        "one axis": (noise(1, (64,)), r"shape \(64,\)"),
+        "plane lost": (noise(1, (32, 1, 16)), r"shape \(32, 1, 16\)"),
+    }
+    raw = {
+        "truncated": (whole[: len(whole) // 2], "not a whole NIfTI"),
+        "corrupt": (whole[:300] + bytes(64) + whole[364:], "not a whole NIfTI"),
+        "not nifti": (gzip.compress(b"hello" * 999), "not a whole NIfTI"),
+        "text": (b"<html>404</html>", "not a whole NIfTI"),
+        "empty": (b"", "not a whole NIfTI"),
+        "short pixels": (gzip.compress(gzip.decompress(whole)[:-40]), "not a whole NIfTI"),
+    }
+    if kind in raw:
+        path.write_bytes(raw[kind][0])
+        return raw[kind][1]
+    save(path, arrays[kind][0])
+    return arrays[kind][1]
+
+
+KINDS = ["nan", "inf", "overflow", "complex", "rgb", "one axis", "plane lost"]
+KINDS += ["truncated", "corrupt", "not nifti", "text", "empty", "short pixels"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_file_is_named_with_its_reason_and_leaves_no_cache(study, config, tmp_path, kind):
+    said = break_file(study / "keras_slices_train" / name_of(4, 5), kind)
+    with pytest.raises(ValueError, match=f"(?s)1 of 16 files.*{name_of(4, 5)}: .*{said}"):
+        open_study(config)
+    assert not any((tmp_path / "cache").iterdir())
+
+
+def test_all_bad_files_of_all_splits_are_listed_in_one_go(study, config):
+    for number in range(9):
+        break_file(study / "keras_slices_train" / name_of(4, number), "text")
+    break_file(study / "keras_slices_test" / name_of(40, 1), "nan")
+    save(study / "keras_slices_validate" / "brain.nii.gz", noise(2))
+    save(study / "keras_slices_validate" / name_of(36, 0)[:-3], noise(2))  # beside its .nii.gz
+    with pytest.raises(ValueError) as error:
+        open_study(config)
+    message = str(error.value)
+    assert "12 of 18 files" in message and "... and 2 more" in message and message.count("\n  ") == 11
+    assert "no patient number" in message and "the same patient, week and slice" in message
+
+
+# ---- cache ------------------------------------------------------------------------------------------------
+
+
+def the_cache(tmp_path):
+    (folder,) = (tmp_path / "cache").iterdir()
+    return folder
+
+
+def test_a_second_start_opens_no_slice(config, monkeypatch, capsys):
+    first = open_study(config)
+    monkeypatch.setattr(dataset, "_decode", None)
+    second = open_study(config)
+    assert "from the cache" in capsys.readouterr().out
+    for split in SPLITS:
+        np.testing.assert_array_equal(first[split].pixels, second[split].pixels)
+        assert first[split].fingerprint == second[split].fingerprint
+    assert len({second[split].fingerprint for split in SPLITS}) == 3
+
+
+def tamper_stale(study, folder):
+    put(study, noise(77), 0)
+
+
+def tamper_foreign_index(study, folder):
+    index = json.loads((folder / "index.json").read_text())
+    index["fingerprints"]["test"] = "0" * 64
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def tamper_foreign_pixels(study, folder):
+    pixels = np.load(folder / "pixels.npy")
+    os.remove(folder / "pixels.npy")  # not in place: an open dataset maps the old file
+    np.save(folder / "pixels.npy", pixels[::-1].copy())
+
+
+def tamper_truncated(study, folder):
+    data = (folder / "pixels.npy").read_bytes()
+    os.remove(folder / "pixels.npy")
+    (folder / "pixels.npy").write_bytes(data[:-4000])
+
+
+def tamper_missing_table(study, folder):
+    os.remove(folder / "table.npz")
+
+
+def tamper_broken_index(study, folder):
+    (folder / "index.json").write_text("{")
+
+
+def tamper_added_slice(study, folder):
+    put(study, noise(400), 12)
+
+
+TAMPERS = [tamper_stale, tamper_foreign_index, tamper_foreign_pixels, tamper_truncated, tamper_missing_table]
+
+
+@pytest.mark.parametrize("tamper", [*TAMPERS, tamper_broken_index, tamper_added_slice])
+def test_a_cache_that_does_not_match_is_rebuilt_with_a_line(study, config, tmp_path, capsys, tamper):
+    open_study(config)
+    tamper(study, the_cache(tmp_path))
+    capsys.readouterr()
+    splits = open_study(config)
+    for split in SPLITS:
+        for path, pixels in zip(splits[split].paths, splits[split].pixels, strict=True):
+            np.testing.assert_array_equal(pixels, np.asarray(nibabel.load(path).dataobj))
+    assert "decoding again" in capsys.readouterr().out
+    open_study(config)
+    assert "from the cache" in capsys.readouterr().out
+
+
+def test_a_slice_rewritten_at_the_same_size_is_noticed(study, config):
+    path = study / "keras_slices_train" / name_of(4, 0)
+    for seed in (1, 2):
+        path.write_bytes(
+            nibabel.Nifti1Image(noise(seed), AFFINE).to_bytes()
+        )  # not gzipped, whatever its name
+        np.testing.assert_array_equal(open_study(config)["train"].pixels[0], noise(seed))
+
+
+def test_another_size_has_its_own_cache(config, tmp_path):
+    other = DataConfig(**{**vars(config), "height": 16})
+    assert open_study(config)["train"].pixels.shape[1:] == SIZE
+    assert open_study(other)["train"].pixels.shape[1:] == (16, 16)
+    assert open_study(config)["train"].pixels.shape[1:] == SIZE
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written_names_the_flag(config, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(OSError, match="Mend: --cache DIR"):
+        open_study(config)
+
+
+def test_default_cache_is_outside_the_study(study, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    before = sorted(study.rglob("*"))
+    open_study(DataConfig(data=str(study), height=32, width=16))
+    assert sorted(study.rglob("*")) == before and any((tmp_path / "xdg" / "vqvae2-slices").iterdir())
+
+
+# ---- datasets ---------------------------------------------------------------------------------------------
+
+
+def test_a_loader_with_workers_equals_direct_reading(config):
+    train = open_study(config)["train"]
+    loader = torch.utils.data.DataLoader(train, 5, num_workers=2)
+    batches = list(loader)
+    torch.testing.assert_close(
+        torch.cat([batch["image"] for batch in batches]), train.images(range(12)), rtol=0, atol=0
+    )
+    assert torch.cat([batch["index"] for batch in batches]).tolist() == list(range(12))
+    assert batches[0]["affine"].shape == (5, 4, 4) and batches[0]["path"][4] == str(train.paths[4])
+
+
+def test_a_pickled_dataset_carries_no_pixels(config):
+    splits = open_study(config)
+    data = pickle.dumps(splits["test"])
+    assert len(data) < splits["test"].pixels.nbytes
+    np.testing.assert_array_equal(pickle.loads(data).pixels, splits["test"].pixels)
+
+
+def test_a_phantom_is_said_to_be_synthetic(study, config, capsys):
+    assert not open_study(config)["train"].synthetic and "SYNTHETIC" not in capsys.readouterr().out
+    (study / "SYNTHETIC.txt").write_text("made by a program")
+    assert open_study(config)["test"].synthetic and capsys.readouterr().out.count("SYNTHETIC") == 1
+
+
+def test_a_reconstruction_goes_back_to_scanner_units_and_place(study, config, tmp_path):
+    x, y = np.meshgrid(np.linspace(0, 3, 32), np.linspace(0, 2, 18), indexing="ij")
+    smooth = (500 + 300 * np.sin(x) * np.cos(y)).astype(np.float32)
+    put(study, smooth, 1)
+    train = open_study(config)["train"]
+    for index, source, tolerance in ((0, noise(400), 1e-6), (1, smooth, 2e-2)):
+        dataset.save_reconstruction(train, index, train[index]["image"][0].numpy(), tmp_path / "r.nii.gz")
+        image = nibabel.load(tmp_path / "r.nii.gz")
+        np.testing.assert_allclose(np.asarray(image.dataobj), source, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(image.affine, AFFINE)
+        assert image.get_data_dtype() == np.float32 and image.shape == source.shape
+    with pytest.raises(ValueError, match=r"expected \(32, 16\)"):
+        dataset.save_reconstruction(train, 0, smooth, tmp_path / "r.nii.gz")
+
+
+# ---- slicing volumes --------------------------------------------------------------------------------------
+
+RAS = np.array([[1.5, 0.1, 0, -20], [-0.1, 2.0, 0.2, 30], [0, -0.2, 1.25, 5], [0, 0, 0, 1]])  # oblique
+SHAPE = (8, 10, 6)
+SCHEMES = {
+    "anonymous": (
+        "semantic_MRs_anon/Case_{:03d}_Week{}_LFOV",
+        "semantic_labels_anon/Case_{:03d}_Week{}_SEMANTIC_LFOV",
+    ),
+    "B": ("semantic_MRs/B{:03d}_Week{}_LFOV", "semantic_labels_only/B{:03d}_Week{}_SEMANTIC"),
+}
+
+
+def write_release(root, patients, scheme="anonymous", weeks=(0,), affine=RAS, axes=(0, 1, 2)):
+    for patient in patients:
+        for week in weeks:
+            pixels = noise(10 * patient + week, SHAPE).transpose(axes)
+            image, mask = (root / (form.format(patient, week) + ".nii.gz") for form in SCHEMES[scheme])
+            save(image, pixels, affine)
+            save(mask, (pixels // 9 % 6).astype(np.float32), affine)
+    return root
+
+
+def run_slice(release, out, **flags):
+    slice_volumes(SliceConfig(volumes=str(release), out=str(out), **{"count": 4, **flags}))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_central_coronal_planes_and_masks_lie_where_the_volume_has_them(tmp_path, scheme):
+    out = tmp_path / "out"
+    run_slice(write_release(tmp_path / "a", (4, 36, 40), scheme, weeks=(0, 2)), out)
+    assert len(list(out.rglob("case_*.nii.gz"))) == len(list(out.rglob("seg_*.nii.gz"))) == 24
+    volume = noise(10 * 36 + 2, SHAPE)
+    for number in range(4):
+        plane = 3 + number  # the central 4 of 10
+        image = nibabel.load(out / "keras_slices_validate" / name_of(36, number, week=2))
+        mask = nibabel.load(out / "keras_slices_seg_validate" / f"seg_036_week_2_slice_{number}.nii.gz")
+        np.testing.assert_array_equal(np.asarray(image.dataobj), volume[:, plane, :])
+        np.testing.assert_array_equal(
+            np.asarray(mask.dataobj), (volume[:, plane, :] // 9 % 6).astype(np.uint8)
+        )
+        assert image.get_data_dtype() == np.float32 and mask.get_data_dtype() == np.uint8
+        for i, k in ((0, 0), (7, 0), (0, 5), (3, 2)):
+            where = apply_affine(RAS, [i, plane, k])
+            np.testing.assert_allclose(apply_affine(image.affine, [i, k, 0]), where, atol=1e-4)
+            np.testing.assert_allclose(apply_affine(mask.affine, [i, k, 0]), where, atol=1e-4)
+        np.testing.assert_allclose(image.header.get_zooms(), [RAS_ZOOMS[0], RAS_ZOOMS[2]], rtol=1e-6)
+    splits = open_study(DataConfig(data=str(out), height=8, width=6, cache=str(tmp_path / "cache")))
+    assert [sorted({name.patient for name in splits[split].names}) for split in SPLITS] == [[4], [36], [40]]
+
+
+RAS_ZOOMS = np.linalg.norm(RAS[:3, :3], axis=0)
+
+
+def test_another_storage_order_gives_the_same_planes(tmp_path):
+    axes = (2, 0, 1)  # stored head-foot, left-right, front-back
+    affine = RAS.copy()
+    affine[:3, :3] = RAS[:3, axes]
+    run_slice(write_release(tmp_path / "a", (4,), affine=affine, axes=axes), tmp_path / "out")
+    image = nibabel.load(tmp_path / "out" / "keras_slices_train" / name_of(4, 1))
+    np.testing.assert_array_equal(np.asarray(image.dataobj), noise(40, SHAPE)[:, 4, :])
+    np.testing.assert_allclose(apply_affine(image.affine, [2, 5, 0]), apply_affine(RAS, [2, 4, 5]), atol=1e-4)
+
+
+def test_axis_first_and_count_choose_the_planes(tmp_path):
+    run_slice(write_release(tmp_path / "a", (4,)), tmp_path / "out", axis=2, first=1, count=2)
+    image = nibabel.load(tmp_path / "out" / "keras_slices_train" / name_of(4, 1))
+    np.testing.assert_array_equal(np.asarray(image.dataobj), noise(40, SHAPE)[:, :, 2])
+    np.testing.assert_allclose(apply_affine(image.affine, [2, 5, 0]), apply_affine(RAS, [2, 5, 2]), atol=1e-4)
+    assert len(list((tmp_path / "out").rglob("case_*"))) == 2
+
+
+def test_a_volume_without_orientation_needs_the_axis_flag(tmp_path):
+    release = write_release(tmp_path / "a", (4,), affine=None)
+    with pytest.raises(ValueError, match=r"Case_004.*no orientation.*--axis"):
+        run_slice(release, tmp_path / "out")
+    run_slice(release, tmp_path / "other", axis=1)
+    assert len(list((tmp_path / "other").rglob("case_*"))) == 4
+
+
+def test_slicing_resumes_without_touching_whole_files(tmp_path):
+    release, out = write_release(tmp_path / "a", (4, 5)), tmp_path / "out"
+    run_slice(release, out)
+    files = sorted(out.rglob("*.nii.gz"))
+    lost = files[3]
+    expected = lost.read_bytes()
+    lost.unlink()
+    for file in files:
+        if file != lost:
+            os.utime(file, ns=(10**18, 10**18))
+    run_slice(release, out)
+    assert lost.read_bytes() == expected and sorted(out.rglob("*.nii.gz")) == files
+    assert all(file.stat().st_mtime_ns == 10**18 for file in files if file != lost)
+
+
+def test_a_folder_of_other_planes_or_another_split_is_not_completed(tmp_path):
+    release, out = write_release(tmp_path / "a", (4, 5)), tmp_path / "out"
+    run_slice(release, out)
+    with pytest.raises(ValueError, match="first: -1, now 2"):
+        run_slice(release, out, first=2)
+    write_release(release, range(101, 110))  # now the split is a random one
+    with pytest.raises(ValueError, match=r"patient \d\d\d: \w+, now"):
+        for seed in range(20):
+            run_slice(release, out, seed=seed)
+
+
+def test_bad_volumes_are_listed_and_the_others_done(tmp_path):
+    release, out = write_release(tmp_path / "a", (4, 5, 6, 7, 8)), tmp_path / "out"
+    images, masks = SCHEMES["anonymous"]
+    (release / f"{images.format(5, 0)}.nii.gz").write_bytes(b"no")
+    save(release / f"{masks.format(6, 0)}.nii.gz", np.ones((8, 9, 6), np.uint8), RAS)
+    save(release / f"{masks.format(7, 0)}.nii.gz", np.full(SHAPE, 0.5, np.float32), RAS)
+    (release / f"{masks.format(8, 0)}.nii.gz").unlink()
+    with pytest.raises(
+        ValueError, match=r"(?s)3 of 5 files.*Case_005.*Case_006.*its mask.*Case_007.*its mask"
+    ) as error:
+        run_slice(release, out)
+    assert "Case_004" not in str(error.value)
+    assert {parse_name(file).patient for file in out.rglob("case_*")} == {4, 8}
+    assert {parse_name(file).patient for file in out.rglob("seg_*")} == {4}
+
+
+def test_patients_are_split_as_in_the_course_or_by_seed():
+    course, line = split_patients({*range(4, 34), *range(35, 43)}, seed=0)
+    assert "course" in line and len(course) == 38
+    assert [sum(split == of for of in course.values()) for split in SPLITS] == [31, 4, 3]
+    assert (
+        course[33] == course[35] == "train"
+        and course[36] == course[39] == "validate"
+        and course[40] == "test"
+    )
+    some, line = split_patients({1, *range(4, 33)}, seed=0)
+    assert "seed 0" in line and [sum(split == of for of in some.values()) for split in SPLITS] == [24, 3, 3]
+    assert some == split_patients({1, *range(4, 33)}, seed=0)[0]
+    assert some != split_patients({1, *range(4, 33)}, seed=1)[0]
+    with pytest.raises(ValueError, match="at least 3"):
+        split_patients({100, 101}, seed=0)
+
+
+def test_the_command_ends_in_code_2_and_one_line(tmp_path):
+    script = Path(dataset.__file__)
+    run = subprocess.run(
+        [sys.executable, script, "slice", "--volumes", tmp_path], capture_output=True, text=True
+    )
+    assert run.returncode == 2 and run.stderr.startswith("error: ") and "semantic_MRs" in run.stderr
+    assert "Traceback" not in run.stderr

@@ -1,0 +1,236 @@
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import structural_similarity
+from torch.nn import functional as F
+
+from modules import VQVAE2, VectorQuantiser, VQVAE2Config, ssim
+
+SMALL = VQVAE2Config(K=16, D=8, channels=16, top_channels=24, residual_channels=8, decoder_blocks=1)
+
+
+def small_model(seed: int = 0) -> VQVAE2:
+    """A model whose codebooks have started from a batch."""
+    torch.manual_seed(seed)
+    model = VQVAE2(SMALL)
+    model(torch.randn(4, 1, 32, 16))
+    return model.eval()
+
+
+def quantiser(K: int = 8, D: int = 4, **kwargs) -> VectorQuantiser:
+    torch.manual_seed(0)
+    built = VectorQuantiser(K, D, **kwargs)
+    built(torch.randn(2, D, 8, 8))
+    return built
+
+
+# the network
+
+
+def test_default_shapes_and_rate():
+    model = VQVAE2().eval()
+    top, bottom = model.encode(torch.randn(1, 1, 256, 128))
+    assert top.shape == (1, 32, 16) and bottom.shape == (1, 64, 32)
+    assert top.dtype == bottom.dtype == torch.int64
+    assert model.decode_codes(top, bottom).shape == (1, 1, 256, 128)
+    # 2048 + 512 codes of 9 bits over 32,768 pixels
+    assert model.config.bits_per_pixel(256, 128) == pytest.approx((2048 + 512) * 9 / 32768)
+
+
+def test_decoding_the_codes_is_the_forward_pass():
+    model, x = small_model(), torch.randn(3, 1, 48, 24)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            model.decode_codes(*model.encode(x)), model(x).reconstruction, rtol=0, atol=1e-5
+        )
+
+
+def test_codes_of_a_slice_do_not_depend_on_its_batch():
+    model, x = small_model(), torch.randn(5, 1, 32, 16)
+    with torch.inference_mode():
+        together, alone = model.encode(x), model.encode(x[2:3])
+    assert all(torch.equal(a[2:3], b) for a, b in zip(together, alone, strict=True))
+
+
+def test_it_is_a_hierarchy():
+    """The bottom codes see the top ones, and both reach the picture; the top never sees the bottom codes."""
+    model, x = small_model(), torch.randn(1, 1, 32, 16)
+    with torch.inference_mode():
+        top, bottom = model.encode(x)
+        picture = model.decode_codes(top, bottom)
+        assert not torch.equal(picture, model.decode_codes((top + 1) % 16, bottom))
+        assert not torch.equal(picture, model.decode_codes(top, (bottom + 1) % 16))
+        model.quantiser_top.codebook.mul_(-3)  # other top vectors: other bottom codes
+        assert not torch.equal(bottom, model.encode(x)[1])
+
+
+@pytest.mark.parametrize("size", [(256, 129), (250, 128), (4, 8), (0, 8)])
+def test_sizes_that_do_not_divide_are_refused(size):
+    with pytest.raises(ValueError, match="multiples of 8"):
+        VQVAE2Config().code_shapes(*size)
+    if min(size) >= 4:
+        with pytest.raises(ValueError, match=f"{size[0]}x{size[1]}"):
+            small_model()(torch.randn(1, 1, *size))
+
+
+@pytest.mark.parametrize("bad", [{"K": 0}, {"D": -1}, {"ema_decay": 1.0}])
+def test_impossible_configurations_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        VQVAE2Config(**bad)
+
+
+def test_every_parameter_learns():
+    torch.manual_seed(0)
+    model, x = VQVAE2(SMALL), torch.randn(4, 1, 32, 16)
+    output = model(x)
+    commitment = output.top.commitment + output.bottom.commitment
+    (F.mse_loss(output.reconstruction, x) + 0.25 * commitment).backward()
+    still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not still
+
+
+def test_code_maps_that_do_not_belong_together_are_refused():
+    codes = torch.zeros(1, 4, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"\(B, 2h, 2w\)"):
+        small_model().decode_codes(codes, codes)
+
+
+# the quantiser
+
+
+def test_nearest_code_is_the_brute_force_one():
+    vq = quantiser(K=37, D=5)
+    vq.chunk = 7  # that does not divide the rows
+    flat = torch.randn(100, 5)
+    distances = (flat.double()[:, None] - vq.codebook.double()[None]).square().sum(2)
+    assert torch.equal(vq.nearest(flat), distances.argmin(1))
+
+
+def test_no_matrix_of_all_rows_by_all_codes_is_held(monkeypatch):
+    vq = quantiser(K=8, D=4)
+    held = []
+    addmm = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *a, **k: held.append(addmm(*a, **k)) or held[-1])
+    vq.nearest(torch.randn(3 * vq.chunk + 1, 4))
+    assert max(len(matrix) for matrix in held) == vq.chunk
+
+
+def test_quantised_vectors_are_codes_and_the_gradient_goes_straight_through():
+    vq = quantiser()
+    z = torch.randn(2, 4, 3, 5, requires_grad=True)
+    codebook = vq.codebook.clone()
+    out = vq(z)
+    torch.testing.assert_close(out.vectors, F.embedding(out.codes, codebook).permute(0, 3, 1, 2))
+    gradient = torch.randn_like(z)
+    out.vectors.backward(gradient)
+    assert torch.equal(z.grad, gradient)
+
+
+def test_commitment_pulls_the_encoder_alone():
+    """sum ||z - sg[e]||^2 / n: its gradient is 2 (z - e) / n, and the codebook is no parameter."""
+    vq = quantiser().eval()
+    z = torch.randn(2, 4, 3, 5, requires_grad=True)
+    out = vq(z)
+    out.commitment.backward()
+    torch.testing.assert_close(z.grad, 2 * (z - out.vectors).detach() / z.numel())
+    assert out.commitment.item() == pytest.approx((z - out.vectors).square().mean().item())
+    assert not list(vq.parameters())
+
+
+def test_ema_follows_appendix_a1():
+    decay = 0.9
+    vq = quantiser(K=4, D=3, decay=decay, revive=0.0)
+    vq.updates.fill_(10**6)  # past the warm-up of gamma
+    N, m = vq.ema_count.double().clone(), vq.ema_sum.double().clone()
+    z = torch.randn(5, 3, 6, 6)
+    codes = vq(z).codes.flatten()
+    flat = z.permute(0, 2, 3, 1).reshape(-1, 3).double()
+    for k in range(4):
+        N[k] = decay * N[k] + (1 - decay) * (codes == k).sum()
+        m[k] = decay * m[k] + (1 - decay) * flat[codes == k].sum(0)
+    smoothed = (N + vq.epsilon) / (N.sum() + 4 * vq.epsilon) * N.sum()
+    torch.testing.assert_close(vq.ema_count.double(), N, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(vq.codebook.double(), m / smoothed[:, None], rtol=1e-5, atol=1e-5)
+
+
+def test_codebook_starts_from_the_first_batch():
+    torch.manual_seed(0)
+    vq = VectorQuantiser(8, 4, revive=0.0)
+    z = torch.randn(2, 4, 8, 8) + 100
+    vq.start(z.permute(0, 2, 3, 1).reshape(-1, 4))
+    flat = {tuple(v) for v in z.permute(0, 2, 3, 1).reshape(-1, 4).tolist()}
+    assert {tuple(v) for v in vq.codebook.tolist()} <= flat
+    other = VectorQuantiser(8, 4)
+    other(z)
+    assert other.codebook.mean() > 90 and other.updates == 1
+
+
+def test_a_dead_code_restarts_with_its_averages():
+    vq = quantiser(K=8, D=4, revive=0.1)
+    vq.codebook[3] = 1e3  # nobody is near
+    vq.ema_sum[3] = 1e3
+    vq.ema_count[3] = 1e-6
+    z = torch.randn(2, 4, 8, 8)
+    vq(z)
+    flat = z.permute(0, 2, 3, 1).reshape(-1, 4)
+    assert (flat - vq.codebook[3]).abs().amax(1).min() < 1e-3
+    mean = vq.ema_count.sum() / 8
+    assert vq.ema_count[3] == pytest.approx(mean.item(), rel=0.2)
+    torch.testing.assert_close(vq.ema_sum[3] / vq.ema_count[3], vq.codebook[3], rtol=1e-3, atol=1e-3)
+    vq(torch.randn(2, 4, 8, 8))
+    assert vq.codebook[3].abs().max() < 10  # with the old averages it would be back at 1,000
+
+
+def test_eval_changes_no_buffer():
+    model = small_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(torch.randn(2, 1, 32, 16))
+    fresh = VQVAE2(SMALL).eval()
+    codebook = fresh.quantiser_top.codebook.clone()
+    fresh(torch.randn(2, 1, 32, 16))
+    assert torch.equal(codebook, fresh.quantiser_top.codebook)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_autocast_does_not_reach_the_quantiser():
+    plain, cast = quantiser(), quantiser()
+    z = torch.randn(2, 4, 8, 8)
+    out = plain(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        out_cast = cast(z)
+    assert out_cast.vectors.dtype == torch.float32
+    assert torch.equal(out.codes, out_cast.codes)
+    assert torch.equal(plain.codebook, cast.codebook)
+
+
+def test_no_part_of_the_quantiser_ignores_its_arguments():
+    z = torch.randn(2, 4, 8, 8)
+    books = []
+    for kwargs in ({}, {"decay": 0.5}, {"revive": 0.9}):
+        torch.manual_seed(0)
+        vq = VectorQuantiser(8, 4, **kwargs)
+        for _ in range(30):
+            vq(z)
+        books.append(vq.codebook)
+    assert not torch.equal(books[0], books[1]) and not torch.equal(books[0], books[2])
+
+
+# the SSIM of the loss
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.5, 3.0])
+def test_ssim_is_skimage_s(noise):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 1, 40, 24)).cumsum(2)
+    y = x + noise * rng.normal(size=x.shape)
+    expected = [
+        structural_similarity(a[0], b[0], data_range=a.max() - a.min()) for a, b in zip(x, y, strict=True)
+    ]
+    found = ssim(torch.from_numpy(x), torch.from_numpy(y))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-9)
+
+
+def test_ssim_of_a_constant_slice_is_finite():
+    x = torch.zeros(1, 1, 16, 16)
+    assert ssim(x, x).item() == pytest.approx(1)
+    assert torch.isfinite(ssim(x, x + 1)).all()

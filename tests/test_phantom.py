@@ -1,0 +1,130 @@
+"""The phantom is what it says: layout, anatomy, smoothness, noise, and nobody else's folder lost."""
+
+import json
+from dataclasses import asdict, replace
+
+import nibabel
+import numpy as np
+import pytest
+from skimage.measure import label, regionprops
+from skimage.metrics import structural_similarity
+
+import phantom
+from phantom import BLADDER, BONE, FAT, MUSCLE, Man, PhantomConfig, write_phantom
+
+TINY = PhantomConfig(train_patients=2, validate_patients=1, test_patients=1, weeks=1, slices=2)
+PATIENTS = (4, 5, 36, 40)
+
+
+def contents(study):
+    return {path.relative_to(study).as_posix(): path.read_bytes() for path in study.rglob("*.*z")}
+
+
+def z_score(pixels):
+    return (pixels - pixels.mean()) / pixels.std()
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return write_phantom(tmp_path_factory.mktemp("phantom") / "study", TINY)
+
+
+def test_layout_of_the_real_study(study):
+    for split, patients in {"train": ("004", "005"), "validate": ("036",), "test": ("040",)}.items():
+        for folder, kind in ((f"keras_slices_{split}", "case"), (f"keras_slices_seg_{split}", "seg")):
+            expected = {f"{kind}_{p}_week_0_slice_{n}.nii.gz" for p in patients for n in (0, 59)}
+            assert {path.name for path in (study / folder).iterdir()} == expected
+            for path in (study / folder).iterdir():
+                image = nibabel.load(path)
+                pixels = np.asarray(image.dataobj)
+                assert pixels.shape == (256, 128) and pixels.min() == 0
+                assert pixels.dtype == (np.float32 if kind == "case" else np.uint8)
+                assert kind == "case" or {0, 1, 2} <= set(np.unique(pixels)) <= {0, 1, 2, 3, 4, 5}
+                assert image.header["descrip"].item() == b"synthetic phantom, not a patient"
+                assert nibabel.aff2axcodes(image.affine) == ("R", "S", "P")
+    text = (study / "SYNTHETIC.txt").read_text()
+    assert "SYNTHETIC" in text and json.loads(text.splitlines()[-1]) == {"version": 1, **asdict(TINY)}
+
+
+def test_same_config_gives_same_bytes_and_another_seed_others(study, tmp_path):
+    first, again = contents(study), contents(write_phantom(tmp_path / "again", TINY))
+    other = contents(write_phantom(tmp_path / "other", replace(TINY, seed=1)))
+    assert first == again and first.keys() == other.keys() and len(first) == 16
+    assert not set(first.values()) & set(other.values())
+
+
+def test_a_whole_phantom_is_reused_and_any_other_replaced(tmp_path):
+    one = PhantomConfig(train_patients=1, validate_patients=1, test_patients=1, weeks=1, slices=1)
+    out = write_phantom(tmp_path / "p", one)
+    made = out.stat().st_ino, out.stat().st_mtime_ns
+    write_phantom(out, one)
+    assert made == (out.stat().st_ino, out.stat().st_mtime_ns)
+    next(out.glob("keras_slices_seg_test/*")).unlink()
+    assert len(contents(write_phantom(out, one))) == 6
+    assert len(contents(write_phantom(out, replace(one, train_patients=2)))) == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["p"]
+
+
+def test_foreign_folder_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="not a phantom"):
+        write_phantom(tmp_path, TINY)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["years of work"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"slices": 61}, {"train_patients": 33}, {"test_patients": 0}, {"seed": -1}]
+)
+def test_impossible_config_is_named(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong)).replace("_", "-")):
+        PhantomConfig(**wrong)
+
+
+def test_default_study_has_disjoint_patients(monkeypatch, tmp_path):
+    written = []
+    monkeypatch.setattr(phantom.runtime, "write_nifti", lambda path, *rest: written.append(path))
+    monkeypatch.setattr(Man, "cut", lambda self, number: np.zeros((3, 256, 128), np.uint8))
+    write_phantom(tmp_path / "p")
+    splits = ("train", "validate", "test")
+    patients = [{p.name[5:8] for p in written if p.parent.name == f"keras_slices_{s}"} for s in splits]
+    assert [min(numbers) for numbers in patients] == ["004", "036", "040"] and len(patients[2]) >= 3
+    assert not patients[0] & patients[1] and not (patients[0] | patients[1]) & patients[2]
+    assert len(written) == len(set(written)) == 2 * 360
+
+
+@pytest.mark.parametrize("patient", PATIENTS)
+def test_a_coronal_t2_image_of_a_pelvis(patient):
+    man = Man(0, patient, 0)
+    clean, _, tissues = man.cut(18)
+    fat, bladder, muscle = (clean[tissues == tissue].mean() for tissue in (FAT, BLADDER, MUSCLE))
+    assert fat > 1.2 * bladder and bladder > 2 * muscle and muscle > 20 * clean[:4].mean()
+    assert (
+        tissues.ravel()[clean.argmax()] == FAT and (z_score(clean) ** 3).mean() > 0.3
+    )  # skewed to the right
+    assert (
+        not tissues[[0, -1]].any() and tissues[:, 0].any() and tissues[:, -1].any()
+    )  # air left and right only
+    tissues = man.cut(int(np.abs(man.y).argmin()))[2]  # the plane of the femoral heads
+    middle, level, femurs = int(np.abs(man.x).argmin()), int(np.abs(man.z).argmin()), []
+    for half in (tissues[middle:], tissues[middle::-1]):  # outwards from the midline
+        femurs.append(max(regionprops(label(half == BONE)), key=lambda bone: bone.area))  # with its socket
+        across, along = np.ogrid[: half.shape[0], : half.shape[1]]
+        head = (across - 56) ** 2 + (along - level) ** 2 < 10**2  # 90 mm out, 16 of its 25 mm radius
+        assert (half[head] == BONE).mean() > 0.9
+    assert np.abs(np.subtract(femurs[0].centroid, femurs[1].centroid)).max() < 25
+
+
+def test_changes_smoothly_by_slice_and_a_little_by_week():
+    clean = {(p, w): [Man(0, p, w).cut(n)[0].ravel() for n in (28, 29)] for p in PATIENTS for w in (0, 1)}
+    men = [clean[p, 0][0] for p in PATIENTS] + [Man(1, 4, 0).cut(28)[0].ravel()]  # another seed, another man
+    others = np.corrcoef(men) - 2 * np.eye(len(men))
+    for p in PATIENTS:
+        by_slice, by_week = np.corrcoef([clean[p, 0][0], clean[p, 0][1], clean[p, 1][0]])[0, 1:]
+        assert 0.99 > by_slice > by_week > others.max()
+
+
+def test_noise_leaves_room_for_a_model():
+    slices = [Man(0, patient, 0).cut(number)[:2] for patient in PATIENTS for number in (5, 20, 40, 55)]
+    pairs = [(z_score(clean), z_score(noisy)) for clean, noisy in slices]
+    scores = [structural_similarity(clean, noisy, data_range=np.ptp(noisy)) for clean, noisy in pairs]
+    assert 0.95 <= np.mean(scores) <= 0.97 and min(scores) > 0.92

@@ -1,0 +1,241 @@
+import json
+import math
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import run, start
+
+import runtime
+import train
+from dataset import DataConfig, open_study
+from modules import VQVAE2, Output, Quantised, VQVAE2Config, ssim
+
+SMALL = VQVAE2Config(K=16, D=8, channels=16, top_channels=24, residual_channels=8, decoder_blocks=1)
+SHAPE_FLAGS = (
+    "--K 16 --D 8 --channels 16 --top-channels 24 --residual-channels 8 --decoder-blocks 1"
+    " --height 64 --width 32 --batch-size 4 --device cpu"
+).split()
+
+
+def fit(study, out, epochs=2, checkpoint=None, **settings):
+    data = DataConfig(data=str(study), height=64, width=32)
+    config = train.TrainConfig(
+        out=str(out),
+        epochs=epochs,
+        **{"batch_size": 4, "device": "cpu", "flip": True, "lr": 1e-3, **settings},
+    )
+    return train.train(data, SMALL, config, checkpoint)
+
+
+def tensors(value, prefix=""):
+    """Every tensor and number of a checkpoint by its place, times apart."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key not in ("history", "seconds", "epoch_seconds", "train_config"):
+                yield from tensors(inner, f"{prefix}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, inner in enumerate(value):
+            yield from tensors(inner, f"{prefix}/{i}")
+    else:
+        yield prefix, value
+
+
+def assert_same(one, other):
+    one, other = (dict(tensors(runtime.load_checkpoint(path, "vqvae2"))) for path in (one, other))
+    assert one.keys() == other.keys()
+    different = [
+        key
+        for key, value in one.items()
+        if not (torch.equal(value, other[key]) if torch.is_tensor(value) else value == other[key])
+    ]
+    assert not different
+
+
+# the terms
+
+
+def output_of(y, top=0.0, bottom=0.0):
+    level = lambda c: Quantised(torch.zeros(1), torch.zeros(1, dtype=torch.int64), torch.tensor(c))  # noqa: E731
+    return Output(y, level(top), level(bottom))
+
+
+def test_loss_is_the_report_s_arithmetic():
+    """reconstruction + beta * commitment, in float64 by hand; beta weighs the commitment and only that."""
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 3, 1, 16, 16)
+    config = train.TrainConfig(mse=2.0, l1=3.0, ssim=5.0, beta=0.25)
+    terms = train.losses(x, output_of(y, top=0.5, bottom=1.5), config)
+    d = (x - y).double().numpy()
+    reconstruction = 2 * (d**2).mean() + 3 * np.abs(d).mean() + 5 * (1 - ssim(x, y).mean().item())
+    assert terms["reconstruction"].item() == pytest.approx(reconstruction, rel=1e-5)
+    assert terms["loss"].item() == pytest.approx(reconstruction + 0.25 * (0.5 + 1.5), rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", ["mse", "l1", "ssim", "beta"])
+def test_every_weight_changes_the_loss(weight):
+    x, y = torch.randn(2, 3, 1, 16, 16)
+    loss = [
+        train.losses(x, output_of(y, 1.0, 1.0), train.TrainConfig(**{weight: value}))["loss"]
+        for value in (0.7, 1.4)
+    ]
+    assert loss[0] != loss[1]
+
+
+def test_learning_rate_rises_then_falls():
+    config = train.TrainConfig(lr=2.0, schedule="cosine", warmup=0.1)
+    rates = [train.learning_rate(config, p) for p in (0, 0.05, 0.1, 0.5, 1.0, 1.3)]
+    cosine = [1 + math.cos(math.pi * p) for p in (0, 0.05, 0.1, 0.5, 1.0, 1.0)]
+    assert rates == pytest.approx([0, 0.5 * cosine[1], cosine[2], cosine[3], 0, 0])
+    assert train.learning_rate(train.TrainConfig(lr=2.0), 0.9) == 2.0
+
+
+def test_flips_are_left_right_and_half():
+    torch.manual_seed(0)
+    x = torch.arange(12.0).view(1, 1, 4, 3).expand(400, 1, 4, 3)
+    flipped = train.flip_left_right(x)
+    mirrored = (flipped == x.flip(2)).flatten(1).all(1)
+    assert ((flipped == x).flatten(1).all(1) ^ mirrored).all()
+    assert 150 < mirrored.sum() < 250
+
+
+@pytest.mark.parametrize(
+    "bad", [{"epochs": 0}, {"batch_size": 0}, {"minutes": -1}, {"mse": 0.0}, {"beta": float("nan")}]
+)
+def test_impossible_settings_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad)).replace("_", "-")):
+        train.TrainConfig(**bad)
+
+
+# a run
+
+
+def test_a_run_leaves_what_it_promises(study, tmp_path):
+    best = fit(study, tmp_path, epochs=5, keep=2)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        "train_losses.txt",
+        "val_losses.txt",
+        "loss_plot.png",
+        "log.jsonl",
+        "vqvae2_epoch_4.pth",
+        "vqvae2_epoch_5.pth",
+        "vqvae2_best.pth",
+        "vqvae2_epoch_final.pth",
+    }
+    head, *epochs = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {"argv", "revision", "torch"} <= head["run"].keys() and head["train"]["seed"] == 0
+    assert [line["epoch"] for line in epochs] == [1, 2, 3, 4, 5]
+    assert all({"step", "train_loss", "val_loss", "slices_per_s"} <= line.keys() for line in epochs)
+    assert epochs[-1]["step"] == 5 * 4  # 14 slices are 3 batches of 4 and one of 2
+    losses = [float(line) for line in (tmp_path / "val_losses.txt").read_text().split()]
+    assert losses == pytest.approx([line["val_loss"] for line in epochs], abs=1e-6)
+    assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
+    assert runtime.load_checkpoint(best, "vqvae2")["best"] == min(line["val_loss"] for line in epochs)
+
+
+def test_validation_is_the_exact_mean_of_the_split(study, tmp_path):
+    """5 slices in batches of 4 and 1: slice by slice, from the checkpoint alone, the same figures."""
+    fit(study, tmp_path, epochs=1)
+    checkpoint = runtime.load_checkpoint(tmp_path / "vqvae2_epoch_1.pth", "vqvae2")
+    model = VQVAE2(VQVAE2Config(**checkpoint["model_config"])).eval()
+    model.load_state_dict(checkpoint["model"])
+    split = open_study(DataConfig(data=str(study), height=64, width=32))["validate"]
+    logged = checkpoint["history"][-1]
+    with torch.inference_mode():
+        outputs = [(x, model(x)) for x in (split.images([i]) for i in range(len(split)))]
+        terms = [train.losses(x, output, train.TrainConfig()) for x, output in outputs]
+    for name in terms[0]:
+        mean = np.mean([term[name].item() for term in terms])
+        assert logged["validate"][name] == pytest.approx(mean, rel=1e-4), name
+    used = {level: len(torch.cat([getattr(o, level).codes.flatten() for _, o in outputs]).unique())
+            for level in ("top", "bottom")}  # fmt: skip
+    assert {level: logged["codes"]["validate"][level]["used"] for level in used} == used
+
+
+def test_same_seed_same_weights_other_seed_others(study, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        fit(study, tmp_path / name, epochs=1, seed=seed)
+    final = "vqvae2_epoch_final.pth"
+    assert_same(tmp_path / "a" / final, tmp_path / "b" / final)
+    with pytest.raises(AssertionError):
+        assert_same(tmp_path / "a" / final, tmp_path / "c" / final)
+
+
+def test_best_survives_a_resume(study, tmp_path):
+    fit(study, tmp_path, epochs=1)
+    checkpoint = runtime.load_checkpoint(tmp_path / "vqvae2_epoch_1.pth", "vqvae2")
+    checkpoint["best"] = 0.0
+    before = (tmp_path / "vqvae2_best.pth").read_bytes()
+    fit(study, tmp_path, epochs=2, checkpoint=checkpoint)
+    assert (tmp_path / "vqvae2_best.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_goes_on_bit_for_bit(study, tmp_path, number):
+    """SIGTERM stops in the middle of an epoch; after SIGKILL the last epoch's checkpoint is there."""
+    flags = [*SHAPE_FLAGS, "--data", study, "--flip", "--schedule", "cosine", "--epochs", 12, "--keep", 0]
+    fit_flags = {"epochs": 12, "keep": 0, "schedule": "cosine", "lr": 3e-4}
+    process = start("train.py", *flags, "--out", tmp_path / "broken")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "broken" / "vqvae2_epoch_2.pth").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, err = process.communicate()
+    assert process.returncode == (130 if number == signal.SIGTERM else -number), err
+    assert "Traceback" not in err
+    if number == signal.SIGTERM:
+        path = tmp_path / "broken" / "vqvae2_interrupted.pth"
+        assert f"--resume {path}" in out
+    else:
+        path = max((tmp_path / "broken").glob("vqvae2_epoch_*.pth"), key=lambda p: int(p.stem.split("_")[-1]))
+    stopped_at = runtime.load_checkpoint(path, "vqvae2")["step"]
+    assert 0 < stopped_at < 48
+
+    code, out, err = run("train.py", "--resume", path, "--device", "cpu")
+    assert code == 0, err
+    fit(study, tmp_path / "whole", **fit_flags)
+    final = "vqvae2_epoch_final.pth"
+    assert_same(tmp_path / "broken" / final, tmp_path / "whole" / final)
+    losses = [(tmp_path / run_ / "val_losses.txt").read_text() for run_ in ("broken", "whole")]
+    assert losses[0] == losses[1]
+
+
+def test_minutes_are_kept_and_the_schedule_fits_them(study, tmp_path):
+    began = time.monotonic()
+    fit(study, tmp_path, minutes=0.05, schedule="cosine", epochs=1)
+    assert 2.5 < time.monotonic() - began < 8
+    history = runtime.load_checkpoint(tmp_path / "vqvae2_epoch_final.pth", "vqvae2")["history"]
+    assert history[-1]["lr"] < 1e-3 / 50
+
+
+# bad input
+
+
+def test_a_loss_that_is_not_finite_names_step_files_and_last_checkpoint(study, tmp_path):
+    fit(study, tmp_path, epochs=1)
+    checkpoint = runtime.load_checkpoint(tmp_path / "vqvae2_epoch_1.pth", "vqvae2")
+    checkpoint["model"]["decoder.0.weight"].fill_(float("inf"))
+    with pytest.raises(ValueError) as error:
+        fit(study, tmp_path, epochs=2, checkpoint=checkpoint)
+    assert "epoch 2, step 5" in str(error.value) and "vqvae2_epoch_final.pth" in str(error.value)
+    assert str(error.value).count("case_00") == 4
+
+
+def test_users_mistakes_exit_with_2_and_no_traceback(study, tmp_path, monkeypatch, capsys):
+    (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 cut off")
+    (tmp_path / "file").write_text("in the way")
+    for flags, said in (
+        (["--data", tmp_path / "nowhere"], "nowhere"),
+        (["--data", study, "--resume", tmp_path / "none.pth"], "none.pth"),
+        (["--data", study, "--resume", tmp_path / "cut.pth"], "cut.pth"),
+        (["--data", study, "--out", tmp_path / "file"], "file"),
+        (["--data", study, "--height", "250", "--out", tmp_path], "multiples of 8"),
+        (["--data", study, "--epochs", "0"], "epochs"),
+    ):
+        monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags)])
+        with pytest.raises(SystemExit) as exit_:
+            runtime.run_cli(train.main)
+        assert exit_.value.code == 2 and said in capsys.readouterr().err, flags
