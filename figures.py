@@ -113,8 +113,8 @@ def code_maps(
     Codes have no order, so colours only tell one from another.
     """
     height, width = original.shape
-    figure = _figure(3 * PANEL * width / height + 2.2, PANEL + 0.9)
-    figure.suptitle(title, fontsize=10) if title else None
+    figure = _figure(3 * PANEL * width / height + 2.6, PANEL + 0.9)
+    figure.suptitle(title, fontsize=10)
     axes = figure.subplots(1, 3)
     _show(axes[0], original, f"original {height}x{width}")
     for panel, name, codes in ((axes[1], "top", top), (axes[2], "bottom", bottom)):
@@ -124,7 +124,7 @@ def code_maps(
     _save(figure, path)
 
 
-def ssim_histogram(path: Path | str, values: Mapping[str, Sequence[float]]) -> None:
+def ssim_histogram(path: Path | str, values: Mapping[str, Sequence[float]], note: str = "") -> None:
     """Draw the histogram of SSIM over slices, stacked by patient; `values` has each patient's slices."""
     figure = _figure(8, 4.5)
     axes = figure.add_subplot()
@@ -139,7 +139,7 @@ def ssim_histogram(path: Path | str, values: Mapping[str, Sequence[float]]) -> N
     mean = everything.mean()
     axes.axvline(mean, color="black", linestyle="--", label=f"mean {mean:.4f}")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    title = f"SSIM of the test slices (n = {len(everything)})"
+    title = f"SSIM of the test slices (n = {len(everything)})" + (f"\n{note}" if note else "")
     axes.set(xlabel="SSIM, the report's protocol", ylabel="slices", title=title)
     figure.legend(loc="outside right upper", fontsize=8, title="patient")
     _save(figure, path)

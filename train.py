@@ -69,13 +69,21 @@ class TrainConfig:
             raise ValueError("--mse, --l1 and --ssim are all 0; expected at least one reconstruction term")
 
 
-# Each preset is what differs from the report's hyperparameters above; flags given beside it win.
-RECIPE = dict(lr=1e-3, schedule="cosine", warmup=0.03, weight_decay=0.01, clip=1.0, mse=0.0, l1=1.0, ssim=0.5)
-PRESETS = {
-    "report": {},
-    "quick": RECIPE | dict(minutes=1.75, flip=True),
-    "best": RECIPE | dict(minutes=40.0, flip=True),
+# Each preset is what differs from the report's hyperparameters above; flags given beside it win. Steps of one
+# slice learn more in the same time than steps of 16: the codebooks move with every step.
+RECIPE = {
+    "batch_size": 1,
+    "lr": 1.5e-3,
+    "schedule": "cosine",
+    "warmup": 0.03,
+    "weight_decay": 0.01,
+    "clip": 1.0,
+    "mse": 0.0,
+    "l1": 0.2,
+    "ssim": 1.0,
+    "flip": True,
 }
+PRESETS = {"report": {}, "quick": RECIPE | {"minutes": 1.75}, "best": RECIPE | {"minutes": 40.0}}
 
 
 # ---- one step ------------------------------------------------------------------------------------
@@ -127,6 +135,7 @@ class Run:
     """
 
     def __init__(self, data: DataConfig, model: VQVAE2Config, config: TrainConfig, checkpoint: dict | None):
+        model.code_shapes(data.height, data.width)  # ValueError now, not after the decoding
         self.config, self.data = config, data
         self.out = Path(config.out)
         self.device = runtime.pick_device(config.device)

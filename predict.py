@@ -1,0 +1,308 @@
+"""Score a trained VQ-VAE-2 on the whole test split of a study, and show what it does to the slices.
+
+    python predict.py                        # Results/vqvae2_best.pth, on the study it was trained on
+    python predict.py --checkpoint FILE --data DIR --out DIR
+    python predict.py --nifti                # the reconstructions as NIfTI too, in scanner units
+
+Writes to the checkpoint's folder (or --out): metrics.json (means, patients, intervals, bits per pixel, codes
+used), test_scores.csv (every slice), original_N.png and reconstruction_N.png, comparison.png (best, median
+and worst slice), code_maps.png, ssim_histogram.png; with --nifti also reconstructions/.
+"""
+
+import csv
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import figures
+import metrics
+import runtime
+from dataset import DataConfig, SliceDataset, open_study, save_reconstruction
+from modules import VQVAE2, VQVAE2Config
+from runtime import option
+
+PICTURES = 4  # originals and reconstructions written slice by slice
+DRAWS, SEED = 10_000, 0  # of the bootstrap
+LEVELS = ("top", "bottom")
+COLUMNS = {  # of the terminal's table
+    "ssim_report": "SSIM report",
+    "ssim_standard": "SSIM standard",
+    "ssim_report_body": "report, body",
+    "ssim_standard_body": "standard, body",
+    "psnr": "PSNR dB",
+    "mae": "MAE",
+}
+PROTOCOL = {
+    "split": "every slice of the test split once, in file order, z-scored; the model in float32",
+    "ssim_report": "scikit-image's defaults (7x7 uniform window) on z-scored slices; data_range = max - min "
+    "of the original",
+    "ssim_standard": "Wang et al. 2004: Gaussian 11x11 window, sigma 1.5, population covariance, data_range "
+    "1; both slices scaled by the minimum and maximum of the original, unclamped",
+    "body": "as above, over the original's foreground by intensity with its holes filled (metrics.body_mask)",
+    "psnr": "dB; the peak is max - min of the original; at most 100, for an exact copy",
+    "mae": "mean absolute error in standard deviations of the original",
+    "mean": "over slices; per_patient: over the slices of each patient",
+    "interval": f"low and high: 95 % percentile bootstrap of the mean over slices, {DRAWS} draws of patients "
+    f"with replacement, seed {SEED}; null for one patient, coarse for few",
+    "bits_per_pixel": "nominal: log2 K bits a code; code_entropy: the entropy of each level's code histogram "
+    "over the split, no context, the histogram itself not counted",
+    "perplexity": "2 to the power of that entropy",
+}
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """What to score, and where to write. The size of the slices is the checkpoint's."""
+
+    checkpoint: str = option("Results/vqvae2_best.pth", "the model, as train.py wrote it")
+    data: str = option("", "study folder; empty is the study that the model was trained on")
+    out: str = option("", "folder to write to; empty is the checkpoint's")
+    nifti: bool = option(False, "write the reconstructions as NIfTI, with their originals' affine and units")
+    batch_size: int = option(32, "slices at a time")
+    device: str = option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
+    allow_patient_overlap: bool = option(False, "let splits share a patient")
+    cache: str = option("", "decoded slices; empty is ~/.cache/vqvae2-slices")
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size is {self.batch_size}; expected at least 1")
+
+
+# ---- a model and its test split ------------------------------------------------------------------
+
+
+def load_model(checkpoint: dict, path: str) -> VQVAE2:
+    """The model of a checkpoint, in `eval()`; ValueError where its weights are of another network."""
+    try:
+        model = VQVAE2(VQVAE2Config(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: weights of another network than modules.py has ({str(error).splitlines()[0]}). "
+            "Mend: use the version of these scripts that wrote it, or train again."
+        ) from error
+    return model.eval()
+
+
+def open_test(checkpoint: dict, config: PredictConfig) -> SliceDataset:
+    """The test split at the size the model was trained at; says where its files are not the model's own."""
+    trained = checkpoint["data"]
+    if not config.data and not Path(trained["study"]).is_dir():
+        raise FileNotFoundError(
+            f"{trained['study']}: the study that {config.checkpoint} was trained on is not there. "
+            "Mend: --data DIR."
+        )
+    test = open_study(
+        DataConfig(
+            data=config.data or trained["study"],
+            height=trained["height"],
+            width=trained["width"],
+            allow_patient_overlap=config.allow_patient_overlap,
+            cache=config.cache,
+        )
+    )["test"]
+    if test.fingerprint != trained["fingerprints"]["test"]:
+        print(
+            f"note: {test.study}: names, sizes or times of the test files differ from those of the training"
+        )
+    return test
+
+
+@torch.inference_mode()
+def reconstruct(
+    model: VQVAE2, test: SliceDataset, indices: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Slices of a split and what the model makes of them, z-scored: originals and reconstructions
+    (B, H, W) float32, top codes (B, H/8, W/8) and bottom codes (B, H/4, W/4) int64 in [0, K)."""
+    x = test.images(indices)
+    output = model(x.to(next(model.parameters()).device))
+    found = x[:, 0], output.reconstruction[:, 0], output.top.codes, output.bottom.codes
+    return tuple(tensor.cpu().numpy() for tensor in found)
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+
+def score_split(
+    model: VQVAE2, test: SliceDataset, batch_size: int, nifti: Path | None
+) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+    """The scores of every slice in file order, and each level's code counts (K,); NIfTI files to `nifti`."""
+
+    def finish(index: int, original: np.ndarray, reconstruction: np.ndarray) -> dict[str, float]:
+        try:
+            score = metrics.score_slice(original, reconstruction)
+        except ValueError as error:
+            raise ValueError(f"{test.paths[index]}: {error}") from error
+        if nifti:
+            save_reconstruction(test, index, reconstruction, nifti / test.paths[index].name)
+        return score
+
+    scores, counts = [], {level: np.zeros(model.config.K, np.int64) for level in LEVELS}
+    bar = tqdm(total=len(test), desc="scoring", unit="slice", disable=None)
+    with bar, ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+        for start in range(0, len(test), batch_size):
+            indices = range(start, min(start + batch_size, len(test)))
+            originals, reconstructions, *codes = reconstruct(model, test, indices)
+            for level, of in zip(LEVELS, codes, strict=True):
+                counts[level] += np.bincount(of.ravel(), minlength=model.config.K)
+            # threads will do: NumPy and SciPy release the GIL while they compute
+            for score in pool.map(finish, indices, originals, reconstructions):
+                scores.append(score)
+                bar.update()
+    return scores, counts
+
+
+def summarise(scores: list[dict[str, float]], patients: list[str]) -> dict[str, dict]:
+    """Each score's mean over the slices, its 95 % interval over patients, and the mean of each patient."""
+    summary, patients = {}, np.array(patients)
+    for name in scores[0]:
+        values = np.array([score[name] for score in scores])
+        low, high = metrics.bootstrap_interval(values, patients, SEED, DRAWS)
+        per_patient = {str(one): values[patients == one].mean() for one in np.unique(patients)}
+        summary[name] = {"mean": values.mean(), "low": low, "high": high, "per_patient": per_patient}
+    return summary
+
+
+def rates(model: VQVAE2, counts: dict[str, np.ndarray], height: int, width: int) -> dict[str, dict]:
+    """What the codes of a slice of height x width pixels cost, and how much of each codebook is in use."""
+    codes = [h * w for h, w in model.config.code_shapes(height, width)]
+    entropy = {level: metrics.code_entropy(counts[level]) for level in LEVELS}
+    sent = metrics.bits_per_pixel(codes, list(entropy.values()), height * width)
+    return {
+        "bits_per_pixel": {"nominal": model.config.bits_per_pixel(height, width), "code_entropy": sent},
+        "codes_used": {level: int(np.count_nonzero(counts[level])) for level in LEVELS},
+        "perplexity": {level: 2 ** entropy[level] for level in LEVELS},
+    }
+
+
+# ---- what is written -----------------------------------------------------------------------------
+
+
+def rounded(value):
+    """`value` with every float in it to six decimals, which is more than any of them is worth."""
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    return round(float(value), 6) if isinstance(value, float) else value
+
+
+def write_scores(path: Path, test: SliceDataset, scores: list[dict[str, float]]) -> None:
+    with runtime.atomic_path(path) as part, open(part, "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file", "patient", "week", "slice", *scores[0]])
+        for source, name, score in zip(test.paths, test.names, scores, strict=True):
+            table.writerow([source.name, *name, *(f"{value:.6f}" for value in score.values())])
+
+
+def write_pictures(
+    out: Path, model: VQVAE2, test: SliceDataset, ssim: np.ndarray, patients: list[str]
+) -> None:
+    """The pictures of the module's docstring; best, median and worst are by the report's SSIM."""
+    note = "synthetic phantom, not MRI" if test.synthetic else ""
+    # one slice of each patient, then the rest in file order
+    first = [patients.index(patient) for patient in dict.fromkeys(patients)]
+    shown = sorted(range(len(test)), key=lambda i: (i not in first, i))[:PICTURES]
+    originals, reconstructions, *_ = reconstruct(model, test, shown)
+    for i, (original, reconstruction) in enumerate(zip(originals, reconstructions, strict=True)):
+        span = original.min(), original.max()
+        figures.save_slice(out / f"original_{i}.png", original, *span)
+        figures.save_slice(out / f"reconstruction_{i}.png", reconstruction, *span)
+
+    order = np.argsort(ssim)
+    picked = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
+    originals, reconstructions, top, bottom = reconstruct(model, test, list(picked.values()))
+    titles = []
+    for rank, i in picked.items():
+        name = test.names[i]
+        titles.append(
+            f"{rank}: patient {patients[i]}, week {name.week}, slice {name.slice}\nSSIM {ssim[i]:.4f}"
+        )
+    rows = list(zip(titles, originals, reconstructions, strict=True))
+    figures.comparison_sheet(out / "comparison.png", rows, note)
+    figures.code_maps(out / "code_maps.png", originals[1], top[1], bottom[1], f"{titles[1]}\n{note}".strip())
+    by_patient = {one: ssim[np.array(patients) == one] for one in dict.fromkeys(patients)}
+    figures.ssim_histogram(out / "ssim_histogram.png", by_patient, note)
+
+
+def print_scores(result: dict) -> None:
+    """The table of the terminal: all slices, the interval, each patient; then rates and codes."""
+
+    def line(label: str, n: int | str, key: str, inner: str = "") -> None:
+        cells = (result[name][key][inner] if inner else result[name][key] for name in COLUMNS)
+        print(f"{label:<12}{n:>6}" + "".join(f"{cell:>#16.4g}" for cell in cells))
+
+    print(f"{'':<12}{'slices':>6}" + "".join(f"{title:>16}" for title in COLUMNS.values()))
+    line("all", result["n"], "mean")
+    if result["ssim_report"]["low"] is None:
+        print("no interval: it is one over patients, and there is one patient")
+    else:
+        line("95 % from", "", "low")
+        line("95 % to", "", "high")
+    for patient, n in result["patients"].items():
+        line(f"patient {patient}", n, "per_patient", patient)
+    rate, used, perplexity = (result[name] for name in ("bits_per_pixel", "codes_used", "perplexity"))
+    print(f"bits per pixel: {rate['nominal']:.3f} nominal, {rate['code_entropy']:.3f} by code entropy")
+    levels = (f"{level} {used[level]} (perplexity {perplexity[level]:.1f})" for level in LEVELS)
+    print(f"codes used: {', '.join(levels)}")
+
+
+def predict(config: PredictConfig) -> dict:
+    """Score the test split, write everything to the out folder, and return what metrics.json holds.
+
+    Raises:
+        FileNotFoundError: no checkpoint, or no study.
+        ValueError: a checkpoint or slices that cannot be used.
+        OSError: a folder that cannot be written.
+    """
+    checkpoint = runtime.load_checkpoint(config.checkpoint, "vqvae2")
+    device = runtime.pick_device(config.device)
+    out = Path(config.out or Path(config.checkpoint).parent)
+    out.mkdir(parents=True, exist_ok=True)
+    model = load_model(checkpoint, config.checkpoint).to(device)
+    test = open_test(checkpoint, config)
+    patients = [f"{name.patient:03d}" for name in test.names]
+    nifti = out / "reconstructions" if config.nifti else None
+
+    scores, counts = score_split(model, test, config.batch_size, nifti)
+    with open(config.checkpoint, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    data = {"study": test.study.resolve().name, "split": test.split, "fingerprint": test.fingerprint}
+    model_file = {"file": Path(config.checkpoint).name, "sha256": digest, "epoch": checkpoint["epoch"]}
+    result = rounded(
+        {
+            "n": len(test),
+            "patients": {patient: patients.count(patient) for patient in dict.fromkeys(patients)},
+            **summarise(scores, patients),
+            **rates(model, counts, *test.pixels.shape[1:]),
+            "data": {**data, "synthetic": test.synthetic},
+            "checkpoint": model_file,
+            "protocol": PROTOCOL,
+            "provenance": runtime.provenance(),
+        }
+    )
+    write_scores(out / "test_scores.csv", test, scores)
+    runtime.write_json(out / "metrics.json", result)
+    write_pictures(out, model, test, np.array([score["ssim_report"] for score in scores]), patients)
+
+    what = "SYNTHETIC test slices (a phantom, not MRI)" if test.synthetic else "test slices"
+    print(f"{config.checkpoint} (epoch {checkpoint['epoch']}) on {len(test)} {what} of {test.study}")
+    print_scores(result)
+    print(f"wrote {out}/: metrics.json, test_scores.csv, comparison.png, code_maps.png, ssim_histogram.png,")
+    shown = min(PICTURES, len(test))
+    also = f", {len(test)} NIfTI files in reconstructions/" if nifti else ""
+    print(f"  original_N.png and reconstruction_N.png of {shown} slices{also}")
+    return result
+
+
+def main() -> None:
+    predict(runtime.from_flags(PredictConfig, runtime.parser(__doc__, PredictConfig).parse_args()))
+
+
+if __name__ == "__main__":
+    runtime.run_cli(main)

@@ -1,0 +1,106 @@
+"""Pictures are read back: exact pixels where that is the promise, else size, content and no text cut off."""
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+from PIL import Image
+
+import figures
+
+RNG = np.random.default_rng(0)
+SLICE = RNG.normal(size=(256, 128)).astype(np.float32)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that a test saves, after matplotlib has laid them out."""
+    kept = []
+
+    class Canvas(FigureCanvasAgg):
+        def print_png(self, *args, **options):
+            kept.append(self.figure)
+            return super().print_png(*args, **options)
+
+    monkeypatch.setattr(figures, "FigureCanvasAgg", Canvas)
+    return kept
+
+
+def texts(figure):
+    return {text.get_text() for text in figure.findobj(Text) if text.get_visible() and text.get_text()}
+
+
+def assert_nothing_cut(figure):
+    """All that is drawn lies inside the picture: matplotlib would cut it off without a word."""
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert min(box.x0, box.y0) >= 0 and box.x1 <= width and box.y1 <= height, (box, width, height)
+
+
+def test_save_slice_is_pixel_for_pixel(tmp_path):
+    image = np.array([[-1.0, 0.0, 1.0], [3.0, -9.0, 9.0]], np.float32)
+    figures.save_slice(tmp_path / "a.png", image, -1, 3)
+    with Image.open(tmp_path / "a.png") as read:
+        assert read.mode == "L" and read.size == (3, 2)
+        np.testing.assert_array_equal(np.asarray(read), [[0, 64, 128], [255, 0, 255]])
+    figures.save_slice(tmp_path / "flat.png", np.zeros((4, 4)), 0, 0)  # a slice of one value
+    figures.save_slice(tmp_path / "b.png", SLICE, SLICE.min(), SLICE.max())
+    with Image.open(tmp_path / "b.png") as read:
+        assert read.size == (128, 256)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "flat.png"]
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 200])
+def test_loss_plot_shows_both_curves(tmp_path, drawn, epochs):
+    train, validation = np.linspace(2, 1, epochs), np.linspace(3, 1, epochs)
+    figures.loss_plot(tmp_path / "loss.png", list(train), list(validation))
+    curves = {line.get_label(): line.get_xydata() for line in drawn[0].axes[0].lines}
+    np.testing.assert_array_equal(curves["train"], np.stack([np.arange(1, epochs + 1), train], 1))
+    np.testing.assert_array_equal(curves["validation"][:, 1], validation)
+    assert_nothing_cut(drawn[0])
+
+
+@pytest.mark.parametrize("shape", [(256, 128), (64, 32), (128, 128)])
+def test_comparison_sheet_has_one_scale_for_all_differences(tmp_path, drawn, shape):
+    """An error of a tenth of the range looks the same in a slice of range 4 and in one of range 400."""
+    small = np.tile(np.linspace(-2, 2, shape[1]), (shape[0], 1))
+    rows = [
+        (f"{i}: patient 040, week 0, slice {i}\nSSIM 0.9", x, x + 0.1 * np.ptp(x))
+        for i, x in enumerate([small, 100 * small])
+    ]
+    figures.comparison_sheet(tmp_path / "c.png", rows, "synthetic phantom, not MRI")
+    panels = [axes.images[0] for axes in drawn[0].axes if axes.images]
+    differences = [image for image in panels if image.get_cmap().name == "inferno"]
+    np.testing.assert_allclose([image.get_array() for image in differences], 0.1, rtol=1e-6)
+    assert differences[0].get_clim() == differences[1].get_clim()
+    assert panels[3].get_clim() == panels[4].get_clim() == (-200, 200)  # of the original, for both
+    assert {rows[0][0], "synthetic phantom, not MRI", "original", "reconstruction"} <= texts(drawn[0])
+    assert_nothing_cut(drawn[0])
+
+
+def test_code_maps_show_the_codes(tmp_path, drawn):
+    top, bottom = RNG.integers(0, 512, (32, 16)), RNG.integers(0, 512, (64, 32))
+    top[:] = 7
+    figures.code_maps(tmp_path / "m.png", SLICE, top, bottom, "patient 040")
+    shown = [axes.images[0].get_array() for axes in drawn[0].axes if axes.images]
+    np.testing.assert_array_equal(shown[1], top)
+    np.testing.assert_array_equal(shown[2], bottom)
+    assert "top 32x16: 1 codes" in texts(drawn[0])
+    assert_nothing_cut(drawn[0])
+
+
+@pytest.mark.parametrize("patients", [1, 3, 16, 38])
+def test_ssim_histogram_counts_every_slice(tmp_path, drawn, patients):
+    values = {f"{i:03d}": RNG.normal(0.9, 0.02, 12 + i) for i in range(patients)}
+    figures.ssim_histogram(tmp_path / "h.png", values, "synthetic phantom, not MRI")
+    n = sum(map(len, values.values()))
+    assert sum(bar.get_height() for bar in drawn[0].axes[0].patches) == n
+    assert f"SSIM of the test slices (n = {n})\nsynthetic phantom, not MRI" in texts(drawn[0])
+    assert ("002 (n = 14)" in texts(drawn[0])) == (3 <= patients <= figures.MOST_COLOURS)
+    assert_nothing_cut(drawn[0])
+
+
+def test_a_histogram_of_equal_values_is_one_bar(tmp_path):
+    figures.ssim_histogram(tmp_path / "h.png", {"040": [0.5]})
+    assert (tmp_path / "h.png").stat().st_size > 1000
+    assert mpl.rcParams["figure.dpi"] == mpl.rcParamsDefault["figure.dpi"]

@@ -1,0 +1,209 @@
+"""Every number against a reference written out here in float64, or against what must be true of it."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+import metrics
+
+
+def slices(seed=0, shape=(32, 24)):
+    """An original with structure and a noisy copy of it, as float32 z-scores."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    original = np.sin(rows / 4) + np.cos(columns / 3) + 0.1 * rng.normal(size=shape)
+    original = ((original - original.mean()) / original.std()).astype(np.float32)
+    return original, (0.9 * original + 0.2 * rng.normal(size=shape) + 0.1).astype(np.float32)
+
+
+def brute_ssim(x, y, weights, bessel, data_range):
+    """SSIM window by window (Wang et al. 2004, equation 13), over windows that lie inside the slice."""
+    size, (c1, c2) = len(weights), ((0.01 * data_range) ** 2, (0.03 * data_range) ** 2)
+    values = np.empty((x.shape[0] - size + 1, x.shape[1] - size + 1))
+    for i, j in np.ndindex(values.shape):
+        a, b = (image[i : i + size, j : j + size].astype(np.float64) for image in (x, y))
+        ma, mb = (weights * a).sum(), (weights * b).sum()
+        va, vb = bessel * (weights * (a - ma) ** 2).sum(), bessel * (weights * (b - mb) ** 2).sum()
+        vab = bessel * (weights * (a - ma) * (b - mb)).sum()
+        values[i, j] = (2 * ma * mb + c1) * (2 * vab + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
+    return values
+
+
+# SSIM
+
+
+def test_ssim_report_is_the_uniform_window_with_sample_covariance():
+    x, y = slices()
+    expected = brute_ssim(x, y, np.full((7, 7), 1 / 49), 49 / 48, float(x.max() - x.min()))
+    mean, ssim_map = metrics.ssim_report(x, y)
+    np.testing.assert_allclose(ssim_map, expected, atol=1e-9)
+    assert mean == pytest.approx(expected.mean(), abs=1e-9)
+
+
+def test_ssim_standard_is_the_gaussian_window_on_the_original_s_range():
+    x, y = slices()
+    line = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    window = np.outer(line, line) / line.sum() ** 2
+    low, span = float(x.min()), float(x.max() - x.min())
+    expected = brute_ssim((x.astype(float) - low) / span, (y.astype(float) - low) / span, window, 1, 1)
+    mean, ssim_map = metrics.ssim_standard(x, y)
+    np.testing.assert_allclose(ssim_map, expected, atol=1e-9)
+    assert mean == pytest.approx(expected.mean(), abs=1e-9)
+
+
+def test_ssim_standard_sees_an_error_of_contrast():
+    """Scaled by its own range, a reconstruction of half the contrast would score 1."""
+    x, _ = slices()
+    assert metrics.ssim_standard(x, x)[0] == pytest.approx(1)
+    assert metrics.ssim_standard(x, x / 2)[0] < 0.9
+
+
+def test_the_original_comes_first():
+    x, y = slices()
+    assert metrics.ssim_report(x, 3 * y)[0] != pytest.approx(metrics.ssim_report(3 * y, x)[0], abs=1e-3)
+
+
+# errors
+
+
+def test_psnr_and_mae_by_formula():
+    x, y = (image.astype(np.float64) for image in slices())
+    mse = ((x - y) ** 2).sum() / x.size
+    assert metrics.psnr(x, y) == pytest.approx(20 * np.log10((x.max() - x.min()) / np.sqrt(mse)))
+    assert metrics.mae(x, y) == pytest.approx(np.abs(x - y).sum() / x.size)
+    assert metrics.psnr(x, x) == 100  # finite, so that JSON can hold it
+
+
+def test_psnr_inside_a_mask_sees_only_the_mask():
+    x, y = slices()
+    mask = np.zeros(x.shape, bool)
+    mask[4:20, 4:20] = True
+    elsewhere = np.where(mask, y, y + 50)
+    assert metrics.psnr(x, elsewhere, mask) == metrics.psnr(x, y, mask)
+    assert metrics.psnr(x, elsewhere) < metrics.psnr(x, y) - 10
+
+
+# the body
+
+
+def body_scene(shape=(64, 48), noise=0.02):
+    """A bright-rimmed disc with a dark hole, cut by the slice's left edge, shaded, in noisy air."""
+    rng = np.random.default_rng(1)
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    radius = np.hypot(rows - 32, columns - 12)
+    inside = radius < 22
+    image = np.where(inside, 0.35 + 0.65 * (radius > 18), 0.0) * (1.2 - rows / 100)
+    image[np.hypot(rows - 36, columns - 16) < 5] = 0
+    image = np.hypot(image + noise * rng.normal(size=shape), noise * rng.normal(size=shape))  # Rician
+    return ((image - image.mean()) / image.std()).astype(np.float32), inside
+
+
+def test_body_mask_is_the_disc_with_its_hole_filled():
+    image, inside = body_scene()
+    mask = metrics.body_mask(image)
+    assert 2 * (mask & inside).sum() / (mask.sum() + inside.sum()) > 0.95
+    assert mask[36, 16]  # in the hole
+    np.testing.assert_array_equal(mask, metrics.body_mask(300 * image + 1000))  # no scale, no unit
+
+
+def test_body_mask_drops_specks_and_keeps_a_second_large_piece():
+    image, _ = body_scene()
+    image[4:7, 42:45] = image.max()  # a speck
+    image[30:60, 41:47] = image.max() / 2  # an arm
+    mask = metrics.body_mask(image)
+    assert not mask[5, 43] and mask[45, 44]
+
+
+def test_body_scores_ignore_the_air():
+    """Errors out of reach of a body pixel's window change the whole slice's scores and not the body's."""
+    image, _ = body_scene()
+    body = metrics.body_mask(image)
+    near = np.zeros_like(body)
+    for i, j in product(range(-6, 7), repeat=2):
+        near |= np.roll(body, (i, j), (0, 1))
+    air = np.where(near, image, image + np.random.default_rng(0).normal(size=image.shape)).astype(np.float32)
+    clean, dirty = metrics.score_slice(image, image), metrics.score_slice(image, air)
+    for name in ("ssim_report", "ssim_standard", "psnr"):
+        assert dirty[name] < clean[name] - 0.01
+        assert dirty[f"{name}_body"] == pytest.approx(clean[f"{name}_body"], abs=1e-6)
+
+
+# a slice's scores
+
+
+def test_score_slice_collects_them_all():
+    x, y = slices()
+    score, (mean, ssim_map) = metrics.score_slice(x, y), metrics.ssim_report(x, y)
+    body = metrics.body_mask(x)[3:-3, 3:-3]
+    assert score["ssim_report"] == mean and score["mae"] == metrics.mae(x, y)
+    assert score["ssim_report_body"] == pytest.approx(ssim_map[body].mean())
+    assert all(isinstance(value, float) for value in score.values())
+
+
+def test_a_slice_of_one_value_has_finite_scores():
+    flat = np.zeros((32, 24), np.float32)
+    assert metrics.body_mask(flat).all()
+    exact, noisy = metrics.score_slice(flat, flat), metrics.score_slice(flat, slices()[1])
+    assert exact["ssim_report"] == exact["ssim_standard"] == pytest.approx(1)
+    assert np.isfinite(list(noisy.values())).all() and noisy["ssim_report"] < 0.1
+    assert noisy["psnr"] == pytest.approx(-10 * np.log10(np.mean(slices()[1].astype(float) ** 2)))
+
+
+def test_score_slice_names_what_it_cannot_score():
+    x, y = slices()
+    with pytest.raises(ValueError, match=r"\(32, 24\) and \(32, 23\)"):
+        metrics.score_slice(x, y[:, :-1])
+    with pytest.raises(ValueError, match="at least 11"):
+        metrics.score_slice(x[:8], y[:8])
+    y[3, 4] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        metrics.score_slice(x, y)
+
+
+# over patients
+
+
+def test_bootstrap_is_the_exact_distribution_over_patients():
+    """Two patients, of 2 slices and of 6: all 4 draws written out, a quarter each."""
+    values, patients = [0.1, 0.3, *[0.8, 0.9] * 3], [7, 7, *[9] * 6]
+    exact = []
+    for draw in product((7, 9), repeat=2):
+        drawn = [v for one in draw for v, p in zip(values, patients, strict=True) if p == one]
+        exact.append(np.mean(drawn))
+    low, high = metrics.bootstrap_interval(values, patients, seed=1, draws=2000)
+    assert (low, high) == pytest.approx((min(exact), max(exact)))  # 25 % each: beyond both 2.5 % tails
+
+
+def test_bootstrap_of_many_patients_has_the_known_width():
+    """One slice each: the interval of a mean, +- 1.96 standard errors."""
+    values = np.random.default_rng(0).normal(0.9, 0.02, 400)
+    low, high = metrics.bootstrap_interval(values, np.arange(400), seed=0, draws=20_000)
+    assert (low + high) / 2 == pytest.approx(values.mean(), abs=1e-4)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.05)
+
+
+def test_bootstrap_does_not_take_slices_for_patients():
+    """Forty copies of each slice are no new patients: the interval stays."""
+    values, patients = np.array([0.7, 0.8, 0.85, 0.95]), np.array([1, 2, 3, 4])
+    once = metrics.bootstrap_interval(values, patients, seed=0)
+    assert metrics.bootstrap_interval(values.repeat(40), patients.repeat(40), seed=0) == pytest.approx(once)
+
+
+def test_one_patient_has_no_interval():
+    assert metrics.bootstrap_interval([0.8, 0.9], [4, 4]) == (None, None)
+
+
+# rates
+
+
+def test_code_entropy_by_hand():
+    assert metrics.code_entropy(np.full(512, 3)) == pytest.approx(9)
+    assert metrics.code_entropy(np.array([0, 40, 0])) == 0
+    assert metrics.code_entropy(np.array([2, 1, 1, 0])) == pytest.approx(1.5)
+
+
+def test_bits_per_pixel_of_the_report_and_of_a_peer():
+    """Two 128x64 maps of K=256 are 4 bits per pixel, one 64x32 map of K=512 is 0.5625."""
+    assert metrics.bits_per_pixel([128 * 64] * 2, [8, 8], 256 * 128) == 4
+    assert metrics.bits_per_pixel([64 * 32], [9], 256 * 128) == 0.5625
