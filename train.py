@@ -18,12 +18,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import figures
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import figures
 import runtime
 from dataset import DataConfig, SliceDataset, open_study
 from modules import VQVAE2, Output, VQVAE2Config, ssim

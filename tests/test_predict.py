@@ -1,0 +1,200 @@
+"""predict.py as a user runs it, on a study of a few small slices and a checkpoint made by hand."""
+
+import csv
+import json
+from dataclasses import asdict
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from conftest import run
+from PIL import Image
+
+import metrics
+import predict
+import runtime
+from dataset import DataConfig, open_study
+from modules import VQVAE2, VQVAE2Config
+
+SMALL = VQVAE2Config(K=16, D=8, channels=16, residual_channels=8, decoder_blocks=1)
+
+
+def write_checkpoint(path, study, **changes):
+    """A model whose codebooks have seen a batch, saved as train.py does."""
+    torch.manual_seed(0)
+    split = open_study(DataConfig(data=str(study), height=64, width=32))["test"]
+    model = VQVAE2(SMALL)
+    model(split.images(range(4)))
+    data = {"study": str(study), "height": 64, "width": 32, "synthetic": False}
+    data["fingerprints"] = {"test": split.fingerprint}
+    kept = {"kind": "vqvae2", "model_config": asdict(SMALL), "model": model.state_dict(), "data": data}
+    runtime.save_checkpoint(path, {**kept, "train_config": {}, "epoch": 2, "step": 8, "best": 0.5, **changes})
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(study, tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("run") / "vqvae2_best.pth", study)
+
+
+@pytest.fixture(scope="module")
+def scored(checkpoint, tmp_path_factory):
+    """What the script left: its folder, its stdout."""
+    out = tmp_path_factory.mktemp("scores") / "deep" / "out"
+    code, stdout, stderr = run(
+        "predict.py", "--checkpoint", checkpoint, "--out", out, "--nifti", "--device", "cpu"
+    )
+    assert code == 0, stderr
+    return out, stdout
+
+
+@pytest.fixture(scope="module")
+def result(scored):
+    return json.loads((scored[0] / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def test_split(study):
+    return open_study(DataConfig(data=str(study), height=64, width=32))["test"]
+
+
+def reconstructions(checkpoint, split):
+    """One slice at a time, by the model alone."""
+    model = VQVAE2(SMALL)
+    model.load_state_dict(runtime.load_checkpoint(checkpoint, "vqvae2")["model"])
+    model.eval()
+    with torch.inference_mode():
+        return [model(split.images([i])).reconstruction[0, 0].numpy() for i in range(len(split))]
+
+
+def test_it_writes_and_names_everything(scored):
+    out, stdout = scored
+    pictures = [f"{kind}_{i}.png" for kind in ("original", "reconstruction") for i in range(4)]
+    sheets = ["comparison.png", "code_maps.png", "ssim_histogram.png"]
+    expected = [*pictures, *sheets, "metrics.json", "test_scores.csv", "reconstructions"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(expected)
+    assert f"wrote {out}/" in stdout and "patient 041" in stdout and "SYNTHETIC" not in stdout
+    assert "note:" not in stdout  # the files are those of the checkpoint
+
+
+def test_every_test_slice_is_scored_once_in_file_order(scored, result, test_split, checkpoint):
+    with open(scored[0] / "test_scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [path.name for path in test_split.paths]
+    assert [(row["patient"], row["slice"]) for row in rows[3:5]] == [("40", "3"), ("41", "0")]
+    for i, made in enumerate(reconstructions(checkpoint, test_split)):
+        for name, value in metrics.score_slice(test_split.images([i])[0, 0].numpy(), made).items():
+            assert float(rows[i][name]) == pytest.approx(value, abs=2e-5), name
+    assert result["n"] == 6 and result["patients"] == {"040": 4, "041": 2}
+    for name in ("ssim_report", "ssim_standard", "ssim_report_body", "ssim_standard_body", "psnr", "mae"):
+        values = np.array([float(row[name]) for row in rows])
+        assert result[name]["mean"] == pytest.approx(values.mean(), abs=2e-6)
+        patients = result[name]["per_patient"]
+        assert patients == pytest.approx({"040": values[:4].mean(), "041": values[4:].mean()}, abs=2e-6)
+        # of two patients the interval reaches from one's mean to the other's
+        ends = sorted(patients.values())
+        assert [result[name]["low"], result[name]["high"]] == pytest.approx(ends, abs=2e-6)
+
+
+def test_rates_are_those_of_the_codes(result, test_split, checkpoint):
+    model = VQVAE2(SMALL)
+    model.load_state_dict(runtime.load_checkpoint(checkpoint, "vqvae2")["model"])
+    with torch.inference_mode():
+        codes = model.eval().encode(test_split.images(range(6)))
+    bits = 0.0
+    for level, of in zip(("top", "bottom"), codes, strict=True):
+        _, counts = np.unique(of.numpy(), return_counts=True)
+        entropy = -(counts / counts.sum() * np.log2(counts / counts.sum())).sum()
+        bits += entropy * of[0].numel()
+        assert result["codes_used"][level] == len(counts)
+        assert result["perplexity"][level] == pytest.approx(2**entropy, abs=1e-5)
+    rate = result["bits_per_pixel"]
+    assert rate["nominal"] == pytest.approx((8 * 4 + 16 * 8) * 4 / (64 * 32), abs=1e-6)
+    assert rate["code_entropy"] == pytest.approx(bits / (64 * 32), abs=1e-6)
+
+
+def test_metrics_say_where_they_come_from(result, test_split, checkpoint):
+    assert result["data"]["fingerprint"] == test_split.fingerprint and not result["data"]["synthetic"]
+    assert result["checkpoint"]["epoch"] == 2 and len(result["checkpoint"]["sha256"]) == 64
+    assert "original" in result["protocol"]["ssim_report"]
+    assert result["provenance"]["argv"][0] == "predict.py"
+
+
+def test_pictures_share_the_original_s_range_and_begin_with_each_patient(scored, test_split, checkpoint):
+    made = reconstructions(checkpoint, test_split)
+    for i, index in enumerate((0, 4, 1, 2)):  # patients 040 and 041, then the rest in order
+        original = test_split.images([index])[0, 0].numpy()
+        low, span = original.min(), np.ptp(original)
+        for kind, image in (("original", original), ("reconstruction", made[index])):
+            with Image.open(scored[0] / f"{kind}_{i}.png") as read:
+                expected = 255 * np.clip((image - low) / span, 0, 1)
+                np.testing.assert_allclose(np.asarray(read).astype(float), expected, atol=0.51)
+
+
+def test_nifti_reconstructions_lie_on_their_originals(scored, test_split, checkpoint):
+    made = reconstructions(checkpoint, test_split)
+    for i, path in enumerate(test_split.paths):
+        written, original = nibabel.load(scored[0] / "reconstructions" / path.name), nibabel.load(path)
+        assert written.shape == original.shape
+        np.testing.assert_array_equal(written.affine, original.affine)
+        units = made[i] * test_split.std[i] + test_split.mean[i]
+        np.testing.assert_allclose(written.get_fdata(), units, rtol=1e-4, atol=1e-2)
+
+
+def test_another_study_one_patient_and_synthetic(study, checkpoint, tmp_path, capsys):
+    """A copy without patient 041 and with a phantom's mark: scored, with three things said."""
+    other = tmp_path / "other"
+    for path in study.rglob("*.nii.gz"):
+        if "case_041" not in path.name:
+            (other / path.parent.name).mkdir(parents=True, exist_ok=True)
+            (other / path.parent.name / path.name).write_bytes(path.read_bytes())
+    (other / "SYNTHETIC.txt").touch()
+    config = predict.PredictConfig(
+        checkpoint=str(checkpoint), data=str(other), out=str(tmp_path), device="cpu"
+    )
+    result, stdout = predict.predict(config), capsys.readouterr().out
+    assert result == json.loads((tmp_path / "metrics.json").read_text())
+    assert result["n"] == 4 and result["psnr"]["low"] is None and result["data"]["synthetic"]
+    assert "SYNTHETIC test slices" in stdout and "no interval" in stdout and stdout.count("note:") == 1
+    assert not (tmp_path / "reconstructions").exists()
+
+
+def test_bad_input_is_one_line_and_exit_2(checkpoint, tmp_path):
+    (tmp_path / "file").touch()
+    arguments = ("--checkpoint", checkpoint, "--out", tmp_path / "file" / "out", "--device", "cpu")
+    code, stdout, stderr = run("predict.py", *arguments)
+    assert code == 2 and stdout == ""
+    assert stderr.startswith("error: ") and str(tmp_path / "file") in stderr and stderr.count("\n") == 1
+
+
+def predict_with(path, **settings):
+    return predict.predict(predict.PredictConfig(checkpoint=str(path), device="cpu", **settings))
+
+
+def test_checkpoints_that_cannot_be_used_are_named(study, checkpoint, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.pth: no such checkpoint"):
+        predict_with(tmp_path / "none.pth")
+    whole = checkpoint.read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.pth: not a whole checkpoint"):
+        predict_with(tmp_path / "cut.pth")
+    with pytest.raises(ValueError, match="vqvae2"):
+        predict_with(write_checkpoint(tmp_path / "kind.pth", study, kind="prior"))
+    config = {**asdict(SMALL), "D": 4}
+    with pytest.raises(ValueError, match=r"shape\.pth: weights of another network"):
+        predict_with(write_checkpoint(tmp_path / "shape.pth", study, model_config=config))
+    data = {"study": str(study), "height": 60, "width": 32, "fingerprints": {"test": ""}}
+    with pytest.raises(ValueError, match="60x32; expected both to be multiples of 8"):
+        predict_with(write_checkpoint(tmp_path / "size.pth", study, data=data))
+    data = {**data, "height": 64, "study": str(tmp_path / "gone")}
+    with pytest.raises(FileNotFoundError, match=r"gone: the study that .* Mend: --data"):
+        predict_with(write_checkpoint(tmp_path / "gone.pth", study, data=data))
+
+
+def test_a_model_that_makes_nan_is_named_with_the_slice(study, checkpoint, tmp_path):
+    state = runtime.load_checkpoint(checkpoint, "vqvae2")["model"]
+    broken = {name: value * float("nan") if name.endswith("bias") else value for name, value in state.items()}
+    path = write_checkpoint(tmp_path / "nan.pth", study, model=broken)
+    with pytest.raises(ValueError, match=r"case_040_week_0_slice_0\.nii\.gz: a slice holds NaN"):
+        predict_with(path)
