@@ -154,6 +154,17 @@ def stop_signals() -> Iterator[list[int]]:
 # ---- whole files ---------------------------------------------------------------------------------
 
 
+def writable_folder(path: Path | str) -> Path:
+    """`path`, made where it is not there; OSError, before anything is computed, if it cannot be written."""
+    path = Path(path)
+    try:
+        write_text(path / "writable", "")
+        (path / "writable").unlink()
+    except OSError as error:
+        raise OSError(f"{path}: cannot write there ({error.strerror}). Mend: another --out.") from error
+    return path
+
+
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Write to the path given, beside `path` and with its suffix; if the block succeeds it becomes `path`.

@@ -30,6 +30,7 @@ from modules import VQVAE2, Output, VQVAE2Config, ssim
 from runtime import option
 
 SWITCH = ("auto", "on", "off")
+SIDES = ("height", "width")
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,9 @@ class Run:
             raise ValueError(
                 "--resume: the network's shape comes from the checkpoint. Mend: leave out its flags."
             )
+        size, was = (self.data.height, self.data.width), tuple(checkpoint["data"][side] for side in SIDES)
+        if size != was:
+            raise ValueError(f"--resume: slices of {size}; the checkpoint's are {was}. Mend: leave it out.")
         if checkpoint["data"]["fingerprints"]["train"] != self.splits["train"].fingerprint:
             print("note: the train split's files are not those that the checkpoint was trained on")
         self.model.load_state_dict(checkpoint["model"])
@@ -386,7 +390,7 @@ def train(data: DataConfig, model: VQVAE2Config, config: TrainConfig, checkpoint
         ValueError, OSError: bad data, settings or checkpoint; a loss that is not finite; a full disk.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, with vqvae2_interrupted.pth written.
     """
-    Path(config.out).mkdir(parents=True, exist_ok=True)
+    runtime.writable_folder(config.out)
     run = Run(data, model, config, checkpoint)
     slices = len(run.splits["train"])
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
@@ -431,7 +435,7 @@ def parse(parser: argparse.ArgumentParser, preset: str = "report") -> tuple[argp
     checkpoint = None
     if args.resume:
         checkpoint = runtime.load_checkpoint(args.resume, "vqvae2")
-        data = {name: checkpoint["data"][name] for name in ("height", "width")}
+        data = {name: checkpoint["data"][name] for name in SIDES}
         parser.set_defaults(**checkpoint["model_config"], **checkpoint["train_config"], **data)
         parser.set_defaults(data=checkpoint["data"]["study"], out=str(Path(args.resume).parent))
     else:

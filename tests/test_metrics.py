@@ -165,14 +165,15 @@ def test_score_slice_names_what_it_cannot_score():
 
 
 def test_bootstrap_is_the_exact_distribution_over_patients():
-    """Two patients, of 2 slices and of 6: all 4 draws written out, a quarter each."""
-    values, patients = [0.1, 0.3, *[0.8, 0.9] * 3], [7, 7, *[9] * 6]
-    exact = []
-    for draw in product((7, 9), repeat=2):
-        drawn = [v for one in draw for v, p in zip(values, patients, strict=True) if p == one]
-        exact.append(np.mean(drawn))
-    low, high = metrics.bootstrap_interval(values, patients, seed=1, draws=2000)
-    assert (low, high) == pytest.approx((min(exact), max(exact)))  # 25 % each: beyond both 2.5 % tails
+    """Five patients of 1 to 9 slices: against all 5^5 draws written out, slices pooled."""
+    rng = np.random.default_rng(0)
+    slices_of = [
+        rng.normal(mean, 0.01, n) for mean, n in ((0.7, 1), (0.8, 9), (0.85, 2), (0.9, 1), (0.95, 5))
+    ]
+    exact = [np.concatenate([slices_of[i] for i in draw]).mean() for draw in product(range(5), repeat=5)]
+    values, patients = np.concatenate(slices_of), np.repeat([40, 7, 9, 41, 8], [len(of) for of in slices_of])
+    low, high = metrics.bootstrap_interval(values, patients, seed=1, draws=100_000)
+    assert (low, high) == pytest.approx(tuple(np.percentile(exact, [2.5, 97.5])), abs=2e-3)
 
 
 def test_bootstrap_of_many_patients_has_the_known_width():

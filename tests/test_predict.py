@@ -26,6 +26,8 @@ def write_checkpoint(path, study, **changes):
     split = open_study(DataConfig(data=str(study), height=64, width=32))["test"]
     model = VQVAE2(SMALL)
     model(split.images(range(4)))
+    for parameter in model.decoder[-1].parameters():
+        parameter.data *= 20  # the values of slices, far beyond +-1
     data = {"study": str(study), "height": 64, "width": 32, "synthetic": False}
     data["fingerprints"] = {"test": split.fingerprint}
     kept = {"kind": "vqvae2", "model_config": asdict(SMALL), "model": model.state_dict(), "data": data}
@@ -42,9 +44,8 @@ def checkpoint(study, tmp_path_factory):
 def scored(checkpoint, tmp_path_factory):
     """What the script left: its folder, its stdout."""
     out = tmp_path_factory.mktemp("scores") / "deep" / "out"
-    code, stdout, stderr = run(
-        "predict.py", "--checkpoint", checkpoint, "--out", out, "--nifti", "--device", "cpu"
-    )
+    settings = ("--checkpoint", checkpoint, "--out", out, "--nifti", "--device", "cpu", "--batch-size", 4)
+    code, stdout, stderr = run("predict.py", *settings)
     assert code == 0, stderr
     return out, stdout
 

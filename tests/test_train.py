@@ -227,6 +227,7 @@ def test_a_loss_that_is_not_finite_names_step_files_and_last_checkpoint(study, t
 def test_users_mistakes_exit_with_2_and_no_traceback(study, tmp_path, monkeypatch, capsys):
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 cut off")
     (tmp_path / "file").write_text("in the way")
+    fit(study, tmp_path / "run", epochs=1).rename(tmp_path / "whole.pth")
     for flags, said in (
         (["--data", tmp_path / "nowhere"], "nowhere"),
         (["--data", study, "--resume", tmp_path / "none.pth"], "none.pth"),
@@ -234,6 +235,8 @@ def test_users_mistakes_exit_with_2_and_no_traceback(study, tmp_path, monkeypatc
         (["--data", study, "--out", tmp_path / "file"], "file"),
         (["--data", study, "--height", "250", "--out", tmp_path], "multiples of 8"),
         (["--data", study, "--epochs", "0"], "epochs"),
+        (["--resume", tmp_path / "whole.pth", "--height", "128"], "(64, 32)"),
+        (["--resume", tmp_path / "whole.pth", "--D", "16"], "shape"),
     ):
         monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags)])
         with pytest.raises(SystemExit) as exit_:

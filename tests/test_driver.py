@@ -1,0 +1,56 @@
+"""The whole story as a user runs it, on a study of a few slices and on a phantom of a few slices."""
+
+import csv
+import json
+
+import numpy as np
+from conftest import run
+from test_train import SHAPE_FLAGS
+
+import driver
+import phantom
+import runtime
+
+
+def test_data_train_and_scores_in_one_command(study, tmp_path):
+    code, out, err = run(
+        "driver.py", "--data", study, "--epochs", 2, "--nifti", *SHAPE_FLAGS, "--seed", 1, cwd=tmp_path
+    )
+    assert code == 0, err
+    results = tmp_path / "Results"
+    scores = json.loads((results / "metrics.json").read_text())
+    assert scores["n"] == 6 and set(scores["ssim_report"]["per_patient"]) == {"040", "041"}
+    assert f"{scores['ssim_report']['mean']:.4g}" in out
+    with open(results / "test_scores.csv") as file:
+        rows = list(csv.DictReader(file))
+    np.testing.assert_allclose(
+        np.mean([float(row["ssim_report"]) for row in rows]), scores["ssim_report"]["mean"], atol=2e-6
+    )
+    for name in ("comparison.png", "loss_plot.png", "original_0.png", "reconstruction_0.png", "log.jsonl"):
+        assert (results / name).stat().st_size > 0
+    written = sorted(path.name for path in (results / "reconstructions").iterdir())
+    assert written == sorted(path.name for path in (study / "keras_slices_test").iterdir())
+    assert (
+        json.loads((results / "log.jsonl").read_text().splitlines()[0])["train"]["lr"] == 3e-4
+    )  # the report's
+
+
+def test_without_data_it_makes_a_phantom_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny = phantom.PhantomConfig(train_patients=1, validate_patients=1, test_patients=1, weeks=1, slices=2)
+    monkeypatch.setattr(phantom.write_phantom, "__defaults__", (tiny,))
+    flags = "--K 16 --D 8 --channels 8 --top-channels 8 --minutes 0 --epochs 1 --device cpu".split()
+    monkeypatch.setattr("sys.argv", ["driver.py", *flags])
+    driver.main()
+    assert (tmp_path / "phantom_slices_data" / "SYNTHETIC.txt").exists()
+    assert "SYNTHETIC" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "Results" / "metrics.json").read_text())
+    assert metrics["n"] == 2 and metrics["data"]["synthetic"]
+    settings = runtime.load_checkpoint(tmp_path / "Results" / "vqvae2_best.pth", "vqvae2")["train_config"]
+    assert settings["ssim"] == 1.0  # the quick preset, where there is no study
+
+
+def test_a_missing_study_is_an_error_and_no_phantom(tmp_path):
+    code, _, err = run("driver.py", "--data", "nowhere", cwd=tmp_path)
+    assert code == 2 and "nowhere" in err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
