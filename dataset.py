@@ -293,6 +293,16 @@ def _ready_cache(study: Path, files: dict, fingerprints: dict, config: DataConfi
 # ---- datasets ---------------------------------------------------------------------------------------------
 
 
+def relative_positions(names: Sequence[SliceName]) -> np.ndarray:
+    """(N,) float32: 0 for the first slice of its volume (patient and week), 1 for the last; NaN for an only one."""
+    numbers: dict[tuple[int, int], list[int]] = {}
+    for patient, week, number in names:
+        numbers.setdefault((patient, week), []).append(number)
+    ends = {volume: (min(of), max(of) - min(of)) for volume, of in numbers.items()}
+    places = [(name.slice, *ends[name[:2]]) for name in names]
+    return np.array([(n - low) / span if span else np.nan for n, low, span in places], np.float32)
+
+
 class SliceDataset(torch.utils.data.Dataset):
     """One split of a study, z-scored per slice (population standard deviation), read from the cache.
 
@@ -300,6 +310,7 @@ class SliceDataset(torch.utils.data.Dataset):
         paths, names: of the N source files, in order of patient, week and slice.
         pixels: (N, height, width) float32 memory map, scanner units after any resize.
         mean, std: (N,) float32, scanner units; std is 1 for a constant slice.
+        positions: (N,) float32 in [0, 1], where in its volume a slice lies; NaN if it is the volume's only one.
         affines, shapes: (N, 4, 4) float64 and (N, 2) int, of the source planes.
         fingerprint: hex digest of the files' names, sizes and times, and of the settings.
         synthetic: the study holds a file named SYNTHETIC.txt.
@@ -312,6 +323,7 @@ class SliceDataset(torch.utils.data.Dataset):
         self.study, self.split, self.fingerprint = study, split, fingerprint
         self.paths, self.names = [Path(file.path) for file in files], [file.name for file in files]
         self.synthetic = (study / "SYNTHETIC.txt").is_file()
+        self.positions = relative_positions(self.names)
         mine = slice(start, start + len(files))
         self.pixels = np.load(cache / ARRAYS[0], mmap_mode="r")[mine]
         with np.load(cache / ARRAYS[1]) as table:

@@ -11,9 +11,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-import predict
-
 import phantom
+import predict
 import runtime
 import train
 from dataset import DataConfig, find_study
@@ -30,15 +29,17 @@ def main() -> None:
     parser = train.flags(__doc__)
     parser.add_argument("--nifti", action="store_true", help="write the reconstructions as NIfTI too")
     args, checkpoint = train.parse(parser, preset="quick" if no_study else "report")
-    data, model, config = (runtime.from_flags(c, args) for c in (DataConfig, VQVAE2Config, train.TrainConfig))
+    configs = (DataConfig, VQVAE2Config, train.LossConfig, train.TrainConfig)
+    data, model, loss, config = (runtime.from_flags(c, args) for c in configs)
     if no_study and not checkpoint:
         print("no study here and no --data: making a synthetic one")
         data = replace(data, data=str(phantom.write_phantom(PHANTOM)))
 
-    best = train.train(data, model, config, checkpoint)
+    best = train.train_autoencoder(data, model, loss, config, checkpoint)
+    shared = {name: getattr(data, name) for name in ("data", "cache", "allow_patient_overlap")}
     predict.predict(
         predict.PredictConfig(
-            checkpoint=str(best), data=data.data, out=config.out, device=config.device, nifti=args.nifti
+            checkpoint=str(best), out=config.out, device=config.device, nifti=args.nifti, **shared
         )
     )
     print(f"open {config.out}/comparison.png, {config.out}/loss_plot.png and {config.out}/metrics.json")

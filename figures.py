@@ -143,3 +143,87 @@ def ssim_histogram(path: Path | str, values: Mapping[str, Sequence[float]], note
     axes.set(xlabel="SSIM, the report's protocol", ylabel="slices", title=title)
     figure.legend(loc="outside right upper", fontsize=8, title="patient")
     _save(figure, path)
+
+
+def slice_grid(
+    path: Path | str,
+    groups: Mapping[str, Sequence[tuple[str, np.ndarray]]],
+    columns: int,
+    span: tuple[float, float],
+    note: str = "",
+    panel: float = 1.6,
+) -> None:
+    """Draw groups of slices (label, (H, W)) side by side, each in rows of `columns`, `panel` inches high.
+
+    All share one grey scale: span[0] is black, span[1] white.
+    """
+    height, width = next(iter(groups.values()))[0][1].shape
+    top, side = round(0.13 * height), max(2, width // 32)  # pixels left free for labels, and between slices
+    rows = max(-(-len(slices) // columns) for slices in groups.values())
+    tall, wide = rows * (height + top), columns * (width + side)
+    scale, head = panel / height, 0.3 + 0.25 * bool(note)  # inches a pixel, inches above the slices
+    size = (len(groups) * (wide * scale + 0.3), tall * scale + head + 0.1)
+    figure = Figure(figsize=size, dpi=DPI)
+    for number, (title, slices) in enumerate(groups.items()):
+        sheet = np.full((tall, wide), np.nan)  # one picture: an axes for each slice would take seconds
+        left = 0.15 + number * (wide * scale + 0.3)
+        place = (left / size[0], 0.1 / size[1], wide * scale / size[0], tall * scale / size[1])
+        axes = figure.add_axes(place, frameon=False)
+        for i, (label, image) in enumerate(slices):
+            y, x = i // columns * (height + top) + top, i % columns * (width + side) + side // 2
+            sheet[y : y + height, x : x + width] = image
+            axes.text(x + width / 2, y - top / 4, label, fontsize=6.5, ha="center", va="bottom")
+        _show(axes, sheet, vmin=span[0], vmax=span[1])
+        middle = (left + wide * scale / 2) / size[0]
+        figure.text(middle, 1 - (head - 0.15) / size[1], title, fontsize=10, ha="center", va="center")
+    figure.text(0.5, 1 - 0.14 / size[1], note, fontsize=9, ha="center", va="center")
+    _save(figure, path)
+
+
+def similarity_histograms(
+    path: Path | str,
+    sets: Mapping[str, Mapping[str, np.ndarray]],
+    thresholds: Mapping[str, float],
+    note: str = "",
+) -> None:
+    """Draw, for each measure, how similar the slices of each set are to their nearest training slice."""
+    figure = _figure(5 * len(sets), 4)
+    figure.suptitle(note, fontsize=10)
+    for axes, (measure, of) in zip(
+        figure.subplots(1, len(sets), squeeze=False)[0], sets.items(), strict=True
+    ):
+        edges = np.histogram_bin_edges(np.concatenate(list(of.values())), 40)
+        for name, values in of.items():
+            shares = np.full(len(values), 1 / len(values))
+            axes.hist(
+                values, edges, weights=shares, histtype="step", lw=1.5, label=f"{name} (n = {len(values)})"
+            )
+        axes.axvline(thresholds[measure], color="black", linestyle="--", label="flagged to the right")
+        axes.set(xlabel=f"{measure} with the nearest training slice", ylabel="share of the set")
+        axes.legend(fontsize=7)
+    _save(figure, path)
+
+
+def realism_chart(
+    path: Path | str,
+    distances: Mapping[str, Mapping[str, float]],
+    spectra: Mapping[str, np.ndarray],
+    note: str = "",
+) -> None:
+    """Draw each row's Fréchet distance in each feature space, and its mean power spectrum (R,) in dB."""
+    figure = _figure(11, 4.2)
+    figure.suptitle(note, fontsize=10)
+    bars, lines = figure.subplots(1, 2)
+    for i, (space, of) in enumerate(distances.items()):
+        bars.barh(np.arange(len(of)) + (i - 0.5) * 0.38, list(of.values()), 0.36, label=f"{space} features")
+    bars.set_yticks(range(len(of)), list(of))
+    bars.invert_yaxis()
+    bars.set(xscale="log", xlabel="Fréchet distance to real test slices")
+    bars.legend(fontsize=8)
+    for name, power in spectra.items():
+        frequency = np.arange(1, len(power) + 1) / (2 * len(power))
+        lines.plot(frequency, power, lw=2 if name in ("real test", "samples") else 1, label=name)
+    lines.set(xlabel="cycles per pixel", ylabel="mean power, dB", title="radial power spectrum")
+    lines.legend(fontsize=8)
+    lines.grid(alpha=0.3)
+    _save(figure, path)

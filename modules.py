@@ -264,6 +264,19 @@ class VQVAE2(nn.Module):
         )
 
 
+def load_model(checkpoint: dict, path: str) -> VQVAE2:
+    """The model of a checkpoint, in `eval()`; ValueError where its weights are of another network."""
+    try:
+        model = VQVAE2(VQVAE2Config(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: weights of another network than modules.py has ({str(error).splitlines()[0]}). "
+            "Mend: use the version of these scripts that wrote it, or train again."
+        ) from error
+    return model.eval()
+
+
 def box_mean(x: Tensor, window: int = 7) -> Tensor:
     """(..., H, W) -> (..., H - 6, W - 6): 7x7 means by shifted sums, twice as fast as avg_pool2d."""
     h, w = x.shape[-2] - window + 1, x.shape[-1] - window + 1

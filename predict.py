@@ -10,7 +10,6 @@ and worst slice), code_maps.png, ssim_histogram.png; with --nifti also reconstru
 """
 
 import csv
-import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ import figures
 import metrics
 import runtime
 from dataset import DataConfig, SliceDataset, open_study, save_reconstruction
-from modules import VQVAE2, VQVAE2Config
+from modules import VQVAE2, load_model
 from runtime import option
 
 PICTURES = 4  # originals and reconstructions written slice by slice
@@ -76,19 +75,6 @@ class PredictConfig:
 
 
 # ---- a model and its test split ------------------------------------------------------------------
-
-
-def load_model(checkpoint: dict, path: str) -> VQVAE2:
-    """The model of a checkpoint, in `eval()`; ValueError where its weights are of another network."""
-    try:
-        model = VQVAE2(VQVAE2Config(**checkpoint["model_config"]))
-        model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"{path}: weights of another network than modules.py has ({str(error).splitlines()[0]}). "
-            "Mend: use the version of these scripts that wrote it, or train again."
-        ) from error
-    return model.eval()
 
 
 def open_test(checkpoint: dict, config: PredictConfig) -> SliceDataset:
@@ -262,16 +248,14 @@ def predict(config: PredictConfig) -> dict:
     """
     checkpoint = runtime.load_checkpoint(config.checkpoint, "vqvae2")
     device = runtime.pick_device(config.device)
-    out = Path(config.out or Path(config.checkpoint).parent)
-    out.mkdir(parents=True, exist_ok=True)
+    out = runtime.writable_folder(config.out or Path(config.checkpoint).parent)
     model = load_model(checkpoint, config.checkpoint).to(device)
     test = open_test(checkpoint, config)
     patients = [f"{name.patient:03d}" for name in test.names]
     nifti = out / "reconstructions" if config.nifti else None
 
     scores, counts = score_split(model, test, config.batch_size, nifti)
-    with open(config.checkpoint, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = runtime.sha256(config.checkpoint)
     data = {"study": test.study.resolve().name, "split": test.split, "fingerprint": test.fingerprint}
     model_file = {"file": Path(config.checkpoint).name, "sha256": digest, "epoch": checkpoint["epoch"]}
     result = rounded(

@@ -7,6 +7,7 @@ name and moved into place (`atomic_path`), so a reader never meets half a file.
 import argparse
 import dataclasses
 import gzip
+import hashlib
 import json
 import os
 import pickle
@@ -68,12 +69,16 @@ def option(default, help: str, **metadata):
 def parser(doc: str, *configs: type) -> argparse.ArgumentParser:
     """An argument parser with one flag per field of the dataclasses `configs`; the defaults are theirs."""
     built = argparse.ArgumentParser(
-        description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=doc,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        conflict_handler="resolve",  # two configs may share a field: K is the autoencoder's and its prior's
     )
     for config in configs:
         hints = typing.get_type_hints(config)
         for field in dataclasses.fields(config):
-            options = {"default": field.default, "help": f"{field.metadata['help']} (default: %(default)s)"}
+            shown = "" if field.default == "" else " (default: %(default)s)"
+            options = {"default": field.default, "help": field.metadata["help"] + shown}
             if hints[field.name] is bool:
                 options["action"] = argparse.BooleanOptionalAction
             else:
@@ -158,8 +163,9 @@ def writable_folder(path: Path | str) -> Path:
     """`path`, made where it is not there; OSError, before anything is computed, if it cannot be written."""
     path = Path(path)
     try:
-        write_text(path / "writable", "")
-        (path / "writable").unlink()
+        trial = path / f".part-{os.getpid()}-trial"
+        write_text(trial, "")
+        trial.unlink()
     except OSError as error:
         raise OSError(f"{path}: cannot write there ({error.strerror}). Mend: another --out.") from error
     return path
@@ -209,6 +215,11 @@ def write_nifti(path: Path | str, pixels: np.ndarray, affine: np.ndarray, descri
         part.write_bytes(gzip.compress(data, compresslevel=3, mtime=0) if str(path).endswith(".gz") else data)
 
 
+def sha256(path: Path | str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
@@ -222,12 +233,12 @@ def save_checkpoint(path: Path | str, checkpoint: dict) -> None:
         os.fsync(file.fileno())  # on the disk before it has the name: a power cut leaves the old one
 
 
-def load_checkpoint(path: Path | str, kind: str) -> dict:
+def load_checkpoint(path: Path | str, *kinds: str) -> dict:
     """Read a checkpoint that `train.py` wrote, on the CPU, running no code from the file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: truncated or not a checkpoint; of another format; of another `kind` of model.
+        ValueError: truncated or not a checkpoint; of another format; none of the `kinds` of model.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint. Mend: run train.py, or name another.")
@@ -238,9 +249,9 @@ def load_checkpoint(path: Path | str, kind: str) -> dict:
         raise ValueError(
             f"{path}: not a whole checkpoint ({type(error).__name__}). Mend: an earlier one, or train again."
         ) from error
-    if found != (FORMAT, kind):
+    if found not in [(FORMAT, kind) for kind in kinds]:
         raise ValueError(
-            f"{path}: a checkpoint of format and kind {found}; expected {(FORMAT, kind)}. "
+            f"{path}: a checkpoint of format and kind {found}; expected {FORMAT}, {' or '.join(kinds)}. "
             "Mend: use the version of these scripts that wrote it, or train again."
         )
     return checkpoint

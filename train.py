@@ -1,77 +1,38 @@
-"""Train the VQ-VAE-2 on a study's train split; validate on its validate split after every epoch.
+"""Train the VQ-VAE-2 on a study's train split, validating after every epoch; then the priors over its codes.
 
     python train.py --data keras_slices_data                    # the report's hyperparameters
     python train.py --data keras_slices_data --preset best      # what we would use
     python train.py --resume Results/vqvae2_epoch_3.pth         # go on where that checkpoint stopped
+    python train.py --stage prior --checkpoint Results/vqvae2_best.pth
 
 Writes to Results/ (or --out): train_losses.txt and val_losses.txt (one value an epoch), loss_plot.png,
 log.jsonl (every term, times, versions), vqvae2_epoch_N.pth, vqvae2_best.pth (lowest validation loss) and
-vqvae2_epoch_final.pth. Ctrl-C and SIGTERM save vqvae2_interrupted.pth, which --resume continues.
+vqvae2_epoch_final.pth; the prior's names begin with prior_. Ctrl-C and SIGTERM save a checkpoint that
+--resume continues.
 """
 
 import argparse
 import dataclasses
-import json
 import math
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import figures
 import runtime
-from dataset import DataConfig, SliceDataset, open_study
-from modules import VQVAE2, Output, VQVAE2Config, ssim
+from dataset import SPLITS, DataConfig, SliceDataset, open_study
+from loop import TrainConfig, fit, switched
+from modules import VQVAE2, Output, VQVAE2Config, load_model, ssim
+from prior import Prior, PriorConfig
 from runtime import option
 
-SWITCH = ("auto", "on", "off")
 SIDES = ("height", "width")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train. The defaults are the report's hyperparameters."""
-
-    out: str = option("Results", "folder for checkpoints, logs and plots")
-    epochs: int = option(10, "passes over the train split")
-    minutes: float = option(0.0, "train for this much wall time instead of --epochs; 0 means by epochs")
-    batch_size: int = option(16, "slices in a step")
-    lr: float = option(3e-4, "learning rate, at its highest")
-    schedule: str = option("constant", "learning rate over the run", choices=("constant", "cosine"))
-    warmup: float = option(0.0, "share of the run in which the learning rate rises from 0")
-    weight_decay: float = option(0.0, "AdamW's decoupled weight decay; 0 is Adam")
-    clip: float = option(0.0, "largest norm of the gradient; 0 means unclipped")
-    beta: float = option(0.25, "weight of the commitment terms")
-    mse: float = option(1.0, "weight of the mean squared error in the reconstruction term")
-    l1: float = option(0.0, "weight of the mean absolute error in the reconstruction term")
-    ssim: float = option(0.0, "weight of 1 - SSIM in the reconstruction term")
-    flip: bool = option(False, "mirror every second slice left-right, at random")
-    seed: int = option(0, "of weights, order and augmentation")
-    device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
-    bf16: str = option("auto", "bfloat16 autocast; auto: where the hardware has it", choices=SWITCH)
-    channels_last: str = option("auto", "memory layout NHWC; auto: on", choices=SWITCH)
-    compile: str = option("auto", "torch.compile; auto: off, its warm-up costs minutes", choices=SWITCH)
-    save_every: int = option(1, "epochs between checkpoints vqvae2_epoch_N.pth")
-    keep: int = option(3, "how many of those to keep; 0 keeps all")
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
-        for name in ("minutes", "warmup", "weight_decay", "clip", "beta", "mse", "l1", "ssim", "keep"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name} is {getattr(self, name)}; expected 0 or more")
-        if self.mse + self.l1 + self.ssim == 0:
-            raise ValueError("--mse, --l1 and --ssim are all 0; expected at least one reconstruction term")
-
-
-# Each preset is what differs from the report's hyperparameters above; flags given beside it win. Steps of one
-# slice learn more in the same time than steps of 16: the codebooks move with every step.
+# Each preset is what differs from the report's hyperparameters, the defaults; flags given beside it win. Steps
+# of one slice learn more in the same time than steps of 16: the codebooks move with every step.
 RECIPE = {
     "batch_size": 1,
     "lr": 1.5e-3,
@@ -84,13 +45,35 @@ RECIPE = {
     "ssim": 1.0,
     "flip": True,
 }
-PRESETS = {"report": {}, "quick": RECIPE | {"minutes": 1.75}, "best": RECIPE | {"minutes": 40.0}}
+PRIOR_RECIPE = RECIPE | {"batch_size": 8, "lr": 1e-3, "weight_decay": 0.05, "patience": 5}
+PRESETS = {
+    "autoencoder": {"report": {}, "quick": RECIPE | {"minutes": 1.75}, "best": RECIPE | {"minutes": 40.0}},
+    "prior": {"quick": PRIOR_RECIPE | {"minutes": 1.5}, "best": PRIOR_RECIPE | {"minutes": 30.0}},
+}
 
 
-# ---- one step ------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class LossConfig:
+    """What stage one minimises. The defaults are the report's: mean squared error, beta 0.25."""
+
+    beta: float = option(0.25, "weight of the commitment terms")
+    mse: float = option(1.0, "weight of the mean squared error in the reconstruction term")
+    l1: float = option(0.0, "weight of the mean absolute error in the reconstruction term")
+    ssim: float = option(0.0, "weight of 1 - SSIM in the reconstruction term")
+    flip: bool = option(False, "mirror every second slice left-right, at random")
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "mse", "l1", "ssim"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}; expected 0 or more")
+        if self.mse + self.l1 + self.ssim == 0:
+            raise ValueError("--mse, --l1 and --ssim are all 0; expected at least one reconstruction term")
 
 
-def losses(x: Tensor, output: Output, config: TrainConfig) -> dict[str, Tensor]:
+# ---- stage one: the autoencoder ----
+
+
+def losses(x: Tensor, output: Output, config: LossConfig) -> dict[str, Tensor]:
     """Every term of the loss as a scalar; `loss` is what is minimised, in the report's words
 
         loss = reconstruction + codebook + beta * commitment.
@@ -111,342 +94,267 @@ def losses(x: Tensor, output: Output, config: TrainConfig) -> dict[str, Tensor]:
     return {"loss": reconstruction + config.beta * commitment, "reconstruction": reconstruction, **terms}
 
 
-def learning_rate(config: TrainConfig, progress: float) -> float:
-    """The learning rate at the share `progress` in [0, 1] of the run: linear warm-up, then the schedule."""
-    rise = min(1.0, progress / config.warmup) if config.warmup else 1.0
-    fall = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))) if config.schedule == "cosine" else 1.0
-    return config.lr * rise * fall
-
-
 def flip_left_right(x: Tensor) -> Tensor:
     """Mirror each slice of (B, 1, H, W) along axis H, the patient's left-right, with probability 1/2."""
     mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
     return torch.where(mirrored, x.flip(2), x)
 
 
-def switched(flag: str, default: bool) -> bool:
-    return default if flag == "auto" else flag == "on"
+class Autoencoder:
+    """Stage one for the loop: z-scored slices, reconstructed; counts the codes of both levels."""
 
+    kind = "vqvae2"
 
-class Run:
-    """A training run: all that a checkpoint holds, and the steps that change it.
-
-    `epoch` and `batch` count what is done; the order of an epoch's slices depends on the seed and the epoch
-    alone, so a run goes on in the middle of an epoch. `history` is log.jsonl, a dictionary a line.
-    """
-
-    def __init__(self, data: DataConfig, model: VQVAE2Config, config: TrainConfig, checkpoint: dict | None):
-        model.code_shapes(data.height, data.width)  # ValueError now, not after the decoding
-        self.config, self.data = config, data
-        self.out = Path(config.out)
-        self.device = runtime.pick_device(config.device)
-        self.bf16 = switched(config.bf16, runtime.has_fast_bf16(self.device))
+    def __init__(self, data: DataConfig, model: VQVAE2Config, loss: LossConfig, config: TrainConfig):
+        device = runtime.pick_device(config.device)
         self.layout = torch.channels_last if switched(config.channels_last, True) else torch.contiguous_format
-        runtime.seed_everything(config.seed)
+        self.data, self.loss = data, loss
         self.splits = open_study(data)
-        self.model = VQVAE2(model).to(self.device, memory_format=self.layout)
-        if switched(config.compile, False):
-            self.model.compile()
-        self.optimiser = torch.optim.AdamW(
-            self.model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
-        )
-        self.epoch = self.batch = self.step = 0
-        self.best = math.inf
-        self.seconds = 0.0  # spent before `began`
-        self.history: list[dict] = []
-        self.start_epoch()
-        if checkpoint:
-            self.restore(checkpoint)
-        self.began = time.monotonic()
-        settings = {"data": dataclasses.asdict(data), "model": dataclasses.asdict(model)}
-        settings["train"] = dataclasses.asdict(config)
-        self.history.append(
-            {"run": runtime.provenance(), "device": str(self.device), "bf16": self.bf16} | settings
-        )
+        self.sizes = {name: len(split) for name, split in self.splits.items()}
+        runtime.seed_everything(config.seed)
+        self.model = VQVAE2(model).to(device, memory_format=self.layout)
+        self.device = device
+        self.counted = self.no_codes()
 
-    # what a checkpoint holds
+    def no_codes(self) -> dict[str, Tensor]:
+        return {level: torch.zeros(self.model.config.K, dtype=torch.int64) for level in ("top", "bottom")}
 
-    def state(self) -> dict:
-        study = self.splits["train"].study
+    def settings(self) -> dict:
+        train = self.splits["train"]
         return {
-            "kind": "vqvae2",
             "model_config": dataclasses.asdict(self.model.config),
-            "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "train_config": dataclasses.asdict(self.config),
+            "loss_config": dataclasses.asdict(self.loss),
             "data": {
-                "study": str(study.resolve()),
+                "study": str(train.study.resolve()),
                 "height": self.data.height,
                 "width": self.data.width,
                 "fingerprints": {name: split.fingerprint for name, split in self.splits.items()},
-                "synthetic": self.splits["train"].synthetic,
+                "synthetic": train.synthetic,
             },
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "step": self.step,
-            "best": self.best,
-            "seconds": self.elapsed(),
-            "epoch_seconds": self.epoch_seconds,
-            "sums": self.sums,
-            "usage": self.usage,
-            "history": self.history,
-            "rng": runtime.rng_state(),
         }
 
-    def restore(self, checkpoint: dict) -> None:
-        if checkpoint["model_config"] != dataclasses.asdict(self.model.config):
-            raise ValueError(
-                "--resume: the network's shape comes from the checkpoint. Mend: leave out its flags."
-            )
-        size, was = (self.data.height, self.data.width), tuple(checkpoint["data"][side] for side in SIDES)
-        if size != was:
-            raise ValueError(f"--resume: slices of {size}; the checkpoint's are {was}. Mend: leave it out.")
-        if checkpoint["data"]["fingerprints"]["train"] != self.splits["train"].fingerprint:
-            print("note: the train split's files are not those that the checkpoint was trained on")
-        self.model.load_state_dict(checkpoint["model"])
-        self.optimiser.load_state_dict(checkpoint["optimiser"])
-        for name in (
-            "epoch",
-            "batch",
-            "step",
-            "best",
-            "seconds",
-            "epoch_seconds",
-            "sums",
-            "usage",
-            "history",
-        ):
-            setattr(self, name, checkpoint[name])
-        runtime.set_rng_state(checkpoint["rng"])
-
-    def save(self, name: str) -> Path:
-        runtime.save_checkpoint(self.out / name, self.state())
-        return self.out / name
-
-    # where the run stands
-
-    def elapsed(self) -> float:
-        return self.seconds + time.monotonic() - self.began
-
-    def progress(self) -> float:
-        """The share of the run that is done, by wall time or by steps."""
-        if self.config.minutes:
-            return self.elapsed() / (60 * self.config.minutes)
-        batches = math.ceil(len(self.splits["train"]) / self.config.batch_size)
-        return (self.epoch * batches + self.batch) / (self.config.epochs * batches)
-
-    def start_epoch(self) -> None:
-        self.batch = 0
-        self.epoch_seconds = 0.0
-        self.sums: dict[str, float] = {}
-        self.usage = {
-            level: torch.zeros(self.model.config.K, dtype=torch.int64) for level in ("top", "bottom")
-        }
-
-    def load(self, split: SliceDataset, indices: Tensor) -> Tensor:
-        x = split.images(indices)
-        return x.to(self.device, memory_format=self.layout, non_blocking=True)
-
-    def tally(self, x: Tensor, output: Output, terms: dict[str, Tensor], sums: dict, usage: dict) -> float:
-        """Add a batch to an epoch's exact sums and code counts; returns its loss. One wait for the device."""
-        values = torch.stack([term.detach().float() for term in terms.values()]).tolist()
-        for name, value in zip(terms, values, strict=True):
-            sums[name] = sums.get(name, 0.0) + value * len(x)
-        for level in usage:
-            codes = getattr(output, level).codes
-            usage[level] += torch.bincount(codes.flatten(), minlength=self.model.config.K).cpu()
-        return values[0]
-
-    # training and validation
-
-    def train_step(self, indices: Tensor) -> float:
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.config, self.progress())
-        x = self.load(self.splits["train"], indices)
-        if self.config.flip:
+    def terms(self, split: str, indices: Tensor) -> dict[str, Tensor]:
+        x = self.splits[split].images(indices).to(self.device, memory_format=self.layout)
+        if self.loss.flip and self.model.training:
             x = flip_left_right(x)
-        with runtime.autocast(self.device, self.bf16):
-            output = self.model(x)
-        terms = losses(x, output, self.config)
-        loss = self.tally(x, output, terms, self.sums, self.usage)
-        if not math.isfinite(loss):
-            raise ValueError(self.lost(indices, loss))
-        self.optimiser.zero_grad()
-        terms["loss"].backward()
-        if self.config.clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self.optimiser.step()
-        return loss
+        output = self.model(x)
+        for level, counts in self.counted.items():
+            counts += torch.bincount(getattr(output, level).codes.flatten(), minlength=len(counts)).cpu()
+        return losses(x, output, self.loss)
 
-    def lost(self, indices: Tensor, loss: float) -> str:
-        files = ", ".join(self.splits["train"].paths[i].name for i in indices.tolist())
-        saved = sorted(self.out.glob("vqvae2_*.pth"), key=lambda path: path.stat().st_mtime)
-        return (
-            f"the loss is {loss} at epoch {self.epoch + 1}, step {self.step + 1}, on {files}. Last good "
-            f"checkpoint: {saved[-1] if saved else 'none'}. Mend: a lower --lr, or --clip 1."
-        )
+    def statistics(self) -> dict[str, dict[str, float]]:
+        """Codes used and perplexity exp(H) of each level since the last call."""
+        statistics = {}
+        for level, counts in self.counted.items():
+            p = counts[counts > 0].double() / counts.sum()
+            statistics[level] = {
+                "used": len(p),
+                "perplexity": round(torch.exp(-(p * p.log()).sum()).item(), 2),
+            }
+        self.counted = self.no_codes()
+        return statistics
 
-    def train_epoch(self, bar: tqdm, stopped: list[int]) -> None:
-        """Train to the end of the epoch, of the minutes, or until `stopped` is not empty."""
-        train, size = self.splits["train"], self.config.batch_size
-        order = torch.randperm(
-            len(train), generator=torch.Generator().manual_seed(1_000_003 * self.config.seed + self.epoch)
-        )
-        self.model.train()
-        began = time.monotonic() - self.epoch_seconds
-        for indices in order.split(size)[self.batch :]:
-            loss = self.train_step(indices)
-            self.batch += 1
-            self.step += 1
-            self.epoch_seconds = time.monotonic() - began
-            bar.set_postfix(epoch=self.epoch + 1, loss=f"{loss:.4f}", refresh=False)
-            if (
-                self.config.minutes
-            ):  # how many slices fit is not known before; the bar's ETA follows from this
-                bar.total = round((bar.n + len(indices)) / min(self.progress(), 1.0))
-            bar.update(len(indices))
-            if stopped or (self.config.minutes and self.progress() >= 1):
-                return
-
-    @torch.inference_mode()
-    def validate(self) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Exact means of every term over the validate split, and its code counts."""
-        split, sums = self.splits["validate"], {}
-        usage = {level: torch.zeros_like(counts) for level, counts in self.usage.items()}
-        self.model.eval()
-        for indices in torch.arange(len(split)).split(self.config.batch_size):
-            x = self.load(split, indices)
-            with runtime.autocast(self.device, self.bf16):
-                output = self.model(x)
-            self.tally(x, output, losses(x, output, self.config), sums, usage)
-        return {name: total / len(split) for name, total in sums.items()}, usage
-
-    def end_epoch(self) -> None:
-        """Validate, log, and save what is due."""
-        seen = min(self.batch * self.config.batch_size, len(self.splits["train"]))
-        terms = {"train": {name: total / seen for name, total in self.sums.items()}}
-        terms["validate"], validate_usage = self.validate()
-        self.epoch += 1
-        record = {
-            "epoch": self.epoch,
-            "step": self.step,
-            "train_loss": terms["train"]["loss"],
-            "val_loss": terms["validate"]["loss"],
-            "slices_per_s": round(seen / self.epoch_seconds, 2),
-            "seconds": round(self.elapsed(), 1),
-            "lr": self.optimiser.param_groups[0]["lr"],
-            **terms,
-            "codes": {"train": code_statistics(self.usage), "validate": code_statistics(validate_usage)},
-        }
-        self.history.append(record)
-        slow = self.epoch_seconds > 10
-        self.start_epoch()  # before anything is saved: a resumed run begins with the next epoch
+    def describe(self, record: dict) -> str:
         used = record["codes"]["validate"]
-        tqdm.write(
-            f"epoch {self.epoch}: train {record['train_loss']:.4f}, validate {record['val_loss']:.4f} "
-            f"(1 - SSIM {terms['validate']['ssim']:.4f}), codes used {used['top']['used']} top "
-            f"{used['bottom']['used']} bottom, {record['slices_per_s']:.1f} slices/s"
+        return (
+            f"SSIM {1 - record['validate']['ssim']:.4f}, codes used {used['top']['used']} top "
+            f"{used['bottom']['used']} bottom"
         )
-        better = record["val_loss"] < self.best
-        self.best = min(self.best, record["val_loss"])
-        if better:
-            self.save("vqvae2_best.pth")
-        if self.epoch % self.config.save_every == 0:
-            self.save(f"vqvae2_epoch_{self.epoch}.pth")
-            if self.config.keep:
-                old = self.epoch - self.config.keep * self.config.save_every
-                (self.out / f"vqvae2_epoch_{old}.pth").unlink(missing_ok=True)
-        self.write_logs()
-        if slow:  # of a short epoch the plot would take a good part
-            self.plot()
 
-    def write_logs(self) -> None:
-        """log.jsonl and the losses, all from `history`: a resumed run's files are those of one run."""
-        for name, values in self.curves().items():
-            runtime.write_text(self.out / f"{name}_losses.txt", "".join(f"{value:.6f}\n" for value in values))
-        runtime.write_text(self.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
-
-    def curves(self) -> dict[str, list[float]]:
-        epochs = [record for record in self.history if "epoch" in record]
-        return {name: [record[f"{name}_loss"] for record in epochs] for name in ("train", "val")}
-
-    def plot(self) -> None:
-        figures.loss_plot(self.out / "loss_plot.png", *self.curves().values())
+    def names(self, indices: Tensor) -> list[str]:
+        return [self.splits["train"].paths[i].name for i in indices.tolist()]
 
 
-def code_statistics(usage: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Codes used and perplexity exp(H) of each level's code counts (K,)."""
-    statistics = {}
-    for level, counts in usage.items():
-        p = counts[counts > 0].double() / counts.sum()
-        statistics[level] = {"used": len(p), "perplexity": round(torch.exp(-(p * p.log()).sum()).item(), 2)}
-    return statistics
-
-
-def train(data: DataConfig, model: VQVAE2Config, config: TrainConfig, checkpoint: dict | None = None) -> Path:
-    """Train, from `checkpoint` where one is given; returns the path of the best checkpoint.
-
-    Raises:
-        ValueError, OSError: bad data, settings or checkpoint; a loss that is not finite; a full disk.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, with vqvae2_interrupted.pth written.
-    """
+def train_autoencoder(
+    data: DataConfig,
+    model: VQVAE2Config,
+    loss: LossConfig,
+    config: TrainConfig,
+    checkpoint: dict | None = None,
+) -> Path:
+    """Stage one; returns the path of the best checkpoint. Raises as `open_study` and `loop.fit` do."""
+    model.code_shapes(data.height, data.width)  # ValueError now, not after the decoding
     runtime.writable_folder(config.out)
-    run = Run(data, model, config, checkpoint)
-    slices = len(run.splits["train"])
-    millions = sum(p.numel() for p in run.model.parameters()) / 1e6
-    length = f"{config.minutes:g} minutes" if config.minutes else f"{config.epochs} epochs"
-    precision = "bfloat16" if run.bf16 else "float32"
-    print(f"training {millions:.2f} M parameters on {run.device} in {precision}, {slices} slices, {length}")
-    done = run.epoch * slices + min(run.batch * config.batch_size, slices)
-    bar = tqdm(
-        total=None if config.minutes else config.epochs * slices,
-        initial=done,
-        unit="slice",
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-    )
-    with runtime.stop_signals() as stopped, bar:
-        while not stopped and (run.progress() < 1 or run.batch):
-            run.train_epoch(bar, stopped)
-            if not stopped:
-                run.end_epoch()
-    run.plot()
-    if stopped:
-        path = run.save("vqvae2_interrupted.pth")
-        print(f"stopped in epoch {run.epoch + 1}; go on with: python train.py --resume {path}")
-        raise KeyboardInterrupt
-    run.save("vqvae2_epoch_final.pth")
-    print(
-        f"wrote {run.out}/: vqvae2_best.pth, vqvae2_epoch_final.pth, log.jsonl, loss_plot.png, *_losses.txt"
-    )
-    return run.out / "vqvae2_best.pth"
+    if checkpoint and (data.height, data.width) != (was := tuple(checkpoint["data"][side] for side in SIDES)):
+        raise ValueError(
+            f"--resume: --height and --width are not the checkpoint's, {was}. Mend: leave them out."
+        )
+    stage = Autoencoder(data, model, loss, config)
+    if checkpoint and checkpoint["data"]["fingerprints"]["train"] != stage.splits["train"].fingerprint:
+        print("note: the train split's files are not those that the checkpoint was trained on")
+    return fit(stage, config, checkpoint)
+
+
+# ---- stage two: the priors ----
+
+
+@dataclass(frozen=True)
+class CodesConfig:
+    """Of which autoencoder stage two learns the codes."""
+
+    checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder, for --stage prior")
+    forget: float = option(0.1, "share of training slices whose position is hidden from the prior")
+
+
+class CodePriors:
+    """Stage two for the loop: the code maps of every slice, and of its mirror image, under one autoencoder."""
+
+    kind = "prior"
+    counted: dict = {}  # noqa: RUF012
+
+    def __init__(self, data: DataConfig, codes: CodesConfig, prior: PriorConfig, config: TrainConfig):
+        self.device = runtime.pick_device(config.device)
+        checkpoint = runtime.load_checkpoint(codes.checkpoint, "vqvae2")
+        trained = checkpoint["data"]
+        data = dataclasses.replace(
+            data, data=data.data or trained["study"], height=trained["height"], width=trained["width"]
+        )
+        self.sha256 = runtime.sha256(codes.checkpoint)
+        self.splits = open_study(data)
+        self.sizes = {name: len(split) for name, split in self.splits.items()}
+        self.data, self.codes, self.pixels = trained, codes, data.height * data.width
+        model = load_model(checkpoint, codes.checkpoint).to(self.device)
+        self.maps = extract_codes(model, self.splits, Path(config.out) / "codes.npz", self.sha256)
+        runtime.seed_everything(config.seed)
+        self.top_shape = model.config.code_shapes(data.height, data.width)[0]
+        self.model = Prior(dataclasses.replace(prior, K=model.config.K), self.top_shape).to(self.device)
+
+    def settings(self) -> dict:
+        return {
+            "model_config": dataclasses.asdict(self.model.config),
+            "codes_config": dataclasses.asdict(self.codes),
+            "top_shape": list(self.top_shape),
+            "autoencoder_sha256": self.sha256,
+            "data": self.data,
+        }
+
+    def terms(self, split: str, indices: Tensor) -> dict[str, Tensor]:
+        position = torch.from_numpy(self.splits[split].positions)[indices]
+        side = torch.zeros(len(indices), dtype=torch.int64)  # 0 as it is, 1 mirrored
+        if self.model.training:
+            side = torch.randint(2, side.shape)
+            position = position.masked_fill(torch.rand(len(position)) < self.codes.forget, math.nan)
+        at = side.numpy(), indices.numpy()
+        maps = (torch.from_numpy(self.maps[f"{split}_{level}"][at]) for level in ("top", "bottom"))
+        nats = self.model.nats(*(codes.long().to(self.device) for codes in maps), position.to(self.device))
+        total = nats["top"].sum() + nats["bottom"].sum()
+        codes = nats["top"].numel() + nats["bottom"].numel()
+        return {
+            "loss": total / codes,
+            "nats_top": nats["top"].mean(),
+            "nats_bottom": nats["bottom"].mean(),
+            "bits_per_pixel": total / math.log(2) / (len(indices) * self.pixels),
+        }
+
+    def statistics(self) -> dict:
+        return {}
+
+    def describe(self, record: dict) -> str:
+        bits = {name: record["validate"][f"nats_{name}"] / math.log(2) for name in ("top", "bottom")}
+        return (
+            f"{bits['top']:.2f} bits a top code, {bits['bottom']:.2f} a bottom code, "
+            f"{record['validate']['bits_per_pixel']:.4f} a pixel"
+        )
+
+    def names(self, indices: Tensor) -> list[str]:
+        return [self.splits["train"].paths[i].name for i in indices.tolist()]
+
+
+@torch.inference_mode()
+def extract_codes(
+    model: VQVAE2, splits: dict[str, SliceDataset], path: Path, sha256: str
+) -> dict[str, np.ndarray]:
+    """The code maps of every slice of every split, and of its mirror image, kept in the file `path`.
+
+    Returns:
+        "train_top" (2, N, H/8, W/8), "train_bottom" (2, N, H/4, W/4), ... int16; first axis: as it is, mirrored.
+    """
+    key = " ".join([sha256, *(splits[name].fingerprint for name in SPLITS)])
+    if path.is_file():
+        try:
+            with np.load(path) as kept:
+                if str(kept["key"]) == key:
+                    return {name: kept[name] for name in kept.files}
+        except (OSError, ValueError, KeyError, EOFError):
+            pass  # not ours, or not whole: made again
+    maps: dict[str, list] = {f"{name}_{level}": [] for name in SPLITS for level in ("top", "bottom")}
+    device = next(model.parameters()).device
+    bar = tqdm(total=sum(map(len, splits.values())), desc="codes", unit="slice", disable=None)
+    for name, split in splits.items():
+        for indices in torch.arange(len(split)).split(16):
+            x = split.images(indices).to(device)
+            both = [model.encode(side) for side in (x, x.flip(2))]
+            for level, sides in zip(("top", "bottom"), zip(*both, strict=True), strict=True):
+                maps[f"{name}_{level}"].append(torch.stack(sides).short().cpu().numpy())
+            bar.update(len(indices))
+    bar.close()
+    maps = {name: np.concatenate(parts, 1) for name, parts in maps.items()}
+    with runtime.atomic_path(path) as part:
+        np.savez(part, key=key, **maps)
+    return maps
+
+
+def train_prior(
+    data: DataConfig,
+    codes: CodesConfig,
+    prior: PriorConfig,
+    config: TrainConfig,
+    checkpoint: dict | None = None,
+) -> Path:
+    """Stage two, on the codes of a trained autoencoder; returns the path of the best checkpoint."""
+    runtime.writable_folder(config.out)
+    stage = CodePriors(data, codes, prior, config)
+    if checkpoint and checkpoint["autoencoder_sha256"] != stage.sha256:
+        raise ValueError(
+            f"--resume: the prior of another autoencoder than {codes.checkpoint}. Mend: --checkpoint, or train anew."
+        )
+    return fit(stage, config, checkpoint)
+
+
+# ---- the command line ----
 
 
 def flags(doc: str) -> argparse.ArgumentParser:
     """The flags of a script that trains."""
-    parser = runtime.parser(doc, DataConfig, VQVAE2Config, TrainConfig)
-    parser.add_argument("--preset", choices=PRESETS, help="settings to start from; other flags win over them")
+    parser = runtime.parser(doc, DataConfig, VQVAE2Config, LossConfig, CodesConfig, PriorConfig, TrainConfig)
+    parser.add_argument("--stage", choices=PRESETS, default="autoencoder", help="what to train")
+    names = list(dict.fromkeys(name for presets in PRESETS.values() for name in presets))
+    parser.add_argument("--preset", choices=names, help="settings to start from; other flags win over them")
     parser.add_argument("--resume", metavar="FILE", help="go on from this checkpoint, with its settings")
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, preset: str = "report") -> tuple[argparse.Namespace, dict | None]:
-    """The command line: flags over the settings of `preset` or of the checkpoint, and that checkpoint."""
+def parse(parser: argparse.ArgumentParser, preset: str = "") -> tuple[argparse.Namespace, dict | None]:
+    """The command line: flags over the settings of a preset or of the checkpoint, and that checkpoint.
+
+    Without --preset: `preset`, or the first of the stage.
+    """
     args = parser.parse_args()
+    presets = PRESETS[args.stage]
     checkpoint = None
     if args.resume:
-        checkpoint = runtime.load_checkpoint(args.resume, "vqvae2")
-        data = {name: checkpoint["data"][name] for name in SIDES}
-        parser.set_defaults(**checkpoint["model_config"], **checkpoint["train_config"], **data)
-        parser.set_defaults(data=checkpoint["data"]["study"], out=str(Path(args.resume).parent))
+        checkpoint = runtime.load_checkpoint(args.resume, Autoencoder.kind, CodePriors.kind)
+        for name in ("model_config", "loss_config", "codes_config", "train_config"):
+            parser.set_defaults(**checkpoint.get(name, {}))
+        data = {side: checkpoint["data"][side] for side in SIDES}
+        parser.set_defaults(data=checkpoint["data"]["study"], out=str(Path(args.resume).parent), **data)
+    elif (name := args.preset or preset or next(iter(presets))) in presets:
+        parser.set_defaults(**presets[name])
     else:
-        parser.set_defaults(**PRESETS[args.preset or preset])
+        raise ValueError(f"--preset {name}: of --stage {args.stage} there are {', '.join(presets)}")
     return parser.parse_args(), checkpoint
 
 
 def main() -> None:
     args, checkpoint = parse(flags(__doc__))
-    configs = (runtime.from_flags(config, args) for config in (DataConfig, VQVAE2Config, TrainConfig))
-    train(*configs, checkpoint)
+    data, model, loss, codes, prior, config = (
+        runtime.from_flags(c, args)
+        for c in (DataConfig, VQVAE2Config, LossConfig, CodesConfig, PriorConfig, TrainConfig)
+    )
+    if (checkpoint["kind"] if checkpoint else args.stage) == "prior":
+        train_prior(data, codes, prior, config, checkpoint)
+    else:
+        train_autoencoder(data, model, loss, config, checkpoint)
 
 
 if __name__ == "__main__":

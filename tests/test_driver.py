@@ -46,8 +46,8 @@ def test_without_data_it_makes_a_phantom_and_says_so(tmp_path, monkeypatch, caps
     assert "SYNTHETIC" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "Results" / "metrics.json").read_text())
     assert metrics["n"] == 2 and metrics["data"]["synthetic"]
-    settings = runtime.load_checkpoint(tmp_path / "Results" / "vqvae2_best.pth", "vqvae2")["train_config"]
-    assert settings["ssim"] == 1.0  # the quick preset, where there is no study
+    checkpoint = runtime.load_checkpoint(tmp_path / "Results" / "vqvae2_best.pth", "vqvae2")
+    assert checkpoint["loss_config"]["ssim"] == 1.0  # the quick preset, where there is no study
 
 
 def test_a_missing_study_is_an_error_and_no_phantom(tmp_path):

@@ -1,0 +1,312 @@
+"""The training loop of both stages: steps, exact validation, logs, checkpoints, resuming. It knows no model.
+
+A stage (train.py has two) brings the model and its data:
+
+    kind                the name of its checkpoints: vqvae2, prior
+    model               an nn.Module
+    sizes               {"train": n, "validate": n}, examples
+    settings()          what its checkpoints hold beside the run: model_config, data, ...
+    terms(split, indices)  {"loss": (), ...} of a batch, means over its examples; counts codes if it has any
+    statistics()        what was counted since the last call, for the log
+    names(indices)      the files of a batch, for messages
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import figures
+import runtime
+from runtime import option
+
+SWITCH = ("auto", "on", "off")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. The defaults are the report's hyperparameters."""
+
+    out: str = option("Results", "folder for checkpoints, logs and plots")
+    epochs: int = option(10, "passes over the train split")
+    minutes: float = option(0.0, "train for this much wall time instead of --epochs; 0 means by epochs")
+    batch_size: int = option(16, "slices in a step")
+    lr: float = option(3e-4, "learning rate, at its highest")
+    schedule: str = option("constant", "learning rate over the run", choices=("constant", "cosine"))
+    warmup: float = option(0.0, "share of the run in which the learning rate rises from 0")
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay; 0 is Adam")
+    clip: float = option(0.0, "largest norm of the gradient; 0 means unclipped")
+    patience: int = option(0, "stop after this many epochs without a better validation loss; 0 never does")
+    seed: int = option(0, "of weights, order and augmentation")
+    device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    bf16: str = option("auto", "bfloat16 autocast; auto: where the hardware has it", choices=SWITCH)
+    channels_last: str = option("auto", "memory layout NHWC; auto: on", choices=SWITCH)
+    compile: str = option("auto", "torch.compile; auto: off, its warm-up costs minutes", choices=SWITCH)
+    save_every: int = option(1, "epochs between checkpoints vqvae2_epoch_N.pth")
+    keep: int = option(3, "how many of those to keep; 0 keeps all")
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
+        for name in ("minutes", "warmup", "weight_decay", "clip", "patience", "keep"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected 0 or more")
+
+
+def switched(flag: str, default: bool) -> bool:
+    return default if flag == "auto" else flag == "on"
+
+
+def learning_rate(config: TrainConfig, progress: float) -> float:
+    """The learning rate at the share `progress` in [0, 1] of the run: linear warm-up, then the schedule."""
+    rise = min(1.0, progress / config.warmup) if config.warmup else 1.0
+    fall = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))) if config.schedule == "cosine" else 1.0
+    return config.lr * rise * fall
+
+
+class Run:
+    """A training run: all that a checkpoint holds, and the steps that change it.
+
+    `epoch` and `batch` count what is done; the order of an epoch's examples depends on the seed and the epoch
+    alone, so a run goes on in the middle of an epoch. `history` is log.jsonl, a dictionary a line.
+    """
+
+    KEPT = ("epoch", "batch", "step", "best", "best_epoch", "seconds", "epoch_seconds", "sums", "history")
+
+    def __init__(self, stage, config: TrainConfig, checkpoint: dict | None):
+        self.stage, self.config = stage, config
+        self.out = Path(config.out)
+        self.device = next(stage.model.parameters()).device
+        self.bf16 = switched(config.bf16, runtime.has_fast_bf16(self.device))
+        if switched(config.compile, False):
+            stage.model.compile()
+        self.optimiser = torch.optim.AdamW(
+            stage.model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
+        )
+        self.epoch = self.batch = self.step = self.best_epoch = 0
+        self.best = math.inf
+        self.seconds = 0.0  # spent before `began`
+        self.history: list[dict] = []
+        self.start_epoch()
+        self.prefix = "" if stage.kind == "vqvae2" else f"{stage.kind}_"  # of the names of logs
+        self.began = time.monotonic()
+        if checkpoint:
+            self.restore(checkpoint)
+        self.history.append(
+            {"run": runtime.provenance(), "device": str(self.device), "bf16": self.bf16}
+            | {"train": dataclasses.asdict(config), **stage.settings()}
+        )
+
+    # what a checkpoint holds
+
+    def state(self) -> dict:
+        run = {name: getattr(self, name) for name in self.KEPT} | {"seconds": self.elapsed()}
+        return {
+            "kind": self.stage.kind,
+            "model": self.stage.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "train_config": dataclasses.asdict(self.config),
+            "counted": self.stage.counted,
+            "rng": runtime.rng_state(),
+            **self.stage.settings(),
+            **run,
+        }
+
+    def restore(self, checkpoint: dict) -> None:
+        if checkpoint["model_config"] != self.stage.settings()["model_config"]:
+            raise ValueError(
+                "--resume: the checkpoint is of a network of another shape. Mend: leave out its flags."
+            )
+        self.stage.model.load_state_dict(checkpoint["model"])
+        self.optimiser.load_state_dict(checkpoint["optimiser"])
+        for name in self.KEPT:
+            setattr(self, name, checkpoint[name])
+        self.stage.counted = checkpoint["counted"]
+        runtime.set_rng_state(checkpoint["rng"])
+
+    def save(self, name: str) -> Path:
+        path = self.out / f"{self.stage.kind}_{name}.pth"
+        runtime.save_checkpoint(path, self.state())
+        return path
+
+    # where the run stands
+
+    def elapsed(self) -> float:
+        return self.seconds + time.monotonic() - self.began
+
+    def progress(self) -> float:
+        """The share of the run that is done, by wall time or by steps; 1 when patience has run out."""
+        if self.config.patience and self.epoch - self.best_epoch >= self.config.patience:
+            return 1.0
+        if self.config.minutes:
+            return self.elapsed() / (60 * self.config.minutes)
+        batches = math.ceil(self.stage.sizes["train"] / self.config.batch_size)
+        return (self.epoch * batches + self.batch) / (self.config.epochs * batches)
+
+    def start_epoch(self) -> None:
+        self.batch = 0
+        self.epoch_seconds = 0.0
+        self.sums: dict[str, float] = {}
+
+    def terms(self, split: str, indices: Tensor, sums: dict[str, float]) -> tuple[Tensor, float]:
+        """The loss of a batch as a tensor and as a number; all terms are added to `sums`.
+
+        One wait for the device: the terms come over together.
+        """
+        with runtime.autocast(self.device, self.bf16):
+            terms = self.stage.terms(split, indices)
+        values = torch.stack([term.detach().float() for term in terms.values()]).tolist()
+        for name, value in zip(terms, values, strict=True):
+            sums[name] = sums.get(name, 0.0) + value * len(indices)
+        return terms["loss"], values[list(terms).index("loss")]
+
+    # training and validation
+
+    def train_step(self, indices: Tensor) -> float:
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(self.config, self.progress())
+        loss, value = self.terms("train", indices, self.sums)
+        if not math.isfinite(value):
+            saved = sorted(self.out.glob(f"{self.stage.kind}_*.pth"), key=lambda path: path.stat().st_mtime)
+            raise ValueError(
+                f"the loss is {value} at epoch {self.epoch + 1}, step {self.step + 1}, on "
+                f"{', '.join(self.stage.names(indices))}. Last good checkpoint: "
+                f"{saved[-1] if saved else 'none'}. Mend: a lower --lr, or --clip 1."
+            )
+        self.optimiser.zero_grad()
+        loss.backward()
+        if self.config.clip:
+            torch.nn.utils.clip_grad_norm_(self.stage.model.parameters(), self.config.clip)
+        self.optimiser.step()
+        return value
+
+    def train_epoch(self, bar: tqdm, stopped: list[int]) -> None:
+        """Train to the end of the epoch, of the minutes, or until `stopped` is not empty."""
+        generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + self.epoch)
+        order = torch.randperm(self.stage.sizes["train"], generator=generator)
+        self.stage.model.train()
+        began = time.monotonic() - self.epoch_seconds
+        for indices in order.split(self.config.batch_size)[self.batch :]:
+            loss = self.train_step(indices)
+            self.batch += 1
+            self.step += 1
+            self.epoch_seconds = time.monotonic() - began
+            bar.set_postfix(epoch=self.epoch + 1, loss=f"{loss:.4f}", refresh=False)
+            if (
+                self.config.minutes
+            ):  # how many slices fit is not known before; the bar's ETA follows from this
+                bar.total = round((bar.n + len(indices)) / min(self.progress(), 1.0))
+            bar.update(len(indices))
+            if stopped or (self.config.minutes and self.progress() >= 1):
+                return
+
+    @torch.inference_mode()
+    def validate(self) -> dict[str, float]:
+        """Exact means of every term over the validate split."""
+        self.stage.model.eval()
+        size, sums = self.stage.sizes["validate"], {}
+        for indices in torch.arange(size).split(self.config.batch_size):
+            self.terms("validate", indices, sums)
+        return {name: total / size for name, total in sums.items()}
+
+    def end_epoch(self) -> None:
+        """Validate, log, and save what is due."""
+        seen = min(self.batch * self.config.batch_size, self.stage.sizes["train"])
+        terms = {"train": {name: total / seen for name, total in self.sums.items()}}
+        statistics = {"train": self.stage.statistics()}
+        terms["validate"] = self.validate()
+        statistics["validate"] = self.stage.statistics()
+        self.epoch += 1
+        record = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "train_loss": terms["train"]["loss"],
+            "val_loss": terms["validate"]["loss"],
+            "slices_per_s": round(seen / self.epoch_seconds, 2),
+            "seconds": round(self.elapsed(), 1),
+            "lr": self.optimiser.param_groups[0]["lr"],
+            **terms,
+            "codes": statistics,
+        }
+        self.history.append(record)
+        slow = self.epoch_seconds > 10
+        self.start_epoch()  # before anything is saved: a resumed run begins with the next epoch
+        better = record["val_loss"] < self.best
+        if better:
+            self.best, self.best_epoch = record["val_loss"], self.epoch
+        tqdm.write(
+            f"epoch {self.epoch}: train {record['train_loss']:.4f}, validate {record['val_loss']:.4f}"
+            f"{' (best so far)' if better else ''}, {self.stage.describe(record)}, "
+            f"{record['slices_per_s']:.1f} slices/s"
+        )
+        if better:
+            self.save("best")
+        if self.epoch % self.config.save_every == 0:
+            self.save(f"epoch_{self.epoch}")
+            if self.config.keep:
+                old = self.epoch - self.config.keep * self.config.save_every
+                (self.out / f"{self.stage.kind}_epoch_{old}.pth").unlink(missing_ok=True)
+        self.write_logs()
+        if slow:  # of a short epoch the plot would take a good part
+            self.plot()
+
+    def write_logs(self) -> None:
+        """log.jsonl and the losses, all from `history`: a resumed run's files are those of one run."""
+        for name, values in self.curves().items():
+            lines = "".join(f"{value:.6f}\n" for value in values)
+            runtime.write_text(self.out / f"{self.prefix}{name}_losses.txt", lines)
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        runtime.write_text(self.out / f"{self.prefix}log.jsonl", lines)
+
+    def curves(self) -> dict[str, list[float]]:
+        epochs = [record for record in self.history if "epoch" in record]
+        return {name: [record[f"{name}_loss"] for record in epochs] for name in ("train", "val")}
+
+    def plot(self) -> None:
+        figures.loss_plot(self.out / f"{self.prefix}loss_plot.png", *self.curves().values())
+
+
+def fit(stage, config: TrainConfig, checkpoint: dict | None = None) -> Path:
+    """Train `stage`, from `checkpoint` where one is given; returns the path of the best checkpoint.
+
+    Raises:
+        ValueError, OSError: a checkpoint of another network; a loss that is not finite; a full disk.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint written that --resume continues.
+    """
+    run = Run(stage, config, checkpoint)
+    examples = stage.sizes["train"]
+    millions = sum(p.numel() for p in stage.model.parameters()) / 1e6
+    length = f"{config.minutes:g} minutes" if config.minutes else f"{config.epochs} epochs"
+    precision = "bfloat16" if run.bf16 else "float32"
+    print(f"training {millions:.2f} M parameters on {run.device} in {precision}, {examples} slices, {length}")
+    bar = tqdm(
+        total=None if config.minutes else config.epochs * examples,
+        initial=run.epoch * examples + min(run.batch * config.batch_size, examples),
+        unit="slice",
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
+    with runtime.stop_signals() as stopped, bar:
+        while not stopped and (run.progress() < 1 or run.batch):
+            run.train_epoch(bar, stopped)
+            if not stopped:
+                run.end_epoch()
+    run.plot()
+    if stopped:
+        path = run.save("interrupted")
+        print(f"stopped in epoch {run.epoch + 1}; go on with: python train.py --resume {path}")
+        raise KeyboardInterrupt
+    run.save("epoch_final")
+    kind, prefix = stage.kind, run.prefix
+    print(
+        f"wrote {run.out}/: {kind}_best.pth (epoch {run.best_epoch}), {kind}_epoch_final.pth, {prefix}log.jsonl,"
+    )
+    print(f"  {prefix}loss_plot.png, {prefix}train_losses.txt and {prefix}val_losses.txt")
+    return run.out / f"{kind}_best.pth"

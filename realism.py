@@ -1,0 +1,308 @@
+"""Arrays in, numbers out: how real generated slices are, how varied, and how much of them is copied.
+
+Slices are z-scored (N, H, W) arrays. No number here means anything alone: put each beside a floor (real slices
+against those of other patients) and beside negative controls that must score badly, with one N for all.
+
+Realism is measured among features (N, F) that need no download: `plain_features`, or a network's own through
+`pooled_features`. Copying: `nearest` and `code_agreement` find the most similar of all training slices, `audit`
+sets these similarities beside those of real test slices and of known copies. It bounds the copying of these
+samples under these measures; it is no guarantee of privacy.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.spatial.distance import cdist
+from scipy.stats import betabinom, binomtest
+from torch import Tensor
+
+BATCH = 8  # slices at a time: their maps stay in the processor's cache, which is several times faster
+DARKEST = 1e-8  # of white noise's power, -80 dB: below it lie rounding errors
+QUANTILES = (np.arange(4096) + 0.5) / 4096  # that stand for a set's intensities
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, section 3.2
+GAUSSIAN = torch.softmax(-(torch.arange(-5.0, 6) ** 2) / (2 * 1.5**2), 0).tolist()  # SSIM's, sigma 1.5
+PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+
+
+def _batches(slices: np.ndarray, smallest: int) -> Iterator[np.ndarray]:
+    """Slices (N, H, W), a few at a time; ValueError where there are none, or too small, or not finite."""
+    if slices.ndim != 3 or not len(slices) or min(slices.shape[1:]) < smallest:
+        raise ValueError(f"slices of {slices.shape}; expected (N, H, W), each side at least {smallest}")
+    for start in range(0, len(slices), BATCH):
+        batch = np.array(slices[start : start + BATCH], np.float64)
+        if not np.isfinite(batch).all():
+            raise ValueError("a slice holds NaN or infinite values; expected finite ones")
+        yield batch
+
+
+def pooled_features(maps: np.ndarray | Tensor, grid: tuple[int, int] = (2, 1)) -> np.ndarray:
+    """Maps (N, C, h, w) -> mean and standard deviation of each channel in each cell, (N, 2 C gh gw) float64.
+
+    For an encoder's output before quantisation; few cells gh x gw are better, see `frechet_distance`.
+    """
+    maps = torch.as_tensor(maps).double()
+    mean = F.adaptive_avg_pool2d(maps, grid)
+    centre = maps.mean((2, 3), keepdim=True)  # squares of large values would lose the variance's digits
+    variance = F.adaptive_avg_pool2d((maps - centre).square(), grid) - (mean - centre).square()
+    return torch.cat([mean, variance.clamp_min(0).sqrt()], 1).flatten(1).cpu().numpy()
+
+
+def plain_features(slices: np.ndarray) -> np.ndarray:
+    """Pooled intensity and gradient statistics of slices (N, H, W), at least 16 a side: (N, 64) float64.
+
+    Four maps: the slice, and the length of its gradient (differences of neighbours, z units a pixel) as it is
+    and after means over 2x2 and 4x4 pixels. Of each the mean and the standard deviation in the 8 cells of a
+    4x2 grid (H x W): where the body is, how bright, how rough and how sharp.
+    """
+    features = []
+    for x in map(torch.as_tensor, _batches(slices, 16)):
+        maps = [x]
+        for coarse in (F.avg_pool2d(x, scale) for scale in (1, 2, 4)):
+            corner = coarse[:, :-1, :-1]
+            down, across = coarse[:, 1:, :-1] - corner, coarse[:, :-1, 1:] - corner
+            maps.append((down.square() + across.square()).sqrt())
+        features.append(np.concatenate([pooled_features(each[:, None], (4, 2)) for each in maps], 1))
+    return np.concatenate(features)
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, F), (M, F): Heusel et al. 2017, eq. 6.
+
+    With C_a = A^T A and C_b = B^T B the root's trace is the sum of the singular values of A B^T: exact for N
+    below F too. Samples of one distribution are further from 0 the larger F / N: compare at one N only.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"features of {a.shape} and {b.shape}; expected (N, F) and (M, F), at least 2 rows")
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    # R of A = Q R will do for A: at most F rows, and Q changes no singular value
+    root_a, root_b = (np.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r") for x in (a, b))
+    traces = np.sum(root_a**2) + np.sum(root_b**2)
+    cross = np.linalg.norm(root_a @ root_b.T, "nuc")
+    return float(max(0.0, np.sum((a.mean(0) - b.mean(0)) ** 2) + traces - 2 * cross))
+
+
+def _inside(real: np.ndarray, fake: np.ndarray, k: int) -> np.ndarray:
+    """(N, M) bool: fake row j is no further from real row i than the k-th nearest other real row is."""
+    if not 1 <= k < len(real):
+        raise ValueError(f"k is {k}; expected from 1 to {len(real) - 1}, as there are {len(real)} rows")
+    radii = np.partition(cdist(real, real), k, axis=1)[:, k]  # number 0 is the row itself
+    return cdist(real, fake) <= radii[:, None]
+
+
+def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
+    """Share of fakes inside the real set's k-nearest-neighbour balls, and of reals inside the fake set's.
+
+    Both in [0, 1]; features (N, F) and (M, F). Kynkäänniemi et al. 2019 (arXiv 1904.06991), section 2.
+    """
+    return float(_inside(real, fake, k).any(0).mean()), float(_inside(fake, real, k).any(0).mean())
+
+
+def density_coverage(real: np.ndarray, fake: np.ndarray, k: int = 5) -> tuple[float, float]:
+    """In how many real k-nearest-neighbour balls a fake is, over k, and the share of balls that hold a fake.
+
+    Density is about 1 where both sets are of one distribution, and has no upper end; coverage is in [0, 1].
+    Features (N, F) and (M, F). Naeem et al. 2020 (arXiv 2002.09797), section 3.
+    """
+    inside = _inside(real, fake, k)
+    return float(inside.sum(0).mean() / k), float(inside.any(1).mean())
+
+
+def compare(real: np.ndarray, fake: np.ndarray, n: int, k: int = 5, seed: int = 0) -> dict[str, float]:
+    """The five numbers above for fake features (M, F) against real ones (N, F), n rows drawn from each.
+
+    Features come in unlike units, so each is first scaled by the mean and the standard deviation of all of
+    `real` (one that is constant there keeps its unit). One real set and one n must serve all rows of a table.
+    Reconstructions of slices in `real` share its sampling error and can score better than real slices do.
+    """
+    if not 2 <= n <= min(len(real), len(fake)):
+        raise ValueError(f"n is {n}; expected from 2 to {min(len(real), len(fake))}, the smaller set's size")
+    mean, spread = real.mean(0), real.std(0)
+    spread = np.where(spread < 1e-9, 1, spread)
+    rng = np.random.default_rng(seed)
+    real, fake = ((x[rng.permutation(len(x))[:n]] - mean) / spread for x in (real, fake))
+    scores = frechet_distance(real, fake), *precision_recall(real, fake, k), *density_coverage(real, fake, k)
+    return dict(zip(("frechet", "precision", "recall", "density", "coverage"), scores, strict=True))
+
+
+def power_spectrum(slices: np.ndarray) -> np.ndarray:
+    """Radial power spectra of slices (N, H, W), in dB against white noise of variance 1: (N, R) float64.
+
+    R = min(H, W) // 2; ring r is the mean power around (r + 1) / 2R cycles per pixel, the last is Nyquist's. A
+    Hann window hides the jump between opposite edges. The mean's own frequency is left out.
+    """
+    height, width = slices.shape[-2:]
+    R = min(height, width) // 2
+    window = np.outer(np.hanning(height + 2)[1:-1], np.hanning(width + 2)[1:-1])
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
+    ring = np.floor(frequency * 2 * R + 0.5).astype(int).ravel()  # 0 is the mean, those over R the corners
+    spectra = (x.ravel() for batch in _batches(slices, 4) for x in np.fft.fft2(batch * window))
+    power = np.array([np.bincount(ring, np.abs(x) ** 2)[1 : R + 1] for x in spectra])
+    power /= np.bincount(ring)[1 : R + 1] * np.sum(window**2)
+    return 10 * np.log10(np.maximum(power, DARKEST))
+
+
+def spectrum_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Root mean square over the rings, in dB, of the difference of two sets' mean spectra (N, R), (M, R)."""
+    return float(np.sqrt(np.mean((a.mean(0) - b.mean(0)) ** 2)))
+
+
+def histogram_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Wasserstein-1 distance of all intensities of two sets of slices, in z units, by 4096 quantiles of each."""
+    low, high = (np.sort(x, axis=None)[(QUANTILES * x.size).astype(int)].astype(float) for x in (a, b))
+    return float(np.abs(low - high).mean())
+
+
+def _blur(x: Tensor) -> Tensor:
+    """(..., H, W) -> (..., H - 10, W - 10): Gaussian means, by shifted sums along one axis, then the other."""
+    for axis in (-2, -1):
+        views = [x.narrow(axis, i, x.shape[axis] - len(GAUSSIAN) + 1) for i in range(len(GAUSSIAN))]
+        x = views[0] * GAUSSIAN[0]
+        for view, weight in zip(views[1:], GAUSSIAN[1:], strict=True):
+            x.add_(view, alpha=weight)
+    return x
+
+
+def ms_ssim(x: np.ndarray, y: np.ndarray, data_range: float) -> np.ndarray:
+    """Multi-scale SSIM of pairs of slices, x and y (B, H, W): (B,) float64 in [0, 1], 1 for equal slices.
+
+    Wang, Simoncelli & Bovik 2003, "Multi-Scale Structural Similarity for Image Quality Assessment", equation 7.
+    Of the paper's 5 scales those are taken whose slices hold the window of 11 (4 for 256x128), their weights
+    scaled to add up to 1; a scale's mean below 0 counts as 0. Give all sets that are compared one data_range in
+    z units, such as the real slices' median max - min.
+    """
+    if x.shape != y.shape or x.ndim != 3 or min(x.shape[1:]) < len(GAUSSIAN):
+        raise ValueError(f"slices of {x.shape} and {y.shape}; expected one (B, H, W), sides at least 11")
+    x, y = (torch.as_tensor(np.array(image, np.float32)) for image in (x, y))
+    weights = SCALE_WEIGHTS[: 1 + int(math.log2(min(x.shape[1:]) / len(GAUSSIAN)))]
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    score = torch.ones(len(x), dtype=torch.float64)
+    for scale, weight in enumerate(weights, start=1):
+        mx, my, squares, xy = _blur(torch.stack([x, y, x * x + y * y, x * y]))
+        means = mx * mx + my * my
+        similarity = (2 * (xy - mx * my) + c2) / (squares - means + c2)
+        if scale == len(weights):
+            similarity = similarity * (2 * mx * my + c1) / (means + c1)
+        score *= similarity.double().mean((1, 2)).clamp_min(0) ** (weight / sum(weights))
+        x, y = F.avg_pool2d(torch.stack([x, y]), 2)
+    return score.numpy()
+
+
+def mean_pairwise_ms_ssim(
+    slices: np.ndarray, data_range: float, pairs: int = 512, seed: int = 0
+) -> tuple[float, float]:
+    """Mean `ms_ssim` of random pairs of different slices (N, H, W), and its standard error over the draw.
+
+    Low is varied (noise too!), 1 is one slice N times. One seed and N give the same pairs, so two sets of slices
+    at the same positions, in the same order, are compared like with like.
+    """
+    if len(slices) < 2 or pairs < 2:
+        raise ValueError(f"{len(slices)} slices and {pairs} pairs; expected at least 2 of each")
+    rng = np.random.default_rng(seed)
+    first = rng.integers(len(slices), size=pairs)
+    second = (first + rng.integers(1, len(slices), size=pairs)) % len(slices)
+    parts = np.array_split(np.stack([first, second]), -(-pairs // BATCH), axis=1)
+    scores = np.concatenate([ms_ssim(slices[i], slices[j], data_range) for i, j in parts])
+    return float(scores.mean()), float(scores.std(ddof=1) / math.sqrt(pairs))
+
+
+class Nearest(NamedTuple):
+    """Each query's most similar training slice."""
+
+    index: np.ndarray  # (N,) int64, among the training slices
+    similarity: np.ndarray  # (N,) float64: correlation in [-1, 1], or the share of equal codes in [0, 1]
+    mirrored: np.ndarray  # (N,) bool: it is the training slice's left-right mirror
+
+
+def thumbnails(slices: np.ndarray, pool: int = 2) -> np.ndarray:
+    """Slices (N, H, W) as `nearest` takes them: means over pool x pool pixels, mean 0, norm 1, float32.
+
+    A slice of one value becomes zeros, which correlate with nothing. 32 KB for 256x128.
+    """
+    parts = []
+    for batch in _batches(slices, pool):
+        x = F.avg_pool2d(torch.as_tensor(batch), pool)
+        x = x - x.mean((1, 2), keepdim=True)
+        norm = torch.linalg.matrix_norm(x, keepdim=True)
+        parts.append(torch.where(norm > 1e-6, x / norm, 0).float().numpy())
+    return np.concatenate(parts)
+
+
+def nearest(queries: np.ndarray, train: np.ndarray, exclude: Sequence[int] | None = None) -> Nearest:
+    """The training slice of the highest correlation with each query, among all of them and their mirrors.
+
+    Thumbnails (N, h, w) and (M, h, w), of which h is left-right; `exclude` (N,) names one training slice for
+    each query that it may not match, such as itself. Holds three matrices (N, M).
+    """
+    flat = _flat(train, queries).T
+    # mirroring the few queries correlates as mirroring the many training slices would
+    as_is, mirrored = (_flat(few, train) @ flat for few in (queries, queries[:, ::-1]))
+    return _best(np.maximum(as_is, mirrored), mirrored > as_is, exclude)
+
+
+def code_agreement(queries: np.ndarray, train: np.ndarray, exclude: Sequence[int] | None = None) -> Nearest:
+    """The training slice that has the most codes in common with each query, each at its place.
+
+    Codes (N, ...) and (M, ...), int below 65536; `exclude` as in `nearest`. Codes cannot be mirrored: to find
+    mirrored copies, let `train` hold the codes of mirrored slices too.
+    """
+    few, many = (
+        codes.astype(np.uint16, copy=False) for codes in (_flat(queries, train), _flat(train, queries))
+    )
+    equal = np.empty((len(few), len(many)))
+    for part in np.array_split(
+        np.arange(len(many)), -(-len(many) // 128)
+    ):  # of which the cache holds the codes
+        block = many[part]
+        for i, codes in enumerate(few):
+            equal[i, part] = (block == codes).view(np.uint8).sum(1, dtype=np.uint32)
+    return _best(equal / few.shape[1], np.zeros(equal.shape, bool), exclude)
+
+
+def _flat(x: np.ndarray, other: np.ndarray) -> np.ndarray:
+    if x.shape[1:] != other.shape[1:] or not len(x):
+        raise ValueError(f"queries and training slices of {x.shape} and {other.shape}; expected one size")
+    return x.reshape(len(x), -1)
+
+
+def _best(similarity: np.ndarray, mirrored: np.ndarray, exclude: Sequence[int] | None) -> Nearest:
+    """The best column of each row of similarity (N, M), which `exclude` is struck from."""
+    rows = np.arange(len(similarity))
+    if exclude is not None:
+        similarity[rows, exclude] = -np.inf
+    index = similarity.argmax(1)
+    return Nearest(index, similarity[rows, index].astype(np.float64), mirrored[rows, index])
+
+
+def audit(samples: np.ndarray, honest: np.ndarray, copies: np.ndarray) -> dict[str, float | dict]:
+    """How near samples are to the training slices, beside honest novelty and beside known copies.
+
+    Each is (N,) `Nearest.similarity`: of generated slices, of real slices of patients outside the training
+    split, and of positive controls, such as training slices against all the others. A slice is flagged if it is
+    nearer than the honest 1st percentile: more similar than all but n // 100 of the n honest slices. At most
+    1 % of these are flagged then, and of fewer than 100 none: coarse, and more copies pass.
+
+    Returns `threshold`; `expected`, the share of new honest slices above it; `margin`, the share that 19 in 20
+    sets of N new ones keep to (beta-binomial: the threshold is an estimate too); of each set n, flagged (how
+    many), share, its 95 % interval low to high (Clopper & Pearson 1934), and percentiles. All take slices as
+    independent; those of one patient are not, so the truth is wider. Where few copies are flagged this measure
+    cannot tell, whatever it says of the samples.
+    """
+    if not (len(samples) and len(honest) and len(copies)):
+        raise ValueError(
+            f"{len(samples)} samples, {len(honest)} honest slices, {len(copies)} copies; need all"
+        )
+    n, allowed = len(honest), len(honest) // 100
+    threshold = float(np.sort(honest)[n - 1 - allowed])
+    margin = betabinom.ppf(0.95, len(samples), allowed + 1, n - allowed) / len(samples)
+    result = {"threshold": threshold, "expected": (allowed + 1) / (n + 1), "margin": float(margin)}
+    for name, similarity in (("samples", samples), ("honest", honest), ("copies", copies)):
+        n, flagged = len(similarity), int(np.sum(similarity > threshold))
+        low, high = (float(end) for end in binomtest(flagged, n).proportion_ci())
+        percentiles = zip(map(str, PERCENTILES), np.percentile(similarity, PERCENTILES).tolist(), strict=True)
+        scores = {"n": n, "flagged": flagged, "share": flagged / n, "low": low, "high": high}
+        result[name] = {**scores, "percentiles": dict(percentiles)}
+    return result

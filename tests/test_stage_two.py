@@ -1,0 +1,111 @@
+"""Stage two: the priors trained on the codes of a small autoencoder, by the same loop."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_train import assert_same, fit
+
+import loop
+import runtime
+import train
+from dataset import DataConfig, open_study
+from modules import load_model
+from prior import Prior, PriorConfig
+
+TINY = PriorConfig(
+    prior_channels=16, prior_heads=2, prior_top_layers=1, prior_bottom_layers=1, prior_condition_layers=1
+)
+
+
+@pytest.fixture(scope="module")
+def autoencoder(study, tmp_path_factory):
+    return fit(study, tmp_path_factory.mktemp("one"), epochs=1)
+
+
+def fit_prior(autoencoder, out, epochs=1, checkpoint=None, **settings):
+    settings = {"batch_size": 4, "device": "cpu", "lr": 1e-3, **settings}
+    config = loop.TrainConfig(out=str(out), epochs=epochs, **settings)
+    codes = train.CodesConfig(checkpoint=str(autoencoder))
+    return train.train_prior(DataConfig(), codes, TINY, config, checkpoint)
+
+
+def maps_of(autoencoder, out):
+    """The code maps by hand: slice by slice, as they are and mirrored."""
+    checkpoint = runtime.load_checkpoint(autoencoder, "vqvae2")
+    model = load_model(checkpoint, "").eval()
+    splits = open_study(DataConfig(data=checkpoint["data"]["study"], height=64, width=32))
+    with torch.inference_mode():
+        return splits, {
+            name: [
+                [model.encode(x) for x in (split.images([i]), split.images([i]).flip(2))]
+                for i in range(len(split))
+            ]
+            for name, split in splits.items()
+        }
+
+
+def test_codes_are_the_autoencoder_s_and_kept_for_it_alone(autoencoder, tmp_path, monkeypatch):
+    fit_prior(autoencoder, tmp_path)
+    splits, by_hand = maps_of(autoencoder, tmp_path)
+    with np.load(tmp_path / "codes.npz") as kept:
+        for name, slices in by_hand.items():
+            for i, sides in enumerate(slices):
+                for side, levels in enumerate(sides):
+                    for level, codes in zip(("top", "bottom"), levels, strict=True):
+                        assert np.array_equal(kept[f"{name}_{level}"][side, i], codes[0])
+    read = train.extract_codes(None, splits, tmp_path / "codes.npz", runtime.sha256(autoencoder))
+    assert read["train_top"].shape == (2, 14, 8, 4)  # read, for no model was there
+    with pytest.raises(AttributeError):  # another autoencoder: they would be made anew
+        train.extract_codes(None, splits, tmp_path / "codes.npz", "other")
+
+
+def test_validation_is_the_exact_likelihood(autoencoder, tmp_path):
+    path = fit_prior(autoencoder, tmp_path)
+    checkpoint = runtime.load_checkpoint(path, "prior")
+    model = Prior(PriorConfig(**checkpoint["model_config"]), checkpoint["top_shape"]).eval()
+    model.load_state_dict(checkpoint["model"])
+    splits, by_hand = maps_of(autoencoder, tmp_path)
+    with torch.inference_mode():
+        nats = [
+            model.nats(*sides[0], torch.tensor([position]))
+            for sides, position in zip(by_hand["validate"], splits["validate"].positions, strict=True)
+        ]
+    total = sum(level.double().sum().item() for slice_ in nats for level in slice_.values())
+    logged = checkpoint["history"][-1]["validate"]
+    assert logged["bits_per_pixel"] == pytest.approx(total / math.log(2) / (5 * 64 * 32), rel=1e-5)
+    assert logged["loss"] == pytest.approx(total / (5 * (32 + 128)), rel=1e-5)
+
+
+def test_files_bear_its_name_and_the_autoencoder_s_hash(autoencoder, tmp_path):
+    path = fit_prior(autoencoder, tmp_path, epochs=2)
+    assert path.name == "prior_best.pth"
+    assert {"prior_log.jsonl", "prior_train_losses.txt", "prior_loss_plot.png", "prior_epoch_2.pth"} <= {
+        file.name for file in tmp_path.iterdir()
+    }
+    checkpoint = runtime.load_checkpoint(path, "prior")
+    assert checkpoint["autoencoder_sha256"] == runtime.sha256(autoencoder)
+    lines = (tmp_path / "prior_log.jsonl").read_text().splitlines()
+    assert len(lines) == 3 and "nats_top" in json.loads(lines[-1])["validate"]
+    with pytest.raises(ValueError, match="vqvae2"):
+        runtime.load_checkpoint(path, "vqvae2")
+
+
+def test_it_resumes_bit_for_bit_and_only_with_its_autoencoder(study, autoencoder, tmp_path):
+    fit_prior(autoencoder, tmp_path / "whole", epochs=2)
+    fit_prior(autoencoder, tmp_path / "broken", epochs=2)
+    checkpoint = runtime.load_checkpoint(tmp_path / "broken" / "prior_epoch_1.pth", "prior")
+    fit_prior(autoencoder, tmp_path / "broken", epochs=2, checkpoint=checkpoint)
+    final = "prior_epoch_final.pth"
+    assert_same(tmp_path / "broken" / final, tmp_path / "whole" / final)
+    other = fit(study, tmp_path / "other", epochs=1, seed=5)
+    with pytest.raises(ValueError, match="another autoencoder"):
+        fit_prior(other, tmp_path / "broken", epochs=2, checkpoint=checkpoint)
+
+
+def test_patience_ends_a_run_that_no_longer_improves(autoencoder, tmp_path):
+    path = fit_prior(autoencoder, tmp_path, epochs=50, patience=2, lr=0.0)
+    assert runtime.load_checkpoint(tmp_path / "prior_epoch_final.pth", "prior")["epoch"] == 3
+    assert runtime.load_checkpoint(path, "prior")["epoch"] == 1
