@@ -249,16 +249,13 @@ def code_agreement(queries: np.ndarray, train: np.ndarray, exclude: Sequence[int
     Codes (N, ...) and (M, ...), int below 65536; `exclude` as in `nearest`. Codes cannot be mirrored: to find
     mirrored copies, let `train` hold the codes of mirrored slices too.
     """
-    few, many = (
-        codes.astype(np.uint16, copy=False) for codes in (_flat(queries, train), _flat(train, queries))
-    )
+    few = _flat(queries, train).astype(np.uint16, copy=False)
+    many = _flat(train, queries).astype(np.uint16, copy=False)
     equal = np.empty((len(few), len(many)))
-    for part in np.array_split(
-        np.arange(len(many)), -(-len(many) // 128)
-    ):  # of which the cache holds the codes
-        block = many[part]
+    for start in range(0, len(many), 128):  # training slices whose codes stay in the processor's cache
+        part = many[start : start + 128]
         for i, codes in enumerate(few):
-            equal[i, part] = (block == codes).view(np.uint8).sum(1, dtype=np.uint32)
+            equal[i, start : start + 128] = (part == codes).view(np.uint8).sum(1, dtype=np.uint32)
     return _best(equal / few.shape[1], np.zeros(equal.shape, bool), exclude)
 
 
@@ -293,7 +290,7 @@ def audit(samples: np.ndarray, honest: np.ndarray, copies: np.ndarray) -> dict[s
     """
     if not (len(samples) and len(honest) and len(copies)):
         raise ValueError(
-            f"{len(samples)} samples, {len(honest)} honest slices, {len(copies)} copies; need all"
+            f"{len(samples)} samples, {len(honest)} honest slices, {len(copies)} copies: need all"
         )
     n, allowed = len(honest), len(honest) // 100
     threshold = float(np.sort(honest)[n - 1 - allowed])

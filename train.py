@@ -45,7 +45,7 @@ RECIPE = {
     "ssim": 1.0,
     "flip": True,
 }
-PRIOR_RECIPE = RECIPE | {"batch_size": 8, "lr": 1e-3, "weight_decay": 0.05, "patience": 5}
+PRIOR_RECIPE = RECIPE | {"batch_size": 2, "lr": 2e-3, "weight_decay": 0.05, "patience": 5}
 PRESETS = {
     "autoencoder": {"report": {}, "quick": RECIPE | {"minutes": 1.75}, "best": RECIPE | {"minutes": 40.0}},
     "prior": {"quick": PRIOR_RECIPE | {"minutes": 1.5}, "best": PRIOR_RECIPE | {"minutes": 30.0}},
@@ -218,6 +218,7 @@ class CodePriors:
         runtime.seed_everything(config.seed)
         self.top_shape = model.config.code_shapes(data.height, data.width)[0]
         self.model = Prior(dataclasses.replace(prior, K=model.config.K), self.top_shape).to(self.device)
+        self.model.start_from(model.quantiser_top.codebook, model.quantiser_bottom.codebook)
 
     def settings(self) -> dict:
         return {

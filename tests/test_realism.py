@@ -279,11 +279,11 @@ def test_audit_s_own_rates(n, flagged):
     found = realism.audit(np.ones(64), rng.permutation(n) / n, np.zeros(3))
     assert found["honest"]["flagged"] == flagged and found["copies"]["flagged"] == 0
     assert (found["samples"]["low"], found["samples"]["high"]) == pytest.approx((0.025 ** (1 / 64), 1))
-    draws = rng.random((4000, n + 64))
+    draws = rng.random((2000, n + 64))
     thresholds = np.sort(draws[:, :n])[:, n - 1 - flagged]
     shares = (draws[:, n:] > thresholds[:, None]).mean(1)
-    assert shares.mean() == pytest.approx(found["expected"], rel=0.1)
-    assert (shares > found["margin"]).mean() <= 0.06 and (shares >= found["margin"]).mean() >= 0.04
+    assert shares.mean() == pytest.approx(found["expected"], rel=0.15)
+    assert (shares > found["margin"]).mean() <= 0.065 and (shares >= found["margin"]).mean() >= 0.035
 
 
 # bad input

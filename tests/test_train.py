@@ -175,8 +175,8 @@ def test_best_survives_a_resume(study, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_run_goes_on_bit_for_bit(study, tmp_path, number):
     """SIGTERM stops in the middle of an epoch; after SIGKILL the last epoch's checkpoint is there."""
-    flags = [*SHAPE_FLAGS, "--data", study, "--flip", "--schedule", "cosine", "--epochs", 12, "--keep", 0]
-    fit_flags = {"epochs": 12, "keep": 0, "schedule": "cosine", "lr": 3e-4}
+    flags = [*SHAPE_FLAGS, "--data", study, "--flip", "--schedule", "cosine", "--epochs", 8, "--keep", 0]
+    fit_flags = {"epochs": 8, "keep": 0, "schedule": "cosine", "lr": 3e-4}
     process = start("train.py", *flags, "--out", tmp_path / "broken")
     deadline = time.monotonic() + 60
     while not (tmp_path / "broken" / "vqvae2_epoch_2.pth").exists() and time.monotonic() < deadline:
@@ -191,10 +191,13 @@ def test_a_killed_run_goes_on_bit_for_bit(study, tmp_path, number):
     else:
         path = max((tmp_path / "broken").glob("vqvae2_epoch_*.pth"), key=lambda p: int(p.stem.split("_")[-1]))
     stopped_at = runtime.load_checkpoint(path, "vqvae2")["step"]
-    assert 0 < stopped_at < 48
+    assert 0 < stopped_at < 32
 
-    code, out, err = run("train.py", "--resume", path, "--device", "cpu")
-    assert code == 0, err
+    if number == signal.SIGTERM:  # as the message says, in another process
+        code, out, err = run("train.py", "--resume", path)
+        assert code == 0, err
+    else:
+        fit(study, tmp_path / "broken", **fit_flags, checkpoint=runtime.load_checkpoint(path, "vqvae2"))
     fit(study, tmp_path / "whole", **fit_flags)
     final = "vqvae2_epoch_final.pth"
     assert_same(tmp_path / "broken" / final, tmp_path / "whole" / final)

@@ -1,0 +1,45 @@
+"""Mean scores of several sets in one test split, from predict.py's test_scores.csv.
+
+    python benchmarks/per_set.py Results/test_scores.csv --below 100
+
+Patients numbered below that are one set, the rest the other. Intervals: 95 %, bootstrap over patients.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import metrics
+import runtime
+
+SCORES = ("ssim_report", "ssim_standard", "ssim_report_body", "psnr")
+
+
+def main() -> None:
+    parser = runtime.parser(__doc__)
+    parser.add_argument("scores", type=Path)
+    parser.add_argument("--below", type=int, default=100)
+    args = parser.parse_args()
+    with open(args.scores, newline="") as file:
+        rows = list(csv.DictReader(file))
+    patients = np.array([int(row["patient"]) for row in rows])
+    for name, chosen in (
+        (f"< {args.below}", patients < args.below),
+        (f">= {args.below}", patients >= args.below),
+    ):
+        if not chosen.any():
+            continue
+        cells = []
+        for score in SCORES:
+            values = np.array([float(row[score]) for row in rows])[chosen]
+            low, high = metrics.bootstrap_interval(values, patients[chosen], 0, 10_000)
+            interval = "" if low is None else f" [{low:.4f}, {high:.4f}]"
+            cells.append(f"{score} {values.mean():.4f}{interval}")
+        print(f"patients {name}: {chosen.sum()} slices of {len(set(patients[chosen]))}: {', '.join(cells)}")
+
+
+if __name__ == "__main__":
+    runtime.run_cli(main)
