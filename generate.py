@@ -1,0 +1,331 @@
+"""Sample new slices from the trained priors, and account for what they are worth.
+
+    python generate.py                                    # 64 slices from the checkpoints in Results/
+    python generate.py --n 512 --position 0.5             # where the prostate tends to lie
+    python generate.py --temperature 0.9 --top-p 0.95     # likelier codes: cleaner slices, less varied
+
+Writes to Results/generated/ (or --out): grid.png (the first samples, unselected, beside real test slices at the
+same positions), overview.png (real | reconstruction | sample), NNNN.png, keras_slices_synthetic/ (NIfTI) and
+manifest.json; then report.json, realism.png, copying.png and nearest.png: likelihood, realism, variety and
+copying, each beside what real slices and worthless ones score. Not for diagnosis.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import figures
+import runtime
+from appraise import Samples, appraise, decode, near, print_report
+from dataset import DataConfig, SliceDataset, open_study
+from modules import VQVAE2, load_model
+from prior import Prior, PriorConfig, check_sampling
+from runtime import option
+
+SHOWN = 32  # samples in grid.png
+PAIRS = 8  # of the nearest pairs, of samples and of test slices
+SEED_STEP = 1_000_003  # between the samples of one --seed and of the next
+DESCRIPTION = "synthetic, sampled from VQ-VAE-2 priors, not a patient"
+NIFTI = "keras_slices_synthetic"
+OURS = ("[0-9]*.png", f"{NIFTI}/case_*.nii.gz", "grid.png", "overview.png", "report.json")
+OURS += ("realism.png", "copying.png", "nearest.png")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """What to sample, from which models, and where to write it."""
+
+    n: int = option(64, "slices to sample")
+    position: float = option(math.nan, "where in its volume each lies, 0 to 1; nan: as real test slices do")
+    temperature: float = option(1.0, "divides the logits; 0 takes the likeliest code every time")
+    top_k: int = option(0, "draw among this many likeliest codes; 0 is all")
+    top_p: float = option(1.0, "draw among the likeliest codes that hold this probability, in (0, 1]")
+    seed: int = option(0, "of all draws")
+    checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder, as train.py wrote it")
+    prior: str = option(
+        "Results/prior_best.pth", "the priors over its codes, as train.py --stage prior wrote them"
+    )
+    data: str = option("", "study folder; empty is the study that the autoencoder was trained on")
+    out: str = option("Results/generated", "folder to write to")
+    batch_size: int = option(16, "slices at a time; changes no sample")
+    device: str = option("auto", "where the models run", choices=("auto", "cpu", "cuda"))
+    allow_patient_overlap: bool = option(False, "let splits share a patient")
+    cache: str = option("", "decoded slices; empty is ~/.cache/vqvae2-slices")
+
+    def __post_init__(self) -> None:
+        for name in ("n", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
+        if not (0 <= self.position <= 1 or math.isnan(self.position)):
+            raise ValueError(f"--position is {self.position}; expected 0 to 1")
+        check_sampling(self.temperature, self.top_k, self.top_p)
+
+
+# ---- the models, the study, the samples ----------------------------------------------------------
+
+
+def load_models(config: GenerateConfig) -> tuple[dict, VQVAE2, Prior]:
+    """The autoencoder's checkpoint, the autoencoder and its priors; ValueError where they are not a pair."""
+    checkpoint = runtime.load_checkpoint(config.checkpoint, "vqvae2")
+    saved = runtime.load_checkpoint(config.prior, "prior")
+    digest, learnt = runtime.sha256(config.checkpoint), saved["autoencoder_sha256"]
+    mend = "Mend: the pair that was trained together, or train.py --stage prior --checkpoint FILE."
+    if digest != learnt:
+        raise ValueError(
+            f"{config.prior}: priors over the codes of the autoencoder with SHA-256 {learnt[:12]}...; "
+            f"{config.checkpoint} has {digest[:12]}... {mend}"
+        )
+    device = runtime.pick_device(config.device)
+    model = load_model(checkpoint, config.checkpoint).to(device)
+    makes = model.config.code_shapes(*(checkpoint["data"][side] for side in ("height", "width")))[0]
+    shape, K = tuple(saved["top_shape"]), saved["model_config"]["K"]
+    if (shape, K) != (makes, model.config.K):
+        raise ValueError(
+            f"{config.prior}: priors over top maps of {shape} and {K} codes; "
+            f"{config.checkpoint} makes {makes} and {model.config.K}. {mend}"
+        )
+    try:
+        prior = Prior(PriorConfig(**saved["model_config"]), shape)
+        prior.load_state_dict(saved["model"])
+    except (TypeError, RuntimeError) as error:  # a field or a weight that prior.py does not have
+        raise ValueError(
+            f"{config.prior}: weights of other priors than prior.py has. Mend: train again."
+        ) from error
+    return checkpoint, model, prior.to(device).eval()
+
+
+def open_splits(config: GenerateConfig, trained: dict) -> dict[str, SliceDataset]:
+    """The study at the autoencoder's size; `trained` is the checkpoint's "data"."""
+    if not config.data and not Path(trained["study"]).is_dir():
+        raise FileNotFoundError(
+            f"{trained['study']}: the study that {config.checkpoint} was trained on is not there. "
+            "Mend: --data DIR."
+        )
+    shared = {name: getattr(config, name) for name in ("allow_patient_overlap", "cache")}
+    size = {side: trained[side] for side in ("height", "width")}
+    splits = open_study(DataConfig(data=config.data or trained["study"], **size, **shared))
+    if any(split.fingerprint != trained["fingerprints"][name] for name, split in splits.items()):
+        print(f"note: {splits['train'].study}: its files are not those that the models were trained on")
+    if all(np.isnan(split.positions).all() for split in splits.values()):
+        if not math.isnan(config.position):
+            raise ValueError(
+                f"{splits['train'].study}: --position is {config.position}, but the names of the slices tell "
+                "no positions, so the priors know none. Mend: leave out --position."
+            )
+        print("the names of the slices tell no positions: sampling without them")
+    return splits
+
+
+def sample(
+    config: GenerateConfig, model: VQVAE2, prior: Prior, positions: np.ndarray, keep: Callable
+) -> Samples:
+    """Sample slices at positions (n,); `keep(first, images)` is called with every batch that is done.
+
+    KeyboardInterrupt after Ctrl-C or SIGTERM: at once, and never inside `keep`.
+    """
+    h, w = prior.top_shape
+    form = "{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+    bar = tqdm(total=config.n, desc="sampling", unit=" slices", bar_format=form, disable=None)
+    parts = []
+    with runtime.stop_signals() as stopped, bar:
+
+        def progress(_: int) -> None:
+            bar.update(len(batch) / (5 * h * w))
+            if stopped:
+                raise KeyboardInterrupt
+
+        for first in range(0, config.n, config.batch_size):
+            batch = range(first, min(first + config.batch_size, config.n))
+            seeds = [config.seed * SEED_STEP + i for i in batch]
+            settings = (config.temperature, config.top_k, config.top_p)
+            top, bottom = prior.sample(positions[batch], seeds, *settings, progress=progress)
+            images = decode(model, top, bottom)
+            keep(first, images)
+            parts.append((images, top.cpu().numpy(), bottom.cpu().numpy()))
+            if stopped:
+                raise KeyboardInterrupt
+    return Samples(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+class Album:
+    """What a run leaves in its folder: pictures and NIfTI of every finished slice, and the manifest."""
+
+    def __init__(self, config: GenerateConfig, splits: dict[str, SliceDataset], positions: np.ndarray):
+        self.out, self.positions, self.position, self.seed = (
+            Path(config.out),
+            positions,
+            config.position,
+            config.seed,
+        )
+        train, test = splits["train"], splits["test"]
+        some = test.images(np.linspace(0, len(test) - 1, min(64, len(test))).astype(int)).numpy()
+        self.span = tuple(np.median(end((1, 2, 3))) for end in (some.min, some.max))  # black and white
+        self.note = "priors trained on a synthetic phantom, not MRI" if train.synthetic else ""
+        self.mean, self.std = float(np.median(train.mean)), float(np.median(train.std))
+        like = int((train.shapes == train.pixels.shape[1:]).all(1).argmax())  # the first that was not resized
+        self.affine = train.affines[like]
+        if (self.out / "manifest.json").is_file():  # an earlier run's: no file of it may pass for one of ours
+            for old in (path for pattern in OURS for path in self.out.glob(pattern)):
+                old.unlink()
+        settings = dataclasses.asdict(config)
+        settings["position"] = None if math.isnan(config.position) else config.position
+        self.manifest = {
+            "note": f"{DESCRIPTION}. Not for diagnosis.",
+            "asked": config.n,
+            "done": 0,
+            "seed": config.seed,
+            "seeds": f"of slice i: {config.seed} * {SEED_STEP} + i",
+            "settings": settings,
+            "positions": [None if math.isnan(p) else round(float(p), 4) for p in positions],
+            "nifti": f"z-scores rescaled by the median mean {self.mean:.6g} and standard deviation {self.std:.6g} "
+            f"of the training slices, with the affine of {train.paths[like].name}; each slice is its own case, "
+            "its slice number the position on a scale of 0 to 59",
+            "autoencoder": {
+                "file": Path(config.checkpoint).name,
+                "sha256": runtime.sha256(config.checkpoint),
+            },
+            "prior": {"file": Path(config.prior).name, "sha256": runtime.sha256(config.prior)},
+            "data": {"study": train.study.resolve().name, "synthetic": train.synthetic},
+            "provenance": runtime.provenance(),
+        }
+        self.write_manifest()
+
+    def write_manifest(self) -> None:
+        runtime.write_json(self.out / "manifest.json", self.manifest)
+
+    def keep(self, first: int, images: np.ndarray) -> None:
+        for i, image in enumerate(images, first):
+            figures.save_slice(self.out / f"{i:04d}.png", image, *self.span)
+            number = round(59 * np.nan_to_num(self.positions[i]))
+            name = f"case_{900 + i:03d}_week_0_slice_{number}.nii.gz"
+            pixels = (image.astype(np.float64) * self.std + self.mean).astype(np.float32)
+            runtime.write_nifti(self.out / NIFTI / name, pixels, self.affine, DESCRIPTION)
+        self.manifest["done"] = first + len(images)
+        self.write_manifest()
+
+
+# ---- pictures, and the run as a whole -------------------------------------------------------------
+
+
+def label(split: SliceDataset, index: int) -> str:
+    """What a real slice is called under its picture."""
+    patient, week, number = split.names[index]
+    return f"{patient:03d} w{week} s{number}"
+
+
+def write_grid(album: Album, test: SliceDataset, samples: Samples, twins: np.ndarray) -> None:
+    """The first samples, all of them, beside real slices at the same positions."""
+    shown = range(min(SHOWN, len(twins)))
+    at = ["" if math.isnan(p) else f"at {p:.2f}" for p in album.positions]
+    real = test.images(twins[: len(shown)])[:, 0].numpy()
+    groups = {
+        "real test slices": [(label(test, twins[i]), real[i]) for i in shown],
+        "generated, random and unselected": [(at[i], samples.images[i]) for i in shown],
+    }
+    figures.slice_grid(album.out / "grid.png", groups, min(8, len(shown)), album.span, album.note)
+
+
+def write_pictures(
+    album: Album, splits: dict, samples: Samples, twins: np.ndarray, report: dict, drawn: dict
+) -> None:
+    train, test, n = splits["train"], splits["test"], f"n = {report['n']}"
+    some = twins[: min(4, len(twins))]
+    real = test.images(some)[:, 0].numpy()
+    groups = {
+        "real": real,
+        "reconstruction": drawn["reconstructions"][some],
+        "generated": samples.images[: len(some)],
+    }
+    groups = {title: [("", image) for image in images] for title, images in groups.items()}
+    figures.slice_grid(album.out / "overview.png", groups, len(some), album.span, album.note, panel=2.5)
+
+    def pairs(which: str, images: Callable, names: Callable) -> list[tuple[str, np.ndarray]]:
+        best, shown = drawn["nearest"]["correlation"][which], []
+        for i in np.argsort(-best.similarity)[:PAIRS]:
+            theirs = train.images([best.index[i]])[0, 0].numpy()
+            mirrored = bool(best.mirrored[i])
+            shown.append((names(i), images(i)))
+            shown.append(
+                (f"{best.similarity[i]:.3f}{' mirrored' * mirrored}", theirs[::-1] if mirrored else theirs)
+            )
+        return shown
+
+    groups = {
+        f"generated | nearest training slice ({n})": pairs(
+            "samples", lambda i: samples.images[i], lambda i: f"{i:04d}"
+        ),
+        f"real test | nearest training slice (n = {len(test)})": pairs(
+            "honest", lambda i: test.images([i])[0, 0].numpy(), lambda i: label(test, i)
+        ),
+    }
+    figures.slice_grid(album.out / "nearest.png", groups, 8, album.span, album.note)
+    sets = {
+        measure: {of: getattr(found, "similarity", found) for of, found in every.items()}
+        for measure, every in drawn["nearest"].items()
+    }
+    thresholds = {measure: report["copying"][measure]["threshold"] for measure in sets}
+    figures.similarity_histograms(album.out / "copying.png", sets, thresholds, album.note)
+    if report["realism"]:
+        distances = {
+            s: {r: of["frechet"] for r, of in report["realism"][s].items()} for s in ("encoder", "plain")
+        }
+        note = f"n = {report['realism']['n']} slices a row. {album.note}"
+        figures.realism_chart(album.out / "realism.png", distances, drawn["spectra"], note)
+
+
+def account(
+    album: Album, model: VQVAE2, prior: Prior, splits: dict, samples: Samples, twins: np.ndarray
+) -> dict:
+    """What the samples are worth, computed, written, drawn and printed."""
+    report, drawn = appraise(model, prior, splits, samples, twins, album.position, album.seed)
+    runtime.write_json(album.out / "report.json", report | {"manifest": album.manifest})
+    write_pictures(album, splits, samples, twins, report, drawn)
+    print_report(report)
+    return report
+
+
+def generate(config: GenerateConfig) -> dict:
+    """Sample, write everything to the out folder, and return what report.json holds.
+
+    Raises:
+        FileNotFoundError: no checkpoint, or no study.
+        ValueError: models that are not a pair, or that cannot be used; a position where names tell none.
+        OSError: a folder that cannot be written.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM; what is finished stays, and the manifest says how many.
+    """
+    checkpoint, model, prior = load_models(config)
+    splits = open_splits(config, checkpoint["data"])
+    out, test = runtime.writable_folder(config.out), splits["test"]
+    pool, rng = near(test, config.position), np.random.default_rng(config.seed)
+    # real slices in a random order, over and over: what sample i stands beside does not depend on n
+    rounds = math.ceil(config.n / len(pool))
+    twins = np.concatenate([rng.permutation(pool) for _ in range(rounds)])[: config.n]
+    given = np.full(config.n, config.position)
+    positions = test.positions[twins].astype(np.float64) if math.isnan(config.position) else given
+    album = Album(config, splits, positions)
+    try:
+        samples = sample(config, model, prior, positions, album.keep)
+    except KeyboardInterrupt:
+        done = album.manifest["done"]
+        print(f"stopped: {done} of {config.n} slices are in {out}/, without grid and report")
+        raise
+    write_grid(album, test, samples, twins)
+    report = account(album, model, prior, splits, samples, twins)
+    print(
+        f"wrote {out}/: {config.n} slices as NNNN.png and in {NIFTI}/, grid.png, overview.png, manifest.json,"
+    )
+    print("  report.json, realism.png, copying.png and nearest.png")
+    return report
+
+
+def main() -> None:
+    generate(runtime.from_flags(GenerateConfig, runtime.parser(__doc__, GenerateConfig).parse_args()))
+
+
+if __name__ == "__main__":
+    runtime.run_cli(main)

@@ -1,0 +1,242 @@
+"""Sampling and its report, with an autoencoder of a few seconds and priors that have learnt nothing."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from conftest import run
+from PIL import Image
+
+import appraise
+import generate
+import runtime
+from dataset import DataConfig, open_study, parse_name
+from modules import VQVAE2, VQVAE2Config
+from prior import Prior, PriorConfig
+
+MODEL = VQVAE2Config(K=16, D=8, channels=16, top_channels=16, residual_channels=8, decoder_blocks=1)
+PRIOR = PriorConfig(
+    K=16,
+    prior_channels=8,
+    prior_heads=2,
+    prior_top_layers=1,
+    prior_bottom_layers=1,
+    prior_condition_layers=1,
+)
+
+
+def save_models(folder, study, splits, model, prior):
+    data = {"study": str(study), "height": 64, "width": 32, "synthetic": False}
+    data["fingerprints"] = {name: split.fingerprint for name, split in splits.items()}
+    one = {"kind": "vqvae2", "model_config": dataclasses.asdict(MODEL), "model": model.state_dict()}
+    runtime.save_checkpoint(folder / "vqvae2_best.pth", {**one, "data": data, "epoch": 1})
+    two = {"kind": "prior", "model_config": dataclasses.asdict(PRIOR), "model": prior.state_dict()}
+    digest = runtime.sha256(folder / "vqvae2_best.pth")
+    two |= {"top_shape": [8, 4], "autoencoder_sha256": digest, "data": data}
+    runtime.save_checkpoint(folder / "prior_best.pth", two)
+
+
+@pytest.fixture(scope="module")
+def trained(study, tmp_path_factory):
+    """The folder of both checkpoints, the models and the study's splits."""
+    torch.manual_seed(0)
+    splits = open_study(DataConfig(data=str(study), height=64, width=32))
+    model, prior, x = VQVAE2(MODEL), Prior(PRIOR, (8, 4)), splits["train"].images(range(14))
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(60):
+        output = model(x)
+        loss = (output.reconstruction - x).square().mean() + output.top.commitment + output.bottom.commitment
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    for parameter in prior.parameters():  # an untrained prior is uniform: any likelihood would look right
+        torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path_factory.mktemp("Results")
+    save_models(folder, study, splits, model.eval(), prior.eval())
+    return folder, model, prior, splits
+
+
+def config(trained, out, **settings):
+    files = {"checkpoint": str(trained[0] / "vqvae2_best.pth"), "prior": str(trained[0] / "prior_best.pth")}
+    return generate.GenerateConfig(**{**files, "out": str(out), "device": "cpu", "n": 5, **settings})
+
+
+def written(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def made(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("generated")
+    return out, generate.generate(config(trained, out, batch_size=2))
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Sampling alone: most tests need no more."""
+    monkeypatch.setattr(generate, "account", lambda *_: {})
+
+
+def test_files_are_named_and_say_what_they_are(made, trained):
+    out, report = made
+    train = trained[3]["train"]
+    names = {"grid", "overview", "realism", "copying", "nearest", *(f"{i:04d}" for i in range(5))}
+    assert {path.stem for path in out.glob("*.png")} == names
+    assert Image.open(out / "0003.png").size == (32, 64)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["asked"], manifest["done"], manifest["seed"]) == (5, 5, 0)
+    assert manifest["autoencoder"]["sha256"] == runtime.sha256(trained[0] / "vqvae2_best.pth")
+    assert manifest["prior"]["sha256"] == runtime.sha256(trained[0] / "prior_best.pth")
+    files = sorted((out / "keras_slices_synthetic").iterdir())
+    assert [parse_name(file).patient for file in files] == [900, 901, 902, 903, 904]
+    # samples lie where test slices do: 0, 1/3, 2/3, 1 of patient 40, and 0, 1 of 41
+    assert {round(3 * position, 3) for position in manifest["positions"]} <= {0, 1, 2, 3}
+    assert [parse_name(file).slice for file in files] == [round(59 * p) for p in manifest["positions"]]
+    image = nibabel.load(files[0])
+    assert b"synthetic" in image.header["descrip"].item() and np.array_equal(image.affine, train.affines[0])
+    z = (image.get_fdata() - np.median(train.mean)) / np.median(train.std)
+    assert np.abs(z).max() < 20 and image.get_data_dtype() == np.float32
+    assert report == {k: v for k, v in json.loads((out / "report.json").read_text()).items() if k in report}
+
+
+def test_a_sample_depends_on_its_seed_and_not_on_batch_or_count(made, trained, tmp_path, no_report):
+    def slices(out):
+        return {name: of for name, of in written(out).items() if name.stem.isdigit() or name.suffix == ".gz"}
+
+    generate.generate(config(trained, tmp_path / "three", n=3, batch_size=3))
+    three, five = slices(tmp_path / "three"), slices(made[0])
+    assert len(three) == 6 and three.items() <= five.items()
+    generate.generate(config(trained, tmp_path / "other", n=3, seed=1))
+    assert not set(slices(tmp_path / "other").values()) & set(five.values())
+
+
+def test_interrupted_sampling_keeps_what_is_finished(made, trained, tmp_path, monkeypatch, capsys):
+    shutil.copytree(made[0], tmp_path, dirs_exist_ok=True)  # an earlier run's files must not pass for ours
+    whole, calls = Prior.sample, []
+
+    def interrupted(self, *args, progress, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return whole(self, *args, progress=progress, **options)
+
+    monkeypatch.setattr(Prior, "sample", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate.generate(config(trained, tmp_path, batch_size=2))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert (manifest["asked"], manifest["done"]) == (5, 2) and "2 of 5 slices" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.glob("*")} - {"keras_slices_synthetic"} == {
+        "0000.png",
+        "0001.png",
+        "manifest.json",
+    }
+    assert len(list((tmp_path / "keras_slices_synthetic").iterdir())) == 2
+    assert (tmp_path / "0001.png").read_bytes() == (made[0] / "0001.png").read_bytes()
+
+
+def test_likelihood_is_that_of_the_prior_by_hand(made, trained):
+    _, model, prior, splits = trained
+    likelihood = made[1]["likelihood"]
+    with torch.inference_mode():
+        for name, split in splits.items():
+            sums = {}
+            for i in range(len(split)):
+                position = torch.tensor([split.positions[i]])
+                nats = prior.nats(*model.encode(split.images([i])), position)
+                one = [nats["top"].sum().item(), nats["bottom"].sum().item()]
+                sums.setdefault(f"{split.names[i].patient:03d}", []).append(one)
+            everything = np.concatenate([np.array(of) for of in sums.values()])
+            rate = likelihood[name]
+            top, bottom = everything.mean(0)
+            assert rate["n"] == len(split) and rate["nats_per_code"] == pytest.approx((top + bottom) / 160)
+            assert rate["bits_top_code"] == pytest.approx(top / 32 / math.log(2))
+            assert rate["bits_bottom_code"] == pytest.approx(bottom / 128 / math.log(2))
+            assert rate["bits_per_pixel"] == pytest.approx((top + bottom) / math.log(2) / (64 * 32))
+            for patient, of in sums.items():
+                expected = np.sum(of) / len(of) / math.log(2) / (64 * 32)
+                assert rate["patients"][patient]["bits_per_pixel"] == pytest.approx(expected)
+    assert likelihood["nominal_bits_per_pixel"] == 160 * 4 / (64 * 32)
+
+
+@pytest.mark.parametrize("split, copied", [("train", True), ("validate", False)])
+def test_a_prior_that_repeats_its_training_slices_is_caught(trained, tmp_path, monkeypatch, split, copied):
+    splits = trained[3]
+
+    def repeat(config, model, prior, positions, keep):
+        x = splits[split].images(range(config.n))
+        with torch.inference_mode():
+            top, bottom = model.encode(x)
+        keep(0, x[:, 0].numpy())
+        return generate.Samples(x[:, 0].numpy(), top.numpy(), bottom.numpy())
+
+    monkeypatch.setattr(generate, "sample", repeat)
+    copying = generate.generate(config(trained, tmp_path))["copying"]
+    for measure in ("correlation", "code agreement"):
+        found = copying[measure]
+        assert found["verdict"].startswith("COPIES") == copied
+        assert found["samples"]["share"] == 1 if copied else found["samples"]["share"] <= found["margin"]
+        if copied:
+            names = {entry["sample"]: entry["train"] for entry in found["nearest"]}
+            assert names == {i: splits["train"].paths[i].name for i in range(5)}
+
+
+def test_controls_that_score_like_the_samples_are_named():
+    rows = {"floor": 1.0, "reconstructions": 1.0, "samples": 2.0, "random codes": 2.1, "histogram codes": 9.0}
+    table = {"plain": {row: {"frechet": value} for row, value in {**rows, "mean image": 9.0}.items()}}
+    (line,) = appraise.doubts(table)
+    assert "plain frechet: tells nothing here, random codes score" in line and "histogram" not in line
+    table = {"plain": {row: {"density": 1 / value} for row, value in {**rows, "mean image": 0.1}.items()}}
+    (line,) = appraise.doubts(table)
+    assert "random codes, mean image" in line
+
+
+def test_a_position_is_asked_of_the_prior_and_of_the_real_slices(trained, tmp_path, monkeypatch):
+    asked, whole = [], Prior.sample
+    monkeypatch.setattr(Prior, "sample", lambda self, p, *a, **k: asked.extend(p) or whole(self, p, *a, **k))
+    monkeypatch.setattr(appraise, "FEWEST", 2)
+    report = generate.generate(config(trained, tmp_path, position=1.0, n=3))
+    assert asked == [1, 1, 1] and report["realism"]["n"] == 2
+    asked.clear()
+    for split in trained[3].values():
+        monkeypatch.setattr(split, "positions", np.full(len(split), np.nan, np.float32))
+    monkeypatch.setattr(generate, "open_study", lambda _: trained[3])
+    monkeypatch.setattr(generate, "account", lambda *_: {})
+    generate.generate(config(trained, tmp_path, n=2))
+    assert np.isnan(asked).all()
+    assert json.loads((tmp_path / "manifest.json").read_text())["positions"] == [None, None]
+    with pytest.raises(ValueError, match="tell no positions"):
+        generate.generate(config(trained, tmp_path, n=2, position=0.5))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *({"n": 0}, {"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.1}),
+        *({"top_k": -1}, {"position": 1.1}, {"position": -0.1}, {"batch_size": 0}),
+    ],
+)
+def test_settings_out_of_range(setting):
+    with pytest.raises(ValueError, match="expected"):
+        generate.GenerateConfig(**setting)
+
+
+def test_models_that_are_not_a_pair(trained, tmp_path):
+    _, model, prior, splits = trained
+    save_models(tmp_path, splits["train"].study, splits, model, prior)
+    saved = runtime.load_checkpoint(tmp_path / "prior_best.pth", "prior")
+    runtime.save_checkpoint(tmp_path / "maps.pth", {**saved, "top_shape": [4, 4]})
+    with pytest.raises(ValueError, match=r"maps\.pth: priors over top maps of \(4, 4\)"):
+        generate.generate(config((tmp_path,), tmp_path / "out", prior=str(tmp_path / "maps.pth")))
+    runtime.save_checkpoint(tmp_path / "prior_best.pth", {**saved, "autoencoder_sha256": "0" * 64})
+    files = ("--checkpoint", tmp_path / "vqvae2_best.pth", "--prior", tmp_path / "prior_best.pth")
+    code, _, err = run("generate.py", *files, "--out", tmp_path / "out")
+    assert code == 2 and "prior_best.pth" in err and "vqvae2_best.pth" in err and "000000000000" in err
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        generate.generate(config((tmp_path / "none",), tmp_path / "out"))
