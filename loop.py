@@ -100,9 +100,12 @@ class Run:
         self.began = time.monotonic()
         if checkpoint:
             self.restore(checkpoint)
+        settings = {"train": dataclasses.asdict(config), **stage.settings()}
+        settings["data"] = settings["data"] | {
+            "study": Path(settings["data"]["study"]).name
+        }  # logs are shared
         self.history.append(
-            {"run": runtime.provenance(), "device": str(self.device), "bf16": self.bf16}
-            | {"train": dataclasses.asdict(config), **stage.settings()}
+            {"run": runtime.provenance(), "device": str(self.device), "bf16": self.bf16, **settings}
         )
 
     # what a checkpoint holds
