@@ -29,6 +29,10 @@ def main() -> None:
     parser = train.flags(__doc__)
     parser.add_argument("--nifti", action="store_true", help="write the reconstructions as NIfTI too")
     args, checkpoint = train.parse(parser, preset="quick" if no_study else "report")
+    if args.stage != "autoencoder":
+        raise ValueError(
+            f"--stage {args.stage}: driver.py trains the autoencoder. Mend: train.py, generate.py."
+        )
     configs = (DataConfig, VQVAE2Config, train.LossConfig, train.TrainConfig)
     data, model, loss, config = (runtime.from_flags(c, args) for c in configs)
     if no_study and not checkpoint:

@@ -56,9 +56,11 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
-        for name in ("minutes", "warmup", "weight_decay", "clip", "patience", "keep"):
-            if not getattr(self, name) >= 0:
+        for name in ("minutes", "warmup", "weight_decay", "clip", "patience", "keep", "seed"):
+            if not 0 <= getattr(self, name) < 2**32:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected 0 or more")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"--lr is {self.lr}; expected more than 0")
 
 
 def switched(flag: str, default: bool) -> bool:
@@ -94,6 +96,7 @@ class Run:
         self.epoch = self.batch = self.step = self.best_epoch = 0
         self.best = math.inf
         self.seconds = 0.0  # spent before `began`
+        self.saved: Path | None = None
         self.history: list[dict] = []
         self.start_epoch()
         self.prefix = "" if stage.kind == "vqvae2" else f"{stage.kind}_"  # of the names of logs
@@ -128,16 +131,27 @@ class Run:
             raise ValueError(
                 "--resume: the checkpoint is of a network of another shape. Mend: leave out its flags."
             )
+        was = checkpoint["train_config"]["batch_size"]
+        if checkpoint["batch"] and was != self.config.batch_size:
+            raise ValueError(
+                f"--resume: stopped inside an epoch of batches of {was}. Mend: leave out --batch-size."
+            )
         self.stage.model.load_state_dict(checkpoint["model"])
         self.optimiser.load_state_dict(checkpoint["optimiser"])
+        for group in self.optimiser.param_groups:
+            group["weight_decay"] = self.config.weight_decay
         for name in self.KEPT:
             setattr(self, name, checkpoint[name])
+        best = self.out / f"{self.stage.kind}_best.pth"
+        if not best.is_file() or runtime.load_checkpoint(best, self.stage.kind)["epoch"] != self.best_epoch:
+            self.best = math.inf  # the best so far is not in this folder: the next epoch becomes it
         self.stage.counted = checkpoint["counted"]
         runtime.set_rng_state(checkpoint["rng"])
 
     def save(self, name: str) -> Path:
         path = self.out / f"{self.stage.kind}_{name}.pth"
         runtime.save_checkpoint(path, self.state())
+        self.saved = path
         return path
 
     # where the run stands
@@ -178,18 +192,19 @@ class Run:
             group["lr"] = learning_rate(self.config, self.progress())
         loss, value = self.terms("train", indices, self.sums)
         if not math.isfinite(value):
-            saved = sorted(self.out.glob(f"{self.stage.kind}_*.pth"), key=lambda path: path.stat().st_mtime)
-            raise ValueError(
-                f"the loss is {value} at epoch {self.epoch + 1}, step {self.step + 1}, on "
-                f"{', '.join(self.stage.names(indices))}. Last good checkpoint: "
-                f"{saved[-1] if saved else 'none'}. Mend: a lower --lr, or --clip 1."
-            )
+            raise ValueError(self.lost(value, self.step + 1, f"on {', '.join(self.stage.names(indices))}"))
         self.optimiser.zero_grad()
         loss.backward()
         if self.config.clip:
             torch.nn.utils.clip_grad_norm_(self.stage.model.parameters(), self.config.clip)
         self.optimiser.step()
         return value
+
+    def lost(self, loss: float, step: int, where: str) -> str:
+        return (
+            f"the loss is {loss} at epoch {self.epoch + 1}, step {step}, {where}. Last good checkpoint: "
+            f"{self.saved or 'none of this run'}. Mend: a lower --lr, or --clip 1."
+        )
 
     def train_epoch(self, bar: tqdm, stopped: list[int]) -> None:
         """Train to the end of the epoch, of the minutes, or until `stopped` is not empty."""
@@ -227,6 +242,10 @@ class Run:
         statistics = {"train": self.stage.statistics()}
         terms["validate"] = self.validate()
         statistics["validate"] = self.stage.statistics()
+        if not math.isfinite(
+            terms["validate"]["loss"]
+        ):  # the last step broke the weights: save nothing of it
+            raise ValueError(self.lost(terms["validate"]["loss"], self.step, "in validation"))
         self.epoch += 1
         record = {
             "epoch": self.epoch,
@@ -301,12 +320,11 @@ def fit(stage, config: TrainConfig, checkpoint: dict | None = None) -> Path:
             run.train_epoch(bar, stopped)
             if not stopped:
                 run.end_epoch()
+        path = run.save("interrupted" if stopped else "epoch_final")  # while a second signal still waits
     run.plot()
     if stopped:
-        path = run.save("interrupted")
         print(f"stopped in epoch {run.epoch + 1}; go on with: python train.py --resume {path}")
         raise KeyboardInterrupt
-    run.save("epoch_final")
     kind, prefix = stage.kind, run.prefix
     print(
         f"wrote {run.out}/: {kind}_best.pth (epoch {run.best_epoch}), {kind}_epoch_final.pth, {prefix}log.jsonl,"

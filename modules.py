@@ -47,6 +47,9 @@ class VQVAE2Config:
         for name in ("K", "D", "channels", "top_channels", "residual_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("encoder_blocks", "top_blocks", "decoder_blocks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; expected 0 <= ema_decay < 1")
 

@@ -254,6 +254,8 @@ def load_checkpoint(path: Path | str, *kinds: str) -> dict:
             f"{path}: a checkpoint of format and kind {found}; expected {FORMAT}, {' or '.join(kinds)}. "
             "Mend: use the version of these scripts that wrote it, or train again."
         )
+    if missing := {"model_config", "model", "data"} - checkpoint.keys():
+        raise ValueError(f"{path}: a checkpoint without {', '.join(sorted(missing))}. Mend: train again.")
     return checkpoint
 
 

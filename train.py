@@ -14,6 +14,7 @@ vqvae2_epoch_final.pth; the prior's names begin with prior_. Ctrl-C and SIGTERM 
 import argparse
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,6 +129,7 @@ class Autoencoder:
                 "study": str(train.study.resolve()),
                 "height": self.data.height,
                 "width": self.data.width,
+                "allow_patient_overlap": self.data.allow_patient_overlap,
                 "fingerprints": {name: split.fingerprint for name, split in self.splits.items()},
                 "synthetic": train.synthetic,
             },
@@ -173,7 +175,12 @@ def train_autoencoder(
     checkpoint: dict | None = None,
 ) -> Path:
     """Stage one; returns the path of the best checkpoint. Raises as `open_study` and `loop.fit` do."""
-    model.code_shapes(data.height, data.width)  # ValueError now, not after the decoding
+    # errors now, not after the decoding or the training
+    model.code_shapes(data.height, data.width)
+    if min(data.height, data.width) < 16:
+        raise ValueError(
+            f"slices of {data.height}x{data.width}: too small to score; expected at least 16 of each"
+        )
     runtime.writable_folder(config.out)
     if checkpoint and (data.height, data.width) != (was := tuple(checkpoint["data"][side] for side in SIDES)):
         raise ValueError(
@@ -332,18 +339,26 @@ def parse(parser: argparse.ArgumentParser, preset: str = "") -> tuple[argparse.N
     """
     args = parser.parse_args()
     presets = PRESETS[args.stage]
+    if args.resume and args.preset:
+        raise ValueError(
+            "--resume and --preset: a resumed run has its checkpoint's settings. Mend: leave one out."
+        )
     checkpoint = None
     if args.resume:
         checkpoint = runtime.load_checkpoint(args.resume, Autoencoder.kind, CodePriors.kind)
         for name in ("model_config", "loss_config", "codes_config", "train_config"):
             parser.set_defaults(**checkpoint.get(name, {}))
-        data = {side: checkpoint["data"][side] for side in SIDES}
+        data = {name: checkpoint["data"][name] for name in (*SIDES, "allow_patient_overlap")}
         parser.set_defaults(data=checkpoint["data"]["study"], out=str(Path(args.resume).parent), **data)
-    elif (name := args.preset or preset or next(iter(presets))) in presets:
-        parser.set_defaults(**presets[name])
+    elif args.preset and args.preset not in presets:
+        raise ValueError(f"--preset {args.preset}: of --stage {args.stage} there are {', '.join(presets)}")
     else:
-        raise ValueError(f"--preset {name}: of --stage {args.stage} there are {', '.join(presets)}")
-    return parser.parse_args(), checkpoint
+        parser.set_defaults(**presets.get(args.preset or preset, next(iter(presets.values()))))
+    args = parser.parse_args()
+    given = {word.split("=")[0] for word in sys.argv[1:]}
+    if "--epochs" in given and "--minutes" not in given:
+        args.minutes = 0.0  # --epochs wins over the minutes of a preset or of the checkpoint
+    return args, checkpoint
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from dataset import (
     read_nifti,
     scan,
 )
-from runtime import option, write_json, write_nifti
+from runtime import option, writable_folder, write_json, write_nifti
 
 # The patients of HipMRI in each split of the course's.
 COURSE = {"train": {*range(4, 34), 35}, "validate": {*range(36, 40)}, "test": {*range(40, 43)}}
@@ -78,7 +78,11 @@ def _check_settings(config: SliceConfig, split_of: dict[int, str]) -> None:
     record = Path(config.out, "slices.json")
     now = {name: getattr(config, name) for name in ("axis", "first", "count")}
     now |= {f"patient {patient:03d}": split for patient, split in sorted(split_of.items())}
-    before = json.loads(record.read_text()) if record.is_file() else {}
+    cut = any(Path(config.out).glob("keras_slices_*/*"))  # else nothing is there to agree with
+    try:
+        before = json.loads(record.read_text()) if cut and record.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{record}: damaged. Mend: another --out, or delete {config.out}.") from error
     if changed := [
         f"{key}: {before[key]}, now {now[key]}" for key in now if before.get(key, now[key]) != now[key]
     ]:
@@ -155,6 +159,7 @@ def slice_volumes(config: SliceConfig) -> None:
     bad: dict[str, str] = {}
     volumes, masks = _find_volumes(Path(config.volumes), bad)
     split_of, line = split_patients({volume.name.patient for volume in volumes}, config.seed)
+    writable_folder(config.out)
     _check_settings(config, split_of)
     jobs = [(volume, masks.get(volume.name), split_of[volume.name.patient]) for volume in volumes]
     print(f"{len(jobs)} volumes, {sum(mask is not None for _, mask, _ in jobs)} of them with a mask; {line}")

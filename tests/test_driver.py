@@ -54,3 +54,8 @@ def test_a_missing_study_is_an_error_and_no_phantom(tmp_path):
     code, _, err = run("driver.py", "--data", "nowhere", cwd=tmp_path)
     assert code == 2 and "nowhere" in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+def test_it_is_not_for_the_prior_stage(study, tmp_path):
+    code, _, err = run("driver.py", "--data", study, "--stage", "prior", cwd=tmp_path)
+    assert code == 2 and "train.py" in err and "Traceback" not in err

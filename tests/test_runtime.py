@@ -10,6 +10,14 @@ import torch
 
 import runtime
 
+KEYS = {
+    "kind": "vqvae2",
+    "model_config": {},
+    "train_config": {},
+    "data": {},
+    "epoch": 1,
+}  # of every checkpoint
+
 
 @dataclass(frozen=True)
 class Config:
@@ -94,7 +102,7 @@ def test_nifti_keeps_pixels_affine_and_bytes(tmp_path):
 
 def test_checkpoints_come_back_without_running_code(tmp_path):
     saved = {
-        "kind": "vqvae2",
+        **KEYS,
         "model": {"w": torch.randn(3)},
         "history": [{"epoch": 1}],
         "best": float("inf"),
@@ -109,7 +117,8 @@ def test_checkpoints_come_back_without_running_code(tmp_path):
     torch.save({"args": argparse.Namespace()}, tmp_path / "pickle.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"model": {}}, tmp_path / "foreign.pth")
-    for name in ("cut", "empty", "pickle", "list", "foreign"):
+    runtime.save_checkpoint(tmp_path / "keyless.pth", {"kind": "vqvae2", "model": {}})
+    for name in ("cut", "empty", "pickle", "list", "foreign", "keyless"):
         with pytest.raises(ValueError, match=f"{name}.pth.*Mend"):
             runtime.load_checkpoint(tmp_path / f"{name}.pth", "vqvae2")
     with pytest.raises(ValueError, match="prior"):
@@ -121,11 +130,11 @@ def test_checkpoints_come_back_without_running_code(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")
 def test_a_full_disk_says_so_and_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "a.pth"
-    runtime.save_checkpoint(path, {"kind": "vqvae2", "step": 1})
+    runtime.save_checkpoint(path, {**KEYS, "model": {}, "step": 1})
 
     monkeypatch.setattr(runtime, "open", lambda path, mode: open("/dev/full", mode), raising=False)  # noqa: SIM115
     with pytest.raises(OSError, match="No space left"):
-        runtime.save_checkpoint(path, {"kind": "vqvae2", "step": 2})
+        runtime.save_checkpoint(path, {**KEYS, "model": {}, "step": 2})
     assert runtime.load_checkpoint(path, "vqvae2")["step"] == 1 and os.listdir(tmp_path) == ["a.pth"]
 
 

@@ -106,6 +106,6 @@ def test_it_resumes_bit_for_bit_and_only_with_its_autoencoder(study, autoencoder
 
 
 def test_patience_ends_a_run_that_no_longer_improves(autoencoder, tmp_path):
-    path = fit_prior(autoencoder, tmp_path, epochs=50, patience=2, lr=0.0)
+    path = fit_prior(autoencoder, tmp_path, epochs=50, patience=2, lr=1e-30)
     assert runtime.load_checkpoint(tmp_path / "prior_epoch_final.pth", "prior")["epoch"] == 3
     assert runtime.load_checkpoint(path, "prior")["epoch"] == 1

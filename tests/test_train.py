@@ -100,7 +100,15 @@ def test_flips_are_left_right_and_half():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"epochs": 0}, {"batch_size": 0}, {"minutes": -1}, {"mse": 0.0}, {"beta": float("nan")}]
+    "bad",
+    [
+        {"epochs": 0},
+        {"minutes": -1},
+        {"minutes": math.inf},
+        {"lr": math.nan},
+        {"mse": 0.0},
+        {"beta": math.nan},
+    ],
 )
 def test_impossible_settings_are_refused(bad):
     config = train.LossConfig if "mse" in bad or "beta" in bad else loop.TrainConfig
@@ -222,8 +230,39 @@ def test_a_loss_that_is_not_finite_names_step_files_and_last_checkpoint(study, t
     checkpoint["model"]["decoder.0.weight"].fill_(float("inf"))
     with pytest.raises(ValueError) as error:
         fit(study, tmp_path, epochs=2, checkpoint=checkpoint)
-    assert "epoch 2, step 5" in str(error.value) and "vqvae2_epoch_final.pth" in str(error.value)
+    assert "epoch 2, step 5" in str(error.value) and "none of this run" in str(error.value)
     assert str(error.value).count("case_00") == 4
+
+
+def test_weights_that_broke_in_the_last_step_are_not_saved(study, tmp_path):
+    """14 slices in one batch: the loss before the step is finite, the weights after it are not."""
+    with pytest.raises(ValueError, match=r"epoch 1, step 1, in validation. Last good checkpoint: none"):
+        fit(study, tmp_path, epochs=1, batch_size=14, lr=1e38)
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_resuming_into_another_folder_leaves_a_best_there(study, tmp_path):
+    fit(study, tmp_path / "one", epochs=1)
+    checkpoint = runtime.load_checkpoint(tmp_path / "one" / "vqvae2_epoch_1.pth", "vqvae2")
+    checkpoint["best"] = 0.0  # better than anything to come
+    best = fit(study, tmp_path / "two", epochs=2, checkpoint=checkpoint)
+    assert runtime.load_checkpoint(best, "vqvae2")["epoch"] == 2
+
+
+def test_flags_win_over_presets_and_checkpoints(study, tmp_path, monkeypatch):
+    def settings(*argv):
+        monkeypatch.setattr("sys.argv", ["train.py", *map(str, argv)])
+        return train.parse(train.flags(""))[0]
+
+    assert settings("--preset", "best").minutes == 40
+    assert settings("--preset", "best", "--minutes", "2").minutes == 2
+    args = settings("--preset", "best", "--epochs", "3")
+    assert (args.minutes, args.epochs, args.batch_size) == (0, 3, 1)
+    fit(study, tmp_path, epochs=1, weight_decay=0.5)
+    args = settings("--resume", tmp_path / "vqvae2_epoch_1.pth", "--epochs", "7")
+    assert (args.epochs, args.batch_size, args.K, args.height) == (7, 4, 16, 64)
+    with pytest.raises(ValueError, match="leave one out"):
+        settings("--resume", tmp_path / "vqvae2_epoch_1.pth", "--preset", "best")
 
 
 def test_users_mistakes_exit_with_2_and_no_traceback(study, tmp_path, monkeypatch, capsys):
@@ -237,6 +276,7 @@ def test_users_mistakes_exit_with_2_and_no_traceback(study, tmp_path, monkeypatc
         (["--data", study, "--out", tmp_path / "file"], "file"),
         (["--data", study, "--height", "250", "--out", tmp_path], "multiples of 8"),
         (["--data", study, "--epochs", "0"], "epochs"),
+        (["--data", study, "--height", "8", "--width", "8", "--out", tmp_path], "at least 16"),
         (["--resume", tmp_path / "whole.pth", "--height", "128"], "(64, 32)"),
         (["--resume", tmp_path / "whole.pth", "--D", "16"], "shape"),
     ):

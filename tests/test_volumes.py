@@ -116,6 +116,14 @@ def test_a_folder_of_other_planes_or_another_split_is_not_completed(tmp_path):
             run_slice(release, out, seed=seed)
 
 
+def test_settings_that_cut_nothing_bind_nobody(tmp_path):
+    release = write_release(tmp_path / "a", (4,))
+    with pytest.raises(ValueError, match="--count within"):
+        run_slice(release, tmp_path / "out", count=600)
+    run_slice(release, tmp_path / "out")
+    assert list((tmp_path / "out").rglob("case_*"))
+
+
 def test_bad_volumes_are_listed_and_the_others_done(tmp_path):
     release, out = write_release(tmp_path / "a", (4, 5, 6, 7, 8)), tmp_path / "out"
     images, masks = SCHEMES["anonymous"]
