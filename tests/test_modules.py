@@ -181,6 +181,31 @@ def test_a_dead_code_restarts_with_its_averages():
     assert vq.codebook[3].abs().max() < 10  # with the old averages it would be back at 1,000
 
 
+def update_on_one_rank(rank: int, folder: str) -> None:
+    """One of two processes: its half of a batch into a quantiser, the codebook into a file."""
+    started, halved = quantiser(), quantiser(revive=0.0)  # before the two know of each other
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(100 + rank)  # what is drawn from a batch must not differ all the same
+    started.start(torch.randn(50, 4))
+    halved(joined_batch()[4 * rank : 4 * rank + 4])
+    torch.save([started.codebook, halved.codebook, halved.ema_count], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def joined_batch():
+    return torch.randn(8, 4, 6, 6, generator=torch.Generator().manual_seed(9))
+
+
+def test_two_processes_keep_the_codebook_of_one_on_the_joined_batch(tmp_path):
+    torch.multiprocessing.spawn(update_on_one_rank, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*ranks, strict=True))
+    whole = quantiser(revive=0.0)
+    whole(joined_batch())
+    torch.testing.assert_close(ranks[0][1], whole.codebook)
+    torch.testing.assert_close(ranks[0][2], whole.ema_count)
+
+
 def test_eval_changes_no_buffer():
     model = small_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
