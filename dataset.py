@@ -20,7 +20,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -383,6 +383,19 @@ def open_study(config: DataConfig) -> dict[str, SliceDataset]:
     if splits["train"].synthetic:
         print(f"{study}: SYNTHETIC, a phantom drawn by a program and not MRI")
     return splits
+
+
+def open_trained_study(trained: dict, config: DataConfig, checkpoint: str) -> dict[str, SliceDataset]:
+    """The study of `config`, else the one a checkpoint was trained on, at the size it was trained at.
+
+    `trained` is the "data" of the checkpoint at the path `checkpoint`. Raises as `open_study` does.
+    """
+    if not config.data and not Path(trained["study"]).is_dir():
+        raise FileNotFoundError(
+            f"{trained['study']}: the study that {checkpoint} was trained on is not there. Mend: --data DIR."
+        )
+    size = {side: trained[side] for side in ("height", "width")}
+    return open_study(replace(config, data=config.data or trained["study"], **size))
 
 
 def save_reconstruction(dataset: SliceDataset, index: int, image: np.ndarray, path: Path | str) -> None:

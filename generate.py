@@ -22,7 +22,7 @@ from tqdm import tqdm
 import figures
 import runtime
 from appraise import Samples, appraise, decode, near, print_report
-from dataset import DataConfig, SliceDataset, open_study
+from dataset import DataConfig, SliceDataset, open_trained_study
 from modules import VQVAE2, load_model
 from prior import Prior, PriorConfig, check_sampling
 from runtime import option
@@ -101,14 +101,10 @@ def load_models(config: GenerateConfig) -> tuple[dict, VQVAE2, Prior]:
 
 def open_splits(config: GenerateConfig, trained: dict) -> dict[str, SliceDataset]:
     """The study at the autoencoder's size; `trained` is the checkpoint's "data"."""
-    if not config.data and not Path(trained["study"]).is_dir():
-        raise FileNotFoundError(
-            f"{trained['study']}: the study that {config.checkpoint} was trained on is not there. "
-            "Mend: --data DIR."
-        )
-    shared = {name: getattr(config, name) for name in ("allow_patient_overlap", "cache")}
-    size = {side: trained[side] for side in ("height", "width")}
-    splits = open_study(DataConfig(data=config.data or trained["study"], **size, **shared))
+    data = DataConfig(
+        data=config.data, allow_patient_overlap=config.allow_patient_overlap, cache=config.cache
+    )
+    splits = open_trained_study(trained, data, config.checkpoint)
     if any(split.fingerprint != trained["fingerprints"][name] for name, split in splits.items()):
         print(f"note: {splits['train'].study}: its files are not those that the models were trained on")
     if all(np.isnan(split.positions).all() for split in splits.values()):

@@ -4,11 +4,12 @@ A stage (train.py has two) brings the model and its data:
 
     kind                the name of its checkpoints: vqvae2, prior
     model               an nn.Module
-    sizes               {"train": n, "validate": n}, examples
+    splits              {"train": ..., "validate": ...}, the slices of which `terms` takes indices
+    counted             what it has counted in this epoch, which its checkpoints keep; {} for nothing
     settings()          what its checkpoints hold beside the run: model_config, data, ...
     terms(split, indices)  {"loss": (), ...} of a batch, means over its examples; counts codes if it has any
     statistics()        what was counted since the last call, for the log
-    names(indices)      the files of a batch, for messages
+    describe(record)    the terms that matter of an epoch's line of the log, for the terminal
 """
 
 import dataclasses
@@ -85,6 +86,7 @@ class Run:
 
     def __init__(self, stage, config: TrainConfig, checkpoint: dict | None):
         self.stage, self.config = stage, config
+        self.sizes = {name: len(split) for name, split in stage.splits.items()}
         self.out = Path(config.out)
         self.device = next(stage.model.parameters()).device
         self.bf16 = switched(config.bf16, runtime.has_fast_bf16(self.device))
@@ -104,9 +106,8 @@ class Run:
         if checkpoint:
             self.restore(checkpoint)
         settings = {"train": dataclasses.asdict(config), **stage.settings()}
-        settings["data"] = settings["data"] | {
-            "study": Path(settings["data"]["study"]).name
-        }  # logs are shared
+        # logs are shared: they name the study and not its path
+        settings["data"] = settings["data"] | {"study": Path(settings["data"]["study"]).name}
         self.history.append(
             {"run": runtime.provenance(), "device": str(self.device), "bf16": self.bf16, **settings}
         )
@@ -165,7 +166,7 @@ class Run:
             return 1.0
         if self.config.minutes:
             return self.elapsed() / (60 * self.config.minutes)
-        batches = math.ceil(self.stage.sizes["train"] / self.config.batch_size)
+        batches = math.ceil(self.sizes["train"] / self.config.batch_size)
         return (self.epoch * batches + self.batch) / (self.config.epochs * batches)
 
     def start_epoch(self) -> None:
@@ -180,10 +181,11 @@ class Run:
         """
         with runtime.autocast(self.device, self.bf16):
             terms = self.stage.terms(split, indices)
-        values = torch.stack([term.detach().float() for term in terms.values()]).tolist()
-        for name, value in zip(terms, values, strict=True):
+        numbers = torch.stack([term.detach().float() for term in terms.values()]).tolist()
+        values = dict(zip(terms, numbers, strict=True))
+        for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value * len(indices)
-        return terms["loss"], values[list(terms).index("loss")]
+        return terms["loss"], values["loss"]
 
     # training and validation
 
@@ -192,7 +194,8 @@ class Run:
             group["lr"] = learning_rate(self.config, self.progress())
         loss, value = self.terms("train", indices, self.sums)
         if not math.isfinite(value):
-            raise ValueError(self.lost(value, self.step + 1, f"on {', '.join(self.stage.names(indices))}"))
+            files = ", ".join(self.stage.splits["train"].paths[i].name for i in indices.tolist())
+            raise ValueError(self.lost(value, self.step + 1, f"on {files}"))
         self.optimiser.zero_grad()
         loss.backward()
         if self.config.clip:
@@ -209,7 +212,7 @@ class Run:
     def train_epoch(self, bar: tqdm, stopped: list[int]) -> None:
         """Train to the end of the epoch, of the minutes, or until `stopped` is not empty."""
         generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + self.epoch)
-        order = torch.randperm(self.stage.sizes["train"], generator=generator)
+        order = torch.randperm(self.sizes["train"], generator=generator)
         self.stage.model.train()
         began = time.monotonic() - self.epoch_seconds
         for indices in order.split(self.config.batch_size)[self.batch :]:
@@ -218,9 +221,8 @@ class Run:
             self.step += 1
             self.epoch_seconds = time.monotonic() - began
             bar.set_postfix(epoch=self.epoch + 1, loss=f"{loss:.4f}", refresh=False)
-            if (
-                self.config.minutes
-            ):  # how many slices fit is not known before; the bar's ETA follows from this
+            if self.config.minutes:
+                # how many slices fit is not known before; the bar's ETA follows from this
                 bar.total = round((bar.n + len(indices)) / min(self.progress(), 1.0))
             bar.update(len(indices))
             if stopped or (self.config.minutes and self.progress() >= 1):
@@ -230,21 +232,20 @@ class Run:
     def validate(self) -> dict[str, float]:
         """Exact means of every term over the validate split."""
         self.stage.model.eval()
-        size, sums = self.stage.sizes["validate"], {}
+        size, sums = self.sizes["validate"], {}
         for indices in torch.arange(size).split(self.config.batch_size):
             self.terms("validate", indices, sums)
         return {name: total / size for name, total in sums.items()}
 
     def end_epoch(self) -> None:
         """Validate, log, and save what is due."""
-        seen = min(self.batch * self.config.batch_size, self.stage.sizes["train"])
+        seen = min(self.batch * self.config.batch_size, self.sizes["train"])
         terms = {"train": {name: total / seen for name, total in self.sums.items()}}
         statistics = {"train": self.stage.statistics()}
         terms["validate"] = self.validate()
         statistics["validate"] = self.stage.statistics()
-        if not math.isfinite(
-            terms["validate"]["loss"]
-        ):  # the last step broke the weights: save nothing of it
+        if not math.isfinite(terms["validate"]["loss"]):
+            # the last step broke the weights: save nothing of it
             raise ValueError(self.lost(terms["validate"]["loss"], self.step, "in validation"))
         self.epoch += 1
         record = {
@@ -304,7 +305,7 @@ def fit(stage, config: TrainConfig, checkpoint: dict | None = None) -> Path:
         KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint written that --resume continues.
     """
     run = Run(stage, config, checkpoint)
-    examples = stage.sizes["train"]
+    examples = run.sizes["train"]
     millions = sum(p.numel() for p in stage.model.parameters()) / 1e6
     length = f"{config.minutes:g} minutes" if config.minutes else f"{config.epochs} epochs"
     precision = "bfloat16" if run.bf16 else "float32"

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import figures
 import metrics
 import runtime
-from dataset import DataConfig, SliceDataset, open_study, save_reconstruction
+from dataset import DataConfig, SliceDataset, open_trained_study, save_reconstruction
 from modules import VQVAE2, load_model
 from runtime import option
 
@@ -80,20 +80,10 @@ class PredictConfig:
 def open_test(checkpoint: dict, config: PredictConfig) -> SliceDataset:
     """The test split at the size the model was trained at; says where its files are not the model's own."""
     trained = checkpoint["data"]
-    if not config.data and not Path(trained["study"]).is_dir():
-        raise FileNotFoundError(
-            f"{trained['study']}: the study that {config.checkpoint} was trained on is not there. "
-            "Mend: --data DIR."
-        )
-    test = open_study(
-        DataConfig(
-            data=config.data or trained["study"],
-            height=trained["height"],
-            width=trained["width"],
-            allow_patient_overlap=config.allow_patient_overlap,
-            cache=config.cache,
-        )
-    )["test"]
+    data = DataConfig(
+        data=config.data, allow_patient_overlap=config.allow_patient_overlap, cache=config.cache
+    )
+    test = open_trained_study(trained, data, config.checkpoint)["test"]
     if test.fingerprint != trained["fingerprints"]["test"]:
         print(
             f"note: {test.study}: names, sizes or times of the test files differ from those of the training"

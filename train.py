@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import metrics
 import runtime
-from dataset import SPLITS, DataConfig, SliceDataset, open_study
+from dataset import SPLITS, DataConfig, SliceDataset, open_study, open_trained_study
 from loop import TrainConfig, fit, switched
 from modules import VQVAE2, Output, VQVAE2Config, load_model, ssim
 from prior import Prior, PriorConfig
@@ -111,7 +112,6 @@ class Autoencoder:
         self.layout = torch.channels_last if switched(config.channels_last, True) else torch.contiguous_format
         self.data, self.loss = data, loss
         self.splits = open_study(data)
-        self.sizes = {name: len(split) for name, split in self.splits.items()}
         runtime.seed_everything(config.seed)
         self.model = VQVAE2(model).to(device, memory_format=self.layout)
         self.device = device
@@ -145,16 +145,15 @@ class Autoencoder:
         return losses(x, output, self.loss)
 
     def statistics(self) -> dict[str, dict[str, float]]:
-        """Codes used and perplexity exp(H) of each level since the last call."""
-        statistics = {}
-        for level, counts in self.counted.items():
-            p = counts[counts > 0].double() / counts.sum()
-            statistics[level] = {
-                "used": len(p),
-                "perplexity": round(torch.exp(-(p * p.log()).sum()).item(), 2),
+        """Codes used and perplexity 2^H of each level since the last call."""
+        counted, self.counted = self.counted, self.no_codes()
+        return {
+            level: {
+                "used": int(counts.count_nonzero()),
+                "perplexity": round(2 ** metrics.code_entropy(counts.numpy()), 2),
             }
-        self.counted = self.no_codes()
-        return statistics
+            for level, counts in counted.items()
+        }
 
     def describe(self, record: dict) -> str:
         used = record["codes"]["validate"]
@@ -162,9 +161,6 @@ class Autoencoder:
             f"SSIM {1 - record['validate']['ssim']:.4f}, codes used {used['top']['used']} top "
             f"{used['bottom']['used']} bottom"
         )
-
-    def names(self, indices: Tensor) -> list[str]:
-        return [self.splits["train"].paths[i].name for i in indices.tolist()]
 
 
 def train_autoencoder(
@@ -212,18 +208,15 @@ class CodePriors:
     def __init__(self, data: DataConfig, codes: CodesConfig, prior: PriorConfig, config: TrainConfig):
         self.device = runtime.pick_device(config.device)
         checkpoint = runtime.load_checkpoint(codes.checkpoint, "vqvae2")
-        trained = checkpoint["data"]
-        data = dataclasses.replace(
-            data, data=data.data or trained["study"], height=trained["height"], width=trained["width"]
-        )
+        self.data, self.codes = checkpoint["data"], codes
         self.sha256 = runtime.sha256(codes.checkpoint)
-        self.splits = open_study(data)
-        self.sizes = {name: len(split) for name, split in self.splits.items()}
-        self.data, self.codes, self.pixels = trained, codes, data.height * data.width
+        self.splits = open_trained_study(self.data, data, codes.checkpoint)
+        size = self.data["height"], self.data["width"]
+        self.pixels = math.prod(size)
         model = load_model(checkpoint, codes.checkpoint).to(self.device)
         self.maps = extract_codes(model, self.splits, Path(config.out) / "codes.npz", self.sha256)
         runtime.seed_everything(config.seed)
-        self.top_shape = model.config.code_shapes(data.height, data.width)[0]
+        self.top_shape = model.config.code_shapes(*size)[0]
         self.model = Prior(dataclasses.replace(prior, K=model.config.K), self.top_shape).to(self.device)
         self.model.start_from(model.quantiser_top.codebook, model.quantiser_bottom.codebook)
 
@@ -263,9 +256,6 @@ class CodePriors:
             f"{bits['top']:.2f} bits a top code, {bits['bottom']:.2f} a bottom code, "
             f"{record['validate']['bits_per_pixel']:.4f} a pixel"
         )
-
-    def names(self, indices: Tensor) -> list[str]:
-        return [self.splits["train"].paths[i].name for i in indices.tolist()]
 
 
 @torch.inference_mode()

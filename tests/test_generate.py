@@ -206,7 +206,7 @@ def test_a_position_is_asked_of_the_prior_and_of_the_real_slices(trained, tmp_pa
     asked.clear()
     for split in trained[3].values():
         monkeypatch.setattr(split, "positions", np.full(len(split), np.nan, np.float32))
-    monkeypatch.setattr(generate, "open_study", lambda _: trained[3])
+    monkeypatch.setattr(generate, "open_trained_study", lambda *_: trained[3])
     monkeypatch.setattr(generate, "account", lambda *_: {})
     generate.generate(config(trained, tmp_path, n=2))
     assert np.isnan(asked).all()
