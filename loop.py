@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import figures
 import runtime
+from optimiser import Muon, split
 from runtime import option
 
 SWITCH = ("auto", "on", "off")
@@ -39,6 +40,7 @@ class TrainConfig:
     epochs: int = option(10, "passes over the train split")
     minutes: float = option(0.0, "train for this much wall time instead of --epochs; 0 means by epochs")
     batch_size: int = option(16, "slices in a step")
+    optimiser: str = option("adam", "muon: for weight matrices, Adam for the rest", choices=("adam", "muon"))
     lr: float = option(3e-4, "learning rate, at its highest")
     schedule: str = option("constant", "learning rate over the run", choices=("constant", "cosine"))
     warmup: float = option(0.0, "share of the run in which the learning rate rises from 0")
@@ -92,9 +94,8 @@ class Run:
         self.bf16 = switched(config.bf16, runtime.has_fast_bf16(self.device))
         if switched(config.compile, False):
             stage.model.compile()
-        self.optimiser = torch.optim.AdamW(
-            stage.model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
-        )
+        matrices, others = split(stage.model) if config.optimiser == "muon" else ([], stage.model.parameters())
+        self.optimiser = Muon(matrices, others, config.lr, config.weight_decay, fused=True)
         self.epoch = self.batch = self.step = self.best_epoch = 0
         self.best = math.inf
         self.seconds = 0.0  # spent before `began`

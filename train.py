@@ -37,6 +37,7 @@ SIDES = ("height", "width")
 # of one slice learn more in the same time than steps of 16: the codebooks move with every step.
 RECIPE = {
     "batch_size": 1,
+    "optimiser": "muon",
     "lr": 1.5e-3,
     "schedule": "cosine",
     "warmup": 0.03,

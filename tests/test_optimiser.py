@@ -1,0 +1,87 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from optimiser import Muon, orthogonalise, split
+
+
+@pytest.mark.parametrize("shape", [(32, 100), (100, 32), (48, 48)])
+def test_orthogonalise_keeps_the_singular_vectors_and_levels_the_values(shape):
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).double()
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    inner = u.transpose(1, 2) @ orthogonalise(x) @ vh.transpose(1, 2)  # the result in x's singular basis
+    values = inner.diagonal(dim1=1, dim2=2)
+    assert (inner - torch.diag_embed(values)).abs().max() < 1e-9
+    middle = values[:, : min(shape) // 2]  # the larger ones; the least may not have arrived
+    assert middle.min() > 0.6 and values.max() < 1.25
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(16, 32, 3),
+        nn.ReLU(),
+        nn.Conv2d(32, 16, 1),
+        nn.Flatten(),
+        nn.LayerNorm(64),
+        nn.Linear(64, 3),
+    )
+
+
+def backward(model: nn.Module, seed: int) -> None:
+    model.zero_grad()
+    x = torch.randn(4, 16, 4, 4, generator=torch.Generator().manual_seed(seed))
+    model(x).square().mean().backward()
+
+
+def test_split_takes_wide_weights_of_layers():
+    model = small()
+    matrices, others = split(model)
+    assert [tuple(weight.shape) for weight in matrices] == [(32, 16, 3, 3), (16, 32, 1, 1)]
+    assert len(matrices) + len(others) == len(list(model.parameters()))
+
+
+def test_a_step_is_muon_for_matrices_and_adamw_for_the_rest():
+    model, reference = small(), small()
+    muon = Muon(*split(model), lr=0.01, weight_decay=0.1)
+    adam = torch.optim.AdamW(split(reference)[1], 0.01, weight_decay=0.1)
+    means = [torch.zeros_like(weight) for weight in split(reference)[0]]
+    for seed in range(3):
+        backward(model, seed)
+        muon.step()
+        backward(reference, seed)
+        for weight, mean in zip(split(reference)[0], means, strict=True):
+            with torch.no_grad():
+                mean.copy_(0.95 * mean + 0.05 * weight.grad)
+                ahead = (0.05 * weight.grad + 0.95 * mean).flatten(1)
+                update = 0.2 * max(ahead.shape) ** 0.5 * orthogonalise(ahead[None])[0]
+                weight.copy_(weight * (1 - 0.01 * 0.1) - 0.01 * update.view_as(weight))
+        adam.step()
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_saved_state_goes_on_alike():
+    model = small()
+    muon = Muon(*split(model), lr=0.01)
+    backward(model, 0)
+    muon.step()
+    again = copy.deepcopy(model)
+    loaded = Muon(*split(again), lr=1.0)
+    loaded.load_state_dict(copy.deepcopy(muon.state_dict()))
+    for each, optimiser in ((model, muon), (again, loaded)):
+        backward(each, 1)
+        optimiser.step()
+    for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_memory_layout_does_not_matter():
+    one, other = small(), small().to(memory_format=torch.channels_last)
+    for model in (one, other):
+        backward(model, 0)
+        Muon(*split(model), lr=0.01).step()
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
