@@ -21,14 +21,13 @@ from torch import Tensor, nn
 
 from runtime import option
 
-STRIDE = 4  # pixels of a bottom code along each axis; a top code covers twice that
-
 
 @dataclass(frozen=True)
 class VQVAE2Config:
     """The shape of the network. Defaults: 2048 + 512 codes of 9 bits for 256x128, 0.703 bits per pixel."""
 
     K: int = option(512, "codes in each codebook")
+    stride: int = option(4, "pixels of a bottom code along each axis; a top code covers twice that")
     D: int = option(64, "dimensions of a code vector")
     channels: int = option(64, "channels at the bottom level's resolution")
     top_channels: int = option(
@@ -44,20 +43,23 @@ class VQVAE2Config:
     )
 
     def __post_init__(self) -> None:
-        for name in ("K", "D", "channels", "top_channels", "residual_channels"):
+        for name in ("K", "stride", "D", "channels", "top_channels", "residual_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         for name in ("encoder_blocks", "top_blocks", "decoder_blocks"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if self.stride % 2:
+            raise ValueError(f"stride is {self.stride}; expected an even number")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; expected 0 <= ema_decay < 1")
 
     def code_shapes(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Heights and widths of the top and of the bottom code map of a slice of height x width pixels."""
-        if height % (2 * STRIDE) or width % (2 * STRIDE) or height < 1 or width < 1:
-            raise ValueError(f"a slice of {height}x{width}; expected both to be multiples of {2 * STRIDE}")
-        bottom = (height // STRIDE, width // STRIDE)
+        span = 2 * self.stride
+        if height % span or width % span or height < 1 or width < 1:
+            raise ValueError(f"a slice of {height}x{width}; expected both to be multiples of {span}")
+        bottom = (height // self.stride, width // self.stride)
         return (bottom[0] // 2, bottom[1] // 2), bottom
 
     def bits_per_pixel(self, height: int, width: int) -> float:
@@ -184,20 +186,20 @@ class ResidualBlock(nn.Module):
 
 
 class VQVAE2(nn.Module):
-    """Two-level VQ-VAE-2 for one-channel slices whose sides are multiples of 8."""
+    """Two-level VQ-VAE-2 for one-channel slices whose sides are multiples of twice the stride."""
 
     def __init__(self, config: VQVAE2Config = VQVAE2Config()):
         super().__init__()
         self.config = config
-        C, T, D = config.channels, config.top_channels, config.D
+        C, T, D, S = config.channels, config.top_channels, config.D, config.stride
 
         def blocks(n: int, channels: int) -> list[nn.Module]:
             return [ResidualBlock(channels, config.residual_channels) for _ in range(n)]
 
         # space to depth, then a 3x3 convolution: a 12x12 one of stride 4 at a fraction of its cost
         self.encoder_bottom = nn.Sequential(
-            nn.PixelUnshuffle(STRIDE),
-            nn.Conv2d(STRIDE**2, C, 3, padding=1),
+            nn.PixelUnshuffle(S),
+            nn.Conv2d(S**2, C, 3, padding=1),
             *blocks(config.encoder_blocks, C),
             nn.ReLU(),
         )
@@ -214,19 +216,19 @@ class VQVAE2(nn.Module):
         )
         self.to_bottom = nn.Conv2d(2 * C, D, 1)
         self.quantiser_bottom = VectorQuantiser(config.K, D, config.ema_decay, config.revive)
-        # ... and both levels to pixels; windows of 8 with stride 4 overlap, so that no seams show
+        # ... and both levels to pixels; windows of twice the stride overlap, so that no seams show
         self.decoder = nn.Sequential(
             nn.Conv2d(C + D, C, 1),
             *blocks(config.decoder_blocks, C),
             nn.ReLU(),
-            nn.ConvTranspose2d(C, 1, 2 * STRIDE, stride=STRIDE, padding=STRIDE // 2),
+            nn.ConvTranspose2d(C, 1, 2 * S, stride=S, padding=S // 2),
         )
 
     def forward(self, x: Tensor) -> Output:
         """x (B, 1, H, W), z-scored -> its reconstruction and both levels' codes.
 
         Raises:
-            ValueError: H or W is not a multiple of 8.
+            ValueError: H or W is not a multiple of twice the stride.
         """
         top, bottom, decoded_top = self.quantise(x)
         return Output(self.decode(decoded_top, bottom.vectors), top, bottom)

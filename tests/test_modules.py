@@ -259,3 +259,18 @@ def test_ssim_of_a_constant_slice_is_finite():
     x = torch.zeros(1, 1, 16, 16)
     assert ssim(x, x).item() == pytest.approx(1)
     assert torch.isfinite(ssim(x, x + 1)).all()
+
+
+@pytest.mark.parametrize("stride, rate", [(2, 2.8125), (4, 0.703125), (8, 0.17578125)])
+def test_stride_sets_the_maps_and_the_rate(stride, rate):
+    config = VQVAE2Config(stride=stride)
+    model, x = VQVAE2(config).eval(), torch.randn(1, 1, 32, 16)
+    top, bottom = model.encode(x)
+    assert top.shape[1:] == (16 // stride, 8 // stride) and bottom.shape[1:] == (32 // stride, 16 // stride)
+    assert model(x).reconstruction.shape == x.shape
+    assert config.bits_per_pixel(256, 128) == rate
+
+
+def test_an_odd_stride_is_refused():
+    with pytest.raises(ValueError, match="stride is 3"):
+        VQVAE2Config(stride=3)

@@ -1,0 +1,118 @@
+"""What each choice of the recipe is worth: `--preset best` with one thing changed, on the validation split.
+
+    python benchmarks/ablation.py --data keras_slices_data                          # every row, one seed
+    python benchmarks/ablation.py --data keras_slices_data --only best --seed 1     # more seeds of a row
+    python benchmarks/ablation.py --table                                           # what has been measured
+
+Every run sees the same number of slices (--epochs), so other work on the machine changes no score; what a slice
+costs is given beside it, in CPU time. Rows are added to --out, Results/ablation.json, one at a time.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import runtime  # noqa: E402
+
+VARIANTS = {
+    "best": "",
+    "AdamW": "--optimiser adam",
+    "lr / 2": "--lr 7.5e-4",
+    "lr x 2": "--lr 3e-3",
+    "steps of 2 slices, lr x 1.4": "--batch-size 2 --lr 2.1e-3",
+    "steps of 4 slices, lr x 2": "--batch-size 4 --lr 3e-3",
+    "steps of 16 slices, lr x 4": "--batch-size 16 --lr 6e-3",
+    "MSE": "--mse 1 --l1 0 --ssim 0",
+    "L1": "--l1 1 --ssim 0",
+    "L1 + 0.5 (1 - SSIM)": "--l1 1 --ssim 0.5",
+    "0.05 L1 + (1 - SSIM)": "--l1 0.05",
+    "no flips": "--no-flip",
+    "beta 0.05": "--beta 0.05",
+    "beta 1": "--beta 1",
+    "EMA decay 0.97": "--ema-decay 0.97",
+    "EMA decay 0.999": "--ema-decay 0.999",
+    "no revival": "--revive 0",
+    "D 16": "--D 16",
+    "half as wide": "--channels 32 --top-channels 64 --residual-channels 16",
+    "1.5 x as wide": "--channels 96 --top-channels 192 --residual-channels 48",
+    "decoder as shallow as the encoder": "--decoder-blocks 1",
+}
+
+
+def measure(name: str, data: str, epochs: int, seed: int) -> dict:
+    """Train one variant in a process of its own; its row."""
+    with tempfile.TemporaryDirectory() as out:
+        flags = f"--preset best --minutes 0 --epochs {epochs} --seed {seed} {VARIANTS[name]}".split()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, ROOT / "train.py", "--data", data, "--out", out, *flags]
+        subprocess.run(command, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        first, *_, last = map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines())
+    cpu = sum(getattr(after, kind) - getattr(before, kind) for kind in ("ru_utime", "ru_stime"))
+    return {
+        "name": name,
+        "seed": seed,
+        "flags": VARIANTS[name],
+        "epochs": epochs,
+        "ssim": 1 - last["validate"]["ssim"],
+        "mse": last["validate"]["mse"],
+        "codes": last["codes"]["validate"],
+        "cpu_ms_per_slice": 1e3 * cpu / (last["step"] * first["train"]["batch_size"]),
+        "run": {name: value for name, value in first["run"].items() if name != "argv"},
+        "data": first["data"],
+    }
+
+
+def table(rows: list[dict]) -> None:
+    """One line a variant, best first: the mean and the spread (sample standard deviation) over its seeds."""
+    found = {}
+    for row in rows:
+        found.setdefault(row["name"], []).append(row)
+    scores = {name: [row["ssim"] for row in of] for name, of in found.items()}
+    base = np.mean(scores["best"]) if "best" in scores else np.nan
+    print(f"{'':<36}{'seeds':>6}{'val. SSIM':>11}{'spread':>9}{'to best':>9}{'CPU ms a slice':>16}")
+    for name in sorted(found, key=lambda name: -np.mean(scores[name])):
+        mean, n = np.mean(scores[name]), len(scores[name])
+        spread = f"{np.std(scores[name], ddof=1):.4f}" if n > 1 else ""
+        cost = np.mean([row["cpu_ms_per_slice"] for row in found[name]])
+        print(f"{name:<36}{n:>6}{mean:>11.4f}{spread:>9}{mean - base:>+9.4f}{cost:>16.0f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", help="study folder")
+    parser.add_argument("--epochs", type=int, default=2, help="passes over the train split")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--out", type=Path, default=Path("Results/ablation.json"))
+    parser.add_argument("--table", action="store_true", help="measure nothing")
+    args = parser.parse_args()
+    rows = json.loads(args.out.read_text()) if args.out.is_file() else []
+    if not args.table:
+        if not args.data:
+            raise ValueError("no --data; expected the folder of a study")
+        os.makedirs(args.out.parent, exist_ok=True)
+        for i, name in enumerate(args.only, 1):
+            print(f"{name} ({i} of {len(args.only)})")
+            row = measure(name, args.data, args.epochs, args.seed)
+            rows = json.loads(args.out.read_text()) if args.out.is_file() else []  # others may have written
+            rows = [r for r in rows if (r["name"], r["seed"]) != (name, args.seed)] + [row]
+            runtime.write_json(args.out, rows)
+    table(rows)
+    print(f"from {args.out}")
+
+
+if __name__ == "__main__":
+    runtime.run_cli(main)
