@@ -55,8 +55,8 @@ PRESETS = {
         "report": {},
         "quick": RECIPE | {"minutes": 1.75},
         "best": RECIPE | {"minutes": 40.0},  # 0.703 bits per pixel; the next two have 0.391 and 0.195
-        "medium-rate": RECIPE | {"minutes": 10.0, "K": 32},
-        "low-rate": RECIPE | WIDER | {"minutes": 10.0, "K": 1024, "stride": 8},
+        "medium-rate": RECIPE | {"epochs": 5, "K": 32},
+        "low-rate": RECIPE | WIDER | {"epochs": 5, "K": 1024, "stride": 8},
     },
     "prior": {"quick": PRIOR_RECIPE | {"minutes": 1.5}, "best": PRIOR_RECIPE | {"minutes": 30.0}},
 }
