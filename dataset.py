@@ -345,6 +345,24 @@ class SliceDataset(torch.utils.data.Dataset):
         batch /= self.std[indices, None, None]
         return torch.from_numpy(batch).unsqueeze(1)
 
+    def on(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`images` for a training loop: of indices (B,) on the CPU, the batch on `device`.
+
+        A GPU with room for it holds the whole split from now on, in half precision.
+        """
+        if device.type == "cpu":
+            return self.images
+        if 2 * self.pixels.size > torch.cuda.mem_get_info(device)[0] / 3:
+            return lambda indices: self.images(indices).pin_memory().to(device, non_blocking=True)
+        return self.resident(device)
+
+    def resident(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`on` for a device that holds the split: no batch crosses over, and none is waited for."""
+        whole = torch.empty(len(self), 1, *self.pixels.shape[1:], dtype=torch.float16, device=device)
+        for some in torch.arange(len(self)).split(256):
+            whole[some[0] : some[-1] + 1] = self.images(some)
+        return lambda indices: whole[indices.to(device, non_blocking=True)].float()
+
     def __getitem__(self, index: int) -> dict:
         """One slice, "image" (1, height, width) float32 z-scored, with what leads back to its source."""
         index = range(len(self))[index]

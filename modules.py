@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime import option
+from runtime import option, rank, sum_over_ranks, world
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,8 @@ class VectorQuantiser(nn.Module):
 
     The codebook starts from the first training batch. A code whose moving count falls under `revive` times
     the mean restarts at a vector of the current batch, and its moving averages with it: left as they were,
-    they would pull it straight back. In `eval()` no buffer ever changes.
+    they would pull it straight back. In `eval()` no buffer ever changes. Several ranks keep one codebook, that
+    of a lone process on their joined batch.
     """
 
     chunk = 4096  # rows of the distance matrix held at once: (chunk, K) floats instead of (B*h*w, K)
@@ -103,6 +103,7 @@ class VectorQuantiser(nn.Module):
         self.register_buffer("ema_count", torch.ones(K))  # N
         self.register_buffer("ema_sum", self.codebook.clone())  # m
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.started = False  # known to be: to look at `updates` is to wait for the device
 
     def forward(self, z: Tensor) -> Quantised:
         """z (B, D, h, w), the encoder's output z_e(x) -> the nearest code of every position."""
@@ -111,8 +112,10 @@ class VectorQuantiser(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             flat = z.permute(0, 2, 3, 1).reshape(-1, D)  # (B, D, h, w) -> (B*h*w, D)
-            if self.training and self.updates == 0:
-                self.start(flat.detach())
+            if self.training and not self.started:
+                if self.updates == 0:
+                    self.start(flat.detach())
+                self.started = True
             codes = self.nearest(flat.detach())  # (B*h*w,)
             vectors = F.embedding(
                 codes, self.codebook
@@ -139,18 +142,20 @@ class VectorQuantiser(nn.Module):
     @torch.no_grad()
     def start(self, flat: Tensor) -> None:
         """Take K vectors of the batch as the codebook, each as if it had been used once."""
-        self.codebook.copy_(self.draw(flat))
+        drawn = self.draw(flat)
+        sum_over_ranks(drawn)
+        self.codebook.copy_(drawn)
         self.ema_sum.copy_(self.codebook)
         self.ema_count.fill_(1)
 
     @torch.no_grad()
     def update(self, flat: Tensor, codes: Tensor) -> None:
         """Equations of appendix A.1, then revival of the dead codes."""
-        count = torch.bincount(codes, minlength=self.K).to(flat.dtype)
+        # not bincount, which waits for the device
+        count = flat.new_zeros(self.K).scatter_add_(0, codes, torch.ones_like(codes, dtype=flat.dtype))
         total = torch.zeros_like(self.codebook).index_add_(0, codes, flat)
-        if dist.is_initialized():
-            dist.all_reduce(count)
-            dist.all_reduce(total)
+        drawn = self.draw(flat)
+        sum_over_ranks(count, total, drawn)
         # gamma rises to its value: the codebook must keep up with an encoder that is finding its scale
         weight = (9 / (10 + self.updates)).clamp_min(1 - self.decay)  # 1 - gamma
         self.updates += 1
@@ -160,17 +165,25 @@ class VectorQuantiser(nn.Module):
         mean = used / self.K
         dead = self.ema_count < self.revive * mean
         self.ema_count.copy_(torch.where(dead, mean, self.ema_count))
-        self.ema_sum.copy_(torch.where(dead[:, None], self.draw(flat) * mean, self.ema_sum))
+        self.ema_sum.copy_(torch.where(dead[:, None], drawn * mean, self.ema_sum))
         # Laplace smoothing: no count is ever 0, and they still add up to N
         smoothed = (self.ema_count + self.epsilon) / (used + self.K * self.epsilon) * used
         self.codebook.copy_(self.ema_sum / smoothed[:, None])
 
     def draw(self, flat: Tensor) -> Tensor:
-        """K vectors of flat (N, D) at random, the same on every rank."""
-        drawn = flat[torch.randint(len(flat), (self.K,), device=flat.device)]
-        if dist.is_initialized():
-            dist.broadcast(drawn, src=0)
-        return drawn
+        """K random vectors of flat (N, D). Of the rows of several ranks as one batch: zeros for another's."""
+        place = torch.rand(self.K, dtype=torch.float64, device=flat.device)  # in [0, 1), in the batch
+        if world() == 1:
+            return flat[(place * len(flat)).long()]
+        sizes = place.new_zeros(world())
+        sizes[rank()] = len(flat)
+        place *= rank() == 0  # the others take the places that rank 0 drew
+        sum_over_ranks(sizes, place)
+        row = (place * sizes.sum()).long() - sizes[: rank()].sum().long()
+        if not len(flat):
+            return flat.new_zeros(self.K, flat.shape[1])
+        mine = (row >= 0) & (row < len(flat))
+        return torch.where(mine[:, None], flat[row.clamp(0, len(flat) - 1)], 0)
 
 
 class ResidualBlock(nn.Module):

@@ -1,4 +1,4 @@
-"""What every script needs and none is about: flags, devices, seeds, whole files, checkpoints, NIfTI out.
+"""What every script needs and none is about: flags, devices, ranks, whole files, checkpoints, NIfTI out.
 
 Bad input ends a script with one line on stderr and exit code 2 (`run_cli`); files are written to a temporary
 name and moved into place (`atomic_path`), so a reader never meets half a file.
@@ -20,16 +20,20 @@ import sys
 import traceback
 import typing
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 FORMAT = "vqvae2-1"  # of a checkpoint; raised when its keys change meaning
 ROOT = Path(__file__).resolve().parent
+PATIENCE = timedelta(minutes=30)  # of a rank for the others: for the slowest thing that one does alone
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -57,7 +61,7 @@ def run_cli(main: Callable[[], None]) -> None:
         message = str(error)
     else:
         return
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error{f' of rank {rank()}' if world() > 1 else ''}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -123,16 +127,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def rng_state() -> dict:
-    """The state of the generators that training draws from, as tensors."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_rng_state(state: dict) -> None:
-    torch.set_rng_state(state["cpu"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+def generator_of(device: torch.device) -> torch.Generator:
+    """The generator that PyTorch draws from on `device` unless it is given another."""
+    if device.type == "cpu":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device()]
 
 
 @contextmanager
@@ -156,6 +155,73 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+# ---- ranks: the processes that torchrun starts to train one model; a lone process is rank 0 of 1 ----------
+
+
+@contextmanager
+def ranks(device: str) -> Iterator[None]:
+    """Join the processes that torchrun started, each with a GPU of its own; all but rank 0 print nothing.
+
+    Without torchrun this does nothing. ValueError on a node that has fewer GPUs than processes.
+    """
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    cuda, local = pick_device(device).type == "cuda", int(os.environ["LOCAL_RANK"])
+    if cuda:
+        if local >= (found := torch.cuda.device_count()):
+            raise ValueError(
+                f"process {local + 1} of a node with {found} GPUs. Mend: --nproc_per_node={found}."
+            )
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank() else nullcontext():
+        yield
+    dist.destroy_process_group()  # not after an error, which the others may not have met
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(batch: Tensor) -> Tensor:
+    """This rank's stretch of a batch; those of all ranks make up the batch, in order. It may be empty."""
+    return batch.tensor_split(world())[rank()]
+
+
+def sum_over_ranks(*tensors: Tensor) -> None:
+    """Add up each of the tensors, of one dtype and device, over the ranks: in place, in one message.
+
+    All that ranks tell each other goes this way. ConnectionError where a rank has ended, or is silent for long.
+    """
+    if dist.is_initialized() and tensors:
+        message = torch.cat([tensor.flatten() for tensor in tensors])
+        try:
+            dist.all_reduce(message)
+        except RuntimeError as error:
+            raise ConnectionError(f"another rank is gone, see its own error ({error})") from error
+        parts = message.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+@contextmanager
+def one_first() -> Iterator[None]:
+    """One process of each node goes through the block, then the others: they find the files that it made."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        sum_over_ranks(torch.zeros(1))  # waits for all
+    try:
+        yield
+    finally:  # also after an error, which the others then meet themselves
+        if first:
+            sum_over_ranks(torch.zeros(1))
+
+
 # ---- whole files ---------------------------------------------------------------------------------
 
 
@@ -163,12 +229,17 @@ def writable_folder(path: Path | str) -> Path:
     """`path`, made where it is not there; OSError, before anything is computed, if it cannot be written."""
     path = Path(path)
     try:
-        trial = path / f".part-{os.getpid()}-trial"
+        trial = part_of(path / "trial")
         write_text(trial, "")
         trial.unlink()
     except OSError as error:
         raise OSError(f"{path}: cannot write there ({error.strerror}). Mend: another --out.") from error
     return path
+
+
+def part_of(path: Path) -> Path:
+    """The name, this process' alone on every machine that sees the folder, under which `path` is written."""
+    return path.with_name(f".part-{platform.node()}-{os.getpid()}-{path.name}")
 
 
 @contextmanager
@@ -179,7 +250,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{os.getpid()}-{path.name}")
+    part = part_of(path)
     try:
         yield part
         if part.is_dir():

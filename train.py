@@ -4,6 +4,7 @@
     python train.py --data keras_slices_data --preset best      # what we would use
     python train.py --resume Results/vqvae2_epoch_3.pth         # go on where that checkpoint stopped
     python train.py --stage prior --checkpoint Results/vqvae2_best.pth
+    torchrun --nproc_per_node=8 train.py --data keras_slices_data   # one process for each of 8 GPUs
 
 Writes to Results/ (or --out): train_losses.txt and val_losses.txt (one value an epoch), loss_plot.png,
 log.jsonl (every term, times, versions), vqvae2_epoch_N.pth, vqvae2_best.pth (lowest validation loss) and
@@ -104,29 +105,35 @@ def losses(x: Tensor, output: Output, config: LossConfig) -> dict[str, Tensor]:
     return {"loss": reconstruction + config.beta * commitment, "reconstruction": reconstruction, **terms}
 
 
-def flip_left_right(x: Tensor) -> Tensor:
-    """Mirror each slice of (B, 1, H, W) along axis H, the patient's left-right, with probability 1/2."""
-    mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
-    return torch.where(mirrored, x.flip(2), x)
+def flip_left_right(x: Tensor, mirrored: Tensor) -> Tensor:
+    """Mirror along axis H, the patient's left-right, the slices of x (B, 1, H, W) where (B,) is True."""
+    return torch.where(mirrored.view(-1, 1, 1, 1), x.flip(2), x)
 
 
 class Autoencoder:
     """Stage one for the loop: z-scored slices, reconstructed; counts the codes of both levels."""
 
     kind = "vqvae2"
+    names = ("loss", "reconstruction", "mse", "l1", "ssim", "commitment_top", "commitment_bottom")
 
     def __init__(self, data: DataConfig, model: VQVAE2Config, loss: LossConfig, config: TrainConfig):
         device = runtime.pick_device(config.device)
         self.layout = torch.channels_last if switched(config.channels_last, True) else torch.contiguous_format
         self.data, self.loss = data, loss
-        self.splits = open_study(data)
+        with runtime.one_first():
+            self.splits = open_study(data)
+        self.images = {name: self.splits[name].on(device) for name in ("train", "validate")}
         runtime.seed_everything(config.seed)
         self.model = VQVAE2(model).to(device, memory_format=self.layout)
         self.device = device
         self.counted = self.no_codes()
 
     def no_codes(self) -> dict[str, Tensor]:
-        return {level: torch.zeros(self.model.config.K, dtype=torch.int64) for level in ("top", "bottom")}
+        zeros = torch.zeros(self.model.config.K, dtype=torch.int64, device=self.device)
+        return {level: zeros.clone() for level in ("top", "bottom")}
+
+    def draw(self, generator: torch.Generator) -> None:
+        self.mirrored = (torch.rand(len(self.splits["train"]), generator=generator) < 0.5).to(self.device)
 
     def settings(self) -> dict:
         train = self.splits["train"]
@@ -144,21 +151,27 @@ class Autoencoder:
         }
 
     def terms(self, split: str, indices: Tensor) -> dict[str, Tensor]:
-        x = self.splits[split].images(indices).to(self.device, memory_format=self.layout)
+        x = self.images[split](indices).to(memory_format=self.layout)
         if self.loss.flip and self.model.training:
-            x = flip_left_right(x)
+            x = flip_left_right(x, self.mirrored[indices.to(self.device, non_blocking=True)])
         output = self.model(x)
         for level, counts in self.counted.items():
-            counts += torch.bincount(getattr(output, level).codes.flatten(), minlength=len(counts)).cpu()
+            codes = getattr(output, level).codes.flatten()
+            counts.scatter_add_(0, codes, torch.ones_like(codes))  # bincount would wait for the device
         return losses(x, output, self.loss)
+
+    def idle(self) -> None:
+        for quantiser in (self.model.quantiser_top, self.model.quantiser_bottom):
+            quantiser(torch.zeros(0, self.model.config.D, 1, 1, device=self.device))  # updates are common
 
     def statistics(self) -> dict[str, dict[str, float]]:
         """Codes used and perplexity 2^H of each level since the last call."""
         counted, self.counted = self.counted, self.no_codes()
+        runtime.sum_over_ranks(*counted.values())
         return {
             level: {
                 "used": int(counts.count_nonzero()),
-                "perplexity": round(2 ** metrics.code_entropy(counts.numpy()), 2),
+                "perplexity": round(2 ** metrics.code_entropy(counts.cpu().numpy()), 2),
             }
             for level, counts in counted.items()
         }
@@ -211,6 +224,7 @@ class CodePriors:
     """Stage two for the loop: the code maps of every slice, and of its mirror image, under one autoencoder."""
 
     kind = "prior"
+    names = ("loss", "nats_top", "nats_bottom", "bits_per_pixel")
     counted: dict = {}  # noqa: RUF012
 
     def __init__(self, data: DataConfig, codes: CodesConfig, prior: PriorConfig, config: TrainConfig):
@@ -218,11 +232,17 @@ class CodePriors:
         checkpoint = runtime.load_checkpoint(codes.checkpoint, "vqvae2")
         self.data, self.codes = checkpoint["data"], codes
         self.sha256 = runtime.sha256(codes.checkpoint)
-        self.splits = open_trained_study(self.data, data, codes.checkpoint)
+        with runtime.one_first():
+            self.splits = open_trained_study(self.data, data, codes.checkpoint)
         size = self.data["height"], self.data["width"]
         self.pixels = math.prod(size)
         model = load_model(checkpoint, codes.checkpoint).to(self.device)
-        self.maps = extract_codes(model, self.splits, Path(config.out) / "codes.npz", self.sha256)
+        with runtime.one_first():
+            maps = extract_codes(model, self.splits, Path(config.out) / "codes.npz", self.sha256)
+        self.maps = {name: torch.from_numpy(codes).to(self.device) for name, codes in maps.items()}
+        self.positions = {
+            name: torch.from_numpy(split.positions).to(self.device) for name, split in self.splits.items()
+        }
         runtime.seed_everything(config.seed)
         self.top_shape = model.config.code_shapes(*size)[0]
         self.model = Prior(dataclasses.replace(prior, K=model.config.K), self.top_shape).to(self.device)
@@ -237,15 +257,18 @@ class CodePriors:
             "data": self.data,
         }
 
+    def draw(self, generator: torch.Generator) -> None:
+        shape = len(self.splits["train"])
+        self.side = torch.randint(2, (shape,), generator=generator).to(self.device)  # 0 as it is, 1 mirrored
+        self.forgotten = (torch.rand(shape, generator=generator) < self.codes.forget).to(self.device)
+
     def terms(self, split: str, indices: Tensor) -> dict[str, Tensor]:
-        position = torch.from_numpy(self.splits[split].positions)[indices]
-        side = torch.zeros(len(indices), dtype=torch.int64)  # 0 as it is, 1 mirrored
+        at = indices.to(self.device, non_blocking=True)
+        position, side = self.positions[split][at], torch.zeros_like(at)
         if self.model.training:
-            side = torch.randint(2, side.shape)
-            position = position.masked_fill(torch.rand(len(position)) < self.codes.forget, math.nan)
-        at = side.numpy(), indices.numpy()
-        maps = (torch.from_numpy(self.maps[f"{split}_{level}"][at]) for level in ("top", "bottom"))
-        nats = self.model.nats(*(codes.long().to(self.device) for codes in maps), position.to(self.device))
+            position, side = position.masked_fill(self.forgotten[at], math.nan), self.side[at]
+        maps = (self.maps[f"{split}_{level}"][side, at].long() for level in ("top", "bottom"))
+        nats = self.model.nats(*maps, position)
         total = nats["top"].sum() + nats["bottom"].sum()
         codes = nats["top"].numel() + nats["bottom"].numel()
         return {
@@ -254,6 +277,9 @@ class CodePriors:
             "nats_bottom": nats["bottom"].mean(),
             "bits_per_pixel": total / math.log(2) / (len(indices) * self.pixels),
         }
+
+    def idle(self) -> None:
+        pass
 
     def statistics(self) -> dict:
         return {}
@@ -280,7 +306,7 @@ def extract_codes(
         try:
             with np.load(path) as kept:
                 if str(kept["key"]) == key:
-                    return {name: kept[name] for name in kept.files}
+                    return {name: kept[name] for name in kept.files if name != "key"}
         except (OSError, ValueError, KeyError, EOFError):
             pass  # not ours, or not whole: made again
     maps: dict[str, list] = {f"{name}_{level}": [] for name in SPLITS for level in ("top", "bottom")}
@@ -365,10 +391,11 @@ def main() -> None:
         runtime.from_flags(c, args)
         for c in (DataConfig, VQVAE2Config, LossConfig, CodesConfig, PriorConfig, TrainConfig)
     )
-    if (checkpoint["kind"] if checkpoint else args.stage) == "prior":
-        train_prior(data, codes, prior, config, checkpoint)
-    else:
-        train_autoencoder(data, model, loss, config, checkpoint)
+    with runtime.ranks(config.device):
+        if (checkpoint["kind"] if checkpoint else args.stage) == "prior":
+            train_prior(data, codes, prior, config, checkpoint)
+        else:
+            train_autoencoder(data, model, loss, config, checkpoint)
 
 
 if __name__ == "__main__":

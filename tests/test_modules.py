@@ -181,29 +181,41 @@ def test_a_dead_code_restarts_with_its_averages():
     assert vq.codebook[3].abs().max() < 10  # with the old averages it would be back at 1,000
 
 
+def joined_batches():
+    return torch.randn(3, 8, 4, 6, 6, generator=torch.Generator().manual_seed(9))
+
+
 def update_on_one_rank(rank: int, folder: str) -> None:
-    """One of two processes: its half of a batch into a quantiser, the codebook into a file."""
-    started, halved = quantiser(), quantiser(revive=0.0)  # before the two know of each other
+    """One of two processes: its uneven share of every batch into a new quantiser, whose buffers go into a file."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    vq = VectorQuantiser(16, 4, revive=0.9)
     torch.manual_seed(100 + rank)  # what is drawn from a batch must not differ all the same
-    started.start(torch.randn(50, 4))
-    halved(joined_batch()[4 * rank : 4 * rank + 4])
-    torch.save([started.codebook, halved.codebook, halved.ema_count], f"{folder}/{rank}.pt")
+    for batch, of_rank_0 in zip(joined_batches(), (5, 8, 0), strict=True):
+        vq(batch[:of_rank_0] if rank == 0 else batch[of_rank_0:])
+    torch.save(vq.state_dict(), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def joined_batch():
-    return torch.randn(8, 4, 6, 6, generator=torch.Generator().manual_seed(9))
-
-
 def test_two_processes_keep_the_codebook_of_one_on_the_joined_batch(tmp_path):
+    """First batch, moving averages and revival; one of the ranks may have nothing."""
     torch.multiprocessing.spawn(update_on_one_rank, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(*ranks, strict=True))
-    whole = quantiser(revive=0.0)
-    whole(joined_batch())
-    torch.testing.assert_close(ranks[0][1], whole.codebook)
-    torch.testing.assert_close(ranks[0][2], whole.ema_count)
+    whole = VectorQuantiser(16, 4, revive=0.9)
+    torch.manual_seed(100)  # as rank 0
+    for batch in joined_batches():
+        whole(batch)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(ranks[0][name], ranks[1][name]), name
+        torch.testing.assert_close(ranks[0][name], value)
+
+
+def test_a_loaded_codebook_does_not_start_again():
+    vq, loaded = quantiser(), VectorQuantiser(8, 4)
+    loaded.load_state_dict(vq.state_dict())
+    for each in (vq, loaded):
+        torch.manual_seed(1)
+        each(torch.full((2, 4, 8, 8), 50.0))
+    assert torch.equal(vq.codebook, loaded.codebook)
 
 
 def test_eval_changes_no_buffer():

@@ -1,0 +1,156 @@
+"""Two processes under torchrun train as one does on the joined batch. Each of the two runs this file itself."""
+
+import dataclasses
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from test_train import SMALL
+
+import loop
+import runtime
+import train
+from dataset import DataConfig
+from prior import PriorConfig
+
+MODEL = dataclasses.replace(SMALL, K=32, revive=0.5)  # many codes die, and restart at random vectors
+TINY = PriorConfig(
+    prior_channels=16,
+    prior_heads=2,
+    prior_top_layers=1,
+    prior_bottom_layers=1,
+    prior_condition_layers=1,
+    prior_dropout=0.0,
+)
+SETTINGS = {"device": "cpu", "lr": 1e-3, "schedule": "cosine", "weight_decay": 0.01, "clip": 1.0}
+
+
+def fit(study, out, batch_size, checkpoint=None):
+    config = loop.TrainConfig(out=str(out), epochs=2, batch_size=batch_size, **SETTINGS)
+    data = DataConfig(data=str(study), height=64, width=32)
+    return train.train_autoencoder(data, MODEL, train.LossConfig(flip=True), config, checkpoint)
+
+
+def fit_prior(autoencoder, out, batch_size):
+    config = loop.TrainConfig(out=str(out), epochs=2, batch_size=batch_size, **SETTINGS)
+    return train.train_prior(DataConfig(), train.CodesConfig(str(autoencoder)), TINY, config)
+
+
+def in_the_6th_step_of_rank_1(act):
+    """`train.losses`, and once `act` on its terms; rank 1 has no slice of the 4th step, so this is its 5th."""
+    losses, steps = train.losses, itertools.count(1)
+
+    def watched(x, output, config):
+        terms = losses(x, output, config)
+        if runtime.rank() == 1 and terms["loss"].requires_grad and next(steps) == 5:
+            act(terms)
+        return terms
+
+    return watched
+
+
+def on_one_of_two(study: str, autoencoder: str, out: Path) -> None:
+    with runtime.ranks("cpu"):
+        fit_prior(autoencoder, out / "prior", batch_size=2)
+        losses = train.losses
+        train.losses = in_the_6th_step_of_rank_1(lambda terms: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(KeyboardInterrupt):
+            fit(study, out / "stopped", batch_size=2)
+        train.losses = losses
+        train.losses = in_the_6th_step_of_rank_1(lambda terms: terms.update(loss=terms["loss"] * torch.nan))
+        fit(study, out / "broken", batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def studied(study, tmp_path_factory):
+    """13 slices to train on: batches of 4 leave one, of which a second rank has no share; 5 to validate."""
+    copy = shutil.copytree(study, tmp_path_factory.mktemp("odd") / study.name)
+    next((copy / "keras_slices_train").iterdir()).unlink()
+    out = tmp_path_factory.mktemp("ranks")
+    fit(copy, out / "whole", batch_size=4)
+    autoencoder = out / "whole" / "vqvae2_epoch_1.pth"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*torchrun, __file__, copy, autoencoder, out],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    return copy, out, done
+
+
+def epochs(path):
+    return [
+        record for record in runtime.load_checkpoint(path, "vqvae2", "prior")["history"] if "epoch" in record
+    ]
+
+
+def assert_close(one, other):
+    """The curves of both runs, term by term, the codes that they used, and their weights and codebooks."""
+    for mine, theirs in zip(epochs(one), epochs(other), strict=True):
+        assert (mine["epoch"], mine["step"], mine["codes"]) == (
+            theirs["epoch"],
+            theirs["step"],
+            theirs["codes"],
+        )
+        for split in ("train", "validate"):
+            assert mine[split] == pytest.approx(theirs[split], rel=1e-5), split
+        assert mine["lr"] == pytest.approx(theirs["lr"], rel=1e-9)
+    one, other = (runtime.load_checkpoint(path, "vqvae2", "prior")["model"] for path in (one, other))
+    for name, value in one.items():
+        torch.testing.assert_close(
+            value, other[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_the_prior_is_that_of_one_process(studied):
+    _, out, _ = studied
+    fit_prior(out / "whole" / "vqvae2_epoch_1.pth", out / "prior_whole", batch_size=4)
+    for name in ("prior_epoch_1.pth", "prior_epoch_final.pth"):
+        assert_close(out / "prior" / name, out / "prior_whole" / name)
+
+
+def test_the_autoencoder_is_that_of_one_process(studied):
+    """After an epoch of two processes, with its odd last batch, validation and revivals."""
+    _, out, _ = studied
+    assert_close(out / "stopped" / "vqvae2_epoch_1.pth", out / "whole" / "vqvae2_epoch_1.pth")
+
+
+def test_one_process_goes_on_where_two_were_stopped(studied):
+    """Rank 1 alone was told to: both end at the same step, and what both counted is in the checkpoint."""
+    study, out, _ = studied
+    checkpoint = runtime.load_checkpoint(out / "stopped" / "vqvae2_interrupted.pth", "vqvae2")
+    assert (checkpoint["step"], checkpoint["seen"], checkpoint["epoch"]) == (6, 8, 1)
+    fit(study, out / "stopped", 4, checkpoint)
+    assert_close(out / "stopped" / "vqvae2_epoch_final.pth", out / "whole" / "vqvae2_epoch_final.pth")
+
+
+def test_a_rank_that_dies_ends_the_run_with_its_error(studied):
+    _, out, done = studied
+    assert done.returncode != 0
+    assert "error of rank 1: the loss is nan at epoch 2, step 6, on case_00" in done.stderr
+    assert "exitcode  : 2" in done.stderr
+    assert {path.name for path in (out / "broken").glob("*.pth")} == {"vqvae2_epoch_1.pth", "vqvae2_best.pth"}
+    assert runtime.load_checkpoint(out / "broken" / "vqvae2_epoch_1.pth", "vqvae2")["step"] == 4
+
+
+def test_only_rank_0_prints(studied):
+    assert studied[2].stdout.count("training") == 3, studied[2].stdout
+
+
+def test_without_torchrun_there_is_no_process_group():
+    with runtime.ranks("cpu"):
+        assert not torch.distributed.is_initialized()
+        assert (runtime.rank(), runtime.world()) == (0, 1)
+
+
+if __name__ == "__main__":
+    runtime.run_cli(lambda: on_one_of_two(sys.argv[1], sys.argv[2], Path(sys.argv[3])))
