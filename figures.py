@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
@@ -226,4 +227,43 @@ def realism_chart(
     lines.set(xlabel="cycles per pixel", ylabel="mean power, dB", title="radial power spectrum")
     lines.legend(fontsize=8)
     lines.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def rate_distortion(
+    path: Path | str,
+    panels: Mapping[str, tuple[Mapping[str, tuple], Mapping[str, Mapping[str, tuple[float, float]]]]],
+    note: str = "",
+) -> None:
+    """Draw SSIM over bits per pixel: codecs as curves, models as points, a panel for each set of slices.
+
+    Args:
+        panels: title -> (codec -> (bits (Q,), SSIM (Q,)), model -> way of counting its bits -> (bits, SSIM)).
+    """
+    shapes, kinds, entries = {}, {}, {}
+    figure = _figure(4.6 * len(panels) + 2.2, 4.6)
+    figure.suptitle(note, fontsize=10)
+    for axes, (title, (codecs, models)) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for i, (name, (bits, ssim)) in enumerate(codecs.items()):
+            axes.plot(bits, ssim, color=f"C{i}", lw=1.5, label=name)
+        for i, (name, of) in enumerate(models.items()):
+            points, colour = np.array(list(of.values())), "black" if len(models) == 1 else f"C{4 + i % 6}"
+            axes.plot(*points.T, color=colour, lw=1, ls=":", label=name, zorder=3)
+            for kind, point in of.items():
+                marker = {"marker": shapes.setdefault(kind, "osD^v"[len(shapes)]), "ls": "", "label": kind}
+                axes.plot(*point, color=colour, zorder=4, **marker)
+                kinds[kind] = Line2D([], [], color="black", **marker)  # in no model's colour
+        every = np.array([point for of in models.values() for point in of.values()])  # (n, 2)
+        left, right = 0.5 * every[:, 0].min(), 1.3 * every[:, 0].max()
+        seen = [np.interp((left, right), *curve) for curve in codecs.values()]  # the rest matters to nobody
+        low, high = min(every[:, 1].min(), np.min(seen)), max(every[:, 1].max(), np.max(seen))
+        margin = 0.05 * (high - low)
+        axes.set(xlim=(0.9 * left, 1.02 * right), ylim=(low - margin, high + margin), title=title)
+        axes.set(xlabel="bits per pixel", ylabel="SSIM, the report's protocol")
+        axes.grid(alpha=0.3)
+        entries |= {line.get_label(): line for line in axes.lines}
+    entries |= kinds
+    figure.legend(list(entries.values()), list(entries), loc="outside right upper", fontsize=8)
     _save(figure, path)

@@ -111,3 +111,29 @@ def test_a_histogram_of_equal_values_is_one_bar(tmp_path):
     figures.ssim_histogram(tmp_path / "h.png", {"040": [0.5]})
     assert (tmp_path / "h.png").stat().st_size > 1000
     assert mpl.rcParams["figure.dpi"] == mpl.rcParamsDefault["figure.dpi"]
+
+
+@pytest.mark.parametrize("models", [1, 3])
+def test_rate_distortion_draws_every_curve_and_point(tmp_path, drawn, models):
+    bits = np.array([0.1, 0.4, 0.8, 2.0])
+    codecs = {"JPEG": (bits, 1 - 0.1 / bits), "AVIF": (bits, 1 - 0.05 / bits)}
+    points = {
+        f"runs/model_{i}": {"nominal": (0.7 - 0.2 * i, 0.95), "prior": (0.5 - 0.2 * i, 0.95)}
+        for i in range(models)
+    }
+    panels = {"abdomen (n = 4)": (codecs, points), "heart (n = 9)": (codecs, points)}
+    figures.rate_distortion(tmp_path / "r.png", panels, "synthetic phantom, not MRI")
+    assert len(drawn[0].axes) == 2
+    for axes in drawn[0].axes:
+        lines = [(line.get_label(), line.get_xydata()) for line in axes.lines]
+        (curve,) = (xy for label, xy in lines if label == "AVIF")
+        np.testing.assert_array_equal(curve, np.stack(codecs["AVIF"], 1))
+        priors = np.concatenate([xy for label, xy in lines if label == "prior"])
+        np.testing.assert_array_equal(priors, [of["prior"] for of in points.values()])
+        for xy in (of[kind] for of in points.values() for kind in of):
+            (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+            assert left < xy[0] < right and low < xy[1] < high
+    shown = texts(drawn[0])
+    assert {"JPEG", "AVIF", "nominal", "prior", *points, *panels, "synthetic phantom, not MRI"} <= shown
+    assert len(drawn[0].legends[0].get_texts()) == 2 + 2 + models  # each once
+    assert_nothing_cut(drawn[0])

@@ -2,20 +2,24 @@
 
 import csv
 import json
+import runpy
+import sys
 from dataclasses import asdict
 
 import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import run
-from PIL import Image
+from conftest import ROOT, run
+from PIL import Image, features
 
+import image_codecs
 import metrics
 import predict
 import runtime
 from dataset import DataConfig, open_study
 from modules import VQVAE2, VQVAE2Config
+from prior import Prior, PriorConfig
 
 SMALL = VQVAE2Config(K=16, D=8, channels=16, residual_channels=8, decoder_blocks=1)
 
@@ -159,6 +163,82 @@ def test_another_study_one_patient_and_synthetic(study, checkpoint, tmp_path, ca
     assert result["n"] == 4 and result["psnr"]["low"] is None and result["data"]["synthetic"]
     assert "SYNTHETIC test slices" in stdout and "no interval" in stdout and stdout.count("note:") == 1
     assert not (tmp_path / "reconstructions").exists()
+
+
+def test_codecs_are_scored_on_the_same_slices(checkpoint, test_split, result, tmp_path, capsys):
+    found = predict_with(checkpoint, codecs=True, out=str(tmp_path))
+    stdout, entry = capsys.readouterr().out, found.pop("codecs")
+    assert json.loads((tmp_path / "metrics.json").read_text())["codecs"] == entry
+    for name in result.keys() - {"provenance"}:  # the model's own results are as they were without
+        assert found[name] == result[name], name
+    assert "codecs" not in result and entry["n"] == 6
+    slices = [test_split.images([i])[0, 0].numpy() for i in range(6)]
+    codec = image_codecs.CODECS["WebP"]
+    files = [image_codecs.encode(codec, image_codecs.to_bytes(x), codec.qualities[2]) for x in slices]
+    decoded = [
+        image_codecs.from_bytes(image_codecs.decode(file), x) for file, x in zip(files, slices, strict=True)
+    ]
+    row = entry["codecs"]["WebP"]["curve"][2]
+    assert row["bits_per_pixel"] == pytest.approx(8 * sum(map(len, files)) / (6 * 64 * 32), abs=1e-6)
+    ssim = [metrics.ssim_report(*pair)[0] for pair in zip(slices, decoded, strict=True)]
+    assert row["ssim_report"] == pytest.approx(np.mean(ssim), abs=1e-6)
+    beside = entry["beside_the_model"]["AVIF"]
+    assert beside["at"].keys() == {"nominal", "code_entropy"} and beside["bits_per_pixel_for"].keys()
+    with Image.open(tmp_path / "rate_distortion.png") as picture:
+        assert min(picture.size) > 300
+    for name in (*image_codecs.CODECS, "this model", "rate_distortion.png"):
+        assert name in stdout
+
+
+def test_a_codec_that_is_not_there_is_one_line_and_exit_2(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(features, "check", lambda feature: feature != "webp")
+    arguments = ["--codecs", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "o")]
+    monkeypatch.setattr(sys, "argv", ["predict.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runtime.run_cli(predict.main)
+    stdout, stderr = capsys.readouterr()
+    assert stopped.value.code == 2 and stdout == "" and not (tmp_path / "o").exists()
+    assert stderr.startswith("error: Pillow ") and "no WebP" in stderr and stderr.count("\n") == 1
+
+
+def test_the_scoreboard_of_models_has_every_way_of_counting_bits(
+    checkpoint, study, tmp_path, monkeypatch, capsys
+):
+    """benchmarks/rate_distortion.py: a model with a prior and one without, on two sets of one patient each."""
+    other = write_checkpoint(tmp_path / "other.pth", study, epoch=3)
+    config = PriorConfig(K=16, prior_channels=8, prior_heads=1, prior_top_layers=1, prior_bottom_layers=1)
+    prior = {"kind": "prior", "model_config": asdict(config), "model": Prior(config, (8, 4)).state_dict()}
+    prior |= {"data": {}, "top_shape": [8, 4], "autoencoder_sha256": runtime.sha256(checkpoint)}
+    runtime.save_checkpoint(tmp_path / "prior.pth", prior)
+    arguments = [checkpoint, other, "--prior", tmp_path / "prior.pth", "--out", tmp_path / "out"]
+    arguments += ["--below", 41, "--sets", "first", "second", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["rate_distortion.py", *map(str, arguments)])
+    runpy.run_path(str(ROOT / "benchmarks" / "rate_distortion.py"))["main"]()
+    result, stdout = (
+        json.loads((tmp_path / "out" / "rate_distortion.json").read_text()),
+        capsys.readouterr().out,
+    )
+    assert {name: (of["n"], of["people"]) for name, of in result["sets"].items()} == {
+        "first": (4, 1),
+        "second": (2, 1),
+    }
+    alone = predict_with(checkpoint, out=str(tmp_path))
+    for title, patient in (("first", "040"), ("second", "041")):
+        models = result["sets"][title]["models"]
+        mine, theirs = models.values()
+        assert mine["ssim_report"]["mean"] == pytest.approx(
+            alone["ssim_report"]["per_patient"][patient], abs=2e-6
+        )
+        # a prior that has learnt nothing is uniform: its bits are the nominal ones
+        assert mine["bits_per_pixel"]["prior"] == pytest.approx(mine["bits_per_pixel"]["nominal"], abs=1e-5)
+        assert mine["bits_per_pixel"]["code_entropy"] < mine["bits_per_pixel"]["nominal"]
+        assert "prior" not in theirs["bits_per_pixel"] and mine["codecs"]["AVIF"]["at"].keys() == {
+            "nominal",
+            "code_entropy",
+            "prior",
+        }
+        assert f"{title}: " in stdout
+    assert (tmp_path / "out" / "rate_distortion.png").stat().st_size > 10_000
 
 
 def test_bad_input_is_one_line_and_exit_2(checkpoint, tmp_path):
