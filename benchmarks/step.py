@@ -1,0 +1,159 @@
+"""A training step of train.py: slices/s by batch size, and where its time goes. On a GPU also the share of the
+bfloat16 matrix rate that its convolutions reach, and the time of an epoch.
+
+    python benchmarks/step.py --data keras_slices_data                                   # --preset report
+    python benchmarks/step.py --data keras_slices_data --preset best --batch-size 1
+    python benchmarks/step.py --data keras_slices_data --batch-size 64 256 --compile on  # on a GPU
+
+Takes the very steps of loop.py, data included, and writes --out, Results/step.json: one entry a preset.
+"""
+
+import collections
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import loop
+import runtime
+import train
+from dataset import DataConfig
+from modules import VectorQuantiser, VQVAE2Config
+
+EPOCH = 11_460  # training slices of HipMRI's sliced set
+PARTS = {  # of a step: what the profiler calls it, looked for in this order in an operation and what it is part of
+    "optimiser": ("Optimizer.step", "clip_grad_norm_"),
+    "quantiser": ("quantiser",),
+    "data": ("data",),
+    "convolutions": ("convolution", "ConvolutionBackward"),
+    "loss": ("loss",),
+}
+
+
+def named(function, name: str):
+    """`function`, seen by the profiler under `name`."""
+
+    def wrapped(*args, **kwargs):
+        with record_function(name):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def prepare(args, batch_size: int) -> tuple[loop.Run, torch.Tensor]:
+    """A run that takes steps of `batch_size`, and the indices of its first batch."""
+    flags = train.flags("")
+    preset = train.PRESETS["autoencoder"][args.preset] | {"minutes": 1e6, "batch_size": batch_size}
+    flags.set_defaults(**preset, compile=args.compile, device=args.device)
+    settings = flags.parse_args([])
+    kinds = VQVAE2Config, train.LossConfig, train.TrainConfig
+    model, loss, config = (runtime.from_flags(kind, settings) for kind in kinds)
+    stage = train.Autoencoder(runtime.from_flags(DataConfig, args), model, loss, config)
+    run = loop.Run(stage, config, None)
+    stage.draw(torch.Generator().manual_seed(0))
+    stage.model.train()
+    return run, torch.arange(batch_size) % run.sizes["train"]
+
+
+def seconds(run: loop.Run, batch: torch.Tensor, steps: int) -> float:
+    """Of wall time for that many steps."""
+
+    def wait() -> None:
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    wait()
+    began = time.perf_counter()
+    for _ in range(steps):
+        run.train_step(batch, tqdm(disable=True))
+    wait()
+    return time.perf_counter() - began
+
+
+def shares(run: loop.Run, batch: torch.Tensor, steps: int) -> dict[str, float]:
+    """The share of each of `PARTS` in the CPU's time for a step; what is left is pointwise work and Python."""
+    quantise, losses, images = VectorQuantiser.forward, train.losses, run.stage.images["train"]
+    VectorQuantiser.forward, train.losses = named(quantise, "quantiser"), named(losses, "loss")
+    run.stage.images["train"] = named(images, "data")
+    try:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            whole = 1e6 * seconds(run, batch, steps)
+    finally:
+        VectorQuantiser.forward, train.losses, run.stage.images["train"] = quantise, losses, images
+    spent = collections.Counter()
+    for event in profiler.events():
+        above, names = event, []
+        while above is not None:
+            names.append(above.name)
+            above = above.cpu_parent
+        part = next(
+            (part for part, of in PARTS.items() if any(key in n for n in names for key in of)), "rest"
+        )
+        spent[part] += event.self_cpu_time_total
+    spent["rest"] = whole - sum(spent[part] for part in PARTS)
+    return {part: round(spent[part] / whole, 4) for part in (*PARTS, "rest")}
+
+
+def matrix_rate(device: torch.device, n: int = 8192, rounds: int = 20) -> float:
+    """FLOP/s of bfloat16 products of n x n matrices."""
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for count in (3, rounds):  # the first to warm up
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(count):
+            a @ b
+        torch.cuda.synchronize()
+    return 2 * n**3 * rounds / (time.perf_counter() - began)
+
+
+def measure(args, batch_size: int) -> dict:
+    run, batch = prepare(args, batch_size)
+    seconds(run, batch, 5)  # allocations, autotuning, compilation
+    with FlopCounterMode(display=False) as flops:
+        seconds(run, batch, 1)
+    steps = max(3, min(args.slices // batch_size, 200))
+    rate = batch_size * steps / seconds(run, batch, steps)
+    row = {
+        "slices_per_s": round(rate, 2),
+        "steps": steps,
+        "gflop_per_slice": round(flops.get_total_flops() / batch_size / 1e9, 3),
+        "gflop_per_s": round(flops.get_total_flops() / batch_size * rate / 1e9, 1),
+        "bf16": run.bf16,
+    }
+    if run.device.type == "cuda":
+        row["seconds_per_epoch"] = round(EPOCH / rate, 3)
+        row["share_of_bf16_matrix_rate"] = round(1e9 * row["gflop_per_s"] / matrix_rate(run.device), 4)
+        row["peak_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    else:
+        row["shares"] = shares(run, batch, steps)
+    return row
+
+
+def main() -> None:
+    parser = runtime.parser(__doc__, DataConfig)
+    parser.add_argument("--preset", default="report", choices=train.PRESETS["autoencoder"])
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[16])
+    parser.add_argument("--slices", type=int, default=320, help="to time, in steps of --batch-size; 3 to 200")
+    parser.add_argument("--compile", default="auto", choices=loop.SWITCH)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--out", default="Results/step.json")
+    args = parser.parse_args()
+    rows = {}
+    for batch_size in args.batch_size:
+        row = rows[f"batch {batch_size}"] = measure(args, batch_size)
+        print(f"{args.preset}, batch {batch_size}:", ", ".join(f"{k} {v}" for k, v in row.items()))
+    out = Path(args.out)
+    known = json.loads(out.read_text()) if out.is_file() else {}
+    entry = {"threads": torch.get_num_threads(), "compile": args.compile, **rows, **runtime.provenance()}
+    runtime.write_json(out, known | {args.preset: entry})
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    runtime.run_cli(main)
