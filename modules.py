@@ -40,6 +40,10 @@ class VQVAE2Config:
     revive: float = option(
         0.03, "a code used less than this share of the mean is dead and restarts from the batch"
     )
+    rate: float = option(
+        0.0,
+        "lambda: what a bit is worth, as a share of the codebook's variance; above 0 codes cost fewer bits",
+    )
 
     def __post_init__(self) -> None:
         for name in ("K", "stride", "D", "channels", "top_channels", "residual_channels"):
@@ -50,6 +54,8 @@ class VQVAE2Config:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if self.stride % 2:
             raise ValueError(f"stride is {self.stride}; expected an even number")
+        if not self.rate >= 0:
+            raise ValueError(f"rate is {self.rate}; expected 0 or more")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; expected 0 <= ema_decay < 1")
 
@@ -90,15 +96,24 @@ class VectorQuantiser(nn.Module):
 
     The codebook starts from the first training batch. A code whose moving count falls under `revive` times
     the mean restarts at a vector of the current batch, and its moving averages with it: left as they were,
-    they would pull it straight back. In `eval()` no buffer ever changes. Several ranks keep one codebook, that
-    of a lone process on their joined batch.
+    they would pull it straight back. With a `rate` above 0 it is entropy-constrained (Chou, Lookabaugh & Gray
+    1989): a farther code is taken where it is so much more usual that it saves the bits. In `eval()` no
+    buffer ever changes. Several ranks keep one codebook, that of a lone process on their joined batch.
     """
 
     chunk = 4096  # rows of the distance matrix held at once: (chunk, K) floats instead of (B*h*w, K)
 
-    def __init__(self, K: int, D: int, decay: float = 0.99, revive: float = 0.03, epsilon: float = 1e-5):
+    def __init__(
+        self,
+        K: int,
+        D: int,
+        decay: float = 0.99,
+        revive: float = 0.03,
+        rate: float = 0.0,
+        epsilon: float = 1e-5,
+    ):
         super().__init__()
-        self.K, self.decay, self.revive, self.epsilon = K, decay, revive, epsilon
+        self.K, self.decay, self.revive, self.rate, self.epsilon = K, decay, revive, rate, epsilon
         self.register_buffer("codebook", torch.randn(K, D))  # e
         self.register_buffer("ema_count", torch.ones(K))  # N
         self.register_buffer("ema_sum", self.codebook.clone())  # m
@@ -129,10 +144,18 @@ class VectorQuantiser(nn.Module):
 
     @torch.no_grad()
     def nearest(self, flat: Tensor) -> Tensor:
-        """flat (N, D) -> (N,) int64: argmin_k ||z - e_k||^2, of which ||z||^2 is the same for every k."""
-        norms = self.codebook.square().sum(1)
+        """flat (N, D) -> (N,) int64: argmin_k ||z - e_k||^2 + lambda s^2 b_k.
+
+        ||z||^2 is the same for every k. b_k is what code k costs in bits, -log2 of its moving share, and s^2 the
+        codebook's variance: it makes lambda mean the same at whatever scale the encoder works.
+        """
+        costs = self.codebook.square().sum(1)
+        if self.rate:
+            p = self.ema_count / self.ema_count.sum()
+            variance = p @ (self.codebook - p @ self.codebook).square().sum(1)
+            costs = costs - self.rate * variance * p.clamp_min(1e-9).log2()
         return torch.cat(
-            [torch.addmm(norms, part, self.codebook.T, alpha=-2).argmin(1) for part in flat.split(self.chunk)]
+            [torch.addmm(costs, part, self.codebook.T, alpha=-2).argmin(1) for part in flat.split(self.chunk)]
         )
 
     def vectors(self, codes: Tensor) -> Tensor:
@@ -219,7 +242,7 @@ class VQVAE2(nn.Module):
         self.encoder_top = nn.Sequential(
             nn.Conv2d(C, T, 2, stride=2), *blocks(config.top_blocks, T), nn.ReLU(), nn.Conv2d(T, D, 1)
         )
-        self.quantiser_top = VectorQuantiser(config.K, D, config.ema_decay, config.revive)
+        self.quantiser_top = VectorQuantiser(config.K, D, config.ema_decay, config.revive, config.rate)
         # transposed convolutions build back up: the top codes to the bottom's resolution, ...
         self.decoder_top = nn.Sequential(
             nn.Conv2d(D, T, 1),
@@ -228,7 +251,7 @@ class VQVAE2(nn.Module):
             nn.ConvTranspose2d(T, C, 2, stride=2),
         )
         self.to_bottom = nn.Conv2d(2 * C, D, 1)
-        self.quantiser_bottom = VectorQuantiser(config.K, D, config.ema_decay, config.revive)
+        self.quantiser_bottom = VectorQuantiser(config.K, D, config.ema_decay, config.revive, config.rate)
         # ... and both levels to pixels; windows of twice the stride overlap, so that no seams show
         self.decoder = nn.Sequential(
             nn.Conv2d(C + D, C, 1),

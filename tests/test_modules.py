@@ -106,6 +106,29 @@ def test_nearest_code_is_the_brute_force_one():
     assert torch.equal(vq.nearest(flat), distances.argmin(1))
 
 
+def test_a_rate_weighs_bits_against_distance():
+    quantiser = VectorQuantiser(12, 4, rate=0.02).eval()
+    quantiser.ema_count.copy_(torch.arange(1.0, 13))
+    z, e = torch.randn(500, 4).double(), quantiser.codebook.double()
+    p = torch.arange(1.0, 13, dtype=torch.float64) / 78
+    centre = sum(p[k] * e[k] for k in range(12))
+    variance = sum(p[k] * ((e[k] - centre) ** 2).sum() for k in range(12))
+    costs = [((z - e[k]) ** 2).sum(1) - 0.02 * variance * torch.log2(p[k]) for k in range(12)]
+    assert torch.equal(quantiser.nearest(z.float()), torch.stack(costs, 1).argmin(1))
+
+
+def test_a_higher_rate_makes_cheaper_codes():
+    bits = []
+    for rate in (0.0, 0.01, 0.05):
+        torch.manual_seed(0)
+        quantiser = VectorQuantiser(64, 8, rate=rate).train()
+        for _ in range(40):
+            codes = quantiser(torch.randn(4, 8, 16, 16) ** 3).codes  # mostly small
+        p = torch.bincount(codes.flatten(), minlength=64) / codes.numel()
+        bits.append(-(p * p.clamp_min(1e-9).log2()).sum().item())
+    assert bits[0] > bits[1] + 0.05 and bits[1] > bits[2] + 0.05, bits
+
+
 def test_no_matrix_of_all_rows_by_all_codes_is_held(monkeypatch):
     vq = quantiser(K=8, D=4)
     held = []
