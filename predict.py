@@ -335,12 +335,10 @@ def predict(config: PredictConfig) -> dict:
             "provenance": runtime.provenance(),
         }
     )
+    write_scores(out / "test_scores.csv", test, scores)
     if config.codecs:
         curves = image_codecs.mean_curves(sweep_codecs(test))
         result["codecs"] = rounded(codec_entry(curves, test, result))
-        panels = {f"test slices (n = {len(test)})": rate_panel(curves, {"this model": result})}
-        figures.rate_distortion(out / "rate_distortion.png", panels, SYNTHETIC * test.synthetic)
-    write_scores(out / "test_scores.csv", test, scores)
     runtime.write_json(out / "metrics.json", result)
     write_pictures(out, model, test, np.array([score["ssim_report"] for score in scores]), patients)
 
@@ -348,6 +346,8 @@ def predict(config: PredictConfig) -> dict:
     print(f"{config.checkpoint} (epoch {checkpoint['epoch']}) on {len(test)} {what} of {test.study}")
     print_scores(result)
     if config.codecs:
+        panels = {f"test slices (n = {len(test)})": rate_panel(curves, {"this model": result})}
+        figures.rate_distortion(out / "rate_distortion.png", panels, SYNTHETIC * test.synthetic)
         print_codecs(result)
     print(f"wrote {out}/: metrics.json, test_scores.csv, comparison.png, code_maps.png, ssim_histogram.png,")
     curves_too = "rate_distortion.png, " if config.codecs else ""
