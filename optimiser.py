@@ -76,11 +76,15 @@ class Muon(torch.optim.AdamW):
 
 
 def split(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights of `model` that are matrices between hidden layers, and all its other parameters."""
+    """The weights of `model` that are matrices between hidden layers, and all its other parameters.
+
+    As Jordan advises, embeddings and the layers named `head`, which make logits, are none of the first.
+    """
     matrices, others = [], []
-    for module in model.modules():
+    for name, module in model.named_modules():
+        layer = isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)
         for parameter in module.parameters(recurse=False):
-            hidden = isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) and parameter.ndim > 1
             wide = parameter.ndim > 1 and min(len(parameter), parameter[0].numel()) >= LEAST
-            (matrices if hidden and wide else others).append(parameter)
+            hidden = layer and wide and name.split(".")[-1] != "head"
+            (matrices if hidden else others).append(parameter)
     return matrices, others

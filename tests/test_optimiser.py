@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from optimiser import Muon, orthogonalise, split
+from prior import Prior, PriorConfig
 
 
 @pytest.mark.parametrize("shape", [(32, 100), (100, 32), (48, 48)])
@@ -41,6 +42,14 @@ def test_split_takes_wide_weights_of_layers():
     matrices, others = split(model)
     assert [tuple(weight.shape) for weight in matrices] == [(32, 16, 3, 3), (16, 32, 1, 1)]
     assert len(matrices) + len(others) == len(list(model.parameters()))
+
+
+def test_split_leaves_embeddings_and_heads():
+    prior = Prior(PriorConfig(K=32, prior_channels=32), (4, 2))
+    matrices = {id(weight) for weight in split(prior)[0]}
+    names = {name for name, parameter in prior.named_parameters() if id(parameter) in matrices}
+    assert "bottom.blocks.0.qkv.weight" in names and "condition.near.weight" in names
+    assert not any("embed" in name or "head" in name or "place" in name for name in names)
 
 
 def test_a_step_is_muon_for_matrices_and_adamw_for_the_rest():
