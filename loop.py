@@ -15,7 +15,7 @@ A stage (train.py has two) brings the model and its data:
     describe(record)    the terms that matter of an epoch's line of the log, for the terminal
 
 Under torchrun every rank runs all of this on its stretch of each batch; what must not differ between ranks
-(gradients, sums, the time, the wish to stop) is added up over them, and only rank 0 writes. Nothing in a step
+(gradients, sums, the time, the wish to stop) is added up over them, and only rank 0 writes. No step of stage one
 waits for a GPU.
 """
 
