@@ -47,6 +47,7 @@ from baselines import (
     monai_vqvae,
     our_through_codes,
 )
+from per_set import study_sets
 
 import metrics
 import runtime
@@ -225,9 +226,8 @@ def score_test(run: TimedRun, below: int) -> dict:
                 counts[level] = counts.get(level, 0) + torch.bincount(codes.flatten().cpu(), minlength=K)
             bar.update(len(x))
     patients = np.array([name.patient for name in test.names])
-    low = patients < below
-    sets = {"all": low | True, f"patients < {below}": low, f"patients >= {below}": ~low}
-    chosen = {name: of for name, of in sets.items() if name == "all" or (of.any() and not of.all())}
+    sets = study_sets(patients, below)
+    chosen = {"all": np.ones(len(patients), bool)} | (sets if len(sets) > 1 else {})
     return {
         "bits_per_pixel": nominal,
         "codes_used": {level: int(of.count_nonzero()) for level, of in counts.items()},

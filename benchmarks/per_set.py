@@ -18,6 +18,12 @@ import runtime
 SCORES = ("ssim_report", "ssim_standard", "ssim_report_body", "psnr")
 
 
+def study_sets(patients: np.ndarray, below: int) -> dict[str, np.ndarray]:
+    """The slices (N,) bool of each set that has any, by the numbers of their patients (N,)."""
+    sets = {f"patients < {below}": patients < below, f"patients >= {below}": patients >= below}
+    return {name: chosen for name, chosen in sets.items() if chosen.any()}
+
+
 def main() -> None:
     parser = runtime.parser(__doc__)
     parser.add_argument("scores", type=Path)
@@ -26,19 +32,14 @@ def main() -> None:
     with open(args.scores, newline="") as file:
         rows = list(csv.DictReader(file))
     patients = np.array([int(row["patient"]) for row in rows])
-    for name, chosen in (
-        (f"< {args.below}", patients < args.below),
-        (f">= {args.below}", patients >= args.below),
-    ):
-        if not chosen.any():
-            continue
+    for name, chosen in study_sets(patients, args.below).items():
         cells = []
         for score in SCORES:
             values = np.array([float(row[score]) for row in rows])[chosen]
             low, high = metrics.bootstrap_interval(values, patients[chosen], 0, 10_000)
             interval = "" if low is None else f" [{low:.4f}, {high:.4f}]"
             cells.append(f"{score} {values.mean():.4f}{interval}")
-        print(f"patients {name}: {chosen.sum()} slices of {len(set(patients[chosen]))}: {', '.join(cells)}")
+        print(f"{name}: {chosen.sum()} slices of {len(set(patients[chosen]))}: {', '.join(cells)}")
 
 
 if __name__ == "__main__":

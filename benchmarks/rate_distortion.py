@@ -18,6 +18,8 @@ import numpy as np
 import PIL
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from per_set import study_sets
+
 import appraise
 import figures
 import image_codecs
@@ -40,12 +42,12 @@ class Contender(NamedTuple):
     codes: dict[str, np.ndarray]
 
 
-def study_sets(patients: np.ndarray, below: int, names: list[str]) -> dict[str, np.ndarray]:
-    """The slices (N,) bool of each set."""
-    if names[0] is None:
-        names = f"patients < {below}", f"patients >= {below}"
-    sets = {names[0]: patients < below, names[1]: patients >= below}
-    return {"all": np.ones(len(patients), bool)} if not all(of.any() for of in sets.values()) else sets
+def named_sets(patients: np.ndarray, below: int, names: list[str]) -> dict[str, np.ndarray]:
+    """per_set.py's sets, under `names` where they are given; a study of one set is "all"."""
+    sets = study_sets(patients, below)
+    if len(sets) == 1:
+        return {"all": np.ones(len(patients), bool)}
+    return sets if names[0] is None else dict(zip(names, sets.values(), strict=True))
 
 
 def labels(checkpoints: list[str]) -> list[str]:
@@ -143,7 +145,7 @@ def main() -> None:
     points, patients = predict.sweep_codecs(test, codecs), np.array([name.patient for name in test.names])
 
     result, panels = {"sets": {}}, {}
-    for title, chosen in study_sets(patients, args.below, args.sets).items():
+    for title, chosen in named_sets(patients, args.below, args.sets).items():
         curves = image_codecs.mean_curves([points[i] for i in np.flatnonzero(chosen)])
         board = {"n": int(chosen.sum()), "people": len(set(patients[chosen])), "models": {}}
         board["codecs"] = image_codecs.scoreboard(curves, *size, codecs)
