@@ -13,7 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from modules import VQVAE2, ResidualBlock, VectorQuantiser
+import runtime
+import train
+from dataset import DataConfig
+from loop import TrainConfig
+from modules import VQVAE2, ResidualBlock, VectorQuantiser, VQVAE2Config
 
 Decoded = tuple[Tensor, dict[str, tuple[Tensor, int]]]
 
@@ -151,6 +155,15 @@ def monai_vqvae() -> nn.Module:
 def monai_through_codes(model: nn.Module, x: Tensor) -> Decoded:
     codes = model.index_quantize(x)
     return model.decode_samples(codes), {"single": (codes, model.num_embeddings)}
+
+
+def our_stage(preset: str, data: DataConfig, **settings) -> tuple[train.Autoencoder, TrainConfig]:
+    """Ours as `train.py --preset` trains it, with `settings` in place of the preset's."""
+    flags = train.flags("")
+    flags.set_defaults(**train.PRESETS["autoencoder"][preset] | settings)
+    args = flags.parse_args([])
+    model, loss, config = (runtime.from_flags(c, args) for c in (VQVAE2Config, train.LossConfig, TrainConfig))
+    return train.Autoencoder(data, model, loss, config), config
 
 
 def our_through_codes(model: VQVAE2, x: Tensor) -> Decoded:

@@ -45,16 +45,16 @@ from baselines import (
     SingleLevelVQVAE,
     monai_through_codes,
     monai_vqvae,
+    our_stage,
     our_through_codes,
 )
 from per_set import study_sets
 
 import metrics
 import runtime
-import train
 from dataset import SPLITS, DataConfig, SliceDataset, open_study
 from loop import Run, TrainConfig
-from modules import VQVAE2Config, ssim
+from modules import ssim
 from predict import rounded, summarise
 from runtime import option
 
@@ -190,13 +190,8 @@ def prepare(name: str, config: PeersConfig, data: DataConfig) -> TimedRun:
         peer = PEERS[name]
         training = TrainConfig(batch_size=16, lr=peer.lr, bf16="off", **clock)
         return TimedRun(name, PeerStage(name, data, training), training, peer.through_codes)
-    flags = train.flags("")
-    flags.set_defaults(**train.PRESETS["autoencoder"]["quick" if name == "race" else "best"] | clock)
-    preset = flags.parse_args([])
-    model, loss, training = (
-        runtime.from_flags(c, preset) for c in (VQVAE2Config, train.LossConfig, TrainConfig)
-    )
-    return TimedRun(name, train.Autoencoder(data, model, loss, training), training, our_through_codes)
+    stage, training = our_stage("quick" if name == "race" else "best", data, **clock)
+    return TimedRun(name, stage, training, our_through_codes)
 
 
 def peak_memory(device: torch.device) -> float:

@@ -20,11 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from baselines import our_stage
+
 import loop
 import runtime
 import train
 from dataset import DataConfig
-from modules import VectorQuantiser, VQVAE2Config
+from modules import VectorQuantiser
 
 EPOCH = 11_460  # training slices of HipMRI's sliced set
 PARTS = {  # of a step: what the profiler calls it, looked for in this order in an operation and what it is part of
@@ -48,13 +50,8 @@ def named(function, name: str):
 
 def prepare(args, batch_size: int) -> tuple[loop.Run, torch.Tensor]:
     """A run that takes steps of `batch_size`, and the indices of its first batch."""
-    flags = train.flags("")
-    preset = train.PRESETS["autoencoder"][args.preset] | {"minutes": 1e6, "batch_size": batch_size}
-    flags.set_defaults(**preset, compile=args.compile, device=args.device)
-    settings = flags.parse_args([])
-    kinds = VQVAE2Config, train.LossConfig, train.TrainConfig
-    model, loss, config = (runtime.from_flags(kind, settings) for kind in kinds)
-    stage = train.Autoencoder(runtime.from_flags(DataConfig, args), model, loss, config)
+    settings = {"minutes": 1e6, "batch_size": batch_size, "compile": args.compile, "device": args.device}
+    stage, config = our_stage(args.preset, runtime.from_flags(DataConfig, args), **settings)
     run = loop.Run(stage, config, None)
     stage.draw(torch.Generator().manual_seed(0))
     stage.model.train()
