@@ -74,19 +74,14 @@ class Encoded(NamedTuple):
     thumbnails: np.ndarray
 
 
-@torch.inference_mode()
-def encode(model: VQVAE2, split: SliceDataset) -> Encoded:
-    device, parts = next(model.parameters()).device, []
-    bar = tqdm(total=len(split), desc=f"encoding, {split.split}", unit=" slices", disable=None)
-    for indices in torch.arange(len(split)).split(16):
-        x = split.images(indices)
-        sides = [model.encode(side.to(device)) for side in (x, x.flip(2))]
-        codes = (torch.stack(level).cpu().numpy().astype(np.uint16) for level in zip(*sides, strict=True))
-        parts.append((*codes, realism.thumbnails(x[:, 0].numpy())[None]))
-        bar.update(len(indices))
-    bar.close()
-    top, bottom, thumbnails = (np.concatenate(of, 1) for of in zip(*parts, strict=True))
-    return Encoded(top, bottom, thumbnails[0])
+def encoded_splits(splits: dict[str, SliceDataset], maps: dict[str, np.ndarray]) -> dict[str, Encoded]:
+    """The splits with their code maps, which are those of `codes.extract_codes`."""
+    found = {}
+    for name, split in splits.items():
+        parts = torch.arange(len(split)).split(64)
+        thumbnails = [realism.thumbnails(split.images(part)[:, 0].numpy()) for part in parts]
+        found[name] = Encoded(maps[f"{name}_top"], maps[f"{name}_bottom"], np.concatenate(thumbnails))
+    return found
 
 
 @torch.inference_mode()
@@ -280,13 +275,21 @@ def score_copying(
 
 
 def appraise(
-    model: VQVAE2, prior: Prior, splits: dict, samples: Samples, twins: np.ndarray, position: float, seed: int
+    model: VQVAE2,
+    prior: Prior,
+    splits: dict,
+    maps: dict[str, np.ndarray],
+    samples: Samples,
+    twins: np.ndarray,
+    position: float,
+    seed: int,
 ) -> tuple[dict, dict]:
     """What samples are worth, beside what real slices score: the report, and the arrays for its pictures.
 
-    `twins` (n,) are the test slices at the samples' positions. Too few or too small slices leave out realism.
+    `maps` are the splits' `codes.extract_codes`; `twins` (n,) are the test slices at the samples' positions. Too
+    few or too small slices leave out realism.
     """
-    encoded = {name: encode(model, split) for name, split in splits.items()}
+    encoded = encoded_splits(splits, maps)
     rng = np.random.default_rng(seed)
     some = {
         name: np.sort(rng.permutation(len(split))[: MOST_TRAIN if name == "train" else None])

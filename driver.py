@@ -1,22 +1,26 @@
-"""The whole story in order: a study, training on it, and the scores of its test split.
+"""The whole story in order: a study, the autoencoder and its scores, the priors over its codes and new slices.
 
-    python driver.py                              # no data: makes a synthetic study first; about 3 minutes
-    python driver.py --data keras_slices_data     # a real study, at the report's settings
+    python driver.py                              # no data: makes a synthetic study first; about 5 minutes
+    python driver.py --data keras_slices_data     # a real study: the report's settings, then 30 minutes of priors
     python driver.py --data keras_slices_data --preset best
+    python driver.py --prior-minutes 0            # reconstruction only
 
-Takes the flags of train.py, and --nifti of predict.py. Read Results/ afterwards.
+Takes the flags of train.py for the autoencoder, --nifti of predict.py and --n of generate.py. Read Results/ and
+Results/generated/ afterwards.
 """
 
 import argparse
 from dataclasses import replace
 from pathlib import Path
 
+import generate
 import phantom
 import predict
 import runtime
 import train
 from dataset import DataConfig, find_study
 from modules import VQVAE2Config
+from prior import PriorConfig
 
 PHANTOM = Path("phantom_slices_data")  # made where there is no study
 
@@ -28,25 +32,38 @@ def main() -> None:
 
     parser = train.flags(__doc__)
     parser.add_argument("--nifti", action="store_true", help="write the reconstructions as NIfTI too")
+    parser.add_argument("--n", type=int, default=32, help="slices to sample (default: %(default)s)")
+    parser.add_argument(
+        "--prior-minutes", type=float, help="of the priors' training; 0: no priors, no samples"
+    )
     args, checkpoint = train.parse(parser, preset="quick" if no_study else "report")
-    if args.stage != "autoencoder":
-        raise ValueError(
-            f"--stage {args.stage}: driver.py trains the autoencoder. Mend: train.py, generate.py."
-        )
-    configs = (DataConfig, VQVAE2Config, train.LossConfig, train.TrainConfig)
-    data, model, loss, config = (runtime.from_flags(c, args) for c in configs)
+    if checkpoint and checkpoint["kind"] == "prior":
+        raise ValueError(f"--resume {args.resume}: priors. Mend: train.py --resume, then generate.py.")
+    configs = (DataConfig, VQVAE2Config, train.LossConfig, train.CodesConfig, PriorConfig, train.TrainConfig)
+    data, model, loss, codes, prior, config = (runtime.from_flags(c, args) for c in configs)
+    presets = train.PRESETS["prior"]
+    second = presets["quick" if args.preset == "quick" or (no_study and not args.preset) else "best"]
+    if args.prior_minutes is not None:
+        second = second | {"minutes": args.prior_minutes}
+    same = {name: getattr(config, name) for name in ("out", "device", "seed", "bf16")}
+    second = train.TrainConfig(**same, **second)
+    generated = generate.GenerateConfig(n=args.n, seed=config.seed)  # checked before anything is trained
     if no_study and not checkpoint:
         print("no study here and no --data: making a synthetic one")
         data = replace(data, data=str(phantom.write_phantom(PHANTOM)))
 
     best = train.train_autoencoder(data, model, loss, config, checkpoint)
     shared = {name: getattr(data, name) for name in ("data", "cache", "allow_patient_overlap")}
-    predict.predict(
-        predict.PredictConfig(
-            checkpoint=str(best), out=config.out, device=config.device, nifti=args.nifti, **shared
-        )
-    )
-    print(f"open {config.out}/comparison.png, {config.out}/loss_plot.png and {config.out}/metrics.json")
+    shared |= {"checkpoint": str(best), "device": config.device}
+    predict.predict(predict.PredictConfig(out=config.out, nifti=args.nifti, **shared))
+    pictures = f"{config.out}/comparison.png"
+    if second.minutes:
+        print("\nnow the priors over its codes, for new slices")
+        priors = train.train_prior(data, replace(codes, checkpoint=str(best)), prior, second)
+        new = Path(config.out) / "generated"
+        generate.generate(replace(generated, prior=str(priors), out=str(new), **shared))
+        pictures += f", {new}/overview.png and {new}/grid.png"
+    print(f"open {pictures}; {config.out}/metrics.json has the scores")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from tqdm import tqdm
 import figures
 import runtime
 from appraise import Samples, appraise, decode, near, print_report
+from codes import extract_codes
 from dataset import DataConfig, SliceDataset, open_trained_study
 from modules import VQVAE2, load_model
 from prior import Prior, PriorConfig, check_sampling
@@ -275,10 +276,10 @@ def write_pictures(
 
 
 def account(
-    album: Album, model: VQVAE2, prior: Prior, splits: dict, samples: Samples, twins: np.ndarray
+    album: Album, model: VQVAE2, prior: Prior, splits: dict, maps: dict, samples: Samples, twins: np.ndarray
 ) -> dict:
     """What the samples are worth, computed, written, drawn and printed."""
-    report, drawn = appraise(model, prior, splits, samples, twins, album.position, album.seed)
+    report, drawn = appraise(model, prior, splits, maps, samples, twins, album.position, album.seed)
     runtime.write_json(album.out / "report.json", report | {"manifest": album.manifest})
     write_pictures(album, splits, samples, twins, report, drawn)
     print_report(report)
@@ -311,7 +312,10 @@ def generate(config: GenerateConfig) -> dict:
         print(f"stopped: {done} of {config.n} slices are in {out}/, without grid and report")
         raise
     write_grid(album, test, samples, twins)
-    report = account(album, model, prior, splits, samples, twins)
+    # those that the priors were trained on, where they are at hand
+    files = (folder / "codes.npz" for folder in (Path(config.prior).parent, out))
+    maps = extract_codes(model, splits, album.manifest["autoencoder"]["sha256"], *files)
+    report = account(album, model, prior, splits, maps, samples, twins)
     print(
         f"wrote {out}/: {config.n} slices as NNNN.png and in {NIFTI}/, grid.png, overview.png, manifest.json,"
     )

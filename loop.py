@@ -57,6 +57,9 @@ class TrainConfig:
     seed: int = option(0, "of weights, order and augmentation")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     bf16: str = option("auto", "bfloat16 autocast; auto: where the hardware has it", choices=SWITCH)
+    weights: str = option(
+        "", "begin with the weights of this checkpoint, of an autoencoder of the same shape"
+    )
     channels_last: str = option("auto", "memory layout NHWC; auto: on", choices=SWITCH)
     compile: str = option("auto", "torch.compile; auto: off, its warm-up costs minutes", choices=SWITCH)
     save_every: int = option(1, "epochs between checkpoints vqvae2_epoch_N.pth")

@@ -4,6 +4,7 @@ import csv
 import json
 
 import numpy as np
+import pytest
 from conftest import run
 from test_train import SHAPE_FLAGS
 
@@ -11,13 +12,20 @@ import driver
 import phantom
 import runtime
 
+PRIOR_FLAGS = "--prior-channels 16 --prior-minutes 0.02 --n 3".split()
 
-def test_data_train_and_scores_in_one_command(study, tmp_path):
-    code, out, err = run(
-        "driver.py", "--data", study, "--epochs", 2, "--nifti", *SHAPE_FLAGS, "--seed", 1, cwd=tmp_path
-    )
+
+def test_data_training_scores_and_new_slices_in_one_command(study, tmp_path):
+    flags = [*SHAPE_FLAGS, *PRIOR_FLAGS, "--epochs", 2, "--nifti", "--seed", 1]
+    code, out, err = run("driver.py", "--data", study, *flags, cwd=tmp_path)
     assert code == 0, err
     results = tmp_path / "Results"
+    manifest = json.loads((results / "generated" / "manifest.json").read_text())
+    assert (manifest["done"], manifest["seed"], manifest["data"]["study"]) == (3, 1, study.name)
+    for which, file in (("autoencoder", "vqvae2_best.pth"), ("prior", "prior_best.pth")):
+        assert manifest[which]["sha256"] == runtime.sha256(results / file)
+    assert json.loads((results / "generated" / "report.json").read_text())["n"] == 3
+    assert "nominal" in out and (results / "generated" / "grid.png").stat().st_size > 0
     scores = json.loads((results / "metrics.json").read_text())
     assert scores["n"] == 6 and set(scores["ssim_report"]["per_patient"]) == {"040", "041"}
     assert f"{scores['ssim_report']['mean']:.4g}" in out
@@ -39,7 +47,7 @@ def test_without_data_it_makes_a_phantom_and_says_so(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     tiny = phantom.PhantomConfig(train_patients=1, validate_patients=1, test_patients=1, weeks=1, slices=2)
     monkeypatch.setattr(phantom.write_phantom, "__defaults__", (tiny,))
-    flags = "--K 16 --D 8 --channels 8 --top-channels 8 --minutes 0 --epochs 1 --device cpu".split()
+    flags = "--K 16 --D 8 --channels 8 --top-channels 8 --minutes 0 --epochs 1 --device cpu --prior-minutes 0".split()
     monkeypatch.setattr("sys.argv", ["driver.py", *flags])
     driver.main()
     assert (tmp_path / "phantom_slices_data" / "SYNTHETIC.txt").exists()
@@ -48,6 +56,7 @@ def test_without_data_it_makes_a_phantom_and_says_so(tmp_path, monkeypatch, caps
     assert metrics["n"] == 2 and metrics["data"]["synthetic"]
     checkpoint = runtime.load_checkpoint(tmp_path / "Results" / "vqvae2_best.pth", "vqvae2")
     assert checkpoint["loss_config"]["ssim"] == 1.0  # the quick preset, where there is no study
+    assert not (tmp_path / "Results" / "generated").exists()  # --prior-minutes 0
 
 
 def test_a_missing_study_is_an_error_and_no_phantom(tmp_path):
@@ -56,6 +65,15 @@ def test_a_missing_study_is_an_error_and_no_phantom(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_it_is_not_for_the_prior_stage(study, tmp_path):
-    code, _, err = run("driver.py", "--data", study, "--stage", "prior", cwd=tmp_path)
-    assert code == 2 and "train.py" in err and "Traceback" not in err
+def test_a_checkpoint_of_priors_is_an_error(study, tmp_path):
+    checkpoint = {"kind": "prior", "model": {}, "model_config": {"K": 16}, "train_config": {}}
+    data = {"study": str(study), "height": 64, "width": 32, "allow_patient_overlap": False}
+    runtime.save_checkpoint(tmp_path / "prior_best.pth", checkpoint | {"data": data})
+    code, _, err = run("driver.py", "--resume", "prior_best.pth", cwd=tmp_path)
+    assert code == 2 and "train.py --resume" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("flag", ["--n", "--prior-minutes"])
+def test_what_only_the_second_half_needs_is_checked_before_the_first(study, tmp_path, flag):
+    code, _, err = run("driver.py", "--data", study, flag, "-1", cwd=tmp_path)
+    assert code == 2 and flag in err.replace("--minutes", "--prior-minutes") and not list(tmp_path.iterdir())

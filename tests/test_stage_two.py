@@ -11,6 +11,7 @@ from test_train import assert_same, fit
 import loop
 import runtime
 import train
+from codes import extract_codes
 from dataset import DataConfig, open_study
 from modules import load_model
 from prior import Prior, PriorConfig
@@ -56,10 +57,10 @@ def test_codes_are_the_autoencoder_s_and_kept_for_it_alone(autoencoder, tmp_path
                 for side, levels in enumerate(sides):
                     for level, codes in zip(("top", "bottom"), levels, strict=True):
                         assert np.array_equal(kept[f"{name}_{level}"][side, i], codes[0])
-    read = train.extract_codes(None, splits, tmp_path / "codes.npz", runtime.sha256(autoencoder))
+    read = extract_codes(None, splits, runtime.sha256(autoencoder), tmp_path / "codes.npz")
     assert read["train_top"].shape == (2, 14, 8, 4)  # read, for no model was there
     with pytest.raises(AttributeError):  # another autoencoder: they would be made anew
-        train.extract_codes(None, splits, tmp_path / "codes.npz", "other")
+        extract_codes(None, splits, "other", tmp_path / "codes.npz")
 
 
 def test_validation_is_the_exact_likelihood(autoencoder, tmp_path):

@@ -242,6 +242,19 @@ def test_minutes_are_kept_and_the_schedule_fits_them(study, tmp_path):
     assert history[-1]["lr"] < 1e-3 / 50
 
 
+def test_training_begins_with_given_weights_and_codebooks(study, tmp_path):
+    start = fit(study, tmp_path / "one", epochs=1)
+    stage = train.Autoencoder(
+        DataConfig(data=str(study), height=64, width=32),
+        VQVAE2Config(**runtime.load_checkpoint(start, "vqvae2")["model_config"] | {"rate": 0.5}),
+        train.LossConfig(),
+        loop.TrainConfig(weights=str(start), device="cpu"),
+    )
+    assert stage.model.config.rate == stage.model.quantiser_top.rate == 0.5
+    theirs = runtime.load_checkpoint(start, "vqvae2")["model"]
+    assert all(torch.equal(value, theirs[name]) for name, value in stage.model.state_dict().items())
+
+
 # bad input
 
 
@@ -282,6 +295,8 @@ def test_flags_win_over_presets_and_checkpoints(study, tmp_path, monkeypatch):
     fit(study, tmp_path, epochs=1, weight_decay=0.5)
     args = settings("--resume", tmp_path / "vqvae2_epoch_1.pth", "--epochs", "7")
     assert (args.epochs, args.batch_size, args.K, args.height) == (7, 4, 16, 64)
+    args = settings("--weights", tmp_path / "vqvae2_epoch_1.pth", "--preset", "fewer-bits")
+    assert (args.K, args.rate, args.minutes) == (16, 0.03, 10)
     with pytest.raises(ValueError, match="leave one out"):
         settings("--resume", tmp_path / "vqvae2_epoch_1.pth", "--preset", "best")
 
@@ -300,6 +315,8 @@ def test_users_mistakes_exit_with_2_and_no_traceback(study, tmp_path, monkeypatc
         (["--data", study, "--height", "8", "--width", "8", "--out", tmp_path], "at least 16"),
         (["--resume", tmp_path / "whole.pth", "--height", "128"], "(64, 32)"),
         (["--resume", tmp_path / "whole.pth", "--D", "16"], "shape"),
+        (["--data", study, "--weights", tmp_path / "whole.pth", "--D", "16", "--out", tmp_path], "D=16"),
+        (["--stage", "prior", "--weights", tmp_path / "whole.pth", "--out", tmp_path], "autoencoder alone"),
     ):
         monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags)])
         with pytest.raises(SystemExit) as exit_:
