@@ -36,7 +36,7 @@ class PriorConfig:
 
     K: int = option(512, "codes in each codebook")
     prior_channels: int = option(128, "channels of the priors")
-    prior_heads: int = option(4, "attention heads of the priors")
+    prior_heads: int = option(2, "attention heads of the priors")
     prior_top_layers: int = option(3, "causal blocks of p(top)")
     prior_bottom_layers: int = option(2, "causal blocks of p(bottom | top)")
     prior_condition_layers: int = option(1, "unmasked blocks that read the top map for the bottom")
@@ -307,6 +307,11 @@ class Prior(nn.Module):
                 ends = f"{codes.min()} to {codes.max()}"
                 raise ValueError(f"{name} codes from {ends}; expected 0 to {self.config.K - 1}")
         check_positions(position, len(top))
+        return self(top, bottom, position)
+
+    def forward(self, top: Tensor, bottom: Tensor, position: Tensor) -> dict[str, Tensor]:
+        """`nats` without its checks, for which a GPU would have to be waited for: a training step's."""
+        maps = {"top": top, "bottom": bottom}
         logits = self.top(top, None, position), self.bottom(bottom, self.condition(top), position)
         return {
             name: F.cross_entropy(values.float().flatten(0, 2), codes.flatten(), reduction="none").view_as(

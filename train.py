@@ -287,7 +287,7 @@ class CodePriors:
         if self.model.training:
             position, side = position.masked_fill(self.forgotten[at], math.nan), self.side[at]
         maps = (self.maps[f"{split}_{level}"][side, at].long() for level in ("top", "bottom"))
-        nats = self.model.nats(*maps, position)
+        nats = self.model(*maps, position)
         total = nats["top"].sum() + nats["bottom"].sum()
         codes = nats["top"].numel() + nats["bottom"].numel()
         return {

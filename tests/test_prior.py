@@ -252,7 +252,7 @@ def test_bad_arguments_are_named():
     for positions, seeds in (([-0.1], [0]), ([2.0], [0]), ([0.5, 0.5], [0])):
         with pytest.raises(ValueError, match="position"):
             prior.sample(positions, seeds)
-    for fields in ({"K": 0}, {"prior_channels": 10}, {"prior_dropout": 1.0}, {"prior_condition_layers": -1}):
+    for fields in ({"K": 0}, {"prior_channels": 11}, {"prior_dropout": 1.0}, {"prior_condition_layers": -1}):
         with pytest.raises(ValueError, match=next(iter(fields))):
             PriorConfig(**fields)
     with pytest.raises(ValueError, match="top_shape"):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from test_train import assert_same, fit
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import loop
 import runtime
@@ -110,3 +111,17 @@ def test_patience_ends_a_run_that_no_longer_improves(autoencoder, tmp_path):
     path = fit_prior(autoencoder, tmp_path, epochs=50, patience=2, lr=1e-30)
     assert runtime.load_checkpoint(tmp_path / "prior_epoch_final.pth", "prior")["epoch"] == 3
     assert runtime.load_checkpoint(path, "prior")["epoch"] == 1
+
+
+def test_a_step_never_waits_for_the_device(autoencoder, tmp_path, monkeypatch):
+    """Fake tensors stand in for a GPU's: whatever needs a value of theirs raises."""
+    config = loop.TrainConfig(out=str(tmp_path), device="cpu", clip=1.0, optimiser="muon")
+    stage = train.CodePriors(DataConfig(), train.CodesConfig(checkpoint=str(autoencoder)), TINY, config)
+    stage.draw(torch.Generator())
+    run = loop.Run(stage, config, None)
+    stage.model.train()
+    monkeypatch.setattr(run, "look", lambda *args: None)  # at the loss: on a GPU now and then
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        run.train_step(torch.tensor([3, 0, 13, 7]), None)
+        with pytest.raises(DataDependentOutputException):
+            torch.ones(1).item()
