@@ -109,11 +109,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 convolutions are faster than float32 ones here (a CPU without it emulates them)."""
+    """Whether bfloat16 convolutions are faster than float32 ones here.
+
+    Of CPUs those with AMX: AVX-512's own bfloat16 was half as fast as its float32 (benchmarks/step.py).
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
 
 
 def autocast(device: torch.device, bf16: bool):
