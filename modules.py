@@ -154,8 +154,9 @@ class VectorQuantiser(nn.Module):
             p = self.ema_count / self.ema_count.sum()
             variance = p @ (self.codebook - p @ self.codebook).square().sum(1)
             costs = costs - self.rate * variance * p.clamp_min(1e-9).log2()
+        # min: of a CPU's time argmin takes twice as much
         return torch.cat(
-            [torch.addmm(costs, part, self.codebook.T, alpha=-2).argmin(1) for part in flat.split(self.chunk)]
+            [torch.addmm(costs, part, self.codebook.T, alpha=-2).min(1)[1] for part in flat.split(self.chunk)]
         )
 
     def vectors(self, codes: Tensor) -> Tensor:
@@ -209,13 +210,24 @@ class VectorQuantiser(nn.Module):
         return torch.where(mine[:, None], flat[row.clamp(0, len(flat) - 1)], 0)
 
 
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution as the matrix product that it is: `Conv2d` of a few slices on one CPU thread unfolds."""
+
+    def __init__(self, channels: int, out: int):
+        super().__init__(channels, out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)  # (B, C, h, w) -> (B, h, w, C)
+        return x.permute(0, 3, 1, 2)  # channels last in memory
+
+
 class ResidualBlock(nn.Module):
     """x + W2 relu(W1 relu(x)): a 3x3 convolution into fewer channels, a 1x1 back."""
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, hidden, 3, padding=1)
-        self.conv2 = nn.Conv2d(hidden, channels, 1)
+        self.conv2 = Pointwise(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
@@ -240,21 +252,21 @@ class VQVAE2(nn.Module):
             nn.ReLU(),
         )
         self.encoder_top = nn.Sequential(
-            nn.Conv2d(C, T, 2, stride=2), *blocks(config.top_blocks, T), nn.ReLU(), nn.Conv2d(T, D, 1)
+            nn.Conv2d(C, T, 2, stride=2), *blocks(config.top_blocks, T), nn.ReLU(), Pointwise(T, D)
         )
         self.quantiser_top = VectorQuantiser(config.K, D, config.ema_decay, config.revive, config.rate)
         # transposed convolutions build back up: the top codes to the bottom's resolution, ...
         self.decoder_top = nn.Sequential(
-            nn.Conv2d(D, T, 1),
+            Pointwise(D, T),
             *blocks(config.top_blocks, T),
             nn.ReLU(),
             nn.ConvTranspose2d(T, C, 2, stride=2),
         )
-        self.to_bottom = nn.Conv2d(2 * C, D, 1)
+        self.to_bottom = Pointwise(2 * C, D)
         self.quantiser_bottom = VectorQuantiser(config.K, D, config.ema_decay, config.revive, config.rate)
         # ... and both levels to pixels; windows of twice the stride overlap, so that no seams show
         self.decoder = nn.Sequential(
-            nn.Conv2d(C + D, C, 1),
+            Pointwise(C + D, C),
             *blocks(config.decoder_blocks, C),
             nn.ReLU(),
             nn.ConvTranspose2d(C, 1, 2 * S, stride=S, padding=S // 2),

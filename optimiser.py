@@ -17,14 +17,24 @@ LEAST = 16  # a weight with a shorter side is no matrix to speak of
 
 
 def orthogonalise(x: Tensor, iterations: int = 5) -> Tensor:
-    """Matrices (n, rows, columns) with their singular values all moved close to 1, by Newton and Schulz."""
+    """Matrices (n, rows, columns) with their singular values all moved close to 1, by Newton and Schulz.
+
+    Every iteration multiplies x by a polynomial of its Gram matrix x x^T. These commute, so the iterations are done
+    on the Gram matrix, whose side is x's shorter one, and x is multiplied once.
+    """
     a, b, c = COEFFICIENTS
     tall = x.shape[1] > x.shape[2]
     x = x.transpose(1, 2) if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(iterations):
-        gram = x @ x.transpose(1, 2)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    gram = x @ x.transpose(1, 2)
+    identity = torch.eye(len(gram[0]), device=x.device, dtype=x.dtype)
+    product = factor = identity.expand_as(gram)
+    for i in range(iterations):
+        if i:
+            gram = factor @ gram @ factor
+        factor = torch.baddbmm(a * identity + b * gram, gram, gram, alpha=c)
+        product = factor @ product
+    x = product @ x
     return x.transpose(1, 2) if tall else x
 
 
