@@ -45,6 +45,9 @@ def run_cli(main: Callable[[], None]) -> None:
     Users' mistakes reach here as `OSError`, or as `ValueError` raised by this repository's own files. A
     `ValueError` from inside a library is a bug of ours and keeps its traceback.
     """
+    # The momentum of a unit that has died decays to numbers below 1e-38, on which a CPU is so slow that every step
+    # took three times as long after some two thousand. Here, for threads that start later inherit it.
+    torch.set_flush_denormal(True)
     try:
         main()
     except KeyboardInterrupt:

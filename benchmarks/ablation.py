@@ -48,23 +48,38 @@ VARIANTS = {
     "1.5 x as wide": "--channels 96 --top-channels 192 --residual-channels 48",
     "shape of --preset best": "--channels 96 --top-channels 192 --residual-channels 48 --decoder-blocks 4",
     "decoder as shallow as the encoder": "--decoder-blocks 1",
+    "lambda 0.01": "--rate 0.01",
 }
+CHANGED = {  # by a function of variants.py and its arguments, and by flags
+    "SiLU": ("silu", ""),
+    "GroupNorm": ("group_norm", ""),
+    "cosine codes, D 16": ("cosine_codes", "--D 16"),
+    "rotation trick": ("rotation_trick", ""),
+    "K 32 top, 1024 bottom": ("small_codebook quantiser_top 32", "--K 1024"),
+    "K 8192 top, 256 bottom": ("small_codebook quantiser_bottom 256", "--K 8192"),
+    "SSIM of three scales": ("ssim_of_scales", ""),
+    "weight averaging": ("weight_averaging", ""),
+    "shifts": ("shifts", ""),
+    "intensities": ("intensities", ""),
+}
+NAMES = [*VARIANTS, *CHANGED]
 
 
 def measure(name: str, data: str, epochs: int, seed: int) -> dict:
     """Train one variant in a process of its own; its row."""
     with tempfile.TemporaryDirectory() as out:
-        flags = f"--preset quick --minutes 0 --epochs {epochs} --seed {seed} {VARIANTS[name]}".split()
+        change, own = CHANGED.get(name) or ("", VARIANTS[name])
+        flags = f"--preset quick --minutes 0 --epochs {epochs} --seed {seed} {own}".split()
+        script = [ROOT / "benchmarks" / "variants.py", *change.split()] if change else [ROOT / "train.py"]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, ROOT / "train.py", "--data", data, "--out", out, *flags]
-        subprocess.run(command, check=True)
+        subprocess.run([sys.executable, *script, "--data", data, "--out", out, *flags], check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         first, *_, last = map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines())
     cpu = sum(getattr(after, kind) - getattr(before, kind) for kind in ("ru_utime", "ru_stime"))
     return {
         "name": name,
         "seed": seed,
-        "flags": VARIANTS[name],
+        "flags": f"{change} {own}".strip(),
         "epochs": epochs,
         "ssim": 1 - last["validate"]["ssim"],
         "mse": last["validate"]["mse"],
@@ -97,7 +112,7 @@ def main() -> None:
     parser.add_argument("--data", help="study folder")
     parser.add_argument("--epochs", type=int, default=2, help="passes over the train split")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("Results/ablation.json"))
     parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args()

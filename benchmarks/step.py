@@ -33,7 +33,7 @@ PARTS = {  # of a step: what the profiler calls it, looked for in this order in 
     "optimiser": ("Optimizer.step", "clip_grad_norm_"),
     "quantiser": ("quantiser",),
     "data": ("data",),
-    "convolutions": ("convolution", "ConvolutionBackward"),
+    "convolutions": ("convolution", "ConvolutionBackward", "aten::linear", "AddmmBackward"),  # 1x1: products
     "loss": ("loss",),
 }
 

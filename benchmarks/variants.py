@@ -1,0 +1,135 @@
+"""Rows of ablation.py that no flag makes: each function here changes what train.py then runs.
+
+    python benchmarks/variants.py silu --data keras_slices_data --preset quick
+
+What lost is here and not in the scripts.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import loop
+import modules
+import runtime
+import train
+from modules import ResidualBlock, VectorQuantiser
+
+
+def silu() -> None:
+    nn.ReLU, F.relu = nn.SiLU, F.silu
+
+
+def group_norm() -> None:
+    """GroupNorm of 8 groups first in every residual block."""
+
+    class Normalised(ResidualBlock):
+        def __init__(self, channels: int, hidden: int):
+            super().__init__(channels, hidden)
+            self.norm = nn.GroupNorm(8, channels)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.conv2(F.relu(self.conv1(F.relu(self.norm(x)))))
+
+    modules.ResidualBlock = Normalised
+
+
+def cosine_codes() -> None:
+    """Vectors and codes of length 1 (Yu et al. 2022, "Improved VQGAN", section 3.2)."""
+    quantise, update = VectorQuantiser.forward, VectorQuantiser.update
+
+    def unit_update(self, flat: Tensor, codes: Tensor) -> None:
+        update(self, flat, codes)
+        self.codebook.copy_(F.normalize(self.codebook, dim=1))
+
+    VectorQuantiser.forward = lambda self, z: quantise(self, F.normalize(z, dim=1))
+    VectorQuantiser.update = unit_update
+
+
+def rotation_trick() -> None:
+    """Gradients turned and scaled as the encoder's output is onto its code (Fifty et al. 2024, equation 4)."""
+    quantise = VectorQuantiser.forward
+
+    def forward(self, z: Tensor):
+        quantised = quantise(self, z)
+        q, fixed = quantised.vectors.detach(), z.detach()
+        e_hat, q_hat = F.normalize(fixed, dim=1), F.normalize(q, dim=1)
+        r = F.normalize(e_hat + q_hat, dim=1)
+        scale = q.norm(dim=1, keepdim=True) / fixed.norm(dim=1, keepdim=True).clamp_min(1e-6)
+        turned = z - 2 * r * (r * z).sum(1, keepdim=True) + 2 * q_hat * (e_hat * z).sum(1, keepdim=True)
+        return quantised._replace(vectors=scale * turned)
+
+    VectorQuantiser.forward = forward
+
+
+def small_codebook(level: str, K: str) -> None:
+    """A codebook of K codes, fewer than --K, at one level: quantiser_top or quantiser_bottom."""
+    build = modules.VQVAE2.__init__
+
+    def init(self, config) -> None:
+        build(self, config)
+        setattr(self, level, VectorQuantiser(int(K), config.D, config.ema_decay, config.revive, config.rate))
+
+    modules.VQVAE2.__init__ = init
+
+
+def ssim_of_scales() -> None:
+    """In the loss, the mean SSIM of the slice at full, half and quarter size in place of that at full size."""
+    plain = train.ssim
+
+    def several(x: Tensor, y: Tensor) -> Tensor:
+        if not y.requires_grad:  # validation keeps its measure
+            return plain(x, y)
+        return sum(plain(F.avg_pool2d(x, n), F.avg_pool2d(y, n)) for n in (1, 2, 4)) / 3
+
+    train.ssim = several
+
+
+def weight_averaging(decay: float = 0.998) -> None:
+    """Validates moving averages of the weights over about 500 steps."""
+    step, validate = loop.Run.train_step, loop.Run.validate
+
+    def train_step(self, batch: Tensor, bar) -> None:
+        step(self, batch, bar)
+        weights = [p.detach() for p in self.stage.model.parameters()]
+        if not hasattr(self, "averages"):
+            self.averages = [w.clone() for w in weights]
+        torch._foreach_lerp_(self.averages, weights, max(1 - decay, 1 / (1 + self.step)))
+
+    def averaged(self) -> dict[str, float]:
+        weights = [p.detach() for p in self.stage.model.parameters()]
+        kept = [w.clone() for w in weights]
+        torch._foreach_copy_(weights, self.averages)
+        try:
+            return validate(self)
+        finally:
+            torch._foreach_copy_(weights, kept)
+
+    loop.Run.train_step, loop.Run.validate = train_step, averaged
+
+
+def shifts(most: int = 4) -> None:
+    """Training slices moved by up to 4 pixels along each axis, edges wrapped round."""
+    augment(lambda x: x.roll(torch.randint(-most, most + 1, (2,)).tolist(), (2, 3)))
+
+
+def intensities() -> None:
+    """Training slices scaled and shifted at random, by about a tenth of their standard deviation."""
+    augment(lambda x: x * (1 + 0.1 * torch.randn(())) + 0.1 * torch.randn(()))
+
+
+def augment(change) -> None:
+    flip = train.flip_left_right
+    train.flip_left_right = lambda x, mirrored: change(flip(x, mirrored))
+
+
+if __name__ == "__main__":
+    end = next(i for i, word in enumerate(sys.argv) if word.startswith("--"))
+    change, *arguments = sys.argv[1:end]
+    del sys.argv[1:end]
+    globals()[change](*arguments)
+    runtime.run_cli(train.main)
