@@ -53,7 +53,7 @@ PRESETS = {
     "autoencoder": {
         "report": {},
         "quick": RECIPE | {"minutes": 1.75},
-        "best": RECIPE | WIDER | {"minutes": 50.0, "decoder_blocks": 4},
+        "best": RECIPE | WIDER | {"minutes": 30.0, "decoder_blocks": 4},
         # for --weights of `best`: codes that cost the priors fewer bits
         "fewer-bits": RECIPE | {"minutes": 10.0, "lr": 7e-4, "rate": 0.03},
         # 0.391 and 0.195 bits per pixel in place of 0.703

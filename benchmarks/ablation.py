@@ -51,7 +51,7 @@ VARIANTS = {
     "lambda 0.01": "--rate 0.01",
 }
 CHANGED = {  # by a function of variants.py and its arguments, and by flags
-    "SiLU": ("silu", ""),
+    "ReLU": ("relu", ""),
     "GroupNorm": ("group_norm", ""),
     "cosine codes, D 16": ("cosine_codes", "--D 16"),
     "rotation trick": ("rotation_trick", ""),

@@ -17,9 +17,21 @@ import runtime
 import train
 from dataset import DataConfig
 from loop import TrainConfig
-from modules import VQVAE2, ResidualBlock, VectorQuantiser, VQVAE2Config
+from modules import VQVAE2, VectorQuantiser, VQVAE2Config
 
 Decoded = tuple[Tensor, dict[str, tuple[Tensor, int]]]
+
+
+class ResidualBlock(nn.Module):
+    """x + W2 relu(W1 relu(x)): a 3x3 convolution, then a 1x1."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.conv2 = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
 
 
 class GradientQuantiser(nn.Module):

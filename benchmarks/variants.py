@@ -1,6 +1,6 @@
 """Rows of ablation.py that no flag makes: each function here changes what train.py then runs.
 
-    python benchmarks/variants.py silu --data keras_slices_data --preset quick
+    python benchmarks/variants.py relu --data keras_slices_data --preset quick
 
 What lost is here and not in the scripts.
 """
@@ -20,8 +20,8 @@ import train
 from modules import ResidualBlock, VectorQuantiser
 
 
-def silu() -> None:
-    nn.ReLU, F.relu = nn.SiLU, F.silu
+def relu() -> None:
+    nn.SiLU, F.silu = nn.ReLU, F.relu
 
 
 def group_norm() -> None:
@@ -33,7 +33,7 @@ def group_norm() -> None:
             self.norm = nn.GroupNorm(8, channels)
 
         def forward(self, x: Tensor) -> Tensor:
-            return x + self.conv2(F.relu(self.conv1(F.relu(self.norm(x)))))
+            return x + self.conv2(F.silu(self.conv1(F.silu(self.norm(x)))))
 
     modules.ResidualBlock = Normalised
 

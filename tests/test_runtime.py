@@ -147,3 +147,13 @@ def test_cuda_asked_for_where_there_is_none():
 
 def test_provenance_names_this_python():
     assert runtime.provenance()["python"] == sys.version.split()[0]
+
+
+def test_scripts_flush_denormals():
+    """Left alone, they make long runs several times slower: tests/ cannot time it, so that is all they check."""
+    found = []
+    try:
+        runtime.run_cli(lambda: found.append((torch.tensor(1e-37) * 1e-3).item()))
+    finally:
+        torch.set_flush_denormal(False)
+    assert found == [0.0]
