@@ -13,9 +13,11 @@ from skimage.metrics import structural_similarity
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import baselines
 import peers
+import startup
+import variants
 
 from dataset import DataConfig, open_study
-from modules import VQVAE2, VQVAE2Config
+from modules import VQVAE2, VectorQuantiser, VQVAE2Config
 
 needs_monai = pytest.mark.skipif(not importlib.util.find_spec("monai"), reason="MONAI is not installed")
 MODELS = {
@@ -225,3 +227,43 @@ def test_the_clock_stands_still_while_the_validation_split_is_measured(study, mo
     scores = [structural_similarity(a, b, data_range=float(np.ptp(a))) for a, b in pairs]
     best = max(point["ssim"] for point in history)
     assert np.mean(scores) == pytest.approx(best, abs=1e-4) and history[-1]["ssim"] < best - 0.001
+
+
+def quantised(z: torch.Tensor):
+    torch.manual_seed(0)
+    return VectorQuantiser(6, 4).eval()(z)
+
+
+def test_rotation_trick_keeps_the_code_and_turns_the_gradient(monkeypatch):
+    """The gradient at the encoder makes the angle with z that the gradient at the code makes with the code."""
+    z = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    plain = quantised(z)
+    monkeypatch.setattr(VectorQuantiser, "forward", VectorQuantiser.forward)  # restored afterwards
+    variants.rotation_trick()
+    turned = quantised(z)
+    torch.testing.assert_close(turned.vectors, plain.vectors)
+    g = torch.randn_like(z)
+    turned.vectors.backward(g)
+    scale = turned.vectors.norm(dim=1) / z.norm(dim=1)
+    torch.testing.assert_close(z.grad.norm(dim=1), scale * g.norm(dim=1))
+    at_code = torch.cosine_similarity(g, turned.vectors, dim=1)
+    torch.testing.assert_close(torch.cosine_similarity(z.grad, z, dim=1), at_code)
+
+
+def test_cosine_codes_have_length_1(monkeypatch):
+    for name in ("forward", "update"):
+        monkeypatch.setattr(VectorQuantiser, name, getattr(VectorQuantiser, name))
+    variants.cosine_codes()
+    quantiser = VectorQuantiser(6, 4)
+    vectors = quantiser(5 * torch.randn(2, 4, 8, 8)).vectors
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(2, 8, 8))
+    torch.testing.assert_close(quantiser.codebook.norm(dim=1), torch.ones(6))
+
+
+def test_startup_makes_a_study_of_as_many_slices(study, tmp_path):
+    files = sorted(study.glob("keras_slices_*/*.nii.gz"))
+    made = startup.link(files, tmp_path / "study", 1300)
+    assert len(made) == 1300
+    config = DataConfig(str(tmp_path / "study"), 64, 32, cache=str(tmp_path / "cache"))
+    sizes = [len(split) for split in open_study(config).values()]
+    assert sum(sizes) == 1300 and sizes[0] > 0.8 * 1300 and min(sizes) > 0

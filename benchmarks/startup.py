@@ -1,0 +1,72 @@
+"""How long a study takes to open: the first time, when every slice is decoded, and later, from the cache.
+
+    python benchmarks/startup.py --data keras_slices_data --slices 12660
+
+Makes a study of that many slices, as many as HipMRI's sliced set has, in a temporary folder: links to the files of
+--data, over and over. Beside the two starts stands what zlib alone takes for the same bytes, already in memory, on
+one core and on all: a first start cannot be quicker.
+"""
+
+import gzip
+import itertools
+import os
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import runtime
+from dataset import SPLITS, DataConfig, find_study, open_study
+
+
+def seconds(function, *args) -> float:
+    began = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - began
+
+
+def link(files: list[Path], study: Path, slices: int) -> list[Path]:
+    """A study of `slices` slices, 60 a patient, in the course's shares; its files."""
+    made, patients = [], range(1, 2 + slices // 60)
+    sources = itertools.cycle(files)
+    for patient in patients:
+        share = patient / len(patients)
+        split = SPLITS[(share > 0.9) + (share > 0.95)]
+        for number in range(min(60, slices - len(made))):
+            path = study / f"keras_slices_{split}" / f"case_{patient:03d}_week_0_slice_{number}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(next(sources).resolve())
+            made.append(path)
+    return made
+
+
+def main() -> None:
+    parser = runtime.parser(__doc__)
+    parser.add_argument("--data", default="", help="study whose files are linked")
+    parser.add_argument("--slices", type=int, default=12_660)
+    parser.add_argument("--out", default="Results/startup.json")
+    args = parser.parse_args()
+    if (study := find_study(args.data)) is None:
+        raise FileNotFoundError("no study here. Mend: --data DIR.")
+    files = sorted(study.glob("keras_slices_[tv]*/*.nii.gz"))
+    with tempfile.TemporaryDirectory() as work:
+        made = link(files, Path(work, "study"), args.slices)
+        data = DataConfig(data=str(Path(work, "study")), cache=str(Path(work, "cache")))
+        packed = [path.read_bytes() for path in made]
+        row = {"slices": len(made), "mb_packed": round(sum(map(len, packed)) / 1e6)}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            row["gunzip_one_core_s"] = seconds(lambda: [gzip.decompress(each) for each in packed])
+            row["gunzip_all_cores_s"] = seconds(lambda: list(pool.map(gzip.decompress, packed)))
+        row["first_start_s"] = seconds(open_study, data)
+        row["later_start_s"] = seconds(open_study, data)
+    for name, value in row.items():
+        print(f"{name:20} {value:.4g}")
+    row = {name: round(value, 2) for name, value in row.items()}
+    runtime.write_json(args.out, row | {"study": study.resolve().name} | runtime.provenance())
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    runtime.run_cli(main)
