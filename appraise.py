@@ -32,7 +32,8 @@ PROTOCOL = {
     f"training image. Not worse than the samples by a factor of {MARGIN}: the metric tells nothing here",
     "variety": "mean pairwise MS-SSIM of the samples, and of real test slices at the same positions",
     "copying": "the most similar of all training slices and their mirror images; flagged: nearer than the 1st "
-    "percentile of real test slices (honest); margin: the share that 19 in 20 honest sets keep to; copies: "
+    "percentile of real test slices (honest; with --position those near it); margin: the share that 19 in 20 honest "
+    "sets keep to; copies: "
     "training slices against others of the same patient, or against themselves where there are none; "
     "reconstructions: of the test slices, flagged for no more than what decoding does to a slice",
     "bounds": "bounds the copying of these samples under these measures; no guarantee of privacy. Not for "
@@ -222,9 +223,17 @@ def verdict(audit: dict) -> str:
 
 
 def score_copying(
-    train: SliceDataset, encoded: dict[str, Encoded], reconstructions: np.ndarray, samples: Samples, seed: int
+    train: SliceDataset,
+    encoded: dict[str, Encoded],
+    reconstructions: np.ndarray,
+    samples: Samples,
+    honest: np.ndarray,
+    seed: int,
 ) -> tuple[dict[str, dict], dict[str, dict]]:
-    """By measure: the audit, with a verdict and every sample's nearest; and the `Nearest` of every set."""
+    """By measure: the audit, with a verdict and every sample's nearest; and the `Nearest` of every set.
+
+    `honest` are the indices of the test slices at the samples' position; `reconstructions` are of all test slices.
+    """
 
     def flat(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
         return np.concatenate([top.reshape(len(top), -1), bottom.reshape(len(bottom), -1)], 1)
@@ -235,10 +244,10 @@ def score_copying(
     queries = {
         "correlation": {
             "samples": realism.thumbnails(samples.images),
-            "honest": pictures["test"],
-            "reconstructions": realism.thumbnails(reconstructions),
+            "honest": pictures["test"][honest],
+            "reconstructions": realism.thumbnails(reconstructions[honest]),
         },
-        "code agreement": {"samples": flat(samples.top, samples.bottom), "honest": codes["test"]},
+        "code agreement": {"samples": flat(samples.top, samples.bottom), "honest": codes["test"][honest]},
     }
     bar = tqdm(
         total=sum(len(of) for sets in queries.values() for of in sets.values()), desc="copying", disable=None
@@ -326,8 +335,9 @@ def appraise(
             for name, of in (("samples", samples.images[:m]), ("real", of_real))
         }
         report["variety"] = {"n": m} | {k: {"ms_ssim": v, "standard_error": e} for k, (v, e) in pairs.items()}
+    drawn["honest"] = near(splits["test"], position)
     report["copying"], drawn["nearest"] = score_copying(
-        splits["train"], encoded, reconstructions, samples, seed
+        splits["train"], encoded, reconstructions, samples, drawn["honest"], seed
     )
     return report | {"protocol": PROTOCOL}, drawn
 

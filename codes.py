@@ -1,5 +1,6 @@
 """The code maps of a study's slices under one autoencoder: made once, then kept in a file for both their users."""
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def extract_codes(
             with np.load(file) as kept:
                 if str(kept["key"]) == key:
                     return {name: kept[name] for name in kept.files if name != "key"}
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass  # not there, not ours, or not whole
     maps: dict[str, list] = {f"{name}_{level}": [] for name in SPLITS for level in LEVELS}
     device = next(model.parameters()).device

@@ -51,7 +51,7 @@ class GenerateConfig:
     prior: str = option(
         "Results/prior_best.pth", "the priors over its codes, as train.py --stage prior wrote them"
     )
-    data: str = option("", "study folder; empty is the study that the autoencoder was trained on")
+    data: str = option("", "study folder; empty is the study that the priors were trained on")
     out: str = option("Results/generated", "folder to write to")
     batch_size: int = option(16, "slices at a time; changes no sample")
     device: str = option("auto", "where the models run", choices=("auto", "cpu", "cuda"))
@@ -62,6 +62,8 @@ class GenerateConfig:
         for name in ("n", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed is {self.seed}; expected 0 to {2**32 - 1}")
         if not (0 <= self.position <= 1 or math.isnan(self.position)):
             raise ValueError(f"--position is {self.position}; expected 0 to 1")
         check_sampling(self.temperature, self.top_k, self.top_p)
@@ -71,7 +73,7 @@ class GenerateConfig:
 
 
 def load_models(config: GenerateConfig) -> tuple[dict, VQVAE2, Prior]:
-    """The autoencoder's checkpoint, the autoencoder and its priors; ValueError where they are not a pair."""
+    """The "data" that the priors were trained on, the autoencoder and its priors; ValueError for no pair."""
     checkpoint = runtime.load_checkpoint(config.checkpoint, "vqvae2")
     saved = runtime.load_checkpoint(config.prior, "prior")
     digest, learnt = runtime.sha256(config.checkpoint), saved["autoencoder_sha256"]
@@ -97,15 +99,15 @@ def load_models(config: GenerateConfig) -> tuple[dict, VQVAE2, Prior]:
         raise ValueError(
             f"{config.prior}: weights of other priors than prior.py has. Mend: train again."
         ) from error
-    return checkpoint, model, prior.to(device).eval()
+    return saved["data"], model, prior.to(device).eval()
 
 
 def open_splits(config: GenerateConfig, trained: dict) -> dict[str, SliceDataset]:
-    """The study at the autoencoder's size; `trained` is the checkpoint's "data"."""
+    """The study at the models' size; `trained` is the "data" of the priors' checkpoint."""
     data = DataConfig(
         data=config.data, allow_patient_overlap=config.allow_patient_overlap, cache=config.cache
     )
-    splits = open_trained_study(trained, data, config.checkpoint)
+    splits = open_trained_study(trained, data, config.prior)
     if any(split.fingerprint != trained["fingerprints"][name] for name, split in splits.items()):
         print(f"note: {splits['train'].study}: its files are not those that the models were trained on")
     if all(np.isnan(split.positions).all() for split in splits.values()):
@@ -231,6 +233,7 @@ def write_pictures(
     album: Album, splits: dict, samples: Samples, twins: np.ndarray, report: dict, drawn: dict
 ) -> None:
     train, test, n = splits["train"], splits["test"], f"n = {report['n']}"
+    honest = drawn["honest"]
     some = twins[: min(4, len(twins))]
     real = test.images(some)[:, 0].numpy()
     groups = {
@@ -256,8 +259,8 @@ def write_pictures(
         f"generated | nearest training slice ({n})": pairs(
             "samples", lambda i: samples.images[i], lambda i: f"{i:04d}"
         ),
-        f"real test | nearest training slice (n = {len(test)})": pairs(
-            "honest", lambda i: test.images([i])[0, 0].numpy(), lambda i: label(test, i)
+        f"real test | nearest training slice (n = {len(honest)})": pairs(
+            "honest", lambda i: test.images([honest[i]])[0, 0].numpy(), lambda i: label(test, honest[i])
         ),
     }
     figures.slice_grid(album.out / "nearest.png", groups, 8, album.span, album.note)
@@ -295,8 +298,8 @@ def generate(config: GenerateConfig) -> dict:
         OSError: a folder that cannot be written.
         KeyboardInterrupt: after Ctrl-C or SIGTERM; what is finished stays, and the manifest says how many.
     """
-    checkpoint, model, prior = load_models(config)
-    splits = open_splits(config, checkpoint["data"])
+    trained, model, prior = load_models(config)
+    splits = open_splits(config, trained)
     out, test = runtime.writable_folder(config.out), splits["test"]
     pool, rng = near(test, config.position), np.random.default_rng(config.seed)
     # real slices in a random order, over and over: what sample i stands beside does not depend on n

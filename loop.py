@@ -15,7 +15,7 @@ A stage (train.py has two) brings the model and its data:
     describe(record)    the terms that matter of an epoch's line of the log, for the terminal
 
 Under torchrun every rank runs all of this on its stretch of each batch; what must not differ between ranks
-(gradients, sums, the time, the wish to stop) is added up over them, and only rank 0 writes. No step of stage one
+(gradients, sums, the time, the wish to stop) is added up over them, and only rank 0 writes. No step
 waits for a GPU.
 """
 
@@ -56,7 +56,9 @@ class TrainConfig:
     patience: int = option(0, "stop after this many epochs without a better validation loss; 0 never does")
     seed: int = option(0, "of weights, order and augmentation")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
-    bf16: str = option("auto", "bfloat16 autocast; auto: where the hardware has it", choices=SWITCH)
+    bf16: str = option(
+        "auto", "bfloat16 autocast; auto: where it is faster, on GPUs and CPUs with AMX", choices=SWITCH
+    )
     weights: str = option(
         "", "begin with the weights of this checkpoint, of an autoencoder of the same shape"
     )

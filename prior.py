@@ -106,18 +106,23 @@ class Block(nn.Module):
 
 
 class SlicePosition(nn.Module):
-    """The slice's relative position in its volume, (B,) in [0, 1] or NaN for unknown -> (B, C)."""
+    """The slice's relative position in its volume, (B,) in [0, 1] or NaN for unknown -> (B, C).
+
+    `mirrored` (B,) is True for slices that training turned left to right: told so, it samples none.
+    """
 
     def __init__(self, channels: int, octaves: int = 5):
         super().__init__()
         self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(octaves), persistent=False)
         self.known = nn.Linear(2 * octaves, channels)
         self.unknown = nn.Parameter(torch.zeros(channels))
+        self.mirror = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, position: Tensor) -> Tensor:
+    def forward(self, position: Tensor, mirrored: Tensor | None = None) -> Tensor:
         angles = position.to(self.frequencies).nan_to_num()[:, None] * self.frequencies
         known = self.known(torch.cat([angles.sin(), angles.cos()], 1))
-        return torch.where(position.isnan()[:, None], self.unknown, known)
+        x = torch.where(position.isnan()[:, None], self.unknown, known)
+        return x if mirrored is None else x + mirrored[:, None] * self.mirror
 
 
 class CodePrior(nn.Module):
@@ -153,13 +158,16 @@ class CodePrior(nn.Module):
         self.register_buffer("slots", inside[REACH:], persistent=False)
         self.register_buffer("reads", torch.stack(reads, 1), persistent=False)
 
-    def forward(self, codes: Tensor, condition: Tensor | None, position: Tensor) -> Tensor:
+    def forward(
+        self, codes: Tensor, condition: Tensor | None, position: Tensor, mirrored: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, h, w, K) of each of the codes (B, h, w), int64 in [0, K), given those before it.
 
         condition (B, C, h, w) is what is known about each position beforehand; position (B,) is the slice's
-        in its volume, in [0, 1], NaN for unknown.
+        in its volume, in [0, 1], NaN for unknown; mirrored (B,) as in `SlicePosition`.
         """
-        x = self.read(self.bordered(codes)[:, self.reads], self.table()) + self.given(condition, position)
+        x = self.read(self.bordered(codes)[:, self.reads], self.table())
+        x = x + self.given(condition, position, mirrored)
         x = self.dropout(x)  # (B, h*w, C)
         for block in self.blocks:
             x = block(x)
@@ -179,9 +187,9 @@ class CodePrior(nn.Module):
         rows = neighbours * n + torch.arange(n, device=neighbours.device)
         return F.embedding_bag(rows.view(-1, n), table, mode="sum").view(*neighbours.shape[:-1], -1)
 
-    def given(self, condition: Tensor | None, position: Tensor) -> Tensor:
+    def given(self, condition: Tensor | None, position: Tensor, mirrored: Tensor | None = None) -> Tensor:
         """All that does not depend on this level's codes, (B, h*w, C)."""
-        x = places(self.place, self.shape) + self.position(position)[:, None]
+        x = places(self.place, self.shape) + self.position(position, mirrored)[:, None]
         return x if condition is None else x + condition.flatten(2).transpose(1, 2)
 
 
@@ -309,10 +317,12 @@ class Prior(nn.Module):
         check_positions(position, len(top))
         return self(top, bottom, position)
 
-    def forward(self, top: Tensor, bottom: Tensor, position: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, top: Tensor, bottom: Tensor, position: Tensor, mirrored: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """`nats` without its checks, for which a GPU would have to be waited for: a training step's."""
-        maps = {"top": top, "bottom": bottom}
-        logits = self.top(top, None, position), self.bottom(bottom, self.condition(top), position)
+        maps, where = {"top": top, "bottom": bottom}, (position, mirrored)
+        logits = self.top(top, None, *where), self.bottom(bottom, self.condition(top), *where)
         return {
             name: F.cross_entropy(values.float().flatten(0, 2), codes.flatten(), reduction="none").view_as(
                 codes

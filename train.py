@@ -28,7 +28,7 @@ from torch import Tensor
 import metrics
 import runtime
 from codes import extract_codes
-from dataset import DataConfig, open_study, open_trained_study
+from dataset import DataConfig, SliceDataset, open_study, open_trained_study
 from loop import TrainConfig, fit, switched
 from modules import VQVAE2, Output, VQVAE2Config, load_model, ssim
 from prior import Prior, PriorConfig
@@ -111,6 +111,15 @@ def flip_left_right(x: Tensor, mirrored: Tensor) -> Tensor:
     return torch.where(mirrored.view(-1, 1, 1, 1), x.flip(2), x)
 
 
+def study_of(splits: dict[str, SliceDataset]) -> dict:
+    """What a checkpoint says of the study it was trained on."""
+    return {
+        "study": str(splits["train"].study.resolve()),
+        "fingerprints": {name: split.fingerprint for name, split in splits.items()},
+        "synthetic": splits["train"].synthetic,
+    }
+
+
 class Autoencoder:
     """Stage one for the loop: z-scored slices, reconstructed; counts the codes of both levels."""
 
@@ -153,17 +162,14 @@ class Autoencoder:
         self.mirrored = (torch.rand(len(self.splits["train"]), generator=generator) < 0.5).to(self.device)
 
     def settings(self) -> dict:
-        train = self.splits["train"]
         return {
             "model_config": dataclasses.asdict(self.model.config),
             "loss_config": dataclasses.asdict(self.loss),
             "data": {
-                "study": str(train.study.resolve()),
                 "height": self.data.height,
                 "width": self.data.width,
                 "allow_patient_overlap": self.data.allow_patient_overlap,
-                "fingerprints": {name: split.fingerprint for name, split in self.splits.items()},
-                "synthetic": train.synthetic,
+                **study_of(self.splits),
             },
         }
 
@@ -201,6 +207,13 @@ class Autoencoder:
         )
 
 
+def resume(stage, config: TrainConfig, checkpoint: dict | None) -> Path:
+    """`fit`, with a note where the study has changed since the checkpoint was written."""
+    if checkpoint and checkpoint["data"]["fingerprints"]["train"] != stage.splits["train"].fingerprint:
+        print("note: the train split's files are not those that the checkpoint was trained on")
+    return fit(stage, config, checkpoint)
+
+
 def train_autoencoder(
     data: DataConfig,
     model: VQVAE2Config,
@@ -221,9 +234,7 @@ def train_autoencoder(
             f"--resume: --height and --width are not the checkpoint's, {was}. Mend: leave them out."
         )
     stage = Autoencoder(data, model, loss, config, resumed=checkpoint is not None)
-    if checkpoint and checkpoint["data"]["fingerprints"]["train"] != stage.splits["train"].fingerprint:
-        print("note: the train split's files are not those that the checkpoint was trained on")
-    return fit(stage, config, checkpoint)
+    return resume(stage, config, checkpoint)
 
 
 # ---- stage two: the priors ----
@@ -251,6 +262,7 @@ class CodePriors:
         self.sha256 = runtime.sha256(codes.checkpoint)
         with runtime.one_first():
             self.splits = open_trained_study(self.data, data, codes.checkpoint)
+        self.data |= study_of(self.splits)
         size = self.data["height"], self.data["width"]
         self.pixels = math.prod(size)
         model = load_model(checkpoint, codes.checkpoint).to(self.device)
@@ -287,7 +299,7 @@ class CodePriors:
         if self.model.training:
             position, side = position.masked_fill(self.forgotten[at], math.nan), self.side[at]
         maps = (self.maps[f"{split}_{level}"][side, at].long() for level in ("top", "bottom"))
-        nats = self.model(*maps, position)
+        nats = self.model(*maps, position, side)
         total = nats["top"].sum() + nats["bottom"].sum()
         codes = nats["top"].numel() + nats["bottom"].numel()
         return {
@@ -327,7 +339,7 @@ def train_prior(
         raise ValueError(
             f"--resume: the prior of another autoencoder than {codes.checkpoint}. Mend: --checkpoint, or train anew."
         )
-    return fit(stage, config, checkpoint)
+    return resume(stage, config, checkpoint)
 
 
 # ---- the command line ----

@@ -299,7 +299,7 @@ def reached(history: list[dict], target: float) -> tuple[float, float | None]:
 def differences(rows: dict[str, dict]) -> list[str]:
     """A warning for everything in which rows that stand in one table were not made alike."""
     found = []
-    for key in ("machine", "device", "threads", "minutes", "seed", "study", "fingerprint", "torch"):
+    for key in ("machine", "device", "bf16", "threads", "minutes", "seed", "study", "fingerprint", "torch"):
         of = {name: row[key] for name, row in rows.items() if (name, key) != ("race", "minutes")}
         if len(set(of.values())) > 1:
             found.append(
