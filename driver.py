@@ -44,6 +44,8 @@ def main() -> None:
     presets = train.PRESETS["prior"]
     second = presets["quick" if args.preset == "quick" or (no_study and not args.preset) else "best"]
     if args.prior_minutes is not None:
+        if not args.prior_minutes >= 0:
+            raise ValueError(f"--prior-minutes is {args.prior_minutes}; expected 0 or more")
         second = second | {"minutes": args.prior_minutes}
     same = {name: getattr(config, name) for name in ("out", "device", "seed", "bf16")}
     second = train.TrainConfig(**same, **second)

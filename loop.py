@@ -74,6 +74,8 @@ class TrainConfig:
         for name in ("minutes", "warmup", "weight_decay", "clip", "patience", "keep", "seed"):
             if not 0 <= getattr(self, name) < 2**32:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected 0 or more")
+        if self.warmup > 1:
+            raise ValueError(f"--warmup is {self.warmup}; expected a share of the run, at most 1")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"--lr is {self.lr}; expected more than 0")
 
@@ -159,6 +161,8 @@ class Run:
             raise ValueError(
                 "--resume: the checkpoint is of a network of another shape. Mend: leave out its flags."
             )
+        if (was := checkpoint["train_config"]["optimiser"]) != self.config.optimiser:
+            raise ValueError(f"--resume: the checkpoint is of --optimiser {was}. Mend: leave it out.")
         self.stage.model.load_state_dict(checkpoint["model"])
         self.optimiser.load_state_dict(checkpoint["optimiser"])
         for group in self.optimiser.param_groups:
@@ -176,8 +180,8 @@ class Run:
                 or runtime.load_checkpoint(best, self.stage.kind)["epoch"] != self.best_epoch
             )
         runtime.sum_over_ranks(lost)
-        if lost:
-            self.best = math.inf  # the best so far is not in this folder: the next epoch becomes it
+        if lost:  # the best so far is not in this folder: the next epoch becomes it
+            self.best, self.best_epoch = math.inf, self.epoch
 
     def save(self, name: str) -> Path:
         path = self.out / f"{self.stage.kind}_{name}.pth"
@@ -395,6 +399,8 @@ def fit(stage, config: TrainConfig, checkpoint: dict | None = None) -> Path:
                 run.end_epoch()
                 stop = run.agree(stopped)
         path = run.interrupt() if stop else run.save("epoch_final")  # while a second signal still waits
+        if not stop and run.best == math.inf:
+            run.save("best")  # nothing was left to do, in a folder that has no best yet
     run.write_logs(plot=True)
     if stop:
         print(f"stopped in epoch {run.epoch + 1}; go on with: python train.py --resume {path}")

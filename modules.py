@@ -49,13 +49,16 @@ class VQVAE2Config:
         for name in ("K", "stride", "D", "channels", "top_channels", "residual_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.K > 2**16:
+            raise ValueError(f"K is {self.K}; expected at most {2**16}, for codes are kept in 16 bits")
         for name in ("encoder_blocks", "top_blocks", "decoder_blocks"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if self.stride % 2:
             raise ValueError(f"stride is {self.stride}; expected an even number")
-        if not self.rate >= 0:
-            raise ValueError(f"rate is {self.rate}; expected 0 or more")
+        for name in ("rate", "revive"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; expected 0 <= ema_decay < 1")
 

@@ -52,7 +52,7 @@ PRIOR_RECIPE = STEPS | {"batch_size": 2, "lr": 2e-3, "weight_decay": 0.05, "pati
 PRESETS = {
     "autoencoder": {
         "report": {},
-        "quick": RECIPE | {"minutes": 1.75},
+        "quick": RECIPE | {"minutes": 1.75, "lr": 3e-3},
         "best": RECIPE | WIDER | {"minutes": 30.0, "decoder_blocks": 4},
         # for --weights of `best`: codes that cost the priors fewer bits
         "fewer-bits": RECIPE | {"minutes": 10.0, "lr": 7e-4, "rate": 0.03},
@@ -246,6 +246,10 @@ class CodesConfig:
 
     checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder, for --stage prior")
     forget: float = option(0.1, "share of training slices whose position is hidden from the prior")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.forget <= 1:
+            raise ValueError(f"--forget is {self.forget}; expected 0 to 1")
 
 
 class CodePriors:

@@ -4,7 +4,7 @@
 
 Makes a study of that many slices, as many as HipMRI's sliced set has, in a temporary folder: links to the files of
 --data, over and over. Beside the two starts stands what zlib alone takes for the same bytes, already in memory, on
-one core and on all: a first start cannot be quicker.
+one core and on all: a first start cannot be quicker. The files have been read before, so no disk is measured.
 """
 
 import gzip

@@ -127,9 +127,16 @@ def augment(change) -> None:
     train.flip_left_right = lambda x, mirrored: change(flip(x, mirrored))
 
 
-if __name__ == "__main__":
-    end = next(i for i, word in enumerate(sys.argv) if word.startswith("--"))
-    change, *arguments = sys.argv[1:end]
-    del sys.argv[1:end]
+def main() -> None:
+    words = [*sys.argv[1:], "--"]
+    end = next(i for i, word in enumerate(words) if word.startswith("--"))
+    change, *arguments = words[:end] or [""]
+    if not callable(globals().get(change)):
+        raise ValueError(f"variants.py {change}: no function of it. Mend: one of those in the file, first.")
     globals()[change](*arguments)
-    runtime.run_cli(train.main)
+    del sys.argv[1 : end + 1]
+    train.main()
+
+
+if __name__ == "__main__":
+    runtime.run_cli(main)
