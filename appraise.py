@@ -5,6 +5,7 @@ Models, splits and samples in; a report and the arrays for its pictures out. No 
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -31,10 +32,11 @@ PROTOCOL = {
     "controls": "uniform random codes; each code drawn from the training histogram of its place; the mean "
     f"training image. Not worse than the samples by a factor of {MARGIN}: the metric tells nothing here",
     "variety": "mean pairwise MS-SSIM of the samples, and of real test slices at the same positions",
-    "copying": "the most similar of all training slices and their mirror images; flagged: nearer than the 1st "
-    "percentile of real test slices (honest; with --position those near it); margin: the share that 19 in 20 honest "
-    "sets keep to; copies: "
-    "training slices against others of the same patient, or against themselves where there are none; "
+    "copying": "the most similar of all training slices and their mirror images, by the correlation of pictures and "
+    "by the codes in common, each weighed by its bits in the training histogram of its place; flagged: nearer than "
+    "the 1st percentile of real test slices (honest; with --position those near it); margin: the share that 19 in 20 "
+    "honest sets keep to; copies: training slices against others of the same patient, or against themselves where "
+    "there are none; "
     "reconstructions: of the test slices, flagged for no more than what decoding does to a slice",
     "bounds": "bounds the copying of these samples under these measures; no guarantee of privacy. Not for "
     "diagnosis",
@@ -228,6 +230,7 @@ def score_copying(
     reconstructions: np.ndarray,
     samples: Samples,
     honest: np.ndarray,
+    K: int,
     seed: int,
 ) -> tuple[dict[str, dict], dict[str, dict]]:
     """By measure: the audit, with a verdict and every sample's nearest; and the `Nearest` of every set.
@@ -249,16 +252,18 @@ def score_copying(
         },
         "code agreement": {"samples": flat(samples.top, samples.bottom), "honest": codes["test"][honest]},
     }
+    everything = np.concatenate([codes["train"], mirrored])
+    by_bits = partial(realism.code_agreement, bits=realism.code_bits(everything, K))
     bar = tqdm(
         total=sum(len(of) for sets in queries.values() for of in sets.values()), desc="copying", disable=None
     )
     report, found = {}, {}
     for name, sets in queries.items():
         by_codes = name == "code agreement"
-        measure = realism.code_agreement if by_codes else realism.nearest
+        measure = by_bits if by_codes else realism.nearest
         mine = codes["train"] if by_codes else pictures["train"]
-        everything = np.concatenate([mine, mirrored]) if by_codes else mine
-        found[name] = {of: search(measure, items, everything, bar) for of, items in sets.items()}
+        whole = everything if by_codes else mine
+        found[name] = {of: search(measure, items, whole, bar) for of, items in sets.items()}
         if by_codes:  # the second half of `everything` holds the mirror images
             found[name] = {
                 of: best._replace(index=best.index % len(train), mirrored=best.index >= len(train))
@@ -337,7 +342,7 @@ def appraise(
         report["variety"] = {"n": m} | {k: {"ms_ssim": v, "standard_error": e} for k, (v, e) in pairs.items()}
     drawn["honest"] = near(splits["test"], position)
     report["copying"], drawn["nearest"] = score_copying(
-        splits["train"], encoded, reconstructions, samples, drawn["honest"], seed
+        splits["train"], encoded, reconstructions, samples, drawn["honest"], model.config.K, seed
     )
     return report | {"protocol": PROTOCOL}, drawn
 

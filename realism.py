@@ -243,20 +243,38 @@ def nearest(queries: np.ndarray, train: np.ndarray, exclude: Sequence[int] | Non
     return _best(np.maximum(as_is, mirrored), mirrored > as_is, exclude)
 
 
-def code_agreement(queries: np.ndarray, train: np.ndarray, exclude: Sequence[int] | None = None) -> Nearest:
+def code_bits(train: np.ndarray, K: int) -> np.ndarray:
+    """What each code says of a slice where it stands, in bits: (codes of a slice, K) float32, above 0.
+
+    -log2 of the share of training slices that have it there. Codes (M, ...) int in [0, K).
+    """
+    flat = train.reshape(len(train), -1)
+    counts = np.stack([np.bincount(place, minlength=K) for place in flat.T])
+    return np.log2((len(flat) + 1) / (counts + 0.5)).astype(np.float32)
+
+
+def code_agreement(
+    queries: np.ndarray,
+    train: np.ndarray,
+    exclude: Sequence[int] | None = None,
+    bits: np.ndarray | None = None,
+) -> Nearest:
     """The training slice that has the most codes in common with each query, each at its place.
 
     Codes (N, ...) and (M, ...), int below 65536; `exclude` as in `nearest`. Codes cannot be mirrored: to find
-    mirrored copies, let `train` hold the codes of mirrored slices too.
+    mirrored copies, let `train` hold the codes of mirrored slices too. With the `code_bits` of all training slices
+    a common code counts for its bits: that two slices have air in the same corner says little.
     """
     few = _flat(queries, train).astype(np.uint16, copy=False)
     many = _flat(train, queries).astype(np.uint16, copy=False)
-    equal = np.empty((len(few), len(many)))
-    for start in range(0, len(many), 128):  # training slices whose codes stay in the processor's cache
-        part = many[start : start + 128]
-        for i, codes in enumerate(few):
-            equal[i, start : start + 128] = (part == codes).view(np.uint8).sum(1, dtype=np.uint32)
-    return _best(equal / few.shape[1], np.zeros(equal.shape, bool), exclude)
+    places, ones = np.arange(few.shape[1]), np.ones(few.shape[1], np.float32)
+    similarity = np.empty((len(few), len(many)))
+    for i, codes in enumerate(few):
+        worth = ones if bits is None else bits[places, codes]
+        for start in range(0, len(many), 128):  # training slices whose codes stay in the processor's cache
+            equal = many[start : start + 128] == codes
+            similarity[i, start : start + 128] = equal.astype(np.float32) @ worth / worth.sum()
+    return _best(similarity, np.zeros(similarity.shape, bool), exclude)
 
 
 def _flat(x: np.ndarray, other: np.ndarray) -> np.ndarray:

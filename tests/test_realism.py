@@ -254,6 +254,32 @@ def test_code_agreement_by_brute_force():
     assert realism.code_agreement(queries, train).similarity[:2].tolist() == [1, 1]
 
 
+def test_code_agreement_by_bits_by_brute_force():
+    rng = np.random.default_rng(0)
+    train, queries = rng.integers(0, 4, (150, 5, 8)), rng.integers(0, 4, (6, 5, 8))
+    bits = realism.code_bits(train, 4)
+    found = realism.code_agreement(queries, train, None, bits)
+    for i, query in enumerate(queries):
+        share = (train == query).mean(0)  # of training slices with the query's code, at every place
+        worth = -np.log2((share * 150 + 0.5) / 151)
+        scores = ((train == query) * worth).sum((1, 2)) / worth.sum()
+        assert found.index[i] == scores.argmax()
+        assert found.similarity[i] == pytest.approx(scores.max(), rel=1e-5)
+
+
+def test_air_in_common_is_no_agreement_by_bits():
+    """Three quarters of every slice hold the same code: all agree in them, and only a copy agrees in the rest."""
+    rng = np.random.default_rng(0)
+    train, queries = rng.integers(1, 500, (200, 40)), rng.integers(1, 500, (3, 40))
+    train[:, :30] = queries[:, :30] = 0
+    queries[0] = train[17]
+    bits = realism.code_bits(train, 500)
+    assert realism.code_agreement(queries, train).similarity.min() >= 0.75
+    found = realism.code_agreement(queries, train, None, bits)
+    assert found.index[0] == 17 and found.similarity[0] == pytest.approx(1)
+    assert found.similarity[1:].max() < 0.2
+
+
 def test_audit_flags_copies_and_not_the_honest():
     rng, train = np.random.default_rng(0), slices(200)
     small = realism.thumbnails(train)
