@@ -218,7 +218,8 @@ def verdict(audit: dict) -> str:
     samples, copies = audit["samples"], audit["copies"]
     flagged = f"{samples['flagged']} of {samples['n']} samples flagged; {audit['margin']:.1%} could be chance"
     if samples["share"] > audit["margin"]:
-        return f"COPIES: {flagged}"
+        near = f"One sample in 100 is nearer than {samples['percentiles']['99']:.3f}"
+        return f"COPIES: {flagged}. {near}, half of the known copies than {copies['percentiles']['50']:.3f}"
     if copies["share"] < 0.5:
         return f"cannot tell: flags only {copies['share']:.1%} of the known copies; {flagged}"
     return f"no copying beyond honest slices' own: {flagged}"
