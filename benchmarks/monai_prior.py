@@ -1,6 +1,6 @@
 """p(top) side by side with MONAI's DecoderOnlyTransformer, of the same size, on the same codes, for the same time.
 
-    pip install monai
+    pip install monai einops
     python benchmarks/monai_prior.py --checkpoint Results/vqvae2_best.pth [--minutes 4] [--n 16]
 
 Ours is `prior.CodePrior` with the settings of `train.py --stage prior`; MONAI's has as many channels, layers and
