@@ -36,15 +36,13 @@ def main() -> None:
     parser.add_argument(
         "--prior-minutes", type=float, help="of the priors' training; 0: no priors, no samples"
     )
-    args, checkpoint = train.parse(parser, preset="phantom" if no_study else "report")
+    args, checkpoint = train.parse(parser, preset="quick" if no_study else "report")
     if checkpoint and checkpoint["kind"] == "prior":
         raise ValueError(f"--resume {args.resume}: priors. Mend: train.py --resume, then generate.py.")
     configs = (DataConfig, VQVAE2Config, train.LossConfig, train.CodesConfig, PriorConfig, train.TrainConfig)
     data, model, loss, codes, prior, config = (runtime.from_flags(c, args) for c in configs)
     presets = train.PRESETS["prior"]
-    second = presets[
-        "quick" if args.preset in ("quick", "phantom") or (no_study and not args.preset) else "best"
-    ]
+    second = presets["quick" if args.preset == "quick" or (no_study and not args.preset) else "best"]
     if args.prior_minutes is not None:
         if not args.prior_minutes >= 0:
             raise ValueError(f"--prior-minutes is {args.prior_minutes}; expected 0 or more")

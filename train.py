@@ -53,8 +53,6 @@ PRESETS = {
     "autoencoder": {
         "report": {},
         "quick": RECIPE | {"minutes": 1.75, "lr": 3e-3},
-        # what driver.py takes where there is no study: codes that weigh their bits leave out the phantom's noise
-        "phantom": RECIPE | {"minutes": 1.75, "lr": 3e-3, "rate": 0.03},
         "best": RECIPE | WIDER | {"minutes": 30.0, "decoder_blocks": 4},
         # for --weights of `best`: codes that cost the priors fewer bits
         "fewer-bits": RECIPE | {"minutes": 10.0, "lr": 7e-4, "rate": 0.03},
@@ -62,7 +60,7 @@ PRESETS = {
         "medium-rate": RECIPE | {"epochs": 5, "K": 32},
         "low-rate": RECIPE | WIDER | {"epochs": 5, "K": 1024, "stride": 8},
     },
-    "prior": {"quick": PRIOR_RECIPE | {"minutes": 2.5}, "best": PRIOR_RECIPE | {"minutes": 30.0}},
+    "prior": {"quick": PRIOR_RECIPE | {"minutes": 1.5}, "best": PRIOR_RECIPE | {"minutes": 30.0}},
 }
 
 
