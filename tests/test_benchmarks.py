@@ -51,6 +51,7 @@ ROW = {
     "fingerprint": "0a-1b-2c",
     "device": "cpu",
     "threads": 1,
+    "bf16": False,
     "cores_had": 0.99,
     "machine": "x86_64, 2 CPUs",
     "torch": "2.13.0",
