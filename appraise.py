@@ -255,15 +255,17 @@ def score_copying(
     }
     everything = np.concatenate([codes["train"], mirrored])
     by_bits = partial(realism.code_agreement, bits=realism.code_bits(everything, K))
+    sources = {  # how to measure, the training slices, and all that is searched
+        "correlation": (realism.nearest, pictures["train"], pictures["train"]),
+        "code agreement": (by_bits, codes["train"], everything),
+    }
     bar = tqdm(
         total=sum(len(of) for sets in queries.values() for of in sets.values()), desc="copying", disable=None
     )
     report, found = {}, {}
     for name, sets in queries.items():
         by_codes = name == "code agreement"
-        measure = by_bits if by_codes else realism.nearest
-        mine = codes["train"] if by_codes else pictures["train"]
-        whole = everything if by_codes else mine
+        measure, mine, whole = sources[name]
         found[name] = {of: search(measure, items, whole, bar) for of, items in sets.items()}
         if by_codes:  # the second half of `everything` holds the mirror images
             found[name] = {

@@ -288,7 +288,7 @@ def test_flags_win_over_presets_and_checkpoints(study, tmp_path, monkeypatch):
         monkeypatch.setattr("sys.argv", ["train.py", *map(str, argv)])
         return train.parse(train.flags(""))[0]
 
-    assert settings("--preset", "best").minutes == train.PRESETS["autoencoder"]["best"]["minutes"]
+    assert settings("--preset", "best").minutes == 30
     assert settings("--preset", "best", "--minutes", "2").minutes == 2
     args = settings("--preset", "best", "--epochs", "3")
     assert (args.minutes, args.epochs, args.batch_size) == (0, 3, 1)
