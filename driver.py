@@ -28,25 +28,29 @@ PHANTOM = Path("phantom_slices_data")  # made where there is no study
 def main() -> None:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--data", default="")
-    no_study = find_study(first.parse_known_args()[0].data) is None
+    first.add_argument("--preset")
+    known = first.parse_known_args()[0]
+    no_study = find_study(known.data) is None
+    preset = known.preset or ("quick" if no_study else "report")
+    of_prior = train.PRESETS["prior"]["quick" if preset == "quick" else "best"]
+    second = {name: value for name, value in of_prior.items() if hasattr(train.TrainConfig, name)}
 
     parser = train.flags(__doc__)
+    parser.set_defaults(**{name: value for name, value in of_prior.items() if name not in second})
     parser.add_argument("--nifti", action="store_true", help="write the reconstructions as NIfTI too")
-    parser.add_argument("--n", type=int, default=32, help="slices to sample (default: %(default)s)")
+    parser.add_argument("--n", type=int, default=64, help="slices to sample (default: %(default)s)")
     parser.add_argument(
         "--prior-minutes", type=float, help="of the priors' training; 0: no priors, no samples"
     )
-    args, checkpoint = train.parse(parser, preset="quick" if no_study else "report")
+    args, checkpoint = train.parse(parser, preset)
     if checkpoint and checkpoint["kind"] == "prior":
         raise ValueError(f"--resume {args.resume}: priors. Mend: train.py --resume, then generate.py.")
     configs = (DataConfig, VQVAE2Config, train.LossConfig, train.CodesConfig, PriorConfig, train.TrainConfig)
     data, model, loss, codes, prior, config = (runtime.from_flags(c, args) for c in configs)
-    presets = train.PRESETS["prior"]
-    second = presets["quick" if args.preset == "quick" or (no_study and not args.preset) else "best"]
     if args.prior_minutes is not None:
         if not args.prior_minutes >= 0:
             raise ValueError(f"--prior-minutes is {args.prior_minutes}; expected 0 or more")
-        second = second | {"minutes": args.prior_minutes}
+        second["minutes"] = args.prior_minutes
     same = {name: getattr(config, name) for name in ("out", "device", "seed", "bf16")}
     second = train.TrainConfig(**same, **second)
     generated = generate.GenerateConfig(n=args.n, seed=config.seed)  # checked before anything is trained

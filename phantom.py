@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import runtime
+from dataset import in_parallel
 from runtime import option
 
 SHAPE, PLANES, SPACING = (256, 128), 60, 1.6  # left-right and foot-head; anterior to posterior; mm, all three
@@ -72,11 +72,11 @@ BETWEEN_THIGHS = (0, 0, -93, 0, 0, -160, 1, 20, 0.0, 0)
 class PhantomConfig:
     """How large a phantom study is; patients are numbered from 4, 36 and 40, as in the real one."""
 
-    train_patients: int = option(13, "patients to train on, at most 32")
-    validate_patients: int = option(2, "patients to validate on, at most 4")
+    train_patients: int = option(32, "patients to train on, at most 32")
+    validate_patients: int = option(4, "patients to validate on, at most 4")
     test_patients: int = option(3, "patients to test on")
     weeks: int = option(2, "volumes of each patient")
-    slices: int = option(10, "slices of a volume, spread evenly over 60 planes")
+    slices: int = option(16, "slices of a volume, spread evenly over 60 planes")
     seed: int = option(0, "another seed gives other patients")
 
     def __post_init__(self):
@@ -278,17 +278,20 @@ def write_phantom(out: Path | str, config: PhantomConfig = PhantomConfig()) -> P
     if marker.is_file() and marker.read_text() == about and all(file.is_file() for file in files):
         print(f"{out}: synthetic phantom of this config, already whole; reused")
         return out
-    with runtime.atomic_path(out) as part, tqdm(total=len(files) // 2, desc="phantom", unit="slice") as bar:
+    with runtime.atomic_path(out) as part:
         part.mkdir()
         (part / marker.name).write_text(about)
-        for (patient, week), names in cases.items():
-            man = Man(config.seed, patient, week)
+
+        def write(case: tuple[int, int]) -> None:
+            man = Man(config.seed, *case)
             for number in numbers:
                 _, pixels, tissues = man.cut(number)
                 mask = np.where(tissues > PROSTATE, BODY, tissues).astype(np.uint8)
-                for name, array in zip(names, (pixels, mask), strict=True):
+                for name, array in zip(cases[case], (pixels, mask), strict=True):
                     runtime.write_nifti(part / (name % number), array, AFFINE, NOT_A_PATIENT)
-                bar.update()
+
+        for _ in in_parallel(write, list(cases), "phantom", "volume"):
+            pass
     print(f"{out}: wrote a synthetic phantom, {len(files) // 2} slices and as many masks, seed {config.seed}")
     return out
 

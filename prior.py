@@ -8,9 +8,10 @@ order, and the bottom is conditioned on the whole top map,
 where z is the slice's relative position in its volume, or unknown. Their PixelSNAIL is here a small causal
 transformer (Vaswani et al. 2017, pre-norm) that starts from a masked convolution over the nearest codes.
 
-    codes before t --> masked convolution --+--> causal blocks --> logits of the code at t
-    row, column and slice position ---------+
-    top map --> unmasked blocks --> x2 -----+    (bottom level only: the top around t)
+    codes before t --> masked convolution ---------+--> causal blocks --> logits of the code at t
+    row, column and slice position ----------------+
+    the same --> MLP ------------------------------+    (top level: what tends to be there)
+    top map --> unmasked blocks --> x2 ------------+    (bottom level: the top around t)
 """
 
 import copy
@@ -54,6 +55,17 @@ class PriorConfig:
             raise ValueError(f"prior_dropout is {self.prior_dropout}; expected less than 1")
 
 
+class MLP(nn.Sequential):
+    """(..., C) -> (..., C): normalised, then one hidden layer with GELU; `down` begins small, see `reset`."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.up = nn.Linear(channels, EXPAND * channels)
+        self.gelu = nn.GELU()
+        self.down = nn.Linear(EXPAND * channels, channels)
+
+
 class Block(nn.Module):
     """A pre-norm transformer block: attention, then an MLP with GELU.
 
@@ -66,9 +78,8 @@ class Block(nn.Module):
         super().__init__()
         C = config.prior_channels
         self.heads, self.span = config.prior_heads, span
-        self.norm1, self.norm2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.norm1, self.mlp = nn.LayerNorm(C), MLP(C)
         self.qkv, self.out = nn.Linear(C, 3 * C), nn.Linear(C, C)
-        self.up, self.down = nn.Linear(C, EXPAND * C), nn.Linear(EXPAND * C, C)
         self.dropout = nn.Dropout(config.prior_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,7 +88,7 @@ class Block(nn.Module):
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.dropout(self.out(attended))
-        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+        return x + self.dropout(self.mlp(x))
 
     def attend(self, qkv: Tensor) -> Tensor:
         """Queries, keys and values of all positions, (B, N, 3C) -> (B, N, C)."""
@@ -129,10 +140,18 @@ class CodePrior(nn.Module):
     """One level: the distribution of every code of a map given those before it in raster order.
 
     `shape` is the map's height and width, `layers` the number of causal blocks, `rows` how many rows make a
-    stretch of their attention (see `Block`); 0 means the whole map.
+    stretch of their attention (see `Block`); 0 means the whole map. `conditioned`: something is known about each
+    place beforehand, as the top map is for the bottom.
     """
 
-    def __init__(self, config: PriorConfig, shape: tuple[int, int], layers: int, rows: int = 0):
+    def __init__(
+        self,
+        config: PriorConfig,
+        shape: tuple[int, int],
+        layers: int,
+        rows: int = 0,
+        conditioned: bool = False,
+    ):
         super().__init__()
         (h, w), C = shape, config.prior_channels
         self.K, self.shape = config.K, shape
@@ -141,6 +160,7 @@ class CodePrior(nn.Module):
         self.mix = nn.Linear(C, len(NEIGHBOURS) * C, bias=False)  # the masked convolution
         self.place = nn.Parameter(torch.zeros(h + w, C))  # of rows, then of columns
         self.position = SlicePosition(C)
+        self.anatomy = None if conditioned else MLP(C)  # what tends to be at this place of this slice
         self.dropout = nn.Dropout(config.prior_dropout)
         self.blocks = nn.ModuleList(Block(config, self.span) for _ in range(layers))
         self.norm = nn.LayerNorm(C)
@@ -163,7 +183,7 @@ class CodePrior(nn.Module):
     ) -> Tensor:
         """Logits (B, h, w, K) of each of the codes (B, h, w), int64 in [0, K), given those before it.
 
-        condition (B, C, h, w) is what is known about each position beforehand; position (B,) is the slice's
+        condition (B, C, h, w) is what is known about each place beforehand; position (B,) is the slice's
         in its volume, in [0, 1], NaN for unknown; mirrored (B,) as in `SlicePosition`.
         """
         x = self.read(self.bordered(codes)[:, self.reads], self.table())
@@ -190,7 +210,7 @@ class CodePrior(nn.Module):
     def given(self, condition: Tensor | None, position: Tensor, mirrored: Tensor | None = None) -> Tensor:
         """All that does not depend on this level's codes, (B, h*w, C)."""
         x = places(self.place, self.shape) + self.position(position, mirrored)[:, None]
-        return x if condition is None else x + condition.flatten(2).transpose(1, 2)
+        return x + (condition.flatten(2).transpose(1, 2) if self.anatomy is None else self.anatomy(x))
 
 
 class Walk:
@@ -279,7 +299,9 @@ class Prior(nn.Module):
         h, w = top_shape
         self.config, self.top_shape = config, (h, w)
         self.top = CodePrior(config, (h, w), config.prior_top_layers)
-        self.bottom = CodePrior(config, (2 * h, 2 * w), config.prior_bottom_layers, config.prior_rows)
+        self.bottom = CodePrior(
+            config, (2 * h, 2 * w), config.prior_bottom_layers, config.prior_rows, conditioned=True
+        )
         self.condition = TopReader(config, (h, w))
 
     @torch.no_grad()
@@ -320,9 +342,13 @@ class Prior(nn.Module):
     def forward(
         self, top: Tensor, bottom: Tensor, position: Tensor, mirrored: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """`nats` without its checks, for which a GPU would have to be waited for: a training step's."""
-        maps, where = {"top": top, "bottom": bottom}, (position, mirrored)
-        logits = self.top(top, None, *where), self.bottom(bottom, self.condition(top), *where)
+        """`nats` without its checks, for which a GPU would have to be waited for: a training step's.
+
+        bottom may be that of the first n slices alone.
+        """
+        maps, n = {"top": top, "bottom": bottom}, len(bottom)
+        first = position[:n], mirrored if mirrored is None else mirrored[:n]
+        logits = self.top(top, None, position, mirrored), self.bottom(bottom, self.condition(top[:n]), *first)
         return {
             name: F.cross_entropy(values.float().flatten(0, 2), codes.flatten(), reduction="none").view_as(
                 codes

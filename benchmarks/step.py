@@ -74,7 +74,8 @@ def seconds(run: loop.Run, batch: torch.Tensor, steps: int) -> float:
 
 
 def shares(run: loop.Run, batch: torch.Tensor, steps: int) -> dict[str, float]:
-    """The share of each of `PARTS` in the CPU's time for a step; what is left is pointwise work and Python."""
+    """The share of each of `PARTS` in the CPU's time for a step; of other operations, most of them pointwise; and of
+    what is outside operations: Python, and in part the profiler itself."""
     quantise, losses, images = VectorQuantiser.forward, train.losses, run.stage.images["train"]
     VectorQuantiser.forward, train.losses = named(quantise, "quantiser"), named(losses, "loss")
     run.stage.images["train"] = named(images, "data")
@@ -90,11 +91,11 @@ def shares(run: loop.Run, batch: torch.Tensor, steps: int) -> dict[str, float]:
             names.append(above.name)
             above = above.cpu_parent
         part = next(
-            (part for part, of in PARTS.items() if any(key in n for n in names for key in of)), "rest"
+            (part for part, of in PARTS.items() if any(key in n for n in names for key in of)), "pointwise"
         )
         spent[part] += event.self_cpu_time_total
-    spent["rest"] = whole - sum(spent[part] for part in PARTS)
-    return {part: round(spent[part] / whole, 4) for part in (*PARTS, "rest")}
+    spent["Python"] = whole - spent.total()
+    return {part: round(spent[part] / whole, 4) for part in (*PARTS, "pointwise", "Python")}
 
 
 def matrix_rate(device: torch.device, n: int = 8192, rounds: int = 20) -> float:

@@ -89,7 +89,7 @@ def test_default_study_has_disjoint_patients(monkeypatch, tmp_path):
     patients = [{p.name[5:8] for p in written if p.parent.name == f"keras_slices_{s}"} for s in splits]
     assert [min(numbers) for numbers in patients] == ["004", "036", "040"] and len(patients[2]) >= 3
     assert not patients[0] & patients[1] and not (patients[0] | patients[1]) & patients[2]
-    assert len(written) == len(set(written)) == 2 * 360
+    assert len(written) == len(set(written)) == 2 * 1248
 
 
 @pytest.mark.parametrize("patient", PATIENTS)

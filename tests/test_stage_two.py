@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,6 +80,29 @@ def test_validation_is_the_exact_likelihood(autoencoder, tmp_path):
     logged = checkpoint["history"][-1]["validate"]
     assert logged["bits_per_pixel"] == pytest.approx(total / math.log(2) / (5 * 64 * 32), rel=1e-5)
     assert logged["loss"] == pytest.approx(total / (5 * (32 + 128)), rel=1e-5)
+
+
+def test_the_bottom_prior_can_learn_from_fewer_slices_than_the_top(autoencoder, tmp_path):
+    codes = train.CodesConfig(checkpoint=str(autoencoder), forget=0.0, bottom_every=3)
+    config = loop.TrainConfig(out=str(tmp_path), device="cpu")
+    stage = train.CodePriors(DataConfig(), codes, replace(TINY, prior_dropout=0.0), config)
+    stage.draw(torch.Generator())
+    indices = torch.tensor([3, 0, 13, 7])  # of which the first two
+    maps = [stage.maps[f"train_{level}"][stage.side[indices], indices].long() for level in ("top", "bottom")]
+    nats = stage.model(*maps, stage.positions["train"][indices], stage.side[indices])
+    terms = stage.terms("train", indices)
+    assert terms["nats_top"].item() == pytest.approx(nats["top"].mean().item(), rel=1e-5)
+    assert terms["nats_bottom"].item() == pytest.approx(nats["bottom"][:2].mean().item(), rel=1e-5)
+    terms["nats_top"].backward()
+    assert stage.model.bottom.head.weight.grad is None and stage.model.top.head.weight.grad.any()
+    stage.model.eval()  # every slice is validated
+    where = stage.positions["validate"][:3]
+    nats = stage.model.nats(*(stage.maps[f"validate_{level}"][0, :3].long() for level in nats), where)
+    assert stage.terms("validate", torch.arange(3))["nats_bottom"].item() == pytest.approx(
+        nats["bottom"].mean().item(), rel=1e-5
+    )
+    with pytest.raises(ValueError, match="--bottom-every is 0"):
+        train.CodesConfig(bottom_every=0)
 
 
 def test_files_bear_its_name_and_the_autoencoder_s_hash(autoencoder, tmp_path):
