@@ -59,6 +59,7 @@ CHANGED = {  # by a function of variants.py and its arguments, and by flags
     "K 32 top, 1024 bottom": ("small_codebook quantiser_top 32", "--K 1024"),
     "K 8192 top, 256 bottom": ("small_codebook quantiser_bottom 256", "--K 8192"),
     "SSIM of three scales": ("ssim_of_scales", ""),
+    "patch-GAN, weight 0.02": ("patch_gan", ""),
     "weight averaging": ("weight_averaging", ""),
     "shifts": ("shifts", ""),
     "intensities": ("intensities", ""),

@@ -89,6 +89,27 @@ def ssim_of_scales() -> None:
     train.ssim = several
 
 
+def patch_gan(weight: str = "0.02") -> None:
+    """Against a discriminator of patches of 22 pixels (Isola et al. 2017), trained beside it on hinge losses."""
+    layers = [nn.Conv2d(1, 32, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(32, 64, 4, 2, 1), nn.LeakyReLU(0.2)]
+    critic = nn.Sequential(*layers, nn.Conv2d(64, 1, 4, 1, 1))
+    optimiser = torch.optim.Adam(critic.parameters(), 1e-3, (0.5, 0.9))
+    plain = train.losses
+
+    def losses(x: Tensor, output: modules.Output, config: train.LossConfig) -> dict[str, Tensor]:
+        terms, y = plain(x, output, config), output.reconstruction
+        if y.requires_grad:  # not in validation
+            critic.to(x.device).requires_grad_(True)
+            (F.relu(1 - critic(x)).mean() + F.relu(1 + critic(y.detach())).mean()).backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            critic.requires_grad_(False)
+            terms["loss"] = terms["loss"] - float(weight) * critic(y).mean()
+        return terms
+
+    train.losses = losses
+
+
 def weight_averaging(decay: float = 0.998) -> None:
     """Validates moving averages of the weights over about 500 steps."""
     step, validate = loop.Run.train_step, loop.Run.validate

@@ -16,8 +16,9 @@ import peers
 import startup
 import variants
 
+import train
 from dataset import DataConfig, open_study
-from modules import VQVAE2, VectorQuantiser, VQVAE2Config
+from modules import VQVAE2, Output, VectorQuantiser, VQVAE2Config
 
 needs_monai = pytest.mark.skipif(not importlib.util.find_spec("monai"), reason="MONAI is not installed")
 MODELS = {
@@ -249,6 +250,25 @@ def test_rotation_trick_keeps_the_code_and_turns_the_gradient(monkeypatch):
     torch.testing.assert_close(z.grad.norm(dim=1), scale * g.norm(dim=1))
     at_code = torch.cosine_similarity(g, turned.vectors, dim=1)
     torch.testing.assert_close(torch.cosine_similarity(z.grad, z, dim=1), at_code)
+
+
+def test_patch_gan_learns_to_tell_and_moves_the_loss(monkeypatch):
+    """Its term falls as the critic learns that reconstructions, here grey, are none of the slices."""
+    monkeypatch.setattr(train, "losses", train.losses)
+    plain, quantity = train.losses, quantised(torch.zeros(1, 4, 2, 2))
+    torch.manual_seed(0)
+    variants.patch_gan("1")
+    x, terms = torch.randn(2, 1, 32, 32), []
+    for _ in range(30):
+        y = torch.zeros_like(x, requires_grad=True)
+        output = Output(y, quantity, quantity)
+        with_critic = train.losses(x, output, train.LossConfig())["loss"]
+        terms.append((with_critic - plain(x, output, train.LossConfig())["loss"]).item())
+    assert terms[-1] > terms[0] + 0.5
+    with_critic.backward()
+    assert not torch.allclose(y.grad, 2 * (y - x) / x.numel())
+    output = Output(y.detach(), quantity, quantity)
+    assert train.losses(x, output, train.LossConfig()).keys() == plain(x, output, train.LossConfig()).keys()
 
 
 def test_cosine_codes_have_length_1(monkeypatch):
