@@ -212,7 +212,8 @@ def in_parallel(function: Callable, items: Sequence, label: str, unit: str) -> I
 # ---- the cache: <cache>/<study>-<digest of path and size>/ holds ARRAYS and index.json --------------------
 
 
-def _fingerprint(files: list[SourceFile], config: DataConfig) -> str:
+def _listing(files: list[SourceFile], config: DataConfig) -> str:
+    """A digest of what the cache of these files depends on, found without opening one."""
     listing = [(os.path.basename(file.path), file.size, file.mtime_ns) for file in files]
     return hashlib.sha256(repr((CACHE_VERSION, config.height, config.width, listing)).encode()).hexdigest()
 
@@ -222,11 +223,11 @@ def _stamps(folder: Path) -> list[list[int]]:
     return [[stat.st_size, stat.st_mtime_ns] for stat in (os.stat(folder / name) for name in ARRAYS)]
 
 
-def _cache_problem(folder: Path, fingerprints: dict[str, str]) -> str:
+def _cache_problem(folder: Path, listings: dict[str, str]) -> str:
     """Why the cache in `folder` cannot be used, or an empty string."""
     try:
         index = json.loads((folder / "index.json").read_text())
-        if index["fingerprints"] != fingerprints:
+        if index["listings"] != listings:
             return "was made from other files or settings"
         return "" if index["arrays"] == _stamps(folder) else "holds other arrays than were written"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -259,16 +260,16 @@ def _write_cache(folder: Path, key: dict, paths: list[str], size: tuple[int, int
         "slices have one value only (kept, std 1)": table["constant"],
     }
     notes = [f"{hit.sum()} {what}, such as {paths[hit.argmax()]}" for what, hit in odd.items() if hit.any()]
-    index = {"fingerprints": key, "arrays": _stamps(folder), "notes": notes}
+    index = {"listings": key, "arrays": _stamps(folder), "notes": notes}
     write_json(folder / "index.json", index)
 
 
-def _ready_cache(study: Path, files: dict, fingerprints: dict, config: DataConfig, bad: dict) -> Path:
+def _ready_cache(study: Path, files: dict, listings: dict, config: DataConfig, bad: dict) -> Path:
     """The folder of a cache that matches `files`, made now where there is none; raises if any file is bad."""
     root = config.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vqvae2-slices")
     place = repr((str(study.resolve()), config.height, config.width))
     folder = Path(root, f"{study.resolve().name}-{hashlib.sha256(place.encode()).hexdigest()[:12]}")
-    problem = "" if bad else _cache_problem(folder, fingerprints)
+    problem = "" if bad else _cache_problem(folder, listings)
     if not bad and not problem:
         print(f"decoded slices: from the cache {folder}")
         return folder
@@ -278,9 +279,9 @@ def _ready_cache(study: Path, files: dict, fingerprints: dict, config: DataConfi
     try:
         with atomic_path(folder) as part:
             part.mkdir(exist_ok=True)  # one of a killed process that had our number
-            _write_cache(part, fingerprints, paths, (config.height, config.width), bad)
+            _write_cache(part, listings, paths, (config.height, config.width), bad)
     except OSError as error:
-        if _cache_problem(folder, fingerprints):  # else another run has just made the same one: use it
+        if _cache_problem(folder, listings):  # else another run has just made the same one: use it
             size = len(paths) * config.height * config.width * 4 / 1e9
             raise OSError(
                 f"{folder}: cannot write the cache of decoded slices ({error.strerror or error}). "
@@ -312,15 +313,13 @@ class SliceDataset(torch.utils.data.Dataset):
         mean, std: (N,) float32, scanner units; std is 1 for a constant slice.
         positions: (N,) float32 in [0, 1], where in its volume a slice lies; NaN if it is the volume's only one.
         affines, shapes: (N, 4, 4) float64 and (N, 2) int, of the source planes.
-        fingerprint: hex digest of the files' names, sizes and times, and of the settings.
+        fingerprint: hex digest of the slices' names, size, means and standard deviations: a copy has the same.
         synthetic: the study holds a file named SYNTHETIC.txt.
     """
 
-    def __init__(
-        self, study: Path, split: str, files: list[SourceFile], cache: Path, start: int, fingerprint: str
-    ) -> None:
-        self._made_of = (study, split, files, cache, start, fingerprint)
-        self.study, self.split, self.fingerprint = study, split, fingerprint
+    def __init__(self, study: Path, split: str, files: list[SourceFile], cache: Path, start: int) -> None:
+        self._made_of = (study, split, files, cache, start)
+        self.study, self.split = study, split
         self.paths, self.names = [Path(file.path) for file in files], [file.name for file in files]
         self.synthetic = (study / "SYNTHETIC.txt").is_file()
         self.positions = relative_positions(self.names)
@@ -329,6 +328,8 @@ class SliceDataset(torch.utils.data.Dataset):
         with np.load(cache / ARRAYS[1]) as table:
             self.mean, self.std = table["mean"][mine], table["std"][mine]
             self.affines, self.shapes = table["affines"][mine], table["shapes"][mine]
+        what = repr((self.pixels.shape, [tuple(name) for name in self.names])).encode()
+        self.fingerprint = hashlib.sha256(what + self.mean.tobytes() + self.std.tobytes()).hexdigest()
 
     def __reduce__(self):
         """A pickled memory map would carry its pixels; a worker process opens the file instead."""
@@ -388,11 +389,11 @@ def open_study(config: DataConfig) -> dict[str, SliceDataset]:
     bad: dict[str, str] = {}
     files = _scan_study(study, bad)
     _check_patients(study, files, config.allow_patient_overlap)
-    fingerprints = {split: _fingerprint(files[split], config) for split in SPLITS}
-    cache = _ready_cache(study, files, fingerprints, config, bad)
+    listings = {split: _listing(files[split], config) for split in SPLITS}
+    cache = _ready_cache(study, files, listings, config, bad)
     splits, start = {}, 0
     for split, of in files.items():
-        splits[split] = SliceDataset(study, split, of, cache, start, fingerprints[split])
+        splits[split] = SliceDataset(study, split, of, cache, start)
         people = len({file.name.patient for file in of})
         print(f"{study}: {split:<8} {len(of):>6} slices of {people} patients")
         start += len(of)

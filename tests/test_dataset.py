@@ -4,7 +4,9 @@ import gzip
 import json
 import os
 import pickle
+import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -256,13 +258,26 @@ def test_a_second_start_opens_no_slice(config, monkeypatch, capsys):
     assert len({second[split].fingerprint for split in SPLITS}) == 3
 
 
+def test_a_copy_has_the_same_fingerprint_and_other_pixels_another(study, config, tmp_path):
+    first = open_study(config)
+    copy = Path(
+        shutil.copytree(study, tmp_path / "copy", copy_function=shutil.copyfile)
+    )  # with times of its own
+    again = open_study(replace(config, data=str(copy)))
+    assert [again[split].fingerprint for split in SPLITS] == [first[split].fingerprint for split in SPLITS]
+    put(copy, noise(77), 0)
+    changed = open_study(replace(config, data=str(copy)))
+    assert changed["train"].fingerprint != first["train"].fingerprint
+    assert changed["test"].fingerprint == first["test"].fingerprint
+
+
 def tamper_stale(study, folder):
     put(study, noise(77), 0)
 
 
 def tamper_foreign_index(study, folder):
     index = json.loads((folder / "index.json").read_text())
-    index["fingerprints"]["test"] = "0" * 64
+    index["listings"]["test"] = "0" * 64
     (folder / "index.json").write_text(json.dumps(index))
 
 

@@ -212,6 +212,7 @@ def test_the_scoreboard_of_models_has_every_way_of_counting_bits(
     runtime.save_checkpoint(tmp_path / "prior.pth", prior)
     arguments = [checkpoint, other, "--prior", tmp_path / "prior.pth", "--out", tmp_path / "out"]
     arguments += ["--below", 41, "--sets", "first", "second", "--device", "cpu"]
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script that is run there
     monkeypatch.setattr(sys, "argv", ["rate_distortion.py", *map(str, arguments)])
     runpy.run_path(str(ROOT / "benchmarks" / "rate_distortion.py"))["main"]()
     result, stdout = (
