@@ -18,6 +18,8 @@ import json
 import os
 import re
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -36,7 +38,7 @@ from runtime import atomic_path, from_flags, option, parser, run_cli, write_json
 
 SPLITS = ("train", "validate", "test")
 STUDY_NAMES = ("keras_slices_data", "HipMRI_study_keras_slices_data")  # looked for in the working directory
-CACHE_VERSION = 1  # raised when what is cached changes meaning: older caches are then rebuilt
+CACHE_VERSION = 2  # raised when what is cached changes meaning: older caches are then rebuilt
 ARRAYS = ("pixels.npy", "table.npz")  # of a cache, all splits one after another
 NAME = re.compile(r"(?:(?!week|slice)\D)*(\d+)(?:.*?week[_-]?(\d+))?(?:.*?slice[_-]?(\d+))?", re.IGNORECASE)
 
@@ -192,7 +194,8 @@ def _decode(path: str, size: tuple[int, int]) -> tuple[np.ndarray, dict] | str:
         pixels = _resize(pixels, size)
     mean, std = np.float32(pixels.mean(dtype=np.float64)), np.float32(pixels.std(dtype=np.float64))
     constant = bool(std == 0 or pixels.min() == pixels.max())
-    return pixels, {**row, "mean": mean, "std": np.float32(1) if constant else std, "constant": constant}
+    row |= {"mean": mean, "std": np.float32(1) if constant else std, "constant": constant}
+    return pixels, row | {"crc32": zlib.crc32(pixels)}
 
 
 def in_parallel(function: Callable, items: Sequence, label: str, unit: str) -> Iterator:
@@ -229,8 +232,9 @@ def _cache_problem(folder: Path, listings: dict[str, str]) -> str:
         index = json.loads((folder / "index.json").read_text())
         if index["listings"] != listings:
             return "was made from other files or settings"
+        np.load(folder / ARRAYS[1]).close()
         return "" if index["arrays"] == _stamps(folder) else "holds other arrays than were written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         return f"is not whole ({type(error).__name__})"
 
 
@@ -248,7 +252,7 @@ def _write_cache(folder: Path, key: dict, paths: list[str], size: tuple[int, int
             else:
                 out.write(decoded[0].astype("<f4", copy=False).data)
                 rows.append(decoded[1])
-    # Not flushed to the disk, which would take most of the time: `_stamps` find out what a power cut left short.
+    # Not flushed to the disk, which would take longer than the decoding: `_stamps` see what a power cut left short.
     if bad:
         raise_bad(Path(next(iter(bad))).parents[1], bad, total)
     table = {key: np.array([row[key] for row in rows]) for key in rows[0]}
@@ -277,7 +281,7 @@ def _ready_cache(study: Path, files: dict, listings: dict, config: DataConfig, b
     paths, start = [file.path for split in SPLITS for file in files[split]], time.perf_counter()
     try:
         with atomic_path(folder) as part:
-            part.mkdir(exist_ok=True)  # one of a killed process that had our number
+            part.mkdir()
             _write_cache(part, listings, paths, (config.height, config.width), bad)
     except OSError as error:
         if _cache_problem(folder, listings):  # else another run has just made the same one: use it
@@ -312,7 +316,7 @@ class SliceDataset(torch.utils.data.Dataset):
         mean, std: (N,) float32, scanner units; std is 1 for a constant slice.
         positions: (N,) float32 in [0, 1], where in its volume a slice lies; NaN if it is the volume's only one.
         affines, shapes: (N, 4, 4) float64 and (N, 2) int, of the source planes.
-        fingerprint: hex digest of the slices' names, size, means and standard deviations: a copy has the same.
+        fingerprint: hex digest of the slices' names and pixels: a copy of a study has the same.
         synthetic: the study holds a file named SYNTHETIC.txt.
     """
 
@@ -327,8 +331,9 @@ class SliceDataset(torch.utils.data.Dataset):
         with np.load(cache / ARRAYS[1]) as table:
             self.mean, self.std = table["mean"][mine], table["std"][mine]
             self.affines, self.shapes = table["affines"][mine], table["shapes"][mine]
-        what = repr((self.pixels.shape, [tuple(name) for name in self.names])).encode()
-        self.fingerprint = hashlib.sha256(what + self.mean.tobytes() + self.std.tobytes()).hexdigest()
+            sums = table["crc32"][mine].tolist()
+        what = self.pixels.shape, [tuple(name) for name in self.names], sums
+        self.fingerprint = hashlib.sha256(repr(what).encode()).hexdigest()
 
     def __reduce__(self):
         """A pickled memory map would carry its pixels; a worker process opens the file instead."""

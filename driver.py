@@ -29,9 +29,16 @@ def main() -> None:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--data", default="")
     first.add_argument("--preset")
+    first.add_argument("--resume")
     known = first.parse_known_args()[0]
     no_study = find_study(known.data) is None
-    preset = known.preset or ("quick" if no_study else "report")
+    synthetic = no_study
+    if known.resume:
+        resumed = runtime.load_checkpoint(known.resume, "vqvae2", "prior")
+        if resumed["kind"] == "prior":
+            raise ValueError(f"--resume {known.resume}: priors. Mend: train.py --resume, then generate.py.")
+        synthetic = resumed["data"]["synthetic"]
+    preset = known.preset or ("quick" if synthetic else "report")
     of_prior = train.PRESETS["prior"]["quick" if preset == "quick" else "best"]
     second = {name: value for name, value in of_prior.items() if hasattr(train.TrainConfig, name)}
 
@@ -43,8 +50,6 @@ def main() -> None:
         "--prior-minutes", type=float, help="of the priors' training; 0: no priors, no samples"
     )
     args, checkpoint = train.parse(parser, preset)
-    if checkpoint and checkpoint["kind"] == "prior":
-        raise ValueError(f"--resume {args.resume}: priors. Mend: train.py --resume, then generate.py.")
     configs = (DataConfig, VQVAE2Config, train.LossConfig, train.CodesConfig, PriorConfig, train.TrainConfig)
     data, model, loss, codes, prior, config = (runtime.from_flags(c, args) for c in configs)
     if args.prior_minutes is not None:
@@ -54,7 +59,7 @@ def main() -> None:
     same = {name: getattr(config, name) for name in ("out", "device", "seed", "bf16")}
     second = train.TrainConfig(**same, **second)
     generated = generate.GenerateConfig(n=args.n, seed=config.seed)  # checked before anything is trained
-    if no_study and not checkpoint:
+    if no_study and not data.data:  # nor one that a checkpoint names
         print("no study here and no --data: making a synthetic one")
         data = replace(data, data=str(phantom.write_phantom(PHANTOM)))
 

@@ -109,7 +109,7 @@ def open_splits(config: GenerateConfig, trained: dict) -> dict[str, SliceDataset
     )
     splits = open_trained_study(trained, data, config.prior)
     if any(split.fingerprint != trained["fingerprints"][name] for name, split in splits.items()):
-        print(f"note: {splits['train'].study}: its files are not those that the models were trained on")
+        print(f"note: {splits['train'].study}: its slices are not those that the models were trained on")
     if all(np.isnan(split.positions).all() for split in splits.values()):
         if not math.isnan(config.position):
             raise ValueError(
@@ -168,7 +168,11 @@ class Album:
         self.mean, self.std = float(np.median(train.mean)), float(np.median(train.std))
         like = int((train.shapes == train.pixels.shape[1:]).all(1).argmax())  # the first that was not resized
         self.affine = train.affines[like]
-        if (self.out / "manifest.json").is_file():  # an earlier run's: no file of it may pass for one of ours
+        if (
+            earlier := self.out / "manifest.json"
+        ).is_file():  # no file of an earlier run may pass for one of ours
+            if DESCRIPTION not in earlier.read_text(errors="replace"):
+                raise ValueError(f"{earlier}: not that of generated slices. Mend: --out, another folder.")
             for old in (path for pattern in OURS for path in self.out.glob(pattern)):
                 old.unlink()
         settings = dataclasses.asdict(config)

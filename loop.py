@@ -163,7 +163,10 @@ class Run:
             )
         if (was := checkpoint["train_config"]["optimiser"]) != self.config.optimiser:
             raise ValueError(f"--resume: the checkpoint is of --optimiser {was}. Mend: leave it out.")
-        self.stage.model.load_state_dict(checkpoint["model"])
+        try:
+            self.stage.model.load_state_dict(checkpoint["model"])
+        except RuntimeError as error:  # of a revision whose network has other parts
+            raise ValueError("--resume: weights of another network than this. Mend: train again.") from error
         self.optimiser.load_state_dict(checkpoint["optimiser"])
         for group in self.optimiser.param_groups:
             group["weight_decay"] = self.config.weight_decay

@@ -92,9 +92,7 @@ def open_test(checkpoint: dict, config: PredictConfig) -> SliceDataset:
     )
     test = open_trained_study(trained, data, config.checkpoint)["test"]
     if test.fingerprint != trained["fingerprints"]["test"]:
-        print(
-            f"note: {test.study}: names, sizes or times of the test files differ from those of the training"
-        )
+        print(f"note: {test.study}: its test slices are not those of the study that was trained on")
     return test
 
 

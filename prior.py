@@ -183,8 +183,8 @@ class CodePrior(nn.Module):
     ) -> Tensor:
         """Logits (B, h, w, K) of each of the codes (B, h, w), int64 in [0, K), given those before it.
 
-        condition (B, C, h, w) is what is known about each place beforehand; position (B,) is the slice's
-        in its volume, in [0, 1], NaN for unknown; mirrored (B,) as in `SlicePosition`.
+        condition (B, C, h, w) is what a conditioned level knows of each place, None for another; position (B,)
+        is the slice's in its volume, in [0, 1], NaN for unknown; mirrored (B,) as in `SlicePosition`.
         """
         x = self.read(self.bordered(codes)[:, self.reads], self.table())
         x = x + self.given(condition, position, mirrored)

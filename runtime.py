@@ -256,6 +256,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
+    shutil.rmtree(part, ignore_errors=True)  # of a killed process that had our number
     try:
         yield part
         if part.is_dir():

@@ -213,7 +213,7 @@ class Autoencoder:
 def resume(stage, config: TrainConfig, checkpoint: dict | None) -> Path:
     """`fit`, with a note where the study has changed since the checkpoint was written."""
     if checkpoint and checkpoint["data"]["fingerprints"]["train"] != stage.splits["train"].fingerprint:
-        print("note: the train split's files are not those that the checkpoint was trained on")
+        print("note: the train split's slices are not those that the checkpoint was trained on")
     return fit(stage, config, checkpoint)
 
 
@@ -245,12 +245,12 @@ def train_autoencoder(
 
 @dataclass(frozen=True)
 class CodesConfig:
-    """Of which autoencoder stage two learns the codes."""
+    """Of which autoencoder stage two learns the codes, and how."""
 
     checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder, for --stage prior")
     forget: float = option(0.1, "share of training slices whose position is hidden from the prior")
     bottom_every: int = option(
-        1, "the bottom prior, of four times the codes, learns from one training slice in this many"
+        1, "the bottom prior, of four times the codes, learns from one slice of a batch in this many"
     )
 
     def __post_init__(self) -> None:
@@ -344,6 +344,10 @@ def train_prior(
     """Stage two, on the codes of a trained autoencoder; returns the path of the best checkpoint."""
     if config.weights:
         raise ValueError("--weights: for the autoencoder alone. Mend: leave it out.")
+    if config.batch_size % codes.bottom_every:
+        raise ValueError(
+            f"--bottom-every is {codes.bottom_every}, --batch-size {config.batch_size}: expected a multiple of it"
+        )
     runtime.writable_folder(config.out)
     stage = CodePriors(data, codes, prior, config)
     if checkpoint and checkpoint["autoencoder_sha256"] != stage.sha256:
@@ -389,7 +393,9 @@ def parse(parser: argparse.ArgumentParser, preset: str = "") -> tuple[argparse.N
     else:
         settings = presets.get(args.preset or preset, next(iter(presets.values())))
         if args.weights:
-            settings = runtime.load_checkpoint(args.weights, Autoencoder.kind)["model_config"] | settings
+            start = runtime.load_checkpoint(args.weights, Autoencoder.kind)
+            data = {name: start["data"][name] for name in (*SIDES, "allow_patient_overlap")}
+            settings = start["model_config"] | data | {"data": start["data"]["study"]} | settings
         parser.set_defaults(**settings)
     args = parser.parse_args()
     given = {word.split("=")[0] for word in sys.argv[1:]}

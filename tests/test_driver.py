@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,6 +72,37 @@ def test_a_checkpoint_of_priors_is_an_error(study, tmp_path):
     runtime.save_checkpoint(tmp_path / "prior_best.pth", checkpoint | {"data": data})
     code, _, err = run("driver.py", "--resume", "prior_best.pth", cwd=tmp_path)
     assert code == 2 and "train.py --resume" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "flags, channels, every",
+    [
+        (["--data"], 128, 1),
+        (["--preset", "quick", "--data"], 96, 4),
+        (["--preset", "quick", "--prior-channels", "16", "--data"], 16, 4),
+        (["--resume", "real.pth"], 128, 1),
+        (["--resume", "synthetic.pth"], 96, 4),
+    ],
+)
+def test_the_priors_suit_the_preset_or_the_study_resumed(
+    study, tmp_path, monkeypatch, flags, channels, every
+):
+    monkeypatch.chdir(tmp_path)
+    data = {"study": str(study), "height": 64, "width": 32, "allow_patient_overlap": False}
+    for name in ("real", "synthetic"):
+        checkpoint = {"kind": "vqvae2", "model": {}, "model_config": {"K": 16}, "train_config": {}}
+        checkpoint["data"] = data | {"synthetic": name == "synthetic"}
+        runtime.save_checkpoint(Path(f"{name}.pth"), checkpoint)
+    found = []
+    for module, name in ((driver.train, "train_autoencoder"), (driver.predict, "predict")):
+        monkeypatch.setattr(module, name, lambda *args: "best.pth")
+    monkeypatch.setattr(driver.train, "train_prior", lambda *args: found.extend(args) or "prior.pth")
+    monkeypatch.setattr(driver.generate, "generate", lambda *args: None)
+    monkeypatch.setattr("sys.argv", ["driver.py", *flags, *([str(study)] if flags[-1] == "--data" else [])])
+    driver.main()
+    used, codes, prior, config = found
+    assert (prior.prior_channels, codes.bottom_every, config.batch_size % every) == (channels, every, 0)
+    assert used.data == str(study) and not Path("phantom_slices_data").exists()
 
 
 @pytest.mark.parametrize("flag", ["--n", "--prior-minutes"])

@@ -141,6 +141,14 @@ def test_interrupted_sampling_keeps_what_is_finished(made, trained, tmp_path, mo
     assert (tmp_path / "0001.png").read_bytes() == (made[0] / "0001.png").read_bytes()
 
 
+def test_a_folder_of_something_else_loses_nothing(trained, tmp_path):
+    for name in ("manifest.json", "0000.png", "report.json"):
+        (tmp_path / name).write_text('{"name": "years of work"}')
+    with pytest.raises(ValueError, match="not that of generated slices"):
+        generate.generate(config(trained, tmp_path))
+    assert len(list(tmp_path.glob("*.*"))) >= 3 and "years" in (tmp_path / "0000.png").read_text()
+
+
 def test_likelihood_is_that_of_the_prior_by_hand(made, trained):
     _, model, prior, splits = trained
     likelihood = made[1]["likelihood"]

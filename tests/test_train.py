@@ -297,6 +297,7 @@ def test_flags_win_over_presets_and_checkpoints(study, tmp_path, monkeypatch):
     assert (args.epochs, args.batch_size, args.K, args.height) == (7, 4, 16, 64)
     args = settings("--weights", tmp_path / "vqvae2_epoch_1.pth", "--preset", "fewer-bits")
     assert (args.K, args.rate, args.minutes) == (16, 0.03, 10)
+    assert (args.data, args.height) == (str(study), 64)  # those that the weights were trained on
     with pytest.raises(ValueError, match="leave one out"):
         settings("--resume", tmp_path / "vqvae2_epoch_1.pth", "--preset", "best")
 
@@ -305,8 +306,12 @@ def test_users_mistakes_exit_with_2_and_no_traceback(study, tmp_path, monkeypatc
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 cut off")
     (tmp_path / "file").write_text("in the way")
     fit(study, tmp_path / "run", epochs=1).rename(tmp_path / "whole.pth")
+    checkpoint = runtime.load_checkpoint(tmp_path / "whole.pth", "vqvae2")
+    checkpoint["model"]["added"] = torch.zeros(1)
+    runtime.save_checkpoint(tmp_path / "older.pth", checkpoint)
     for flags, said in (
         (["--data", tmp_path / "nowhere"], "nowhere"),
+        (["--resume", tmp_path / "older.pth"], "weights of another network"),
         (["--data", study, "--resume", tmp_path / "none.pth"], "none.pth"),
         (["--data", study, "--resume", tmp_path / "cut.pth"], "cut.pth"),
         (["--data", study, "--out", tmp_path / "file"], "file"),
