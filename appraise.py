@@ -37,7 +37,8 @@ PROTOCOL = {
     "the 1st percentile of real test slices (honest; with --position those near it); margin: the share that 19 in 20 "
     "honest sets keep to; copies: training slices against others of the same patient, or against themselves where "
     "there are none; "
-    "reconstructions: of the test slices, flagged for no more than what decoding does to a slice",
+    "reconstructions: of the test slices, flagged for no more than what decoding does to a slice; "
+    "correlation_of_flagged: median, of the pictures of samples flagged by their codes and of those training slices",
     "bounds": "bounds the copying of these samples under these measures; no guarantee of privacy. Not for "
     "diagnosis",
 }
@@ -288,6 +289,18 @@ def score_copying(
         ]
         report[name], found[name]["copies"] = result, copies
     bar.close()
+    best, result = found["code agreement"]["samples"], report["code agreement"]
+    flagged = best.similarity > result["threshold"]
+    if flagged.any():  # have they more than codes in common with those slices?
+        theirs = pictures["train"][best.index[flagged]]
+        theirs = np.where(best.mirrored[flagged, None, None], theirs[:, ::-1], theirs)
+        alike = np.median((queries["correlation"]["samples"][flagged] * theirs).sum((1, 2)))
+        copies = report["correlation"]["copies"]["percentiles"]["50"]
+        result["correlation_of_flagged"] = float(alike)
+        result["verdict"] += (
+            f". Pictures of the flagged correlate with those slices by {alike:.2f} (median), "
+        )
+        result["verdict"] += f"known copies by {copies:.2f}"
     return report, found
 
 

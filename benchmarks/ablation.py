@@ -2,7 +2,6 @@
 
     python benchmarks/ablation.py --data keras_slices_data                          # every row, one seed
     python benchmarks/ablation.py --data keras_slices_data --only recipe --seed 1   # more seeds of a row
-    python benchmarks/ablation.py --data keras_slices_data --base relu --only recipe AdamW   # on another base
     python benchmarks/ablation.py --table                                           # what has been measured
 
 The recipe is that of `--preset best`, with the network of `quick`. Every run sees the same number of slices
@@ -65,13 +64,13 @@ CHANGED = {  # by a function of variants.py and its arguments, and by flags
     "intensities": ("intensities", ""),
 }
 NAMES = [*VARIANTS, *CHANGED]
-KEY = ("base", "name", "epochs", "seed")  # of a row; one with the same key replaces it
+KEY = ("name", "epochs", "seed")  # of a row; one with the same key replaces it
 
 
-def measure(name: str, base: str, data: str, epochs: int, seed: int) -> dict:
+def measure(name: str, data: str, epochs: int, seed: int) -> dict:
     """Train one variant in a process of its own; its row."""
     with tempfile.TemporaryDirectory() as out:
-        change, own = CHANGED.get(name) or (base, VARIANTS[name])
+        change, own = CHANGED.get(name) or ("", VARIANTS[name])
         flags = f"--preset quick --lr 1.5e-3 --minutes 0 --epochs {epochs} --seed {seed} {own}".split()
         script = [ROOT / "benchmarks" / "variants.py", *change.split()] if change else [ROOT / "train.py"]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -82,7 +81,6 @@ def measure(name: str, base: str, data: str, epochs: int, seed: int) -> dict:
     cpu = sum(getattr(after, kind) - getattr(before, kind) for kind in ("ru_utime", "ru_stime"))
     return {
         "name": name,
-        "base": base,
         "seed": seed,
         "flags": f"{change} {own}".strip(),
         "epochs": epochs,
@@ -96,15 +94,15 @@ def measure(name: str, base: str, data: str, epochs: int, seed: int) -> dict:
 
 
 def table(rows: list[dict]) -> None:
-    """By what they stand on, one line a variant, best first: mean and sample standard deviation over seeds."""
+    """One line a variant, best first: mean and sample standard deviation over seeds."""
     groups = {}
     for row in rows:
-        alike = row["base"], row["epochs"], *row["data"]["fingerprints"].values(), row["run"]["torch"]
+        alike = row["epochs"], *row["data"]["fingerprints"].values(), row["run"]["torch"]
         groups.setdefault(alike, {}).setdefault(row["name"], []).append(row)
-    for (base, epochs, *_, torch), found in groups.items():
+    for (epochs, *_, torch), found in groups.items():
         scores = {name: [row["ssim"] for row in of] for name, of in found.items()}
         recipe = np.mean(scores.get("recipe", np.nan))
-        title = f"{base or 'the recipe'}, {epochs} epochs, torch {torch}"
+        title = f"{epochs} epochs, torch {torch}"
         print(f"{title:<36}{'seeds':>6}{'val. SSIM':>11}{'spread':>9}{'to recipe':>10}{'CPU ms a slice':>16}")
         for name in sorted(found, key=lambda name: -np.mean(scores[name])):
             mean, n = np.mean(scores[name]), len(scores[name])
@@ -121,11 +119,6 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2, help="passes over the train split")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
-    parser.add_argument(
-        "--base",
-        default="",
-        help="a change of variants.py that all rows without one of their own get, as relu",
-    )
     parser.add_argument("--out", type=Path, default=Path("Results/ablation.json"))
     parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args()
@@ -136,7 +129,7 @@ def main() -> None:
         os.makedirs(args.out.parent, exist_ok=True)
         for i, name in enumerate(args.only, 1):
             print(f"{name} ({i} of {len(args.only)})")
-            row = measure(name, args.base, args.data, args.epochs, args.seed)
+            row = measure(name, args.data, args.epochs, args.seed)
             rows = json.loads(args.out.read_text()) if args.out.is_file() else []  # others may have written
             rows = [r for r in rows if any(r[key] != row[key] for key in KEY)] + [row]
             runtime.write_json(args.out, rows)

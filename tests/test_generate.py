@@ -173,12 +173,13 @@ def test_likelihood_is_that_of_the_prior_by_hand(made, trained):
     assert likelihood["nominal_bits_per_pixel"] == 160 * 4 / (64 * 32)
 
 
-@pytest.mark.parametrize("split, copied", [("train", True), ("validate", False)])
-def test_a_prior_that_repeats_its_training_slices_is_caught(trained, tmp_path, monkeypatch, split, copied):
-    splits = trained[3]
+@pytest.mark.parametrize("split, mirrored", [("train", False), ("train", True), ("validate", False)])
+def test_a_prior_that_repeats_its_training_slices_is_caught(trained, tmp_path, monkeypatch, split, mirrored):
+    splits, copied = trained[3], split == "train"
 
     def repeat(config, model, prior, positions, keep):
         x = splits[split].images(range(config.n))
+        x = x.flip(2) if mirrored else x
         with torch.inference_mode():
             top, bottom = model.encode(x)
         keep(0, x[:, 0].numpy())
@@ -193,6 +194,9 @@ def test_a_prior_that_repeats_its_training_slices_is_caught(trained, tmp_path, m
         if copied:
             names = {entry["sample"]: entry["train"] for entry in found["nearest"]}
             assert names == {i: splits["train"].paths[i].name for i in range(5)}
+            assert all(entry["mirrored"] == mirrored for entry in found["nearest"])
+    if copied:
+        assert copying["code agreement"]["correlation_of_flagged"] == pytest.approx(1, abs=1e-5)
 
 
 def test_controls_that_score_like_the_samples_are_named():

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 REFERENCES = re.findall(r"`([\w.]+)` in \[(\w+\.py)\]\((\w+\.py)#L(\d+)\)", README)
-COMMANDS = re.findall(r"^python (\w+)\.py([^#\n]*)", README, re.MULTILINE)
+COMMANDS = re.findall(r"(?:python|torchrun \S+) ([\w/]+)\.py([^#&`]*?)[#&`\n]", README.replace("\\\n", ""))
 
 
 @pytest.mark.parametrize("name, file, target, line", REFERENCES)
@@ -27,8 +27,9 @@ def test_every_term_of_the_loss_has_a_reference():
 @pytest.mark.parametrize("script, flags", COMMANDS)
 def test_a_command_s_flags_exist(script, flags, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [script, "--help"])
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     with pytest.raises(SystemExit):
-        importlib.import_module(script).main()
+        importlib.import_module(script.split("/")[-1]).main()
     known = capsys.readouterr().out
     for flag in re.findall(r"--[\w-]+", flags):
         assert f"{flag} " in known, flag
