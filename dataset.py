@@ -252,7 +252,8 @@ def _write_cache(folder: Path, key: dict, paths: list[str], size: tuple[int, int
             else:
                 out.write(decoded[0].astype("<f4", copy=False).data)
                 rows.append(decoded[1])
-    # Not flushed to the disk, which would take longer than the decoding: `_stamps` see what a power cut left short.
+        out.flush()
+        os.fsync(out.fileno())
     if bad:
         raise_bad(Path(next(iter(bad))).parents[1], bad, total)
     table = {key: np.array([row[key] for row in rows]) for key in rows[0]}
