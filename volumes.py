@@ -90,12 +90,13 @@ def _check_settings(config: SliceConfig, split_of: dict[int, str]) -> None:
     write_json(record, before | now)
 
 
-def _planes(image: nibabel.Nifti1Image, axis: int) -> tuple[int, ...]:
+def _planes(header: nibabel.Nifti1Header, axis: int) -> tuple[int, ...]:
     """The volume's axes for row, column and slicing: by the affine left-right, head-foot, front-back."""
     if axis >= 0:
         return (*(other for other in range(3) if other != axis), axis)
-    named = image.header["sform_code"] > 0 or image.header["qform_code"] > 0
-    codes = nibabel.aff2axcodes(image.affine, ("RR", "AA", "SS")) if named else ()  # either direction
+    named = header["sform_code"] > 0 or header["qform_code"] > 0
+    affine = header.get_best_affine()
+    codes = nibabel.aff2axcodes(affine, ("RR", "AA", "SS")) if named else ()  # either direction
     if set(codes) != set("RAS"):
         raise ValueError("no orientation in its header. Mend: --axis (1 for a 256x256x128 volume of HipMRI)")
     return tuple(map(codes.index, "RSA"))
@@ -103,11 +104,11 @@ def _planes(image: nibabel.Nifti1Image, axis: int) -> tuple[int, ...]:
 
 def _read_volume(path: str, mask: str | None, config: SliceConfig) -> tuple[list[np.ndarray], np.ndarray]:
     """The chosen planes (row, column, count), float32 and of the mask uint8, and the affine of the first."""
-    pixels, image = read_nifti(path)
+    pixels, header = read_nifti(path)
     if pixels.ndim < 3 or pixels.size != np.prod(pixels.shape[:3]):
         raise ValueError(f"an array of shape {pixels.shape}; expected a 3-D volume")
     pixels = pixels.reshape(pixels.shape[:3])
-    axes = _planes(image, config.axis)
+    axes = _planes(header, config.axis)
     depth = pixels.shape[axes[2]]
     first = config.first if config.first >= 0 else (depth - config.count) // 2
     if first < 0 or first + config.count > depth:
@@ -122,7 +123,7 @@ def _read_volume(path: str, mask: str | None, config: SliceConfig) -> tuple[list
         if labels.min() < 0 or labels.max() > 255 or (labels % 1).any():
             raise ValueError(f"its mask {mask} holds other values than whole numbers from 0 to 255")
         planes.append(labels.astype(np.uint8))
-    affine = image.affine.copy()
+    affine = header.get_best_affine()
     affine[:3, 3] += first * affine[:3, axes[2]]
     affine[:3, :3] = affine[:3, axes]
     return planes, affine
