@@ -30,6 +30,7 @@ VARIANTS = {
     "AdamW": "--optimiser adam",
     "lr / 2": "--lr 7.5e-4",
     "lr x 2": "--lr 3e-3",
+    "lr that does not fall": "--schedule constant",
     "steps of 2 slices, lr x 1.4": "--batch-size 2 --lr 2.1e-3",
     "steps of 4 slices, lr x 2": "--batch-size 4 --lr 3e-3",
     "steps of 16 slices, lr x 4": "--batch-size 16 --lr 6e-3",
