@@ -298,9 +298,9 @@ def score_copying(
         copies = report["correlation"]["copies"]["percentiles"]["50"]
         result["correlation_of_flagged"] = float(alike)
         result["verdict"] += (
-            f". Pictures of the flagged correlate with those slices by {alike:.2f} (median), "
+            f". Pictures of the flagged correlate with those slices by {alike:.2f} (median), known "
         )
-        result["verdict"] += f"known copies by {copies:.2f}"
+        result["verdict"] += f"copies by {copies:.2f}"
     return report, found
 
 

@@ -197,7 +197,8 @@ def _decode(path: str, size: tuple[int, int]) -> tuple[np.ndarray, dict] | str:
     mean, std = np.float32(pixels.mean(dtype=np.float64)), np.float32(pixels.std(dtype=np.float64))
     constant = bool(std == 0 or pixels.min() == pixels.max())
     row |= {"mean": mean, "std": np.float32(1) if constant else std, "constant": constant}
-    return pixels, row | {"crc32": zlib.crc32(pixels)}
+    row["crc32"] = zlib.crc32(pixels)
+    return pixels, row
 
 
 def in_parallel(function: Callable, items: Sequence, label: str, unit: str) -> Iterator:

@@ -168,9 +168,8 @@ class Album:
         self.mean, self.std = float(np.median(train.mean)), float(np.median(train.std))
         like = int((train.shapes == train.pixels.shape[1:]).all(1).argmax())  # the first that was not resized
         self.affine = train.affines[like]
-        if (
-            earlier := self.out / "manifest.json"
-        ).is_file():  # no file of an earlier run may pass for one of ours
+        earlier = self.out / "manifest.json"
+        if earlier.is_file():  # no file of an earlier run may pass for one of ours
             if DESCRIPTION not in earlier.read_text(errors="replace"):
                 raise ValueError(f"{earlier}: not that of generated slices. Mend: --out, another folder.")
             for old in (path for pattern in OURS for path in self.out.glob(pattern)):

@@ -271,9 +271,10 @@ def code_agreement(
     similarity = np.empty((len(few), len(many)))
     for i, codes in enumerate(few):
         worth = ones if bits is None else bits[places, codes]
+        total = worth.sum()
         for start in range(0, len(many), 128):  # training slices whose codes stay in the processor's cache
             equal = many[start : start + 128] == codes
-            similarity[i, start : start + 128] = equal.astype(np.float32) @ worth / worth.sum()
+            similarity[i, start : start + 128] = equal.astype(np.float32) @ worth / total
     return _best(similarity, np.zeros(similarity.shape, bool), exclude)
 
 

@@ -50,8 +50,15 @@ RECIPE = STEPS | {"mse": 0.0, "l1": 0.2, "ssim": 1.0, "flip": True}
 WIDER = {"channels": 96, "top_channels": 192, "residual_channels": 48}
 PRIOR_RECIPE = STEPS | {"batch_size": 2, "lr": 2e-3, "weight_decay": 0.05, "patience": 5}
 # in minutes: a top prior of many slices, which place the organs, and few of the bottom's, which give texture
-LIGHT = {"batch_size": 4, "lr": 4e-3, "bottom_every": 4, "prior_channels": 96, "prior_dropout": 0.0}
-LIGHT |= {"prior_top_layers": 2, "prior_bottom_layers": 1}
+LIGHT = {
+    "batch_size": 4,
+    "lr": 4e-3,
+    "bottom_every": 4,
+    "prior_channels": 96,
+    "prior_top_layers": 2,
+    "prior_bottom_layers": 1,
+    "prior_dropout": 0.0,
+}
 PRESETS = {
     "autoencoder": {
         "report": {},
@@ -307,12 +314,12 @@ class CodePriors:
 
     def terms(self, split: str, indices: Tensor) -> dict[str, Tensor]:
         at = indices.to(self.device, non_blocking=True)
-        position, side = self.positions[split][at], torch.zeros_like(at)
+        position, side, bottoms = self.positions[split][at], torch.zeros_like(at), len(at)
         if self.model.training:
             position, side = position.masked_fill(self.forgotten[at], math.nan), self.side[at]
-        top, bottom = (self.maps[f"{split}_{level}"][side, at].long() for level in ("top", "bottom"))
-        if self.model.training:
-            bottom = bottom[: math.ceil(len(bottom) / self.codes.bottom_every)]
+            bottoms = math.ceil(bottoms / self.codes.bottom_every)
+        top = self.maps[f"{split}_top"][side, at].long()
+        bottom = self.maps[f"{split}_bottom"][side[:bottoms], at[:bottoms]].long()
         nats = self.model(top, bottom, position, side)
         means = {f"nats_{level}": of.mean() for level, of in nats.items()}
         of_top, of_bottom = (of[0].numel() for of in nats.values())  # codes
@@ -370,6 +377,12 @@ def flags(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
+def data_flags(checkpoint: dict) -> dict:
+    """The flags that open the study of a checkpoint as its training did."""
+    data = checkpoint["data"]
+    return {"data": data["study"], **{name: data[name] for name in (*SIDES, "allow_patient_overlap")}}
+
+
 def parse(parser: argparse.ArgumentParser, preset: str = "") -> tuple[argparse.Namespace, dict | None]:
     """The command line: flags over the settings of a preset or of the checkpoint, and that checkpoint.
 
@@ -386,16 +399,14 @@ def parse(parser: argparse.ArgumentParser, preset: str = "") -> tuple[argparse.N
         checkpoint = runtime.load_checkpoint(args.resume, Autoencoder.kind, CodePriors.kind)
         for name in ("model_config", "loss_config", "codes_config", "train_config"):
             parser.set_defaults(**checkpoint.get(name, {}))
-        data = {name: checkpoint["data"][name] for name in (*SIDES, "allow_patient_overlap")}
-        parser.set_defaults(data=checkpoint["data"]["study"], out=str(Path(args.resume).parent), **data)
+        parser.set_defaults(out=str(Path(args.resume).parent), **data_flags(checkpoint))
     elif args.preset and args.preset not in presets:
         raise ValueError(f"--preset {args.preset}: of --stage {args.stage} there are {', '.join(presets)}")
     else:
         settings = presets.get(args.preset or preset, next(iter(presets.values())))
         if args.weights:
             start = runtime.load_checkpoint(args.weights, Autoencoder.kind)
-            data = {name: start["data"][name] for name in (*SIDES, "allow_patient_overlap")}
-            settings = start["model_config"] | data | {"data": start["data"]["study"]} | settings
+            settings = start["model_config"] | data_flags(start) | settings
         parser.set_defaults(**settings)
     args = parser.parse_args()
     given = {word.split("=")[0] for word in sys.argv[1:]}

@@ -130,6 +130,7 @@ def measure(args, batch_size: int) -> dict:
         row["share_of_bf16_matrix_rate"] = round(1e9 * row["gflop_per_s"] / matrix_rate(run.device), 4)
         row["peak_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
     else:
+        # of the whole process so far, without the profiler
         row["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         row["shares"] = shares(run, batch, steps)
     return row
