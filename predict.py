@@ -3,12 +3,10 @@
     python predict.py                        # Results/vqvae2_best.pth, on the study it was trained on
     python predict.py --checkpoint FILE --data DIR --out DIR
     python predict.py --nifti                # the reconstructions as NIfTI too, in scanner units
-    python predict.py --codecs               # JPEG, JPEG 2000, WebP and AVIF on the same slices too
 
 Writes to the checkpoint's folder (or --out): metrics.json (means, patients, intervals, bits per pixel, codes
 used), test_scores.csv (every slice), original_N.png and reconstruction_N.png, comparison.png (best, median
-and worst slice), code_maps.png, ssim_histogram.png; with --nifti also reconstructions/; with --codecs also
-rate_distortion.png.
+and worst slice), code_maps.png, ssim_histogram.png; with --nifti also reconstructions/.
 """
 
 import csv
@@ -19,15 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import PIL
 import torch
 from tqdm import tqdm
 
 import figures
-import image_codecs
 import metrics
 import runtime
-from dataset import DataConfig, SliceDataset, in_parallel, open_trained_study, save_reconstruction
+from dataset import DataConfig, SliceDataset, open_trained_study, save_reconstruction
 from modules import VQVAE2, load_model
 from runtime import option
 
@@ -43,7 +39,6 @@ COLUMNS = {  # of the terminal's table
     "psnr": "PSNR dB",
     "mae": "MAE",
 }
-CODEC_COLUMNS = {"ssim_report": "SSIM report", "ssim_standard": "SSIM standard", "psnr": "PSNR dB"}
 PROTOCOL = {
     "split": "every slice of the test split once, in file order, z-scored; the model in float32",
     "ssim_report": "scikit-image's defaults (7x7 uniform window) on z-scored slices; data_range = max - min "
@@ -69,7 +64,6 @@ class PredictConfig:
     checkpoint: str = option("Results/vqvae2_best.pth", "the model, as train.py wrote it")
     data: str = option("", "study folder; empty is the study that the model was trained on")
     out: str = option("", "folder to write to; empty is the checkpoint's")
-    codecs: bool = option(False, "score image codecs on the same slices: what they make of the model's bits")
     nifti: bool = option(False, "write the reconstructions as NIfTI, with their originals' affine and units")
     batch_size: int = option(32, "slices at a time")
     device: str = option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
@@ -164,20 +158,6 @@ def rates(model: VQVAE2, codes: dict[str, np.ndarray], height: int, width: int) 
     }
 
 
-# ---- image codecs on the same slices -------------------------------------------------------------
-
-
-def sweep_codecs(
-    test: SliceDataset, codecs: dict[str, image_codecs.Codec] = image_codecs.CODECS
-) -> list[image_codecs.Points]:
-    """Every slice through every codec at every quality, in file order."""
-
-    def sweep(index: int) -> image_codecs.Points:
-        return image_codecs.sweep_slice(test.images([index])[0, 0].numpy(), codecs)
-
-    return list(in_parallel(sweep, range(len(test)), "image codecs", "slice"))
-
-
 # ---- what is written -----------------------------------------------------------------------------
 
 
@@ -250,55 +230,6 @@ def print_scores(result: dict) -> None:
     print(f"codes used: {', '.join(levels)}")
 
 
-def codec_entry(curves: image_codecs.Curves, test: SliceDataset, result: dict) -> dict:
-    """What metrics.json holds of the codecs: their scores at the model's rates, their bits for its scores."""
-    return {
-        "n": len(test),
-        "pillow": PIL.__version__,
-        "protocol": image_codecs.PROTOCOL,
-        "codecs": image_codecs.scoreboard(curves, *test.pixels.shape[1:]),
-        "beside_the_model": image_codecs.beside(
-            curves, result["bits_per_pixel"], {score: result[score]["mean"] for score in CODEC_COLUMNS}
-        ),
-    }
-
-
-def rate_panel(curves: image_codecs.Curves, models: dict[str, dict]) -> tuple[dict, dict]:
-    """A panel of figures.rate_distortion: the codecs, and models by name with what metrics.json holds of them."""
-    lines = {codec: image_codecs.drawn(curve, "ssim_report") for codec, curve in curves.items()}
-    points = {
-        name: {
-            kind.replace("_", " "): (bits, of["ssim_report"]["mean"])
-            for kind, bits in of["bits_per_pixel"].items()
-        }
-        for name, of in models.items()
-    }
-    return lines, points
-
-
-def print_codecs(result: dict) -> None:
-    """The model and each codec at the model's nominal rate, and the bits to the model's SSIM."""
-    nominal, board = result["bits_per_pixel"]["nominal"], result["codecs"]
-
-    def line(label: str, scores: dict, bits: dict, size: str) -> None:
-        cells = [*(scores[score] for score in CODEC_COLUMNS), bits["ssim_report"], bits["ssim_standard"]]
-        shown = "".join(f"{'-':>15}" if cell is None else f"{cell:>#15.4g}" for cell in cells)
-        print(f"{label:<12}{shown}{size:>9}")
-
-    titles = [*CODEC_COLUMNS.values(), "bits for report", "bits for stand."]
-    print(f"{f'at {nominal:.3f} bpp':<12}" + "".join(f"{title:>15}" for title in titles) + f"{'headers':>9}")
-    line(
-        "this model",
-        {score: result[score]["mean"] for score in CODEC_COLUMNS},
-        dict.fromkeys(CODEC_COLUMNS, nominal),
-        "none",
-    )
-    for codec, of in board["beside_the_model"].items():
-        size = f"{board['codecs'][codec]['overhead_bits_per_pixel']:.3f}"
-        line(codec, of["at"]["nominal"], of["bits_per_pixel_for"], size)
-    print("bits for: bits per pixel of the whole file for the model's SSIM; headers: their part of it")
-
-
 def predict(config: PredictConfig) -> dict:
     """Score the test split, write everything to the out folder, and return what metrics.json holds.
 
@@ -307,8 +238,6 @@ def predict(config: PredictConfig) -> dict:
         ValueError: a checkpoint or slices that cannot be used.
         OSError: a folder that cannot be written.
     """
-    if config.codecs:
-        image_codecs.check()  # before the work
     checkpoint = runtime.load_checkpoint(config.checkpoint, "vqvae2")
     device = runtime.pick_device(config.device)
     out = runtime.writable_folder(config.out or Path(config.checkpoint).parent)
@@ -334,24 +263,16 @@ def predict(config: PredictConfig) -> dict:
         }
     )
     write_scores(out / "test_scores.csv", test, scores)
-    if config.codecs:
-        curves = image_codecs.mean_curves(sweep_codecs(test))
-        result["codecs"] = rounded(codec_entry(curves, test, result))
     runtime.write_json(out / "metrics.json", result)
     write_pictures(out, model, test, np.array([score["ssim_report"] for score in scores]), patients)
 
     what = "SYNTHETIC test slices (a phantom, not MRI)" if test.synthetic else "test slices"
     print(f"{config.checkpoint} (epoch {checkpoint['epoch']}) on {len(test)} {what} of {test.study}")
     print_scores(result)
-    if config.codecs:
-        panels = {f"test slices (n = {len(test)})": rate_panel(curves, {"this model": result})}
-        figures.rate_distortion(out / "rate_distortion.png", panels, SYNTHETIC * test.synthetic)
-        print_codecs(result)
     print(f"wrote {out}/: metrics.json, test_scores.csv, comparison.png, code_maps.png, ssim_histogram.png,")
-    curves_too = "rate_distortion.png, " if config.codecs else ""
     shown = min(PICTURES, len(test))
     also = f", {len(test)} NIfTI files in reconstructions/" if nifti else ""
-    print(f"  {curves_too}original_N.png and reconstruction_N.png of {shown} slices{also}")
+    print(f"  original_N.png and reconstruction_N.png of {shown} slices{also}")
     return result
 
 

@@ -1,12 +1,12 @@
 """What each choice of the recipe is worth: one thing changed at a time, on the validation split.
 
-    python benchmarks/ablation.py --data keras_slices_data                          # every row, one seed
-    python benchmarks/ablation.py --data keras_slices_data --only recipe --seed 1   # more seeds of a row
-    python benchmarks/ablation.py --table                                           # what has been measured
+    python -m benchmarks.ablation --data keras_slices_data                          # every row, one seed
+    python -m benchmarks.ablation --data keras_slices_data --only recipe --seed 1   # more seeds of a row
+    python -m benchmarks.ablation --table                                           # what has been measured
 
 The recipe is that of `--preset best`, with the network of `quick`. Every run sees the same number of slices
 (--epochs), so other work on the machine changes no score; what a slice costs is given beside it, in CPU time. Rows
-are added to --out, Results/ablation.json, one at a time.
+are added to --out, benchmarks/results/ablation.json, one at a time.
 """
 
 import argparse
@@ -20,10 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import runtime  # noqa: E402
+import runtime
 
 VARIANTS = {
     "recipe": "",
@@ -73,7 +70,7 @@ def measure(name: str, data: str, epochs: int, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as out:
         change, own = CHANGED.get(name) or ("", VARIANTS[name])
         flags = f"--preset quick --lr 1.5e-3 --minutes 0 --epochs {epochs} --seed {seed} {own}".split()
-        script = [ROOT / "benchmarks" / "variants.py", *change.split()] if change else [ROOT / "train.py"]
+        script = ["-m", "benchmarks.variants", *change.split()] if change else ["train.py"]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         if subprocess.run([sys.executable, *script, "--data", data, "--out", out, *flags]).returncode:
             raise ValueError(f"no row of {name}: see above. The rows before it are kept.")
@@ -120,7 +117,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2, help="passes over the train split")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
-    parser.add_argument("--out", type=Path, default=Path("Results/ablation.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ablation.json"))
     parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args()
     rows = json.loads(args.out.read_text()) if args.out.is_file() else []

@@ -5,14 +5,10 @@ Every model here maps x (B, 1, H, W) to a reconstruction of that shape and its q
 codes (B, ...) int64 in [0, K) and K.
 """
 
-import sys
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import runtime
 import train
 from dataset import DataConfig

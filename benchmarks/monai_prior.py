@@ -1,7 +1,7 @@
 """p(top) side by side with MONAI's DecoderOnlyTransformer, of the same size, on the same codes, for the same time.
 
     pip install monai einops
-    python benchmarks/monai_prior.py --checkpoint Results/vqvae2_best.pth [--minutes 4] [--n 16]
+    python -m benchmarks.monai_prior --checkpoint Results/vqvae2_best.pth [--minutes 4] [--n 16]
 
 Ours is `prior.CodePrior` with the settings of `train.py --stage prior`; MONAI's has as many channels, layers and
 heads, and is trained as its tutorial does, Adam at 5e-4. Neither is told the slice's position. Both are then
@@ -12,7 +12,6 @@ every code.
 
 import copy
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import runtime
 import train
 from codes import extract_codes
@@ -45,7 +43,7 @@ class Config:
     batch_size: int = option(8, "slices a step of MONAI's; ours keeps its preset's")
     seed: int = option(0, "of weights and order")
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    out: str = option("Results/monai_prior.json", "file to write")
+    out: str = option("benchmarks/results/monai_prior.json", "file to write")
 
 
 class MonaiPrior(nn.Module):

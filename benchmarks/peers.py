@@ -1,9 +1,9 @@
 """Peers side by side: every model trained on the same slices for the same time, then scored on the test split.
 
     pip install monai
-    OMP_NUM_THREADS=1 python benchmarks/peers.py --data keras_slices_data --minutes 60
-    python benchmarks/peers.py --data keras_slices_data --only single ours    # these rows anew, the others stay
-    python benchmarks/peers.py --table                                        # print Results/peers.json
+    OMP_NUM_THREADS=1 python -m benchmarks.peers --data keras_slices_data --minutes 60
+    python -m benchmarks.peers --data keras_slices_data --only single ours    # these rows anew, the others stay
+    python -m benchmarks.peers --table                                        # print benchmarks/results/peers.json
 
     ours     train.py --preset best, its learning rate falling over --minutes
     race     train.py --preset quick over --race minutes: how soon ours is there if it need not get further
@@ -38,8 +38,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from baselines import (
+import metrics
+import runtime
+from benchmarks.baselines import (
     Decoded,
     ReportVQVAE2,
     SingleLevelVQVAE,
@@ -48,10 +49,7 @@ from baselines import (
     our_stage,
     our_through_codes,
 )
-from per_set import study_sets
-
-import metrics
-import runtime
+from benchmarks.per_set import study_sets
 from dataset import SPLITS, DataConfig, SliceDataset, open_study
 from loop import Run, TrainConfig
 from modules import ssim
@@ -72,7 +70,7 @@ class PeersConfig:
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     below: int = option(100, "patients numbered below that are one set, the rest the other")
     target: float = option(0.90, "validation SSIM, report protocol, to which the table gives the time")
-    out: str = option("Results/peers.json", "file that the rows are merged into")
+    out: str = option("benchmarks/results/peers.json", "file that the rows are merged into")
 
 
 class Peer(NamedTuple):

@@ -1,17 +1,15 @@
 """Mean scores of several sets in one test split, from predict.py's test_scores.csv.
 
-    python benchmarks/per_set.py Results/test_scores.csv --below 100
+    python -m benchmarks.per_set Results/test_scores.csv --below 100
 
 Patients numbered below that are one set, the rest the other. Intervals: 95 %, bootstrap over patients.
 """
 
 import csv
-import sys
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import metrics
 import runtime
 

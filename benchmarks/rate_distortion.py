@@ -1,7 +1,7 @@
 """Rate against distortion on a test split: trained models beside JPEG, JPEG 2000, WebP and AVIF.
 
-    python benchmarks/rate_distortion.py Results/vqvae2_best.pth --prior Results/prior_best.pth
-    python benchmarks/rate_distortion.py low.pth middle.pth high.pth --below 100 --sets abdomen heart
+    python -m benchmarks.rate_distortion Results/vqvae2_best.pth --prior Results/prior_best.pth
+    python -m benchmarks.rate_distortion low.pth middle.pth high.pth --below 100 --sets abdomen heart
 
 Each model's bits are counted in up to three ways: nominal (log2 K a code), by the entropy of its code histogram over
 the slices, and by the cross-entropy of those codes under its prior, where one is given. The sets are
@@ -10,27 +10,24 @@ per_set.py's: patients numbered below --below, and the rest; a study with one of
 Writes rate_distortion.json and rate_distortion.png to --out.
 """
 
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import PIL
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from per_set import study_sets
-
 import appraise
 import figures
-import image_codecs
 import predict
 import runtime
-from dataset import SliceDataset
+from benchmarks import image_codecs
+from benchmarks.per_set import study_sets
+from dataset import SliceDataset, in_parallel
 from generate import GenerateConfig, load_models
 from modules import VQVAE2, load_model
 from prior import Prior
 
-SCORES = tuple(predict.CODEC_COLUMNS)
+SCORES = {"ssim_report": "SSIM report", "ssim_standard": "SSIM standard", "psnr": "PSNR dB"}
 
 
 class Contender(NamedTuple):
@@ -90,6 +87,26 @@ def in_set(contender: Contender, test: SliceDataset, chosen: np.ndarray) -> dict
     return found
 
 
+def sweep(test: SliceDataset, codecs: dict[str, image_codecs.Codec]) -> list[image_codecs.Points]:
+    """Send every slice through every codec at every quality, in file order."""
+
+    def one(index: int) -> image_codecs.Points:
+        return image_codecs.sweep_slice(test.images([index])[0, 0].numpy(), codecs)
+
+    return list(in_parallel(one, range(len(test)), "image codecs", "slice"))
+
+
+def rate_panel(curves: image_codecs.Curves, models: dict[str, dict]) -> tuple[dict, dict]:
+    """One panel of figures.rate_distortion: the codecs' curves and the models' points, by name."""
+    lines = {codec: image_codecs.drawn(curve, "ssim_report") for codec, curve in curves.items()}
+    points = {}
+    for name, found in models.items():
+        ssim = found["ssim_report"]["mean"]
+        rates = found["bits_per_pixel"].items()
+        points[name] = {kind.replace("_", " "): (bits, ssim) for kind, bits in rates}
+    return lines, points
+
+
 def print_set(title: str, board: dict, curves: image_codecs.Curves, rates: list[float]) -> None:
     print(
         f"\n{title}: {board['n']} slices of {board['people']} people; SSIM of the report's protocol / PSNR in dB"
@@ -102,7 +119,7 @@ def print_set(title: str, board: dict, curves: image_codecs.Curves, rates: list[
         shown = ("-" if ssim is None else f"{ssim:.4f} / {psnr:.2f}" for ssim, psnr in cells)
         size = board["codecs"][codec]["overhead_bits_per_pixel"]
         print(f"{codec:<34}" + "".join(f"{cell:>16}" for cell in shown) + f"{size:>10.3f}")
-    print(f"{'model':<34}" + "".join(f"{name:>16}" for name in predict.CODEC_COLUMNS.values()))
+    print(f"{'model':<34}" + "".join(f"{name:>16}" for name in SCORES.values()))
     for name, model in board["models"].items():
         print(f"{name:<34}" + "".join(f"{model[score]['mean']:>#16.4g}" for score in SCORES))
     print(f"{'for the same SSIM, report':<34}{'bits per pixel':>16}" + "".join(f"{c:>16}" for c in curves))
@@ -122,7 +139,7 @@ def parse_flags():
     parser.add_argument("--sets", nargs=2, default=[None, None], metavar="NAME", help="what to call them")
     parser.add_argument("--rates", nargs="+", type=float, default=[0.2, 0.4, 0.5625, 0.703])
     parser.add_argument("--avif-speed", type=int, default=2, help="0 is best and slowest, 6 is Pillow's own")
-    parser.add_argument("--out", default="Results", help="folder to write to")
+    parser.add_argument("--out", default="benchmarks/results", help="folder to write to")
     parser.add_argument("--batch-size", type=int, default=32, help="slices at a time")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--cache", default="", help="decoded slices; empty is ~/.cache/vqvae2-slices")
@@ -142,7 +159,7 @@ def main() -> None:
             parser.error(f"{path}: trained at another size than {args.checkpoints[0]}; expected one size")
         test, models[name] = mine, score(path, pairs.get(path), mine, args)
     codecs, size = image_codecs.with_avif_speed(args.avif_speed), test.pixels.shape[1:]
-    points, patients = predict.sweep_codecs(test, codecs), np.array([name.patient for name in test.names])
+    points, patients = sweep(test, codecs), np.array([name.patient for name in test.names])
 
     result, panels = {"sets": {}}, {}
     for title, chosen in named_sets(patients, args.below, args.sets).items():
@@ -156,14 +173,13 @@ def main() -> None:
             board["models"][name] = found | {"codecs": beside}
         print_set(title, board, curves, args.rates)
         result["sets"][title] = board
-        panels[f"{title} (n = {board['n']})"] = predict.rate_panel(curves, board["models"])
+        panels[f"{title} (n = {board['n']})"] = rate_panel(curves, board["models"])
     print(
         f"\nAVIF at speed {args.avif_speed}; headers: that part of a codec's bits per pixel, of the whole file"
     )
     result |= {
         "data": {"study": test.study.resolve().name, "fingerprint": test.fingerprint},
         "checkpoints": {path: runtime.sha256(path) for path in (*args.checkpoints, *args.prior)},
-        "protocol": predict.PROTOCOL | {"codecs": image_codecs.PROTOCOL},
         "pillow": PIL.__version__,
         "provenance": runtime.provenance(),
     }

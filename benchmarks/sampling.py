@@ -1,19 +1,16 @@
 """New slices a second: the priors' sampling of both code maps, with the default network, by batch size.
 
-    python benchmarks/sampling.py                              # 16 slices, on this machine's CPU
-    python benchmarks/sampling.py --batch-size 256 1024 2048   # on a GPU
+    python -m benchmarks.sampling                              # 16 slices, on this machine's CPU
+    python -m benchmarks.sampling --batch-size 256 1024 2048   # on a GPU
 
 The weights are random: what a step costs does not depend on them. Decoding, about a hundredth, is left out.
 """
 
 import math
-import sys
 import time
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import runtime
 from modules import VQVAE2Config
 from prior import Prior, PriorConfig
@@ -24,7 +21,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, nargs="+", default=[16], help="slices at a time")
     parser.add_argument("--rounds", type=int, default=2, help="timings of each; the best is kept")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--out", default="Results/sampling.json", help="file to write")
+    parser.add_argument("--out", default="benchmarks/results/sampling.json", help="file to write")
     args = parser.parse_args()
     device, shape = runtime.pick_device(args.device), VQVAE2Config().code_shapes(256, 128)[0]
     prior = Prior(runtime.from_flags(PriorConfig, args), shape).to(device)

@@ -1,6 +1,6 @@
 """How long a study takes to open: the first time, when every slice is decoded, and later, from the cache.
 
-    python benchmarks/startup.py --data keras_slices_data --slices 12660
+    python -m benchmarks.startup --data keras_slices_data --slices 12660
 
 Makes a study of that many slices, as many as HipMRI's sliced set has, in a temporary folder: links to the files of
 --data, over and over. Beside the two starts stands what zlib alone takes for the same bytes, already in memory, on
@@ -10,13 +10,11 @@ one core and on all: a first start cannot be quicker. The files have been read b
 import gzip
 import itertools
 import os
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import runtime
 from dataset import SPLITS, DataConfig, find_study, open_study
 
@@ -46,7 +44,7 @@ def main() -> None:
     parser = runtime.parser(__doc__)
     parser.add_argument("--data", default="", help="study whose files are linked")
     parser.add_argument("--slices", type=int, default=12_660)
-    parser.add_argument("--out", default="Results/startup.json")
+    parser.add_argument("--out", default="benchmarks/results/startup.json")
     args = parser.parse_args()
     if (study := find_study(args.data)) is None:
         raise FileNotFoundError("no study here. Mend: --data DIR.")

@@ -1,17 +1,16 @@
 """A training step of train.py: slices/s by batch size, and where its time goes. On a GPU also the share of the
 bfloat16 matrix rate that its convolutions reach, and the time of an epoch.
 
-    python benchmarks/step.py --data keras_slices_data                                   # --preset report
-    python benchmarks/step.py --data keras_slices_data --preset best --batch-size 1
-    python benchmarks/step.py --data keras_slices_data --batch-size 64 256 --compile on  # on a GPU
+    python -m benchmarks.step --data keras_slices_data                                   # --preset report
+    python -m benchmarks.step --data keras_slices_data --preset best --batch-size 1
+    python -m benchmarks.step --data keras_slices_data --batch-size 64 256 --compile on  # on a GPU
 
-Takes the very steps of loop.py, data included, and writes --out, Results/step.json: one entry a preset.
+Takes the very steps of loop.py, data included, and writes --out, benchmarks/results/step.json: one entry a preset.
 """
 
 import collections
 import json
 import resource
-import sys
 import time
 from pathlib import Path
 
@@ -20,12 +19,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from baselines import our_stage
-
 import loop
 import runtime
 import train
+from benchmarks.baselines import our_stage
 from dataset import DataConfig
 from modules import VectorQuantiser
 
@@ -143,7 +140,7 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=320, help="to time, in steps of --batch-size; 3 to 200")
     parser.add_argument("--compile", default="auto", choices=loop.SWITCH)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--out", default="Results/step.json")
+    parser.add_argument("--out", default="benchmarks/results/step.json")
     args = parser.parse_args()
     rows = {}
     for batch_size in args.batch_size:

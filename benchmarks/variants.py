@@ -1,18 +1,16 @@
 """Rows of ablation.py that no flag makes: each function here changes what train.py then runs.
 
-    python benchmarks/variants.py relu --data keras_slices_data --preset quick
+    python -m benchmarks.variants relu --data keras_slices_data --preset quick
 
 What lost is here and not in the scripts.
 """
 
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import loop
 import modules
 import runtime

@@ -7,16 +7,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from skimage.metrics import structural_similarity
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import baselines
-import peers
-import startup
-import variants
-
 import train
+from benchmarks import baselines, peers, startup, variants
 from dataset import DataConfig, open_study
 from modules import VQVAE2, Output, VectorQuantiser, VQVAE2Config
 

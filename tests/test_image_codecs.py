@@ -6,8 +6,8 @@ from PIL import Image, features
 from skimage.data import camera
 from skimage.transform import resize
 
-import image_codecs
 import metrics
+from benchmarks import image_codecs
 
 SHAPE = 128, 96
 # a photograph as a slice: uint16 in steps far finer than 8 bits, then z-scored

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import runpy
 import sys
 from dataclasses import asdict
 
@@ -10,13 +9,13 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
-from PIL import Image, features
+from conftest import run
+from PIL import Image
 
-import image_codecs
 import metrics
 import predict
 import runtime
+from benchmarks import rate_distortion
 from dataset import DataConfig, open_study
 from modules import VQVAE2, VQVAE2Config
 from prior import Prior, PriorConfig
@@ -165,42 +164,6 @@ def test_another_study_one_patient_and_synthetic(study, checkpoint, tmp_path, ca
     assert not (tmp_path / "reconstructions").exists()
 
 
-def test_codecs_are_scored_on_the_same_slices(checkpoint, test_split, result, tmp_path, capsys):
-    found = predict_with(checkpoint, codecs=True, out=str(tmp_path))
-    stdout, entry = capsys.readouterr().out, found.pop("codecs")
-    assert json.loads((tmp_path / "metrics.json").read_text())["codecs"] == entry
-    for name in result.keys() - {"provenance"}:  # the model's own results are as they were without
-        assert found[name] == result[name], name
-    assert "codecs" not in result and entry["n"] == 6
-    slices = [test_split.images([i])[0, 0].numpy() for i in range(6)]
-    codec = image_codecs.CODECS["WebP"]
-    files = [image_codecs.encode(codec, image_codecs.to_bytes(x), codec.qualities[2]) for x in slices]
-    decoded = [
-        image_codecs.from_bytes(image_codecs.decode(file), x) for file, x in zip(files, slices, strict=True)
-    ]
-    row = entry["codecs"]["WebP"]["curve"][2]
-    assert row["bits_per_pixel"] == pytest.approx(8 * sum(map(len, files)) / (6 * 64 * 32), abs=1e-6)
-    ssim = [metrics.ssim_report(*pair)[0] for pair in zip(slices, decoded, strict=True)]
-    assert row["ssim_report"] == pytest.approx(np.mean(ssim), abs=1e-6)
-    beside = entry["beside_the_model"]["AVIF"]
-    assert beside["at"].keys() == {"nominal", "code_entropy"} and beside["bits_per_pixel_for"].keys()
-    with Image.open(tmp_path / "rate_distortion.png") as picture:
-        assert min(picture.size) > 300
-    for name in (*image_codecs.CODECS, "this model", "rate_distortion.png"):
-        assert name in stdout
-
-
-def test_a_codec_that_is_not_there_is_one_line_and_exit_2(checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(features, "check", lambda feature: feature != "webp")
-    arguments = ["--codecs", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "o")]
-    monkeypatch.setattr(sys, "argv", ["predict.py", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        runtime.run_cli(predict.main)
-    stdout, stderr = capsys.readouterr()
-    assert stopped.value.code == 2 and stdout == "" and not (tmp_path / "o").exists()
-    assert stderr.startswith("error: Pillow ") and "no WebP" in stderr and stderr.count("\n") == 1
-
-
 def test_the_scoreboard_of_models_has_every_way_of_counting_bits(
     checkpoint, study, tmp_path, monkeypatch, capsys
 ):
@@ -212,9 +175,8 @@ def test_the_scoreboard_of_models_has_every_way_of_counting_bits(
     runtime.save_checkpoint(tmp_path / "prior.pth", prior)
     arguments = [checkpoint, other, "--prior", tmp_path / "prior.pth", "--out", tmp_path / "out"]
     arguments += ["--below", 41, "--sets", "first", "second", "--device", "cpu"]
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script that is run there
     monkeypatch.setattr(sys, "argv", ["rate_distortion.py", *map(str, arguments)])
-    runpy.run_path(str(ROOT / "benchmarks" / "rate_distortion.py"))["main"]()
+    rate_distortion.main()
     result, stdout = (
         json.loads((tmp_path / "out" / "rate_distortion.json").read_text()),
         capsys.readouterr().out,

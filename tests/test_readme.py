@@ -1,4 +1,4 @@
-"""What README.md says of the code holds: its line references, its commands and their flags."""
+"""What README.md says of the code holds: the functions it refers to, its commands and their flags."""
 
 import importlib
 import re
@@ -8,28 +8,29 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-REFERENCES = re.findall(r"`([\w.]+)` in \[(\w+\.py)\]\((\w+\.py)#L(\d+)\)", README)
-COMMANDS = re.findall(r"(?:python|torchrun \S+) ([\w/]+)\.py([^#&`]*?)[#&`\n]", README.replace("\\\n", ""))
+REFERENCES = re.findall(r"`([\w.]+)` in \[(\w+\.py)\]\((\w+\.py)\)", README)
+COMMANDS = re.findall(
+    r"(?:python|torchrun \S+) (?:-m )?([\w.]+?)(?:\.py)?((?: [^#&`\n]*)?)[#&`\n]", README.replace("\\\n", "")
+)
 
 
-@pytest.mark.parametrize("name, file, target, line", REFERENCES)
-def test_a_line_reference_lies_in_the_function_it_names(name, file, target, line):
-    lines = (ROOT / file).read_text().splitlines()[: int(line)]
-    functions = [text.split("def ")[1].split("(")[0] for text in lines if text.lstrip().startswith("def ")]
-    methods = [f for f in functions if f != "blocks"]  # a helper inside VQVAE2.__init__
-    assert file == target and methods[-1] == name.split(".")[-1]
+@pytest.mark.parametrize("name, file, target", REFERENCES)
+def test_a_function_that_is_referred_to_is_in_that_file(name, file, target):
+    found = importlib.import_module(file.removesuffix(".py"))
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert file == target and found.__module__ == file.removesuffix(".py")
 
 
 def test_every_term_of_the_loss_has_a_reference():
-    assert len(REFERENCES) == 6
+    assert len(REFERENCES) >= 6
 
 
-@pytest.mark.parametrize("script, flags", COMMANDS)
+@pytest.mark.parametrize("script, flags", [command for command in COMMANDS if command[0] != "pytest"])
 def test_a_command_s_flags_exist(script, flags, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [script, "--help"])
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     with pytest.raises(SystemExit):
-        importlib.import_module(script.split("/")[-1]).main()
+        importlib.import_module(script).main()
     known = capsys.readouterr().out
     for flag in re.findall(r"--[\w-]+", flags):
         assert f"{flag} " in known, flag

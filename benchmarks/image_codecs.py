@@ -60,15 +60,6 @@ CODECS = {
         ({"speed": 4, "subsampling": "4:0:0", "max_threads": 1},),
     ),
 }
-PROTOCOL = {
-    "input": "8 bits: each z-scored slice by its own minimum and maximum to 0..255; decoded, scaled back, and "
-    "scored as the model's reconstruction is",
-    "bits_per_pixel": "of the whole file, the smallest of those that `settings` make; a curve's is the mean "
-    "over slices at one quality, so a codec may spend more on harder slices",
-    "overhead_bytes": "the smallest file of a slice of one value: headers and tables, next to no picture",
-    "between": "between qualities a curve is a monotone cubic (PCHIP) in dB over the logarithm of the rate, as "
-    "for Bjontegaard's differences; SSIM in dB is -10 log10(1 - SSIM); null is outside the sweep",
-}
 
 
 def with_avif_speed(speed: int) -> dict[str, Codec]:
