@@ -21,8 +21,7 @@ import re
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -33,9 +32,8 @@ import nibabel
 import numpy as np
 import torch
 from skimage.transform import resize
-from tqdm import tqdm
 
-from runtime import atomic_path, from_flags, option, parser, run_cli, write_json, write_nifti
+from runtime import atomic_path, from_flags, in_parallel, option, parser, run_cli, write_json, write_nifti
 
 SPLITS = ("train", "validate", "test")
 STUDY_NAMES = ("keras_slices_data", "HipMRI_study_keras_slices_data")  # looked for in the working directory
@@ -199,20 +197,6 @@ def _decode(path: str, size: tuple[int, int]) -> tuple[np.ndarray, dict] | str:
     row |= {"mean": mean, "std": np.float32(1) if constant else std, "constant": constant}
     row["crc32"] = zlib.crc32(pixels)
     return pixels, row
-
-
-def in_parallel(function: Callable, items: Sequence, label: str, unit: str) -> Iterator:
-    """`function` of each item, in order, under a progress bar.
-
-    Threads, not processes: zlib releases the GIL, and each process would have to import torch first and would
-    need a main guard in the caller's script.
-    """
-    bar = tqdm(total=len(items), desc=label, unit=unit, disable=None)
-    with bar, ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-        for start in range(0, len(items), 256):  # so that no more than 256 results wait for their reader
-            for result in pool.map(function, items[start : start + 256]):
-                bar.update()
-                yield result
 
 
 # ---- the cache: <cache>/<study>-<digest of path and size>/ holds ARRAYS and index.json --------------------

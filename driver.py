@@ -21,6 +21,7 @@ import train
 from dataset import DataConfig, find_study
 from modules import VQVAE2Config
 from prior import PriorConfig
+from runtime import UserError
 
 PHANTOM = Path("phantom_slices_data")  # made where there is no study
 
@@ -36,7 +37,7 @@ def main() -> None:
     if known.resume:
         resumed = runtime.load_checkpoint(known.resume, "vqvae2", "prior")
         if resumed["kind"] == "prior":
-            raise ValueError(f"--resume {known.resume}: priors. Mend: train.py --resume, then generate.py.")
+            raise UserError(f"--resume {known.resume}: priors. Fix: train.py --resume, then generate.py.")
         synthetic = resumed["data"]["synthetic"]
     preset = known.preset or ("quick" if synthetic else "report")
     of_prior = train.PRESETS["prior"]["quick" if preset == "quick" else "best"]
@@ -54,7 +55,7 @@ def main() -> None:
     data, model, loss, codes, prior, config = (runtime.from_flags(c, args) for c in configs)
     if args.prior_minutes is not None:
         if not args.prior_minutes >= 0:
-            raise ValueError(f"--prior-minutes is {args.prior_minutes}; expected 0 or more")
+            raise UserError(f"--prior-minutes is {args.prior_minutes}; expected 0 or more")
         second["minutes"] = args.prior_minutes
     same = {name: getattr(config, name) for name in ("out", "device", "seed", "bf16")}
     second = train.TrainConfig(**same, **second)

@@ -34,7 +34,7 @@ from tqdm import tqdm
 import figures
 import runtime
 from optimiser import Muon, split
-from runtime import option
+from runtime import UserError, option
 
 SWITCH = ("auto", "on", "off")
 
@@ -70,14 +70,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "save_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
         for name in ("minutes", "warmup", "weight_decay", "clip", "patience", "keep", "seed"):
             if not 0 <= getattr(self, name) < 2**32:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected 0 or more")
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected 0 or more")
         if self.warmup > 1:
-            raise ValueError(f"--warmup is {self.warmup}; expected a share of the run, at most 1")
+            raise UserError(f"--warmup is {self.warmup}; expected a share of the run, at most 1")
         if not 0 < self.lr < math.inf:
-            raise ValueError(f"--lr is {self.lr}; expected more than 0")
+            raise UserError(f"--lr is {self.lr}; expected more than 0")
 
 
 def switched(flag: str, default: bool) -> bool:
@@ -158,15 +158,15 @@ class Run:
 
     def restore(self, checkpoint: dict) -> None:
         if checkpoint["model_config"] != self.stage.settings()["model_config"]:
-            raise ValueError(
-                "--resume: the checkpoint is of a network of another shape. Mend: leave out its flags."
+            raise UserError(
+                "--resume: the checkpoint is of a network of another shape. Fix: leave out its flags."
             )
         if (was := checkpoint["train_config"]["optimiser"]) != self.config.optimiser:
-            raise ValueError(f"--resume: the checkpoint is of --optimiser {was}. Mend: leave it out.")
+            raise UserError(f"--resume: the checkpoint is of --optimiser {was}. Fix: leave it out.")
         try:
             self.stage.model.load_state_dict(checkpoint["model"])
         except RuntimeError as error:  # of a revision whose network has other parts
-            raise ValueError("--resume: weights of another network than this. Mend: train again.") from error
+            raise UserError("--resume: weights of another network than this. Fix: train again.") from error
         self.optimiser.load_state_dict(checkpoint["optimiser"])
         for group in self.optimiser.param_groups:
             group["weight_decay"] = self.config.weight_decay
@@ -234,13 +234,13 @@ class Run:
         runtime.sum_over_ranks(sums)
         means = dict(zip(self.stage.names, (sums / count).tolist(), strict=True))
         if not math.isfinite(means["loss"]):
-            raise ValueError(self.lost(means["loss"], self.step, where))
+            raise UserError(self.lost(means["loss"], self.step, where))
         return means
 
     def lost(self, loss: float, step: int, where: str) -> str:
         return (
             f"the loss is {loss} at epoch {self.epoch + 1}, step {step}, {where}. Last good checkpoint: "
-            f"{self.saved or 'none of this run'}. Mend: a lower --lr, or --clip 1."
+            f"{self.saved or 'none of this run'}. Fix: a lower --lr, or --clip 1."
         )
 
     # training and validation
@@ -276,7 +276,7 @@ class Run:
         bar.set_postfix(epoch=self.epoch + 1, loss=f"{value:.4f}", refresh=False)
         if not math.isfinite(value):
             files = ", ".join(self.stage.splits["train"].paths[i].name for i in indices.tolist())
-            raise ValueError(self.lost(value, self.step + 1, "or before" if cuda else f"on {files}"))
+            raise UserError(self.lost(value, self.step + 1, "or before" if cuda else f"on {files}"))
 
     def train_epoch(self, bar: tqdm, stopped: list[int]) -> bool:
         """Train to the end of the epoch, of the minutes, or until a rank is to stop; returns whether one is."""

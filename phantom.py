@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import runtime
-from dataset import in_parallel
-from runtime import option
+from runtime import in_parallel, option
 
 SHAPE, PLANES, SPACING = (256, 128), 60, 1.6  # left-right and foot-head; anterior to posterior; mm, all three
 AFFINE = np.array([[SPACING, 0, 0, 0], [0, 0, -SPACING, 0], [0, SPACING, 0, 0], [0, 0, 0, 1]])  # to RAS+

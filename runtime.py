@@ -19,7 +19,8 @@ import subprocess
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from io import BytesIO
@@ -30,10 +31,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
-FORMAT = "vqvae2-2"  # of a checkpoint; raised when its keys change meaning
+FORMAT = "vqvae2-3"  # of a checkpoint; raised when its keys change meaning
+OLD_FORMATS = ("vqvae2-1", "vqvae2-2")  # written up to revision 5afe7e8
 ROOT = Path(__file__).resolve().parent
 PATIENCE = timedelta(minutes=30)  # of a rank for the others: for the slowest thing that one does alone
+
+
+class UserError(ValueError):
+    """Something that the user can fix: the message names what was found, what was expected and the fix."""
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -54,10 +61,10 @@ def run_cli(main: Callable[[], None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)  # as a shell reports a process that Ctrl-C ended
     except torch.OutOfMemoryError as error:
-        message = f"{str(error).splitlines()[0]} Mend: a smaller --batch-size, or --device cpu."
-    except OSError as error:
+        message = f"{str(error).splitlines()[0]} Fix: a smaller --batch-size, or --device cpu."
+    except (UserError, OSError) as error:
         message = str(error)
-    except ValueError as error:
+    except ValueError as error:  # until every file raises UserError
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent
         if raised_in not in (ROOT, ROOT / "benchmarks"):
             raise
@@ -99,13 +106,27 @@ def from_flags(config: type, args: argparse.Namespace):
     return config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(config)})
 
 
+def in_parallel(function: Callable, items: Sequence, label: str, unit: str) -> Iterator:
+    """`function` of each item, in order, under a progress bar.
+
+    Threads, not processes: zlib and NumPy release the GIL, and a process would import torch again and need a main
+    guard in the caller's script.
+    """
+    bar = tqdm(total=len(items), desc=label, unit=unit, disable=None)
+    with bar, ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+        for start in range(0, len(items), 256):  # at most 256 results wait in memory for their reader
+            for result in pool.map(function, items[start : start + 256]):
+                bar.update()
+                yield result
+
+
 # ---- device, seeds -------------------------------------------------------------------------------
 
 
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one, else the CPU; asking for a CUDA that is not there is an error."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA device. Mend: --device cpu, or a CUDA build.")
+        raise UserError("--device cuda: PyTorch sees no CUDA device. Fix: --device cpu, or a CUDA build.")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
@@ -175,8 +196,8 @@ def ranks(device: str) -> Iterator[None]:
     cuda, local = pick_device(device).type == "cuda", int(os.environ["LOCAL_RANK"])
     if cuda:
         if local >= (found := torch.cuda.device_count()):
-            raise ValueError(
-                f"process {local + 1} of a node with {found} GPUs. Mend: --nproc_per_node={found}."
+            raise UserError(
+                f"process {local + 1} of a node with {found} GPUs. Fix: --nproc_per_node={found}."
             )
         torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
@@ -238,7 +259,7 @@ def writable_folder(path: Path | str) -> Path:
         write_text(trial, "")
         trial.unlink()
     except OSError as error:
-        raise OSError(f"{path}: cannot write there ({error.strerror}). Mend: another --out.") from error
+        raise OSError(f"{path}: cannot write there ({error.strerror}). Fix: another --out.") from error
     return path
 
 
@@ -318,21 +339,27 @@ def load_checkpoint(path: Path | str, *kinds: str) -> dict:
         ValueError: truncated or not a checkpoint; of another format; none of the `kinds` of model.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint. Mend: run train.py, or name another.")
+        raise FileNotFoundError(f"{path}: no such checkpoint. Fix: run train.py, or name another.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = (checkpoint.get("format"), checkpoint.get("kind"))
     except (RuntimeError, EOFError, KeyError, AttributeError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{path}: not a whole checkpoint ({type(error).__name__}). Mend: an earlier one, or train again."
+        raise UserError(
+            f"{path}: not a whole checkpoint ({type(error).__name__}). Fix: an earlier one, or train again."
         ) from error
-    if found not in [(FORMAT, kind) for kind in kinds]:
-        raise ValueError(
+    written, kind = found
+    if written in OLD_FORMATS:
+        raise UserError(
+            f"{path}: a checkpoint of format {written}, written by the version before 27 November 2026; expected "
+            f"{FORMAT}. Fix: `git checkout 5afe7e8` to use it, or train again."
+        )
+    if written != FORMAT or kind not in kinds:
+        raise UserError(
             f"{path}: a checkpoint of format and kind {found}; expected {FORMAT}, {' or '.join(kinds)}. "
-            "Mend: use the version of these scripts that wrote it, or train again."
+            "Fix: name a checkpoint that train.py wrote for this."
         )
     if missing := {"model_config", "model", "data"} - checkpoint.keys():
-        raise ValueError(f"{path}: a checkpoint without {', '.join(sorted(missing))}. Mend: train again.")
+        raise UserError(f"{path}: a checkpoint without {', '.join(sorted(missing))}. Fix: train again.")
     return checkpoint
 
 

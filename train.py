@@ -32,7 +32,7 @@ from dataset import DataConfig, SliceDataset, open_study, open_trained_study
 from loop import TrainConfig, fit, switched
 from modules import VQVAE2, Output, VQVAE2Config, load_model, ssim
 from prior import Prior, PriorConfig
-from runtime import option
+from runtime import UserError, option
 
 SIDES = ("height", "width")
 # Each preset is what differs from the report's hyperparameters, the defaults; flags given beside it win. Steps
@@ -87,9 +87,9 @@ class LossConfig:
     def __post_init__(self) -> None:
         for name in ("beta", "mse", "l1", "ssim"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name} is {getattr(self, name)}; expected 0 or more")
+                raise UserError(f"--{name} is {getattr(self, name)}; expected 0 or more")
         if self.mse + self.l1 + self.ssim == 0:
-            raise ValueError("--mse, --l1 and --ssim are all 0; expected at least one reconstruction term")
+            raise UserError("--mse, --l1 and --ssim are all 0; expected at least one reconstruction term")
 
 
 # ---- stage one: the autoencoder ----
@@ -155,8 +155,8 @@ class Autoencoder:
         if config.weights and not resumed:
             start = load_model(runtime.load_checkpoint(config.weights, self.kind), config.weights)
             if replace(start.config, rate=model.rate) != model:
-                raise ValueError(
-                    f"--weights {config.weights}: a network of {start.config}; expected {model}. Mend: give no flags "
+                raise UserError(
+                    f"--weights {config.weights}: a network of {start.config}; expected {model}. Fix: give no flags "
                     "of the network."
                 )
             self.model.load_state_dict(start.state_dict())
@@ -235,13 +235,13 @@ def train_autoencoder(
     # errors now, not after the decoding or the training
     model.code_shapes(data.height, data.width)
     if min(data.height, data.width) < 16:
-        raise ValueError(
+        raise UserError(
             f"slices of {data.height}x{data.width}: too small to score; expected at least 16 of each"
         )
     runtime.writable_folder(config.out)
     if checkpoint and (data.height, data.width) != (was := tuple(checkpoint["data"][side] for side in SIDES)):
-        raise ValueError(
-            f"--resume: --height and --width are not the checkpoint's, {was}. Mend: leave them out."
+        raise UserError(
+            f"--resume: --height and --width are not the checkpoint's, {was}. Fix: leave them out."
         )
     stage = Autoencoder(data, model, loss, config, resumed=checkpoint is not None)
     return resume(stage, config, checkpoint)
@@ -262,9 +262,9 @@ class CodesConfig:
 
     def __post_init__(self) -> None:
         if self.bottom_every < 1:
-            raise ValueError(f"--bottom-every is {self.bottom_every}; expected at least 1")
+            raise UserError(f"--bottom-every is {self.bottom_every}; expected at least 1")
         if not 0 <= self.forget <= 1:
-            raise ValueError(f"--forget is {self.forget}; expected 0 to 1")
+            raise UserError(f"--forget is {self.forget}; expected 0 to 1")
 
 
 class CodePriors:
@@ -350,16 +350,16 @@ def train_prior(
 ) -> Path:
     """Stage two, on the codes of a trained autoencoder; returns the path of the best checkpoint."""
     if config.weights:
-        raise ValueError("--weights: for the autoencoder alone. Mend: leave it out.")
+        raise UserError("--weights: for the autoencoder alone. Fix: leave it out.")
     if config.batch_size % codes.bottom_every:
-        raise ValueError(
+        raise UserError(
             f"--bottom-every is {codes.bottom_every}, --batch-size {config.batch_size}: expected a multiple of it"
         )
     runtime.writable_folder(config.out)
     stage = CodePriors(data, codes, prior, config)
     if checkpoint and checkpoint["autoencoder_sha256"] != stage.sha256:
-        raise ValueError(
-            f"--resume: the prior of another autoencoder than {codes.checkpoint}. Mend: --checkpoint, or train anew."
+        raise UserError(
+            f"--resume: the prior of another autoencoder than {codes.checkpoint}. Fix: --checkpoint, or train anew."
         )
     return resume(stage, config, checkpoint)
 
@@ -391,8 +391,8 @@ def parse(parser: argparse.ArgumentParser, preset: str = "") -> tuple[argparse.N
     args = parser.parse_args()
     presets = PRESETS[args.stage]
     if args.resume and args.preset:
-        raise ValueError(
-            "--resume and --preset: a resumed run has its checkpoint's settings. Mend: leave one out."
+        raise UserError(
+            "--resume and --preset: a resumed run has its checkpoint's settings. Fix: leave one out."
         )
     checkpoint = None
     if args.resume:
@@ -401,7 +401,7 @@ def parse(parser: argparse.ArgumentParser, preset: str = "") -> tuple[argparse.N
             parser.set_defaults(**checkpoint.get(name, {}))
         parser.set_defaults(out=str(Path(args.resume).parent), **data_flags(checkpoint))
     elif args.preset and args.preset not in presets:
-        raise ValueError(f"--preset {args.preset}: of --stage {args.stage} there are {', '.join(presets)}")
+        raise UserError(f"--preset {args.preset}: of --stage {args.stage} there are {', '.join(presets)}")
     else:
         settings = presets.get(args.preset or preset, next(iter(presets.values())))
         if args.weights:

@@ -15,12 +15,11 @@ from dataset import (
     SliceName,
     SourceFile,
     finite,
-    in_parallel,
     raise_bad,
     read_nifti,
     scan,
 )
-from runtime import option, writable_folder, write_json, write_nifti
+from runtime import in_parallel, option, writable_folder, write_json, write_nifti
 
 # The patients of HipMRI in each split of the course's.
 COURSE = {"train": {*range(4, 34), 35}, "validate": {*range(36, 40)}, "test": {*range(40, 43)}}

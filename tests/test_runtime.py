@@ -119,11 +119,16 @@ def test_checkpoints_come_back_without_running_code(tmp_path):
     torch.save({"model": {}}, tmp_path / "foreign.pth")
     runtime.save_checkpoint(tmp_path / "keyless.pth", {"kind": "vqvae2", "model": {}})
     for name in ("cut", "empty", "pickle", "list", "foreign", "keyless"):
-        with pytest.raises(ValueError, match=f"{name}.pth.*Mend"):
+        with pytest.raises(ValueError, match=f"{name}.pth.*Fix"):
             runtime.load_checkpoint(tmp_path / f"{name}.pth", "vqvae2")
     with pytest.raises(ValueError, match="prior"):
         runtime.load_checkpoint(tmp_path / "a.pth", "prior")
-    with pytest.raises(FileNotFoundError, match="Mend"):
+    torch.save({**saved, "format": "vqvae2-2"}, tmp_path / "old.pth")
+    with pytest.raises(
+        runtime.UserError, match=r"old.pth.*before 27 November 2026.*Fix: `git checkout 5afe7e8`"
+    ):
+        runtime.load_checkpoint(tmp_path / "old.pth", "vqvae2")
+    with pytest.raises(FileNotFoundError, match="Fix"):
         runtime.load_checkpoint(tmp_path / "none.pth", "vqvae2")
 
 
