@@ -4,8 +4,11 @@ No pyplot, so that importing this file sets no backend and leaves no figure open
 `Figure` of its own and writes it whole or not at all. Slices are shown as stored, rows down: (H, W).
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+os.environ.pop("MPLBACKEND", None)  # a notebook's: it may name a backend that this Python lacks, and none is used
 
 import matplotlib as mpl
 import numpy as np

@@ -25,7 +25,7 @@ import metrics
 import runtime
 from dataset import DataConfig, SliceDataset, open_trained_study, save_reconstruction
 from modules import VQVAE2, load_model
-from runtime import in_parallel, option
+from runtime import option
 
 PICTURES = 4  # originals and reconstructions written slice by slice
 DRAWS, SEED = 10_000, 0  # of the bootstrap
