@@ -8,7 +8,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-os.environ.pop("MPLBACKEND", None)  # a notebook's: it may name a backend that this Python lacks, and none is used
+# A notebook's backend may be missing in this Python, and matplotlib would then fail to import. We use none.
+os.environ.pop("MPLBACKEND", None)
 
 import matplotlib as mpl
 import numpy as np
