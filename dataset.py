@@ -37,8 +37,9 @@ from runtime import atomic_path, from_flags, in_parallel, option, parser, run_cl
 
 SPLITS = ("train", "validate", "test")
 STUDY_NAMES = ("keras_slices_data", "HipMRI_study_keras_slices_data")  # looked for in the working directory
-CACHE_VERSION = 2  # raised when what is cached changes meaning: older caches are then rebuilt
-ARRAYS = ("pixels.npy", "table.npz")  # of a cache, all splits one after another
+CACHE_VERSION = 3  # raised when what is cached changes meaning: older caches are then rebuilt
+ARRAYS = ("pixels.npy", "masks.npy", "table.npz")  # of a cache, all splits one after another
+NO_MASK = 255  # every pixel of a slice that has no mask; no class has this index
 NAME = re.compile(r"(?:(?!week|slice)\D)*(\d+)(?:.*?week[_-]?(\d+))?(?:.*?slice[_-]?(\d+))?", re.IGNORECASE)
 
 
@@ -123,6 +124,18 @@ def _scan_study(study: Path, bad: dict[str, str]) -> dict[str, list[SourceFile]]
     return files
 
 
+def _scan_masks(study: Path, files: dict[str, list[SourceFile]], bad: dict[str, str]) -> dict[str, list]:
+    """The mask file of every slice of each split, or None where it has none."""
+    masks = {}
+    for split in SPLITS:
+        folder = study / f"keras_slices_seg_{split}"
+        found = {file.name: file for file in scan(folder, bad)} if folder.is_dir() else {}
+        for name in found.keys() - {file.name for file in files[split]}:
+            bad[found[name].path] = f"a mask without its slice in keras_slices_{split}"
+        masks[split] = [found.get(file.name) for file in files[split]]
+    return masks
+
+
 def _check_patients(study: Path, files: dict[str, list[SourceFile]], allowed: bool) -> None:
     patients = {split: {file.name.patient for file in files[split]} for split in SPLITS}
     shared = [
@@ -179,32 +192,74 @@ def _resize(pixels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return resize(pixels, shape, anti_aliasing=True, preserve_range=True).astype(np.float32)
 
 
-def _decode(path: str, size: tuple[int, int]) -> tuple[np.ndarray, dict] | str:
-    """A slice at `size`, float32 in scanner units, and its row of the table; or why there is none."""
+def _read_slice(path: str) -> tuple[np.ndarray, nibabel.Nifti1Header, bool]:
+    """The 2-D array of a file, its header, and whether it had more than two axes."""
+    pixels, header = read_nifti(path)
+    if pixels.ndim < 2 or min(pixels.shape[:2]) < 2 or pixels.size == 0:
+        raise ValueError(f"an array of shape {pixels.shape}; expected a 2-D slice")
+    return pixels[(..., *[0] * (pixels.ndim - 2))], header, pixels.ndim > 2
+
+
+def _directions(header: nibabel.Nifti1Header) -> np.ndarray | None:
+    """Unit vectors in the world, one column for each axis of the array; None where the header names none."""
+    if not (header["sform_code"] > 0 or header["qform_code"] > 0):
+        return None
+    axes = header.get_best_affine()[:3, :3]
+    return axes / np.linalg.norm(axes, axis=0)
+
+
+def _read_mask(path: str, image: nibabel.Nifti1Header, shape: tuple[int, int]) -> np.ndarray:
+    """The labels (rows, columns) int64 of a mask that lies on the slice with the header `image`."""
+    labels, header, _ = _read_slice(path)
+    if labels.shape != shape:
+        raise ValueError(f"its shape is {labels.shape}; expected {shape}, as of its slice")
+    labels = finite(labels)
+    if (labels % 1).any():
+        raise ValueError("its labels are not whole numbers")
+    ours, theirs = _directions(image), _directions(header)
+    if ours is not None and theirs is not None and ((ours * theirs).sum(axis=0)[:2] < 0.5).any():
+        raise ValueError("its affine turns or mirrors it against its slice; expected the same directions")
+    return labels.astype(np.int64)
+
+
+def _decode(
+    job: tuple[str, str | None], size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray | None, dict] | str:
+    """A slice at `size`, float32 in scanner units, its mask, int64 labels, and its row of the table.
+
+    `job` is the paths of the slice and of its mask. A string says why a file cannot be used.
+    """
+    path, mask_path = job
     try:
-        pixels, header = read_nifti(path)
-        extra_axes = pixels.ndim > 2
-        if pixels.ndim < 2 or min(pixels.shape[:2]) < 2 or pixels.size == 0:
-            raise ValueError(f"an array of shape {pixels.shape}; expected a 2-D slice")
-        pixels = finite(pixels[(..., *[0] * (pixels.ndim - 2))])
+        pixels, header, extra_axes = _read_slice(path)
+        pixels = finite(pixels)
+        mask = None
+        if mask_path:
+            try:
+                mask = _read_mask(mask_path, header, pixels.shape)
+            except ValueError as error:
+                raise ValueError(f"its mask {mask_path}: {error}") from error
     except ValueError as error:
         return str(error)
     row = {"affines": header.get_best_affine(), "shapes": pixels.shape, "extra_axes": extra_axes}
+    if mask is not None and pixels.shape != size:
+        mask = resize(mask, size, order=0, anti_aliasing=False, preserve_range=True).astype(np.int64)
     if pixels.shape != size:
         pixels = _resize(pixels, size)
     mean, std = np.float32(pixels.mean(dtype=np.float64)), np.float32(pixels.std(dtype=np.float64))
     constant = bool(std == 0 or pixels.min() == pixels.max())
     row |= {"mean": mean, "std": np.float32(1) if constant else std, "constant": constant}
     row["crc32"] = zlib.crc32(pixels)
-    return pixels, row
+    row["has_mask"], row["mask_crc32"] = mask is not None, 0 if mask is None else zlib.crc32(mask)
+    return pixels, mask, row
 
 
 # ---- the cache: <cache>/<study>-<digest of path and size>/ holds ARRAYS and index.json --------------------
 
 
-def _listing(files: list[SourceFile], config: DataConfig) -> str:
+def _listing(files: list[SourceFile], masks: list[SourceFile | None], config: DataConfig) -> str:
     """A digest of what the cache of these files depends on, found without opening one."""
-    listing = [(os.path.basename(file.path), file.size, file.mtime_ns) for file in files]
+    listing = [file and (os.path.basename(file.path), file.size, file.mtime_ns) for file in [*files, *masks]]
     return hashlib.sha256(repr((CACHE_VERSION, config.height, config.width, listing)).encode()).hexdigest()
 
 
@@ -219,44 +274,72 @@ def _cache_problem(folder: Path, listings: dict[str, str]) -> str:
         index = json.loads((folder / "index.json").read_text())
         if index["listings"] != listings:
             return "was made from other files or settings"
-        np.load(folder / ARRAYS[1]).close()
+        np.load(folder / ARRAYS[2]).close()
         return "" if index["arrays"] == _stamps(folder) else "holds other arrays than were written"
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         return f"is not whole ({type(error).__name__})"
 
 
-def _write_cache(folder: Path, key: dict, paths: list[str], size: tuple[int, int], bad: dict) -> None:
-    """Decode all the slices into `folder`; ValueError at the end if any file is bad."""
-    rows, total = [], len(paths) + len(bad)
-    # Pixels go into a plain file: written through a memory map, a full disk is a SIGBUS and not an OSError.
-    with open(folder / ARRAYS[0], "wb") as out:
-        header = {"descr": "<f4", "fortran_order": False, "shape": (len(paths), *size)}
-        np.lib.format.write_array_header_2_0(out, header)
-        work = in_parallel(partial(_decode, size=size), paths, "decoding", "slice")
-        for path, decoded in zip(paths, work, strict=True):
+def _to_indices(mask: np.ndarray | None, indices: dict[int, int], size: tuple[int, int]) -> np.ndarray:
+    """`mask` as uint8 indices of its labels; labels that `indices` does not have yet are appended to it."""
+    if mask is None:
+        return np.full(size, NO_MASK, np.uint8)
+    values, positions = np.unique(mask, return_inverse=True)
+    for value in values.tolist():
+        indices.setdefault(value, len(indices))
+    if len(indices) > NO_MASK:
+        raise ValueError(f"more than {NO_MASK} different labels; is it an image?")
+    return np.array([indices[value] for value in values.tolist()], np.uint8)[positions].reshape(size)
+
+
+def _write_cache(folder: Path, key: dict, jobs: list[tuple], size: tuple[int, int], bad: dict) -> None:
+    """Decode all slices, and their masks, into `folder`; ValueError at the end if any file is bad."""
+    paths = [path for path, _ in jobs]
+    rows, total, indices = (
+        [],
+        len(paths) + len(bad),
+        {0: 0},
+    )  # the index of each label, in order of appearance
+    any_masks = any(mask for _, mask in jobs)
+    # Arrays go into plain files: written through a memory map, a full disk is a SIGBUS and not an OSError.
+    with open(folder / ARRAYS[0], "wb") as out, open(folder / ARRAYS[1], "wb") as masks_out:
+        for file, dtype, count in ((out, "<f4", len(paths)), (masks_out, "|u1", len(paths) * any_masks)):
+            header = {"descr": dtype, "fortran_order": False, "shape": (count, *size)}
+            np.lib.format.write_array_header_2_0(file, header)
+        work = in_parallel(partial(_decode, size=size), jobs, "decoding", "slice")
+        for (path, mask_path), decoded in zip(jobs, work, strict=True):
             if isinstance(decoded, str):
                 bad[path] = decoded
-            else:
-                out.write(decoded[0].astype("<f4", copy=False).data)
-                rows.append(decoded[1])
-        out.flush()
-        os.fsync(out.fileno())
+                continue
+            pixels, mask, row = decoded
+            out.write(pixels.astype("<f4", copy=False).data)
+            rows.append(row)
+            if any_masks and len(indices) <= NO_MASK:
+                try:
+                    masks_out.write(_to_indices(mask, indices, size).data)
+                except ValueError as error:
+                    bad[mask_path] = str(error)
+        for file in (out, masks_out):
+            file.flush()
+            os.fsync(file.fileno())
     if bad:
         raise_bad(Path(next(iter(bad))).parents[1], bad, total)
     table = {key: np.array([row[key] for row in rows]) for key in rows[0]}
-    np.savez(folder / ARRAYS[1], **table)
+    labels = list(indices) if any_masks else []
+    np.savez(folder / ARRAYS[2], labels=np.array(labels, np.int64), **table)
     odd = {
         "slices have more than two axes (warning: [:, :, 0] was taken)": table["extra_axes"],
         f"slices of another size were resized to {size[0]}x{size[1]}": (table["shapes"] != size).any(axis=1),
         "slices have one value only (kept, std 1)": table["constant"],
+        "slices have no mask": ~table["has_mask"] & any_masks,
     }
     notes = [f"{hit.sum()} {what}, such as {paths[hit.argmax()]}" for what, hit in odd.items() if hit.any()]
     index = {"listings": key, "arrays": _stamps(folder), "notes": notes}
     write_json(folder / "index.json", index)
 
 
-def _ready_cache(study: Path, files: dict, listings: dict, config: DataConfig, bad: dict) -> Path:
-    """The folder of a cache that matches `files`, made now where there is none; raises if any file is bad."""
+def _ready_cache(study: Path, jobs: list[tuple], listings: dict, config: DataConfig, bad: dict) -> Path:
+    """The folder of a cache that matches `listings`, made now where there is none; raises if any file is bad."""
     root = config.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vqvae2-slices")
     place = repr((str(study.resolve()), config.height, config.width))
     folder = Path(root, f"{study.resolve().name}-{hashlib.sha256(place.encode()).hexdigest()[:12]}")
@@ -266,19 +349,19 @@ def _ready_cache(study: Path, files: dict, listings: dict, config: DataConfig, b
         return folder
     if problem and folder.exists():
         print(f"cache {folder} {problem}: decoding again")
-    paths, start = [file.path for split in SPLITS for file in files[split]], time.perf_counter()
+    start = time.perf_counter()
     try:
         with atomic_path(folder) as part:
             part.mkdir()
-            _write_cache(part, listings, paths, (config.height, config.width), bad)
+            _write_cache(part, listings, jobs, (config.height, config.width), bad)
     except OSError as error:
         if _cache_problem(folder, listings):  # else another run has just made the same one: use it
-            size = len(paths) * config.height * config.width * 4 / 1e9
+            size = len(jobs) * config.height * config.width * 5 / 1e9
             raise OSError(
                 f"{folder}: cannot write the cache of decoded slices ({error.strerror or error}). "
                 f"Mend: --cache DIR, a folder that you may write to with {size:.2f} GB free."
             ) from error
-    print(f"decoded slices: {len(paths)} into the cache {folder} in {time.perf_counter() - start:.1f} s")
+    print(f"decoded slices: {len(jobs)} into the cache {folder} in {time.perf_counter() - start:.1f} s")
     return folder
 
 
@@ -304,7 +387,9 @@ class SliceDataset(torch.utils.data.Dataset):
         mean, std: (N,) float32, scanner units; std is 1 for a constant slice.
         positions: (N,) float32 in [0, 1], where in its volume a slice lies; NaN if it is the volume's only one.
         affines, shapes: (N, 4, 4) float64 and (N, 2) int, of the source planes.
-        fingerprint: hex digest of the slices' names and pixels: a copy of a study has the same.
+        labels: the values in the masks of the whole study, sorted, 0 among them; () where it has no masks.
+        has_mask: (N,) bool.
+        fingerprint: hex digest of the slices' names, pixels and masks: a copy of a study has the same.
         synthetic: the study holds a file named SYNTHETIC.txt.
     """
 
@@ -316,11 +401,17 @@ class SliceDataset(torch.utils.data.Dataset):
         self.positions = relative_positions(self.names)
         mine = slice(start, start + len(files))
         self.pixels = np.load(cache / ARRAYS[0], mmap_mode="r")[mine]
-        with np.load(cache / ARRAYS[1]) as table:
+        with np.load(cache / ARRAYS[2]) as table:
             self.mean, self.std = table["mean"][mine], table["std"][mine]
             self.affines, self.shapes = table["affines"][mine], table["shapes"][mine]
             sums = table["crc32"][mine].tolist()
-        what = self.pixels.shape, [tuple(name) for name in self.names], sums
+            self.has_mask, found = table["has_mask"][mine], table["labels"].tolist()
+            mask_sums = [table["mask_crc32"][mine].tolist()] if self.has_mask.any() else []
+        self.labels = tuple(sorted(found))
+        self._mask_indices = np.load(cache / ARRAYS[1], mmap_mode="r")[mine] if found else None
+        self._classes = np.full(256, NO_MASK, np.uint8)  # of an index in order of appearance
+        self._classes[: len(found)] = [self.labels.index(label) for label in found]
+        what = self.pixels.shape, [tuple(name) for name in self.names], sums, *mask_sums
         self.fingerprint = hashlib.sha256(repr(what).encode()).hexdigest()
 
     def __reduce__(self):
@@ -337,6 +428,12 @@ class SliceDataset(torch.utils.data.Dataset):
         batch -= self.mean[indices, None, None]
         batch /= self.std[indices, None, None]
         return torch.from_numpy(batch).unsqueeze(1)
+
+    def masks(self, indices: Sequence[int]) -> torch.Tensor:
+        """(B, height, width) uint8: the place in `labels` of each pixel's label; 255 where a slice has no mask."""
+        if not self.labels:
+            raise ValueError(f"{self.study}: a study without masks")
+        return torch.from_numpy(self._classes[np.asarray(self._mask_indices)[np.asarray(indices)]])
 
     def on(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
         """`images` for a training loop: of indices (B,) on the CPU, the batch on `device`.
@@ -355,6 +452,17 @@ class SliceDataset(torch.utils.data.Dataset):
         for some in torch.arange(len(self)).split(256):
             whole[some[0] : some[-1] + 1] = self.images(some)
         return lambda indices: whole[indices.to(device, non_blocking=True)].float()
+
+    def masks_on(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`masks` for a training loop, as `on` is `images`: a GPU with room for them holds them all."""
+        if device.type == "cpu":
+            return self.masks
+        if self.pixels.size > torch.cuda.mem_get_info(device)[0] / 3:
+            return lambda indices: self.masks(indices).pin_memory().to(device, non_blocking=True)
+        every = torch.empty(len(self), *self.pixels.shape[1:], dtype=torch.uint8, device=device)
+        for indices in torch.arange(len(self)).split(256):
+            every[indices[0] : indices[-1] + 1] = self.masks(indices)
+        return lambda indices: every[indices.to(device, non_blocking=True)]
 
     def __getitem__(self, index: int) -> dict:
         """One slice, "image" (1, height, width) float32 z-scored, with what leads back to its source."""
@@ -381,14 +489,22 @@ def open_study(config: DataConfig) -> dict[str, SliceDataset]:
     bad: dict[str, str] = {}
     files = _scan_study(study, bad)
     _check_patients(study, files, config.allow_patient_overlap)
-    listings = {split: _listing(files[split], config) for split in SPLITS}
-    cache = _ready_cache(study, files, listings, config, bad)
+    masks = _scan_masks(study, files, bad)
+    listings = {split: _listing(files[split], masks[split], config) for split in SPLITS}
+    jobs = [
+        (file.path, mask and mask.path)
+        for split in SPLITS
+        for file, mask in zip(files[split], masks[split], strict=True)
+    ]
+    cache = _ready_cache(study, jobs, listings, config, bad)
     splits, start = {}, 0
     for split, of in files.items():
         splits[split] = SliceDataset(study, split, of, cache, start)
         people = len({file.name.patient for file in of})
         print(f"{study}: {split:<8} {len(of):>6} slices of {people} patients")
         start += len(of)
+    if labels := splits["train"].labels:
+        print(f"{study}: masks with the labels {', '.join(map(str, labels))}")
     for note in json.loads((cache / "index.json").read_text())["notes"]:
         print(note)
     if splits["train"].synthetic:

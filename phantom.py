@@ -7,6 +7,7 @@ posterior, z from foot to head, the origin between the femoral heads. A patient 
 these coordinates, a week moves him and fills bladder and rectum, a slice is a plane through them.
 """
 
+import itertools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from runtime import in_parallel, option
 
 SHAPE, PLANES, SPACING = (256, 128), 60, 1.6  # left-right and foot-head; anterior to posterior; mm, all three
 AFFINE = np.array([[SPACING, 0, 0, 0], [0, 0, -SPACING, 0], [0, SPACING, 0, 0], [0, 0, 0, 1]])  # to RAS+
-FIRST = {"train": 4, "validate": 36, "test": 40}  # lowest patient number of each split, as in the real study
+# The patient numbers of each split in the real study. A larger phantom goes on with FREE, whichever the split.
+NUMBERS, FREE = {"train": range(4, 36), "validate": range(36, 40), "test": range(40, 43)}, 43
 VERSION = 1  # raised when the same config gives other pictures
 NOISE = 0.017  # of the real and the imaginary channel each, where the signal of subcutaneous fat is about 1
 BODY, BONE, BLADDER, RECTUM, PROSTATE, MUSCLE, FAT = range(1, 8)  # 0 is air; masks count the last two as body
@@ -69,17 +71,17 @@ BETWEEN_THIGHS = (0, 0, -93, 0, 0, -160, 1, 20, 0.0, 0)
 
 @dataclass(frozen=True)
 class PhantomConfig:
-    """How large a phantom study is; patients are numbered from 4, 36 and 40, as in the real one."""
+    """How large a phantom study is; patients are numbered from 4, 36 and 40, as in the real one, then from 43."""
 
-    train_patients: int = option(32, "patients to train on, at most 32")
-    validate_patients: int = option(4, "patients to validate on, at most 4")
+    train_patients: int = option(32, "patients to train on")
+    validate_patients: int = option(4, "patients to validate on")
     test_patients: int = option(3, "patients to test on")
     weeks: int = option(2, "volumes of each patient")
     slices: int = option(16, "slices of a volume, spread evenly over 60 planes")
     seed: int = option(0, "another seed gives other patients")
 
     def __post_init__(self):
-        most = {"train_patients": 32, "validate_patients": 4, "slices": PLANES}
+        most = {"slices": PLANES}
         for name, value in asdict(self).items():
             least, limit = int(name != "seed"), most.get(name, 10**9)
             if not least <= value <= limit:
@@ -264,8 +266,9 @@ def write_phantom(out: Path | str, config: PhantomConfig = PhantomConfig()) -> P
     out, about = Path(out), ABOUT + json.dumps({"version": VERSION, **asdict(config)}) + "\n"
     numbers = np.linspace(0, PLANES - 1, config.slices).round().astype(int).tolist()
     cases = {}  # (patient, week) -> its files' names, images then masks, with %d for the slice
-    for split, first in FIRST.items():
-        for patient in range(first, first + getattr(config, f"{split}_patients")):
+    free = itertools.count(FREE)
+    for split, own in NUMBERS.items():
+        for patient in itertools.islice(itertools.chain(own, free), getattr(config, f"{split}_patients")):
             for week in range(config.weeks):
                 name = f"{patient:03d}_week_{week}_slice_%d.nii.gz"
                 names = f"keras_slices_{split}/case_{name}", f"keras_slices_seg_{split}/seg_{name}"

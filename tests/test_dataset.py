@@ -239,6 +239,107 @@ def test_all_bad_files_of_all_splits_are_listed_in_one_go(study, config):
     assert "no patient number" in message and "the same patient, week and slice" in message
 
 
+# ---- masks ------------------------------------------------------------------------------------------------
+
+
+def put_mask(study, split, patient, number, labels, affine=AFFINE):
+    name = name_of(patient, number).replace("case", "seg")
+    return save(study / f"keras_slices_seg_{split}" / name, labels, affine)
+
+
+def blocks(seed, values=(0, 3, 7), shape=SIZE):
+    return np.random.default_rng(seed).choice(values, shape).astype(np.int16)
+
+
+@pytest.fixture
+def masked(study):
+    """Every slice but two has a mask; label 900 is in the test split alone, no 0 among the train split's."""
+    for number in range(11):
+        put_mask(study, "train", 4, number, blocks(number, (3, 7)))
+    for number in range(2):
+        put_mask(study, "validate", 36, number, blocks(50 + number))
+    put_mask(study, "test", 40, 0, blocks(60, (900, 3, -2)))
+    return study
+
+
+def test_masks_are_class_indices_of_the_study_s_labels(masked, config, capsys):
+    for _ in range(2):  # made, then from the cache
+        splits = open_study(config)
+        out = capsys.readouterr().out
+        assert "2 slices have no mask" in out and "labels -2, 0, 3, 7, 900" in out
+        assert {split.labels for split in splits.values()} == {(-2, 0, 3, 7, 900)}
+        assert splits["train"].has_mask.tolist() == [True] * 11 + [False]
+        assert splits["test"].has_mask.tolist() == [True, False]
+        found = splits["train"].masks([11, 2, 2])
+        assert found.dtype == torch.uint8 and found.shape == (3, *SIZE) and (found[0] == 255).all()
+        values = np.array(splits["train"].labels)
+        for index in (1, 2):
+            np.testing.assert_array_equal(values[found[index]], blocks(2, (3, 7)))
+        np.testing.assert_array_equal(values[splits["test"].masks([0])[0]], blocks(60, (900, 3, -2)))
+        indices = torch.tensor([4, 1])
+        on_cpu = splits["train"].masks_on(torch.device("cpu"))
+        torch.testing.assert_close(on_cpu(indices), splits["train"].masks(indices))
+    pickled = pickle.loads(pickle.dumps(splits["test"]))
+    torch.testing.assert_close(pickled.masks([0, 1]), splits["test"].masks([0, 1]))
+
+
+def test_a_study_without_masks_has_no_labels(config, capsys):
+    train = open_study(config)["train"]
+    assert train.labels == () and not train.has_mask.any() and "no mask" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="without masks"):
+        train.masks([0])
+
+
+def test_masks_are_resized_to_their_nearest_pixel(study, config):
+    put(study, noise(8, (64, 32)), 0)
+    put_mask(study, "train", 4, 0, np.kron(blocks(1, (0, 5, 6)), np.ones((2, 2), np.int16)))
+    train = open_study(config)["train"]
+    np.testing.assert_array_equal(np.array(train.labels)[train.masks([0])[0]], blocks(1, (0, 5, 6)))
+
+
+def test_masks_are_part_of_the_fingerprint_and_the_cache(masked, config, capsys):
+    first = open_study(config)
+    put_mask(masked, "train", 4, 3, blocks(99, (3, 7)))
+    again = open_study(config)
+    assert "decoding again" in capsys.readouterr().out
+    assert first["train"].fingerprint != again["train"].fingerprint
+    assert first["test"].fingerprint == again["test"].fingerprint
+    shutil.rmtree(masked / "keras_slices_seg_test")
+    assert open_study(config)["test"].fingerprint != first["test"].fingerprint
+
+
+MASK_FAULTS = {
+    "size": ({"labels": blocks(1, shape=(32, 17))}, r"mask .*seg_004_week_0_slice_5.*shape is \(32, 17\)"),
+    "fractions": ({"labels": blocks(1) + np.float32(0.5)}, r"seg_004_week_0_slice_5.*not whole numbers"),
+    "NaN": ({"labels": blocks(1) * np.float32("nan")}, r"seg_004_week_0_slice_5.*NaN"),
+    "no slice": ({"labels": blocks(1), "number": 77}, r"seg_004_week_0_slice_77.*without its slice"),
+    "another patient": ({"labels": blocks(1), "patient": 36}, r"seg_036_week_0_slice_5.*without its slice"),
+    "mirrored": (
+        {"labels": blocks(1), "affine": AFFINE @ np.diag([-1, 1, 1, 1])},
+        r"seg_004_week_0_slice_5.*turns or mirrors",
+    ),
+    "an image": (
+        {"labels": np.arange(512, dtype=np.int16).reshape(SIZE)},
+        r"seg_004_week_0_slice_5.*255 different labels",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", MASK_FAULTS)
+def test_a_bad_mask_is_named_with_its_reason(masked, config, fault):
+    changes, message = MASK_FAULTS[fault]
+    put_mask(masked, **{"split": "train", "patient": 4, "number": 5, "labels": None} | changes)
+    with pytest.raises(ValueError, match=f"(?s)1 of 1[67] files.*{message}"):
+        open_study(config)
+
+
+def test_a_mask_with_an_unnamed_affine_or_an_extra_axis_is_welcome(study, config):
+    path = put_mask(study, "train", 4, 0, blocks(1)[..., None], None)
+    assert nibabel.load(path).header["sform_code"] == nibabel.load(path).header["qform_code"] == 0
+    train = open_study(config)["train"]
+    np.testing.assert_array_equal(np.array(train.labels)[train.masks([0])[0]], blocks(1))
+
+
 # ---- cache ------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +395,10 @@ def tamper_truncated(study, folder):
     (folder / "pixels.npy").write_bytes(data[:-4000])
 
 
+def tamper_foreign_masks(study, folder):
+    (folder / "masks.npy").write_bytes((folder / "masks.npy").read_bytes() + bytes(5))
+
+
 def tamper_missing_table(study, folder):
     os.remove(folder / "table.npz")
 
@@ -306,7 +411,14 @@ def tamper_added_slice(study, folder):
     put(study, noise(400), 12)
 
 
-TAMPERS = [tamper_stale, tamper_foreign_index, tamper_foreign_pixels, tamper_truncated, tamper_missing_table]
+TAMPERS = [
+    tamper_foreign_masks,
+    tamper_stale,
+    tamper_foreign_index,
+    tamper_foreign_pixels,
+    tamper_truncated,
+    tamper_missing_table,
+]
 
 
 @pytest.mark.parametrize("tamper", [*TAMPERS, tamper_broken_index, tamper_added_slice])
