@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import figures
 import runtime
-from optimiser import Muon, split
+from optimiser import Muon, split_parameters
 from runtime import UserError, option
 
 SWITCH = ("auto", "on", "off")
@@ -115,7 +115,7 @@ class Run:
             # no CUDA graphs: they replay what a step did, and the first ones start the codebooks
             stage.model.compile(mode="max-autotune-no-cudagraphs" if self.device.type == "cuda" else None)
         matrices, others = (
-            split(stage.model) if config.optimiser == "muon" else ([], stage.model.parameters())
+            split_parameters(stage.model) if config.optimiser == "muon" else ([], stage.model.parameters())
         )
         self.optimiser = Muon(matrices, others, config.lr, config.weight_decay, fused=True)
         self.epoch = self.step = self.best_epoch = 0

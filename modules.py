@@ -1,4 +1,4 @@
-"""The VQ-VAE-2 and nothing else: two-level encoder, vector quantiser, decoder, loss. No files, no printing.
+"""The VQ-VAE-2: a two-level encoder, a vector quantiser and a decoder. No loss, no files, no printing.
 
 Razavi, van den Oord & Vinyals 2019, "Generating Diverse High-Fidelity Images with VQ-VAE-2" (arXiv
 1906.00446); the quantiser is van den Oord, Vinyals & Kavukcuoglu 2017, "Neural Discrete Representation
@@ -18,19 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime import option, rank, sum_over_ranks, world
+from runtime import UserError, option, rank, sum_over_ranks, world
 
 
 @dataclass(frozen=True)
 class VQVAE2Config:
-    """The shape of the network. Defaults: 2048 + 512 codes of 9 bits for 256x128, 0.703 bits per pixel."""
+    """The shape of the network. By default a 256x128 slice has 2048 + 512 codes of 9 bits, 0.703 bits per pixel."""
 
     K: int = option(512, "codes in each codebook")
-    stride: int = option(4, "pixels of a bottom code along each axis; a top code covers twice that")
+    stride: int = option(4, "pixels a bottom code covers along each axis; a top code covers twice as many")
     D: int = option(64, "dimensions of a code vector")
     channels: int = option(64, "channels at the bottom level's resolution")
     top_channels: int = option(
-        128, "channels at the top level's resolution, where a convolution costs a quarter"
+        128, "channels at the top level's resolution, where a convolution costs a quarter as much"
     )
     residual_channels: int = option(32, "channels inside a residual block")
     encoder_blocks: int = option(1, "residual blocks of the bottom encoder")
@@ -38,40 +38,40 @@ class VQVAE2Config:
     decoder_blocks: int = option(3, "residual blocks of the decoder")
     ema_decay: float = option(0.99, "gamma of the codebook's moving averages")
     revive: float = option(
-        0.03, "a code used less than this share of the mean is dead and restarts from the batch"
+        0.03, "a code used less than this share of the mean use is dead and restarts from the batch"
     )
-    rate: float = option(
+    bit_weight: float = option(
         0.0,
-        "lambda: what a bit is worth, as a share of the codebook's variance; above 0 codes cost fewer bits",
+        "lambda, the price of a bit as a share of the codebook's variance; above 0 the codes take fewer bits",
     )
 
     def __post_init__(self) -> None:
         for name in ("K", "stride", "D", "channels", "top_channels", "residual_channels"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.K > 2**16:
-            raise ValueError(f"K is {self.K}; expected at most {2**16}, for codes are kept in 16 bits")
+            raise UserError(f"K is {self.K}; expected at most {2**16}: code maps are stored in 16 bits")
         for name in ("encoder_blocks", "top_blocks", "decoder_blocks"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+                raise UserError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if self.stride % 2:
-            raise ValueError(f"stride is {self.stride}; expected an even number")
-        for name in ("rate", "revive"):
+            raise UserError(f"stride is {self.stride}; expected an even number")
+        for name in ("bit_weight", "revive"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+                raise UserError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}; expected 0 <= ema_decay < 1")
+            raise UserError(f"ema_decay is {self.ema_decay}; expected 0 <= ema_decay < 1")
 
     def code_shapes(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Heights and widths of the top and of the bottom code map of a slice of height x width pixels."""
-        span = 2 * self.stride
-        if height % span or width % span or height < 1 or width < 1:
-            raise ValueError(f"a slice of {height}x{width}; expected both to be multiples of {span}")
+        """(h, w) of the top and of the bottom code map of a slice of height x width pixels."""
+        multiple = 2 * self.stride
+        if height % multiple or width % multiple or height < 1 or width < 1:
+            raise UserError(f"a slice of {height}x{width}; expected both to be multiples of {multiple}")
         bottom = (height // self.stride, width // self.stride)
         return (bottom[0] // 2, bottom[1] // 2), bottom
 
     def bits_per_pixel(self, height: int, width: int) -> float:
-        """The nominal rate: log2(K) bits for every code of both levels, over the pixels."""
+        """The nominal rate: log2(K) bits for every code of both levels, divided by the number of pixels."""
         codes = sum(h * w for h, w in self.code_shapes(height, width))
         return codes * math.log2(self.K) / (height * width)
 
@@ -79,11 +79,9 @@ class VQVAE2Config:
 class Quantised(NamedTuple):
     """What the quantiser returns for one level."""
 
-    vectors: Tensor  # (B, D, h, w): the nearest codes, straight-through to the encoder's output
+    vectors: Tensor  # (B, D, h, w): the nearest codes; their gradient goes straight to the encoder's output
     codes: Tensor  # (B, h, w) int64 in [0, K)
-    commitment: (
-        Tensor  # (): mean squared distance of the encoder's output to its code, no gradient to the code
-    )
+    commitment: Tensor  # (): mean squared distance between the encoder's output and its codes
 
 
 class Output(NamedTuple):
@@ -97,11 +95,11 @@ class Output(NamedTuple):
 class VectorQuantiser(nn.Module):
     """Nearest-code quantiser with an EMA codebook (van den Oord et al. 2017, section 3.1 and appendix A.1).
 
-    The codebook starts from the first training batch. A code whose moving count falls under `revive` times
-    the mean restarts at a vector of the current batch, and its moving averages with it: left as they were,
-    they would pull it straight back. With a `rate` above 0 it is entropy-constrained (Chou, Lookabaugh & Gray
-    1989): a farther code is taken where it is so much more usual that it saves the bits. In `eval()` no
-    buffer ever changes. Several ranks keep one codebook, that of a lone process on their joined batch.
+    The codebook starts from the first training batch. A code whose moving count falls below `revive` times
+    the mean restarts at a vector of the current batch. Its moving averages restart too: the old ones would pull
+    it straight back. With a `bit_weight` above 0 the quantiser is entropy-constrained (Chou, Lookabaugh & Gray
+    1989): it takes a more distant code if that code is common enough to save the bits. In `eval()` no buffer
+    changes. All ranks hold the same codebook, the one a single process would learn from their joined batch.
     """
 
     chunk = 4096  # rows of the distance matrix held at once: (chunk, K) floats instead of (B*h*w, K)
@@ -112,21 +110,21 @@ class VectorQuantiser(nn.Module):
         D: int,
         decay: float = 0.99,
         revive: float = 0.03,
-        rate: float = 0.0,
+        bit_weight: float = 0.0,
         epsilon: float = 1e-5,
     ):
         super().__init__()
-        self.K, self.decay, self.revive, self.rate, self.epsilon = K, decay, revive, rate, epsilon
+        self.K, self.decay, self.revive, self.bit_weight, self.epsilon = K, decay, revive, bit_weight, epsilon
         self.register_buffer("codebook", torch.randn(K, D))  # e
         self.register_buffer("ema_count", torch.ones(K))  # N
         self.register_buffer("ema_sum", self.codebook.clone())  # m
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self.started = False  # known to be: to look at `updates` is to wait for the device
+        self.started = False  # cached: reading `updates` at every step would sync the GPU
 
     def forward(self, z: Tensor) -> Quantised:
-        """z (B, D, h, w), the encoder's output z_e(x) -> the nearest code of every position."""
+        """z (B, D, h, w), the encoder's output z_e(x) -> the nearest code at every position."""
         B, D, h, w = z.shape
-        # fp32 also under autocast: bf16 distances tie, and bf16 moving averages stop moving
+        # float32 even under autocast: bfloat16 distances tie, and bfloat16 moving averages stop moving
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             flat = z.permute(0, 2, 3, 1).reshape(-1, D)  # (B, D, h, w) -> (B*h*w, D)
@@ -135,9 +133,7 @@ class VectorQuantiser(nn.Module):
                     self.start(flat.detach())
                 self.started = True
             codes = self.nearest(flat.detach())  # (B*h*w,)
-            vectors = F.embedding(
-                codes, self.codebook
-            )  # before the update: what the distances were measured to
+            vectors = F.embedding(codes, self.codebook)  # before `update` moves the codebook
             if self.training:
                 self.update(flat.detach(), codes)
             vectors = vectors.view(B, h, w, D).permute(0, 3, 1, 2)  # (B*h*w, D) -> (B, D, h, w)
@@ -149,41 +145,42 @@ class VectorQuantiser(nn.Module):
     def nearest(self, flat: Tensor) -> Tensor:
         """flat (N, D) -> (N,) int64: argmin_k ||z - e_k||^2 + lambda s^2 b_k.
 
-        ||z||^2 is the same for every k. b_k is what code k costs in bits, -log2 of its moving share, and s^2 the
-        codebook's variance: it makes lambda mean the same at whatever scale the encoder works.
+        ||z||^2 is left out because it is the same for every k. lambda is `bit_weight`, and b_k is the cost of code
+        k in bits, -log2 of its moving share. s^2 is the codebook's variance, which makes lambda independent of
+        the scale of the encoder's output.
         """
         costs = self.codebook.square().sum(1)
-        if self.rate:
+        if self.bit_weight:
             p = self.ema_count / self.ema_count.sum()
             variance = p @ (self.codebook - p @ self.codebook).square().sum(1)
-            costs = costs - self.rate * variance * p.clamp_min(1e-9).log2()
-        # min: of a CPU's time argmin takes twice as much
+            costs = costs - self.bit_weight * variance * p.clamp_min(1e-9).log2()
+        # min, not argmin: half the CPU time
         return torch.cat(
             [torch.addmm(costs, part, self.codebook.T, alpha=-2).min(1)[1] for part in flat.split(self.chunk)]
         )
 
     def vectors(self, codes: Tensor) -> Tensor:
-        """codes (B, h, w) int64 in [0, K) -> their vectors (B, D, h, w)."""
+        """codes (B, h, w) int64 in [0, K) -> their codebook vectors (B, D, h, w)."""
         return F.embedding(codes, self.codebook).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def start(self, flat: Tensor) -> None:
-        """Take K vectors of the batch as the codebook, each as if it had been used once."""
-        drawn = self.draw(flat)
-        sum_over_ranks(drawn)
-        self.codebook.copy_(drawn)
+        """Start the codebook from K random vectors of the batch, each counted as used once."""
+        vectors = self.random_vectors(flat)
+        sum_over_ranks(vectors)
+        self.codebook.copy_(vectors)
         self.ema_sum.copy_(self.codebook)
         self.ema_count.fill_(1)
 
     @torch.no_grad()
     def update(self, flat: Tensor, codes: Tensor) -> None:
-        """Equations of appendix A.1, then revival of the dead codes."""
-        # not bincount, which waits for the device
+        """The moving averages of appendix A.1, then the revival of dead codes."""
+        # not bincount, which would sync the GPU
         count = flat.new_zeros(self.K).scatter_add_(0, codes, torch.ones_like(codes, dtype=flat.dtype))
         total = torch.zeros_like(self.codebook).index_add_(0, codes, flat)
-        drawn = self.draw(flat)
-        sum_over_ranks(count, total, drawn)
-        # gamma rises to its value: the codebook must keep up with an encoder that is finding its scale
+        replacements = self.random_vectors(flat)
+        sum_over_ranks(count, total, replacements)
+        # gamma starts low and rises: at first the codebook must follow an encoder whose scale still changes
         weight = (9 / (10 + self.updates)).clamp_min(1 - self.decay)  # 1 - gamma
         self.updates += 1
         self.ema_count.lerp_(count, weight)  # N <- gamma N + (1 - gamma) n
@@ -192,29 +189,33 @@ class VectorQuantiser(nn.Module):
         mean = used / self.K
         dead = self.ema_count < self.revive * mean
         self.ema_count.copy_(torch.where(dead, mean, self.ema_count))
-        self.ema_sum.copy_(torch.where(dead[:, None], drawn * mean, self.ema_sum))
-        # Laplace smoothing: no count is ever 0, and they still add up to N
+        self.ema_sum.copy_(torch.where(dead[:, None], replacements * mean, self.ema_sum))
+        # Laplace smoothing: no count is 0, and the counts still add up to N
         smoothed = (self.ema_count + self.epsilon) / (used + self.K * self.epsilon) * used
         self.codebook.copy_(self.ema_sum / smoothed[:, None])
 
-    def draw(self, flat: Tensor) -> Tensor:
-        """K random vectors of flat (N, D). Of the rows of several ranks as one batch: zeros for another's."""
-        place = torch.rand(self.K, dtype=torch.float64, device=flat.device)  # in [0, 1), in the batch
+    def random_vectors(self, flat: Tensor) -> Tensor:
+        """K random rows of flat (N, D) -> (K, D).
+
+        With several ranks the rows come from their joined batch; those that another rank holds are zeros here, so
+        that the sum over ranks is the same for all.
+        """
+        position = torch.rand(self.K, dtype=torch.float64, device=flat.device)  # [0, 1) of the joined batch
         if world() == 1:
-            return flat[(place * len(flat)).long()]
-        sizes = place.new_zeros(world())
+            return flat[(position * len(flat)).long()]
+        sizes = position.new_zeros(world())
         sizes[rank()] = len(flat)
-        place *= rank() == 0  # the others take the places that rank 0 drew
-        sum_over_ranks(sizes, place)
-        row = (place * sizes.sum()).long() - sizes[: rank()].sum().long()
+        position *= rank() == 0  # all ranks use the positions that rank 0 drew
+        sum_over_ranks(sizes, position)
+        row = (position * sizes.sum()).long() - sizes[: rank()].sum().long()
         if not len(flat):
             return flat.new_zeros(self.K, flat.shape[1])
-        mine = (row >= 0) & (row < len(flat))
-        return torch.where(mine[:, None], flat[row.clamp(0, len(flat) - 1)], 0)
+        here = (row >= 0) & (row < len(flat))
+        return torch.where(here[:, None], flat[row.clamp(0, len(flat) - 1)], 0)
 
 
 class Pointwise(nn.Conv2d):
-    """A 1x1 convolution as the matrix product that it is: `Conv2d` of a few slices on one CPU thread unfolds."""
+    """A 1x1 convolution computed as a matrix product, which is faster than `Conv2d` for a few slices on a CPU."""
 
     def __init__(self, channels: int, out: int):
         super().__init__(channels, out, 1)
@@ -225,9 +226,9 @@ class Pointwise(nn.Conv2d):
 
 
 class ResidualBlock(nn.Module):
-    """x + W2 silu(W1 silu(x)): a 3x3 convolution into fewer channels, a 1x1 back.
+    """x + W2 silu(W1 silu(x)): a 3x3 convolution to fewer channels, then a 1x1 convolution back.
 
-    SiLU and not the paper's ReLU, under which most units of the top encoder's block died within 5,000 steps.
+    SiLU instead of the paper's ReLU: with ReLU most units of the top encoder's block died within 5,000 steps.
     """
 
     def __init__(self, channels: int, hidden: int):
@@ -250,7 +251,7 @@ class VQVAE2(nn.Module):
         def blocks(n: int, channels: int) -> list[nn.Module]:
             return [ResidualBlock(channels, config.residual_channels) for _ in range(n)]
 
-        # space to depth, then a 3x3 convolution: a 12x12 one of stride 4 at a fraction of its cost
+        # space to depth, then 3x3: sees what a 12x12 convolution of stride 4 would, at a fraction of the cost
         self.encoder_bottom = nn.Sequential(
             nn.PixelUnshuffle(S),
             nn.Conv2d(S**2, C, 3, padding=1),
@@ -260,8 +261,8 @@ class VQVAE2(nn.Module):
         self.encoder_top = nn.Sequential(
             nn.Conv2d(C, T, 2, stride=2), *blocks(config.top_blocks, T), nn.SiLU(), Pointwise(T, D)
         )
-        self.quantiser_top = VectorQuantiser(config.K, D, config.ema_decay, config.revive, config.rate)
-        # transposed convolutions build back up: the top codes to the bottom's resolution, ...
+        self.quantiser_top = VectorQuantiser(config.K, D, config.ema_decay, config.revive, config.bit_weight)
+        # brings the top codes to the bottom level's resolution
         self.decoder_top = nn.Sequential(
             Pointwise(D, T),
             *blocks(config.top_blocks, T),
@@ -269,8 +270,10 @@ class VQVAE2(nn.Module):
             nn.ConvTranspose2d(T, C, 2, stride=2),
         )
         self.to_bottom = Pointwise(2 * C, D)
-        self.quantiser_bottom = VectorQuantiser(config.K, D, config.ema_decay, config.revive, config.rate)
-        # ... and both levels to pixels; windows of twice the stride overlap, so that no seams show
+        self.quantiser_bottom = VectorQuantiser(
+            config.K, D, config.ema_decay, config.revive, config.bit_weight
+        )
+        # brings both levels to pixels; windows twice as wide as the stride overlap and leave no seams
         self.decoder = nn.Sequential(
             Pointwise(C + D, C),
             *blocks(config.decoder_blocks, C),
@@ -279,18 +282,18 @@ class VQVAE2(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Output:
-        """x (B, 1, H, W), z-scored -> its reconstruction and both levels' codes.
+        """x (B, 1, H, W), z-scored -> its reconstruction and the codes of both levels.
 
         Raises:
-            ValueError: H or W is not a multiple of twice the stride.
+            UserError: H or W is not a multiple of twice the stride.
         """
         top, bottom, decoded_top = self.quantise(x)
         return Output(self.decode(decoded_top, bottom.vectors), top, bottom)
 
     def quantise(self, x: Tensor) -> tuple[Quantised, Quantised, Tensor]:
-        """x (B, 1, H, W) -> the top level, the bottom level given it, the decoded top (B, C, H/4, W/4).
+        """x (B, 1, H, W) -> top level, bottom level, decoded top (B, C, H/4, W/4).
 
-        Razavi et al. 2019, algorithm 1: the bottom holds what the top left unsaid.
+        Razavi et al. 2019, algorithm 1: the bottom level sees the decoded top and adds what it lacks.
         """
         self.config.code_shapes(*x.shape[2:])
         h_bottom = self.encoder_bottom(x)  # (B, 1, H, W) -> (B, C, H/4, W/4)
@@ -312,7 +315,7 @@ class VQVAE2(nn.Module):
         """Codes int64 in [0, K), top (B, h, w) and bottom (B, 2h, 2w) -> slices (B, 1, 8h, 8w).
 
         Raises:
-            ValueError: the maps are not of these sizes.
+            ValueError: the maps do not have these shapes.
         """
         if top.ndim != 3 or bottom.shape != (len(top), 2 * top.shape[1], 2 * top.shape[2]):
             raise ValueError(
@@ -324,35 +327,13 @@ class VQVAE2(nn.Module):
 
 
 def load_model(checkpoint: dict, path: str) -> VQVAE2:
-    """The model of a checkpoint, in `eval()`; ValueError where its weights are of another network."""
+    """The model of a checkpoint, in `eval()`. UserError if its weights do not fit this version's network."""
     try:
         model = VQVAE2(VQVAE2Config(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"{path}: weights of another network than modules.py has ({str(error).splitlines()[0]}). "
-            "Mend: use the version of these scripts that wrote it, or train again."
+        raise UserError(
+            f"{path}: the weights do not fit the network of modules.py ({str(error).splitlines()[0]}). "
+            "Fix: use the version of these scripts that wrote it, or train again."
         ) from error
     return model.eval()
-
-
-def box_mean(x: Tensor, window: int = 7) -> Tensor:
-    """(..., H, W) -> (..., H - 6, W - 6): 7x7 means by shifted sums, twice as fast as avg_pool2d."""
-    h, w = x.shape[-2] - window + 1, x.shape[-1] - window + 1
-    x = sum(x[..., i : i + h, :] for i in range(window))
-    return sum(x[..., i : i + w] for i in range(window)) / window**2
-
-
-def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """(B,) mean SSIM of (B, 1, H, W) slices, as scikit-image's defaults: 7x7 uniform, sample covariance.
-
-    The data range of each slice is max - min of `x`, the original: the report's protocol.
-    """
-    bessel = 49 / 48
-    span = (x.amax((1, 2, 3)) - x.amin((1, 2, 3))).clamp_min(1e-6).view(-1, 1, 1, 1)
-    c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
-    mx, xx = box_mean(torch.stack([x, x * x]))
-    my, yy, xy = box_mean(torch.stack([y, y * y, x * y]))
-    vx, vy, vxy = bessel * (xx - mx * mx), bessel * (yy - my * my), bessel * (xy - mx * my)
-    similarity = ((2 * mx * my + c1) * (2 * vxy + c2)) / ((mx * mx + my * my + c1) * (vx + vy + c2))
-    return similarity.mean((1, 2, 3))

@@ -1,54 +1,75 @@
-"""Muon: steps along the nearest orthogonal matrix of the momentum, for a network's hidden weights.
+"""Muon: steps along the nearest orthogonal matrix of the momentum, for the weights between hidden layers.
 
 Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon),
 with the step size of Liu et al. 2025, "Muon is Scalable for LLM Training" (arXiv 2502.16982, equation 4), so that
-one learning rate serves the matrices and AdamW's parameters alike. `torch.optim.Muon` takes no convolutions,
-and rounds to bfloat16, which is slow where the hardware has none.
+one learning rate suits both the matrices and AdamW's parameters. `torch.optim.Muon` does not take convolutions,
+and rounds to bfloat16, which is slow on hardware without it.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: singular values go to 0.7 .. 1.2 in five iterations
-LEAST = 16  # a weight with a shorter side is no matrix to speak of
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: five iterations move singular values to 0.7 .. 1.2
+SHORTEST_SIDE = 16  # AdamW takes weights with a shorter side: their matrices are too small to orthogonalise
 
 
-def orthogonalise(x: Tensor, iterations: int = 5) -> Tensor:
-    """Matrices (n, rows, columns) with their singular values all moved close to 1, by Newton and Schulz.
+def orthogonalise(stacks: Sequence[Tensor]) -> list[Tensor]:
+    """Stacks of matrices, each (n, rows, columns), with all singular values moved close to 1 (Newton-Schulz).
 
-    Every iteration multiplies x by a polynomial of its Gram matrix x x^T. These commute, so the iterations are done
-    on the Gram matrix, whose side is x's shorter one, and x is multiplied once.
+    Every iteration multiplies x by a polynomial of its Gram matrix x x^T. These polynomials commute, so the
+    iterations run on the Gram matrix, whose side is the shorter one of x, and x is multiplied once at the end.
+    Matrices with equal shorter sides iterate together, whatever their longer sides: fewer launches on a GPU.
     """
+    wide = [x.mT if x.shape[1] > x.shape[2] else x for x in stacks]
+    same_side = defaultdict(list)
+    for i, x in enumerate(wide):
+        same_side[x.shape[1]].append(i)
+    results = list(stacks)
+    for members in same_side.values():
+        grams = torch.cat([wide[i] @ wide[i].mT for i in members])
+        for i, factor in zip(
+            members, newton_schulz(grams).split([len(wide[i]) for i in members]), strict=True
+        ):
+            x = factor @ wide[i]
+            results[i] = x.mT if wide[i] is not stacks[i] else x
+    return results
+
+
+def newton_schulz(gram: Tensor, iterations: int = 5) -> Tensor:
+    """Gram matrices x x^T (n, side, side) -> the factors (n, side, side) that move x's singular values close to 1."""
     a, b, c = COEFFICIENTS
-    tall = x.shape[1] > x.shape[2]
-    x = x.transpose(1, 2) if tall else x
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    gram = x @ x.transpose(1, 2)
-    identity = torch.eye(len(gram[0]), device=x.device, dtype=x.dtype)
-    product = factor = identity.expand_as(gram)
-    for i in range(iterations):
-        if i:
-            gram = factor @ gram @ factor
-        factor = torch.baddbmm(a * identity + b * gram, gram, gram, alpha=c)
+
+    def polynomial(gram: Tensor) -> Tensor:  # a I + b gram + c gram^2
+        result = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        result.diagonal(dim1=1, dim2=2).add_(a)
+        return result
+
+    squared_norm = gram.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1)  # of x: the trace of x x^T
+    norm = squared_norm.sqrt() + 1e-7
+    gram = gram / norm.square()
+    product = factor = polynomial(gram)
+    for _ in range(iterations - 1):
+        gram = factor @ gram @ factor
+        factor = polynomial(gram)
         product = factor @ product
-    x = product @ x
-    return x.transpose(1, 2) if tall else x
+    return product / norm
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for the weights `matrices`, AdamW for all `others`; `lr` and `weight_decay` are of both.
+    """Muon for the weights `matrices`, AdamW for all `others`; `lr` and `weight_decay` apply to both.
 
-    A convolution's weight (out, in, h, w) counts as the matrix (out, in*h*w).
+    A convolution's weight (out, in, h, w) counts as the matrix (out, in*h*w). A group's "lr" may be a number or a
+    tensor () on the weights' device.
     """
 
     def __init__(
         self,
         matrices: Iterable[Tensor],
         others: Iterable[Tensor],
-        lr: float,
+        lr: float | Tensor,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
         **adam,
@@ -63,38 +84,53 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            if group["matrices"]:
-                self.step_matrices(group["params"], group["lr"], group["weight_decay"])
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if group["matrices"] and weights:
+                self.step_matrices(weights, group["lr"], group["weight_decay"])
         super().step()
 
-    def step_matrices(self, weights: list[Tensor], lr: float, decay: float) -> None:
-        alike = defaultdict(list)  # matrices of one shape take their step together
+    def step_matrices(self, weights: list[Tensor], lr: float | Tensor, decay: float) -> None:
         for weight in weights:
-            if weight.grad is not None:
-                alike[len(weight), weight[0].numel()].append(weight)
-        for shape, weights in alike.items():
-            ahead = []
-            for weight in weights:
-                if not self.state[weight]:  # AdamW, which reads its state back, expects a count of steps
-                    self.state[weight] = {"step": torch.zeros(()), "momentum": torch.zeros_like(weight)}
-                mean = self.state[weight]["momentum"].lerp_(weight.grad, 1 - self.momentum)
-                ahead.append(weight.grad.lerp(mean, self.momentum).reshape(shape))  # Nesterov's
-                weight.grad = None  # so that AdamW passes it by
-            updates = orthogonalise(torch.stack(ahead)) * (0.2 * max(shape) ** 0.5)
-            for weight, update in zip(weights, updates, strict=True):
-                weight.mul_(1 - lr * decay).sub_(update.view_as(weight), alpha=lr)
+            if not self.state[weight]:  # AdamW, which loads the state, expects a count of steps in it
+                self.state[weight] = {"step": torch.zeros(()), "momentum": torch.zeros_like(weight)}
+        gradients, means = [w.grad for w in weights], [self.state[w]["momentum"] for w in weights]
+        torch._foreach_lerp_(means, gradients, 1 - self.momentum)
+        torch._foreach_lerp_(gradients, means, self.momentum)  # Nesterov momentum, in place of the gradients
+        same_shape = defaultdict(list)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            same_shape[len(weight), weight[0].numel()].append(
+                (as_matrix(weight, weight), as_matrix(gradient, weight))
+            )
+            weight.grad = None  # so that AdamW skips it
+        stacks = [torch.stack([gradient for _, gradient in pairs]) for pairs in same_shape.values()]
+        targets = [target for pairs in same_shape.values() for target, _ in pairs]
+        updates = [update for stack in orthogonalise(stacks) for update in stack.unbind()]
+        torch._foreach_mul_(updates, [0.2 * max(update.shape) ** 0.5 for update in updates])
+        torch._foreach_mul_(updates, lr)
+        torch._foreach_mul_(targets, 1 - lr * decay)
+        torch._foreach_sub_(targets, updates)
 
 
-def split(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+def as_matrix(x: Tensor, weight: Tensor) -> Tensor:
+    """x, shaped like `weight`, as a matrix (out, columns): a view, with the columns in the memory order of `weight`.
+
+    The order of the columns does not change a step.
+    """
+    if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        x = x.permute(0, 2, 3, 1)
+    return x.flatten(1)
+
+
+def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The weights of `model` that are matrices between hidden layers, and all its other parameters.
 
-    As Jordan advises, embeddings and the layers named `head`, which make logits, are none of the first.
+    As Jordan advises, embeddings and the layers named `head`, which make logits, belong to the others.
     """
     matrices, others = [], []
     for name, module in model.named_modules():
         layer = isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)
         for parameter in module.parameters(recurse=False):
-            wide = parameter.ndim > 1 and min(len(parameter), parameter[0].numel()) >= LEAST
+            wide = parameter.ndim > 1 and min(len(parameter), parameter[0].numel()) >= SHORTEST_SIDE
             hidden = layer and wide and name.split(".")[-1] != "head"
             (matrices if hidden else others).append(parameter)
     return matrices, others

@@ -30,7 +30,7 @@ import runtime
 from codes import extract_codes
 from dataset import DataConfig, SliceDataset, open_study, open_trained_study
 from loop import TrainConfig, fit, switched
-from modules import VQVAE2, Output, VQVAE2Config, load_model, ssim
+from modules import VQVAE2, Output, VQVAE2Config, load_model
 from prior import Prior, PriorConfig
 from runtime import UserError, option
 
@@ -65,7 +65,7 @@ PRESETS = {
         "quick": RECIPE | {"minutes": 1.75, "lr": 3e-3},
         "best": RECIPE | WIDER | {"minutes": 30.0, "decoder_blocks": 4},
         # for --weights of `best`: codes that cost the priors fewer bits
-        "fewer-bits": RECIPE | {"minutes": 10.0, "lr": 7e-4, "rate": 0.03},
+        "fewer-bits": RECIPE | {"minutes": 10.0, "lr": 7e-4, "bit_weight": 0.03},
         # 0.391 and 0.195 bits per pixel in place of 0.703
         "medium-rate": RECIPE | {"epochs": 5, "K": 32},
         "low-rate": RECIPE | WIDER | {"epochs": 5, "K": 1024, "stride": 8},
@@ -107,7 +107,7 @@ def losses(x: Tensor, output: Output, config: LossConfig) -> dict[str, Tensor]:
     terms = {
         "mse": F.mse_loss(y, x),
         "l1": F.l1_loss(y, x),
-        "ssim": 1 - ssim(x, y).mean(),
+        "ssim": 1 - metrics.ssim(x, y).mean(),
         "commitment_top": output.top.commitment,
         "commitment_bottom": output.bottom.commitment,
     }
@@ -154,7 +154,7 @@ class Autoencoder:
         self.model = VQVAE2(model)
         if config.weights and not resumed:
             start = load_model(runtime.load_checkpoint(config.weights, self.kind), config.weights)
-            if replace(start.config, rate=model.rate) != model:
+            if replace(start.config, bit_weight=model.bit_weight) != model:
                 raise UserError(
                     f"--weights {config.weights}: a network of {start.config}; expected {model}. Fix: give no flags "
                     "of the network."

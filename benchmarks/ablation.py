@@ -46,7 +46,7 @@ VARIANTS = {
     "1.5 x as wide": "--channels 96 --top-channels 192 --residual-channels 48",
     "shape of --preset best": "--channels 96 --top-channels 192 --residual-channels 48 --decoder-blocks 4",
     "decoder as shallow as the encoder": "--decoder-blocks 1",
-    "lambda 0.01": "--rate 0.01",
+    "lambda 0.01": "--bit-weight 0.01",
 }
 CHANGED = {  # by a function of variants.py and its arguments, and by flags
     "ReLU": ("relu", ""),

@@ -28,7 +28,7 @@ from codes import extract_codes
 from dataset import DataConfig, open_trained_study
 from loop import TrainConfig, learning_rate
 from modules import load_model
-from optimiser import Muon, split
+from optimiser import Muon, split_parameters
 from prior import Prior, PriorConfig, Walk, draw
 from runtime import option
 
@@ -144,7 +144,7 @@ def main() -> None:
     runtime.seed_everything(config.seed)
     ours = Prior(size, shape).to(device)
     ours.start_from(model.quantiser_top.codebook, model.quantiser_bottom.codebook)
-    muon = Muon(*split(ours.top), ours_config.lr, ours_config.weight_decay, fused=True)
+    muon = Muon(*split_parameters(ours.top), ours_config.lr, ours_config.weight_decay, fused=True)
     theirs = MonaiPrior(size, math.prod(shape)).to(device)
     adam = torch.optim.Adam(theirs.parameters(), theirs_config.lr)
 

@@ -52,7 +52,6 @@ from benchmarks.baselines import (
 from benchmarks.per_set import study_sets
 from dataset import SPLITS, DataConfig, SliceDataset, open_study
 from loop import Run, TrainConfig
-from modules import ssim
 from predict import rounded, summarise
 from runtime import option
 
@@ -154,7 +153,7 @@ class TimedRun(Run):
     def measure(self, seconds: float) -> None:
         stopped = time.monotonic()
         model, validate = self.stage.model, self.stage.splits["validate"]
-        score = torch.cat([ssim(x, y) for x, y, _ in self.decoded(validate)]).double().mean().item()
+        score = torch.cat([metrics.ssim(x, y) for x, y, _ in self.decoded(validate)]).double().mean().item()
         seen = self.epoch * self.sizes["train"] + self.seen
         self.validations.append({"seconds": round(seconds, 2), "slices": seen, "ssim": round(score, 5)})
         tqdm.write(f"{self.name}: validation SSIM {score:.4f} after {seconds:.0f} s, {seen} slices")

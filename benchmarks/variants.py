@@ -70,7 +70,9 @@ def small_codebook(level: str, K: str) -> None:
 
     def init(self, config) -> None:
         build(self, config)
-        setattr(self, level, VectorQuantiser(int(K), config.D, config.ema_decay, config.revive, config.rate))
+        setattr(
+            self, level, VectorQuantiser(int(K), config.D, config.ema_decay, config.revive, config.bit_weight)
+        )
 
     modules.VQVAE2.__init__ = init
 

@@ -4,6 +4,8 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
+from skimage.metrics import structural_similarity
 
 import metrics
 
@@ -31,6 +33,29 @@ def brute_ssim(x, y, weights, bessel, data_range):
 
 
 # SSIM
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.5, 3.0])
+def test_ssim_of_a_batch_is_skimage_s(noise):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 1, 40, 24)).cumsum(2)
+    y = x + noise * rng.normal(size=x.shape)
+    expected = [
+        structural_similarity(a[0], b[0], data_range=a.max() - a.min()) for a, b in zip(x, y, strict=True)
+    ]
+    found = metrics.ssim(torch.from_numpy(x), torch.from_numpy(y))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-9)
+
+
+def test_window_means_are_the_same_on_a_cpu_and_elsewhere():
+    x = torch.randn(2, 3, 20, 9, dtype=torch.float64)
+    torch.testing.assert_close(metrics.window_means(x), torch.nn.functional.avg_pool2d(x, 7, 1))
+
+
+def test_ssim_of_a_constant_slice_is_finite():
+    x = torch.zeros(1, 1, 16, 16)
+    assert metrics.ssim(x, x).item() == pytest.approx(1)
+    assert torch.isfinite(metrics.ssim(x, x + 1)).all()
 
 
 def test_ssim_report_is_the_uniform_window_with_sample_covariance():

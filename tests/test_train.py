@@ -11,10 +11,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from tqdm import tqdm
 
 import loop
+import metrics
 import runtime
 import train
 from dataset import DataConfig, open_study
-from modules import VQVAE2, Output, Quantised, VQVAE2Config, ssim
+from modules import VQVAE2, Output, Quantised, VQVAE2Config
 
 SMALL = VQVAE2Config(K=16, D=8, channels=16, top_channels=24, residual_channels=8, decoder_blocks=1)
 SHAPE_FLAGS = (
@@ -69,7 +70,7 @@ def test_loss_is_the_report_s_arithmetic():
     config = train.LossConfig(mse=2.0, l1=3.0, ssim=5.0, beta=0.25)
     terms = train.losses(x, output_of(y, top=0.5, bottom=1.5), config)
     d = (x - y).double().numpy()
-    reconstruction = 2 * (d**2).mean() + 3 * np.abs(d).mean() + 5 * (1 - ssim(x, y).mean().item())
+    reconstruction = 2 * (d**2).mean() + 3 * np.abs(d).mean() + 5 * (1 - metrics.ssim(x, y).mean().item())
     assert terms["reconstruction"].item() == pytest.approx(reconstruction, rel=1e-5)
     assert terms["loss"].item() == pytest.approx(reconstruction + 0.25 * (0.5 + 1.5), rel=1e-5)
 
@@ -246,11 +247,11 @@ def test_training_begins_with_given_weights_and_codebooks(study, tmp_path):
     start = fit(study, tmp_path / "one", epochs=1)
     stage = train.Autoencoder(
         DataConfig(data=str(study), height=64, width=32),
-        VQVAE2Config(**runtime.load_checkpoint(start, "vqvae2")["model_config"] | {"rate": 0.5}),
+        VQVAE2Config(**runtime.load_checkpoint(start, "vqvae2")["model_config"] | {"bit_weight": 0.5}),
         train.LossConfig(),
         loop.TrainConfig(weights=str(start), device="cpu"),
     )
-    assert stage.model.config.rate == stage.model.quantiser_top.rate == 0.5
+    assert stage.model.config.bit_weight == stage.model.quantiser_top.bit_weight == 0.5
     theirs = runtime.load_checkpoint(start, "vqvae2")["model"]
     assert all(torch.equal(value, theirs[name]) for name, value in stage.model.state_dict().items())
 
@@ -296,7 +297,7 @@ def test_flags_win_over_presets_and_checkpoints(study, tmp_path, monkeypatch):
     args = settings("--resume", tmp_path / "vqvae2_epoch_1.pth", "--epochs", "7")
     assert (args.epochs, args.batch_size, args.K, args.height) == (7, 4, 16, 64)
     args = settings("--weights", tmp_path / "vqvae2_epoch_1.pth", "--preset", "fewer-bits")
-    assert (args.K, args.rate, args.minutes) == (16, 0.03, 10)
+    assert (args.K, args.bit_weight, args.minutes) == (16, 0.03, 10)
     assert (args.data, args.height) == (str(study), 64)  # those that the weights were trained on
     with pytest.raises(ValueError, match="leave one out"):
         settings("--resume", tmp_path / "vqvae2_epoch_1.pth", "--preset", "best")
