@@ -5,8 +5,8 @@
     python driver.py --data keras_slices_data --preset best
     python driver.py --prior-minutes 0            # reconstruction only
 
-Takes the flags of train.py for the autoencoder, --nifti of predict.py and --n of generate.py. Read Results/ and
-Results/generated/ afterwards.
+Takes the flags of train.py for the autoencoder, --nifti of predict.py and --n of generate.py. Open
+Results/index.html afterwards: everything is on that page.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import generate
+import page
 import phantom
 import predict
 import runtime
@@ -68,14 +69,12 @@ def main() -> None:
     shared = {name: getattr(data, name) for name in ("data", "cache", "allow_patient_overlap")}
     shared |= {"checkpoint": str(best), "device": config.device}
     predict.predict(predict.PredictConfig(out=config.out, nifti=args.nifti, **shared))
-    pictures = f"{config.out}/comparison.png"
     if second.minutes:
         print("\nnow the priors over its codes, for new slices")
         priors = train.train_prior(data, replace(codes, checkpoint=str(best)), prior, second)
         new = Path(config.out) / "generated"
         generate.generate(replace(generated, prior=str(priors), out=str(new), **shared))
-        pictures += f", {new}/overview.png and {new}/grid.png"
-    print(f"open {pictures}; {config.out}/metrics.json has the scores")
+    print(f"open {Path(config.out) / page.NAME}")
 
 
 if __name__ == "__main__":

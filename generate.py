@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 import figures
+import page
 import runtime
 from appraise import Samples, appraise, decode, near, print_report
 from codes import extract_codes
@@ -311,6 +312,7 @@ def generate(config: GenerateConfig) -> dict:
     given = np.full(config.n, config.position)
     positions = test.positions[twins].astype(np.float64) if math.isnan(config.position) else given
     album = Album(config, splits, positions)
+    page.write(out)  # the slices that were there are gone from it, even if this run is stopped
     try:
         samples = sample(config, model, prior, positions, album.keep)
     except KeyboardInterrupt:
@@ -325,7 +327,7 @@ def generate(config: GenerateConfig) -> dict:
     print(
         f"wrote {out}/: {config.n} slices as NNNN.png and in {NIFTI}/, grid.png, overview.png, manifest.json,"
     )
-    print("  report.json, realism.png, copying.png and nearest.png")
+    print(f"  report.json, realism.png, copying.png and nearest.png; all of it is in {page.write(out)}")
     return report
 
 

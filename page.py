@@ -152,7 +152,7 @@ def picture(path: Path, caption: str) -> str:
     """A picture inside the page, or nothing where the file is not there."""
     try:
         with Image.open(path) as image:
-            image.convert("RGB").save(file := BytesIO(), "WEBP", quality=88, method=4)
+            image.convert("RGB").save(file := BytesIO(), "WEBP", quality=88, method=2)
             width, height = image.size
     except OSError:
         return ""

@@ -6,7 +6,8 @@
 
 Writes to the checkpoint's folder (or --out): metrics.json (means, patients, intervals, bits per pixel, codes
 used), test_scores.csv (every slice), original_N.png and reconstruction_N.png, comparison.png (best, median
-and worst slice), code_maps.png, ssim_histogram.png; with --nifti also reconstructions/.
+and worst slice), code_maps.png, ssim_histogram.png, index.html (all of it on one page); with --nifti also
+reconstructions/.
 """
 
 import csv
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 import figures
 import metrics
+import page
 import runtime
 from dataset import DataConfig, SliceDataset, open_trained_study, save_reconstruction
 from modules import VQVAE2, load_model
@@ -272,7 +274,7 @@ def predict(config: PredictConfig) -> dict:
     print(f"wrote {out}/: metrics.json, test_scores.csv, comparison.png, code_maps.png, ssim_histogram.png,")
     shown = min(PICTURES, len(test))
     also = f", {len(test)} NIfTI files in reconstructions/" if nifti else ""
-    print(f"  original_N.png and reconstruction_N.png of {shown} slices{also}")
+    print(f"  original_N.png and reconstruction_N.png of {shown} slices{also}, and {page.write(out).name}")
     return result
 
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import metrics
+import page
 import runtime
 from codes import extract_codes
 from dataset import DataConfig, SliceDataset, open_study, open_trained_study
@@ -221,7 +222,10 @@ def resume(stage, config: TrainConfig, checkpoint: dict | None) -> Path:
     """`fit`, with a note where the study has changed since the checkpoint was written."""
     if checkpoint and checkpoint["data"]["fingerprints"]["train"] != stage.splits["train"].fingerprint:
         print("note: the train split's slices are not those that the checkpoint was trained on")
-    return fit(stage, config, checkpoint)
+    best = fit(stage, config, checkpoint)
+    if runtime.rank() == 0:
+        page.write(config.out)
+    return best
 
 
 def train_autoencoder(

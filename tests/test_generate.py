@@ -132,7 +132,11 @@ def test_interrupted_sampling_keeps_what_is_finished(made, trained, tmp_path, mo
         generate.generate(config(trained, tmp_path, batch_size=2))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert (manifest["asked"], manifest["done"]) == (5, 2) and "2 of 5 slices" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.glob("*")} - {"keras_slices_synthetic", "codes.npz"} == {
+    assert {path.name for path in tmp_path.glob("*")} - {
+        "keras_slices_synthetic",
+        "codes.npz",
+        "index.html",
+    } == {
         "0000.png",
         "0001.png",
         "manifest.json",
