@@ -76,7 +76,7 @@ def test_it_writes_and_names_everything(scored):
     out, stdout = scored
     pictures = [f"{kind}_{i}.png" for kind in ("original", "reconstruction") for i in range(4)]
     sheets = ["comparison.png", "code_maps.png", "ssim_histogram.png"]
-    expected = [*pictures, *sheets, "metrics.json", "test_scores.csv", "reconstructions"]
+    expected = [*pictures, *sheets, "metrics.json", "test_scores.csv", "index.html", "reconstructions"]
     assert sorted(path.name for path in out.iterdir()) == sorted(expected)
     assert f"wrote {out}/" in stdout and "patient 041" in stdout and "SYNTHETIC" not in stdout
     assert "note:" not in stdout  # the files are those of the checkpoint

@@ -132,6 +132,7 @@ def test_a_run_leaves_what_it_promises(study, tmp_path):
         "vqvae2_epoch_4.pth",
         "vqvae2_epoch_5.pth",
         "vqvae2_best.pth",
+        "index.html",
         "vqvae2_epoch_final.pth",
     }
     head, *epochs = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
