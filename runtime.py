@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from tqdm import tqdm
 FORMAT = "vqvae2-3"  # of a checkpoint; raised when its keys change meaning
 OLD_FORMATS = ("vqvae2-1", "vqvae2-2")  # written up to revision 5afe7e8
 ROOT = Path(__file__).resolve().parent
+RENAMED = {"rate": "bit_weight"}  # flags that had another name: old, new
 PATIENCE = timedelta(minutes=30)  # of a rank for the others: for the slowest thing that one does alone
 
 
@@ -80,14 +82,27 @@ def option(default, help: str, **metadata):
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
-def parser(doc: str, *configs: type) -> argparse.ArgumentParser:
-    """An argument parser with one flag per field of the dataclasses `configs`; the defaults are theirs."""
+def flag(field: str) -> str:
+    """The flag of a dataclass field: batch_size is --batch-size."""
+    return "--" + field.replace("_", "-")
+
+
+def parser(
+    doc: str, *configs: type, everyday: Sequence[str] = (), without: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """An argument parser with one flag for each field of the dataclasses `configs`, whose defaults it has.
+
+    The fields named in `everyday` come first, those in `without` are left out. Every dataclass has a heading, the
+    first sentence of its docstring. A field that two dataclasses share is one flag.
+    """
     built = argparse.ArgumentParser(
+        usage="%(prog)s [flags]",
         description=doc,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        conflict_handler="resolve",  # two configs may share a field: K is the autoencoder's and its prior's
     )
+    first = built.add_argument_group("everyday flags") if everyday else built
+    flags = {}
     for config in configs:
         hints = typing.get_type_hints(config)
         for field in dataclasses.fields(config):
@@ -97,13 +112,53 @@ def parser(doc: str, *configs: type) -> argparse.ArgumentParser:
                 options["action"] = argparse.BooleanOptionalAction
             else:
                 options |= {"type": hints[field.name], "choices": field.metadata.get("choices")}
-            built.add_argument("--" + field.name.replace("_", "-"), **options)
+            if field.name not in without:
+                flags.setdefault(field.name, (config, options))
+    for name in everyday:
+        if name in flags:
+            first.add_argument(flag(name), **flags.pop(name)[1])
+    for config in configs:
+        group = built.add_argument_group(config.__doc__.split(".")[0])
+        for name, (owner, options) in flags.items():
+            if owner is config:
+                group.add_argument(flag(name), **options)
+    for old, new in RENAMED.items():
+        if new in flags:
+            built.add_argument(
+                flag(old), type=partial(_refuse, new), default=argparse.SUPPRESS, help=argparse.SUPPRESS
+            )
     return built
+
+
+def _refuse(new: str, value: str) -> None:
+    raise argparse.ArgumentTypeError(f"is called {flag(new)} now. Fix: {flag(new)} {value}")
+
+
+def given_flags(parser: argparse.ArgumentParser) -> tuple[dict, bool]:
+    """The flags that the command line names, {"batch_size": 4, ...}, and whether it asks for --help.
+
+    The caller shows the help, with `print_help`, when it knows which defaults the other flags will have.
+    """
+    unset = object()
+    names = vars(parser.parse_args([]))
+    words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
+    args = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(names, unset)))
+    given = {name: value for name, value in vars(args).items() if value is not unset}
+    return given, len(words) < len(sys.argv) - 1
+
+
+def print_help(parser: argparse.ArgumentParser, *configs) -> None:
+    """Print the help, with the values of the dataclass instances `configs` as defaults, and exit."""
+    for config in configs:
+        parser.set_defaults(**vars(config))
+    parser.print_help()
+    sys.exit(0)
 
 
 def from_flags(config: type, args: argparse.Namespace):
     """The dataclass `config` filled from parsed flags; its `__post_init__` checks the values."""
-    return config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(config)})
+    names = (field.name for field in dataclasses.fields(config))
+    return config(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
 def in_parallel(function: Callable, items: Sequence, label: str, unit: str) -> Iterator:
@@ -236,8 +291,8 @@ def sum_over_ranks(*tensors: Tensor) -> None:
 
 
 @contextmanager
-def one_first() -> Iterator[None]:
-    """One process of each node goes through the block, then the others: they find the files that it made."""
+def first_of_node() -> Iterator[None]:
+    """The first process of each node runs the block alone; then the others do, and find the files that it made."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:
         sum_over_ranks(torch.zeros(1))  # waits for all
@@ -361,6 +416,38 @@ def load_checkpoint(path: Path | str, *kinds: str) -> dict:
     if missing := {"model_config", "model", "data"} - checkpoint.keys():
         raise UserError(f"{path}: a checkpoint without {', '.join(sorted(missing))}. Fix: train again.")
     return checkpoint
+
+
+def matches(value, hint) -> bool:
+    """Whether `value`, read from a file, has the type `hint`: a plain one, dict[A, B], list[A] or tuple[A, ...]."""
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is float:
+        return type(value) in (int, float)
+    if kind is dict:
+        return type(value) is dict and all(
+            matches(a, inner[0]) and matches(b, inner[1]) for a, b in value.items()
+        )
+    if kind in (list, tuple):
+        return type(value) in (list, tuple) and all(matches(item, inner[0]) for item in value)
+    return type(value) is kind
+
+
+def from_saved(config: type, checkpoint: dict, key: str, path: Path | str):
+    """The dataclass `config` filled from the dictionary `checkpoint[key]`; keys that are no fields are ignored.
+
+    UserError, with the checkpoint's `path`, where a field is missing or has another type, or another value than the
+    dataclass allows.
+    """
+    saved, hints = checkpoint.get(key), typing.get_type_hints(config)
+    try:
+        for name, hint in hints.items():
+            if type(saved) is not dict or name not in saved or not matches(saved[name], hint):
+                raise UserError(f"{name} is missing or not {getattr(hint, '__name__', hint)}")
+        return config(**{name: saved[name] for name in hints})
+    except ValueError as error:
+        raise UserError(
+            f"{path}: {key} of this checkpoint cannot be used: {error}. Fix: train again."
+        ) from error
 
 
 def provenance() -> dict:

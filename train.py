@@ -8,16 +8,15 @@
     torchrun --nproc_per_node=8 train.py --data keras_slices_data   # one process for each of 8 GPUs
 
 Writes to Results/ (or --out): train_losses.txt and val_losses.txt (one value an epoch), loss_plot.png,
-log.jsonl (every term, times, versions), vqvae2_epoch_N.pth, vqvae2_best.pth (lowest validation loss) and
-vqvae2_epoch_final.pth; the prior's names begin with prior_. Ctrl-C and SIGTERM save a checkpoint that
---resume continues.
+log.jsonl (every loss, times, versions), vqvae2_epoch_N.pth, vqvae2_best.pth (the lowest reconstruction loss in
+validation) and vqvae2_epoch_final.pth. The names of the priors' files begin with prior_. Ctrl-C and SIGTERM save a
+checkpoint that --resume continues.
 """
 
 import argparse
 import dataclasses
 import math
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +29,13 @@ import page
 import runtime
 from codes import extract_codes
 from dataset import DataConfig, SliceDataset, open_study, open_trained_study
-from loop import TrainConfig, fit, switched
+from loop import Stage, TrainConfig, fit, switched
 from modules import VQVAE2, Output, VQVAE2Config, load_model
 from prior import Prior, PriorConfig
 from runtime import UserError, option
 
-SIDES = ("height", "width")
-# Each preset is what differs from the report's hyperparameters, the defaults; flags given beside it win. Steps
-# of one slice learn more in the same time than steps of 16: the codebooks move with every step.
+# A preset is what differs from the report's hyperparameters, the defaults. Flags given beside it win. In the same
+# time, steps of one slice learn more than steps of 16: the codebooks move with every step.
 STEPS = {
     "batch_size": 1,
     "optimiser": "muon",
@@ -50,7 +48,7 @@ STEPS = {
 RECIPE = STEPS | {"mse": 0.0, "l1": 0.2, "ssim": 1.0, "flip": True}
 WIDER = {"channels": 96, "top_channels": 192, "residual_channels": 48}
 PRIOR_RECIPE = STEPS | {"batch_size": 2, "lr": 2e-3, "weight_decay": 0.05, "patience": 5}
-# in minutes: a top prior of many slices, which place the organs, and few of the bottom's, which give texture
+# Priors within minutes: the top prior, which places the organs, sees many slices; the bottom's texture needs few.
 LIGHT = {
     "batch_size": 4,
     "lr": 4e-3,
@@ -65,9 +63,9 @@ PRESETS = {
         "report": {},
         "quick": RECIPE | {"minutes": 1.75, "lr": 3e-3},
         "best": RECIPE | WIDER | {"minutes": 30.0, "decoder_blocks": 4},
-        # for --weights of `best`: codes that cost the priors fewer bits
+        # with --weights of `best`: codes that the priors store in fewer bits
         "fewer-bits": RECIPE | {"minutes": 10.0, "lr": 7e-4, "bit_weight": 0.03},
-        # 0.391 and 0.195 bits per pixel in place of 0.703
+        # 0.391 and 0.195 bits per pixel instead of 0.703
         "medium-rate": RECIPE | {"epochs": 5, "K": 32},
         "low-rate": RECIPE | WIDER | {"epochs": 5, "K": 1024, "stride": 8},
     },
@@ -93,16 +91,51 @@ class LossConfig:
             raise UserError("--mse, --l1 and --ssim are all 0; expected at least one reconstruction term")
 
 
+@dataclass(frozen=True)
+class CodesConfig:
+    """Stage two: which autoencoder's codes the priors learn, and how."""
+
+    checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder, for --stage prior")
+    forget: float = option(0.1, "share of training slices whose position is hidden from the prior")
+    bottom_every: int = option(
+        1, "the bottom prior, which has four times the codes, learns from one slice of a batch in this many"
+    )
+
+    def __post_init__(self) -> None:
+        if self.bottom_every < 1:
+            raise UserError(f"--bottom-every is {self.bottom_every}; expected at least 1")
+        if not 0 <= self.forget <= 1:
+            raise UserError(f"--forget is {self.forget}; expected 0 to 1")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a run of one stage is told; `make_settings` alone makes it from a command line."""
+
+    stage: str = "autoencoder"
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    model: VQVAE2Config = field(default_factory=VQVAE2Config)
+    loss: LossConfig = field(default_factory=LossConfig)
+    codes: CodesConfig = field(default_factory=CodesConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    checkpoint: dict | None = None  # to go on from
+
+    def configs(self) -> list:
+        """The dataclasses, in the order of `CONFIGS`."""
+        return [getattr(self, name) for name in CONFIGS]
+
+
 # ---- stage one: the autoencoder ----
 
 
 def losses(x: Tensor, output: Output, config: LossConfig) -> dict[str, Tensor]:
-    """Every term of the loss as a scalar; `loss` is what is minimised, in the report's words
+    """Every loss of a batch as a scalar; "loss" is minimised, in the report's words
 
         loss = reconstruction + codebook + beta * commitment.
 
-    The codebook term ||sg[z_e] - e||^2 has no entry: the EMA of `VectorQuantiser.update` minimises it (van
-    den Oord et al. 2017, appendix A.1). Terms of weight 0 are reported all the same.
+    The codebook term ||sg[z_e] - e||^2 has no entry: the moving averages of `VectorQuantiser.update` minimise it
+    (van den Oord et al. 2017, appendix A.1). Losses of weight 0 are reported as well.
     """
     y = output.reconstruction
     terms = {
@@ -122,8 +155,8 @@ def flip_left_right(x: Tensor, mirrored: Tensor) -> Tensor:
     return torch.where(mirrored.view(-1, 1, 1, 1), x.flip(2), x)
 
 
-def study_of(splits: dict[str, SliceDataset]) -> dict:
-    """What a checkpoint says of the study it was trained on."""
+def study_info(splits: dict[str, SliceDataset]) -> dict:
+    """What a checkpoint says of the study that it was trained on."""
     return {
         "study": str(splits["train"].study.resolve()),
         "fingerprints": {name: split.fingerprint for name, split in splits.items()},
@@ -131,46 +164,41 @@ def study_of(splits: dict[str, SliceDataset]) -> dict:
     }
 
 
-class Autoencoder:
-    """Stage one for the loop: z-scored slices, reconstructed; counts the codes of both levels."""
+class Autoencoder(Stage):
+    """Stage one: reconstructs z-scored slices, and counts the codes of both levels."""
 
     kind = "vqvae2"
-    names = ("loss", "reconstruction", "mse", "l1", "ssim", "commitment_top", "commitment_bottom")
+    loss_names = ("loss", "reconstruction", "mse", "l1", "ssim", "commitment_top", "commitment_bottom")
+    best_by = "reconstruction"  # what is reported; the commitment rises while the codebook learns to be used
 
-    def __init__(
-        self,
-        data: DataConfig,
-        model: VQVAE2Config,
-        loss: LossConfig,
-        config: TrainConfig,
-        resumed: bool = False,
-    ):
-        device = runtime.pick_device(config.device)
-        self.layout = torch.channels_last if switched(config.channels_last, True) else torch.contiguous_format
-        self.data, self.loss = data, loss
-        with runtime.one_first():
-            self.splits = open_study(data)
-        self.images = {name: self.splits[name].on(device) for name in ("train", "validate")}
+    def __init__(self, settings: Settings) -> None:
+        self.data, self.loss, config = settings.data, settings.loss, settings.train
+        self.device = runtime.pick_device(config.device)
+        with runtime.first_of_node():
+            self.splits = open_study(self.data)
+        self.images = {name: self.splits[name].on(self.device) for name in ("train", "validate")}
         runtime.seed_everything(config.seed)
-        self.model = VQVAE2(model)
-        if config.weights and not resumed:
-            start = load_model(runtime.load_checkpoint(config.weights, self.kind), config.weights)
-            if replace(start.config, bit_weight=model.bit_weight) != model:
-                raise UserError(
-                    f"--weights {config.weights}: a network of {start.config}; expected {model}. Fix: give no flags "
-                    "of the network."
-                )
-            self.model.load_state_dict(start.state_dict())
-        self.model.to(device, memory_format=self.layout)
-        self.device = device
-        self.counted = self.no_codes()
+        self.model = VQVAE2(settings.model)
+        if config.weights and not settings.checkpoint:
+            self.start_from(config.weights)
+        channels_last = switched(config.channels_last, True)
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.model.to(self.device, memory_format=self.layout)
+        self.counts = self.no_codes()
+
+    def start_from(self, path: str) -> None:
+        """Take the weights and codebooks of another autoencoder; only its --bit-weight may differ."""
+        start = load_model(runtime.load_checkpoint(path, self.kind), path)
+        model = self.model.config
+        if replace(start.config, bit_weight=model.bit_weight) != model:
+            raise UserError(
+                f"--weights {path}: a network of {start.config}; expected {model}. Fix: give no flags of the network."
+            )
+        self.model.load_state_dict(start.state_dict())
 
     def no_codes(self) -> dict[str, Tensor]:
         zeros = torch.zeros(self.model.config.K, dtype=torch.int64, device=self.device)
         return {level: zeros.clone() for level in ("top", "bottom")}
-
-    def draw(self, generator: torch.Generator) -> None:
-        self.mirrored = (torch.rand(len(self.splits["train"]), generator=generator) < 0.5).to(self.device)
 
     def settings(self) -> dict:
         return {
@@ -180,116 +208,99 @@ class Autoencoder:
                 "height": self.data.height,
                 "width": self.data.width,
                 "allow_patient_overlap": self.data.allow_patient_overlap,
-                **study_of(self.splits),
+                **study_info(self.splits),
             },
         }
 
-    def terms(self, split: str, indices: Tensor) -> dict[str, Tensor]:
+    def start_epoch(self, generator: torch.Generator) -> None:
+        self.mirrored = (torch.rand(len(self.splits["train"]), generator=generator) < 0.5).to(self.device)
+
+    def batch_losses(self, split: str, indices: Tensor) -> dict[str, Tensor]:
         x = self.images[split](indices).to(memory_format=self.layout)
         if self.loss.flip and self.model.training:
             x = flip_left_right(x, self.mirrored[indices.to(self.device, non_blocking=True)])
         output = self.model(x)
-        for level, counts in self.counted.items():
+        for level, counts in self.counts.items():
             codes = getattr(output, level).codes.flatten()
             counts.scatter_add_(0, codes, torch.ones_like(codes))  # bincount would wait for the device
         return losses(x, output, self.loss)
 
-    def idle(self) -> None:
+    def empty_batch(self) -> None:
+        nothing = torch.zeros(0, self.model.config.D, 1, 1, device=self.device)
         for quantiser in (self.model.quantiser_top, self.model.quantiser_bottom):
-            quantiser(torch.zeros(0, self.model.config.D, 1, 1, device=self.device))  # updates are common
+            quantiser(nothing)  # all ranks take part in every update of the codebooks
 
     def statistics(self) -> dict[str, dict[str, float]]:
         """Codes used and perplexity 2^H of each level since the last call."""
-        counted, self.counted = self.counted, self.no_codes()
-        runtime.sum_over_ranks(*counted.values())
+        counts, self.counts = self.counts, self.no_codes()
+        runtime.sum_over_ranks(*counts.values())
         return {
             level: {
-                "used": int(counts.count_nonzero()),
-                "perplexity": round(2 ** metrics.code_entropy(counts.cpu().numpy()), 2),
+                "used": int(histogram.count_nonzero()),
+                "perplexity": round(2 ** metrics.code_entropy(histogram.cpu().numpy()), 2),
             }
-            for level, counts in counted.items()
+            for level, histogram in counts.items()
         }
 
     def describe(self, record: dict) -> str:
-        used = record["codes"]["validate"]
+        codes = record["codes"]["validate"]
         return (
-            f"SSIM {1 - record['validate']['ssim']:.4f}, codes used {used['top']['used']} top "
-            f"{used['bottom']['used']} bottom"
+            f"SSIM {1 - record['validate']['ssim']:.4f}, codes used {codes['top']['used']} top "
+            f"{codes['bottom']['used']} bottom"
         )
 
 
-def resume(stage, config: TrainConfig, checkpoint: dict | None) -> Path:
-    """`fit`, with a note where the study has changed since the checkpoint was written."""
+def fit_or_resume(stage: Stage, settings: Settings) -> Path:
+    """`fit`, with a note if the study has changed since the checkpoint was written."""
+    checkpoint = settings.checkpoint
     if checkpoint and checkpoint["data"]["fingerprints"]["train"] != stage.splits["train"].fingerprint:
         print("note: the train split's slices are not those that the checkpoint was trained on")
-    best = fit(stage, config, checkpoint)
+    best = fit(stage, settings.train, checkpoint)
     if runtime.rank() == 0:
-        page.write(config.out)
+        page.write(settings.train.out)
     return best
 
 
-def train_autoencoder(
-    data: DataConfig,
-    model: VQVAE2Config,
-    loss: LossConfig,
-    config: TrainConfig,
-    checkpoint: dict | None = None,
-) -> Path:
+def train_autoencoder(settings: Settings) -> Path:
     """Stage one; returns the path of the best checkpoint. Raises as `open_study` and `loop.fit` do."""
     # errors now, not after the decoding or the training
-    model.code_shapes(data.height, data.width)
+    data, checkpoint = settings.data, settings.checkpoint
+    settings.model.code_shapes(data.height, data.width)
     if min(data.height, data.width) < 16:
         raise UserError(
             f"slices of {data.height}x{data.width}: too small to score; expected at least 16 of each"
         )
-    runtime.writable_folder(config.out)
-    if checkpoint and (data.height, data.width) != (was := tuple(checkpoint["data"][side] for side in SIDES)):
+    runtime.writable_folder(settings.train.out)
+    size = (data.height, data.width)
+    if checkpoint and size != (trained := (checkpoint["data"]["height"], checkpoint["data"]["width"])):
         raise UserError(
-            f"--resume: --height and --width are not the checkpoint's, {was}. Fix: leave them out."
+            f"--resume: --height and --width are {size}; the checkpoint's are {trained}. Fix: leave them out."
         )
-    stage = Autoencoder(data, model, loss, config, resumed=checkpoint is not None)
-    return resume(stage, config, checkpoint)
+    return fit_or_resume(Autoencoder(settings), settings)
 
 
 # ---- stage two: the priors ----
 
 
-@dataclass(frozen=True)
-class CodesConfig:
-    """Of which autoencoder stage two learns the codes, and how."""
-
-    checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder, for --stage prior")
-    forget: float = option(0.1, "share of training slices whose position is hidden from the prior")
-    bottom_every: int = option(
-        1, "the bottom prior, of four times the codes, learns from one slice of a batch in this many"
-    )
-
-    def __post_init__(self) -> None:
-        if self.bottom_every < 1:
-            raise UserError(f"--bottom-every is {self.bottom_every}; expected at least 1")
-        if not 0 <= self.forget <= 1:
-            raise UserError(f"--forget is {self.forget}; expected 0 to 1")
-
-
-class CodePriors:
-    """Stage two for the loop: the code maps of every slice, and of its mirror image, under one autoencoder."""
+class CodePriors(Stage):
+    """Stage two: learns the code maps of every slice, and of its mirror image, under one autoencoder."""
 
     kind = "prior"
-    names = ("loss", "nats_top", "nats_bottom", "bits_per_pixel")
-    counted: dict = {}  # noqa: RUF012
+    loss_names = ("loss", "nats_top", "nats_bottom", "bits_per_pixel")
 
-    def __init__(self, data: DataConfig, codes: CodesConfig, prior: PriorConfig, config: TrainConfig):
+    def __init__(self, settings: Settings) -> None:
+        codes, config = settings.codes, settings.train
         self.device = runtime.pick_device(config.device)
         checkpoint = runtime.load_checkpoint(codes.checkpoint, "vqvae2")
         self.data, self.codes = checkpoint["data"], codes
         self.sha256 = runtime.sha256(codes.checkpoint)
-        with runtime.one_first():
-            self.splits = open_trained_study(self.data, data, codes.checkpoint)
-        self.data |= study_of(self.splits)
+        with runtime.first_of_node():
+            self.splits = open_trained_study(self.data, settings.data, codes.checkpoint)
+        self.data |= study_info(self.splits)
         size = self.data["height"], self.data["width"]
         self.pixels = math.prod(size)
         model = load_model(checkpoint, codes.checkpoint).to(self.device)
-        with runtime.one_first():
+        with runtime.first_of_node():
             maps = extract_codes(model, self.splits, self.sha256, Path(config.out) / "codes.npz")
         self.maps = {
             name: torch.from_numpy(codes.astype(np.int32)).to(self.device) for name, codes in maps.items()
@@ -299,8 +310,9 @@ class CodePriors:
         }
         runtime.seed_everything(config.seed)
         self.top_shape = model.config.code_shapes(*size)[0]
-        self.model = Prior(replace(prior, K=model.config.K), self.top_shape).to(self.device)
+        self.model = Prior(replace(settings.prior, K=model.config.K), self.top_shape).to(self.device)
         self.model.start_from(model.quantiser_top.codebook, model.quantiser_bottom.codebook)
+        self.counts = {}
 
     def settings(self) -> dict:
         return {
@@ -311,31 +323,32 @@ class CodePriors:
             "data": self.data,
         }
 
-    def draw(self, generator: torch.Generator) -> None:
-        shape = len(self.splits["train"])
-        self.side = torch.randint(2, (shape,), generator=generator).to(self.device)  # 0 as it is, 1 mirrored
-        self.forgotten = (torch.rand(shape, generator=generator) < self.codes.forget).to(self.device)
+    def start_epoch(self, generator: torch.Generator) -> None:
+        size = len(self.splits["train"])
+        # the first axis of `maps`: 0 is the slice as it is, 1 its mirror image
+        self.mirrored = torch.randint(2, (size,), generator=generator).to(self.device)
+        self.forgotten = (torch.rand(size, generator=generator) < self.codes.forget).to(self.device)
 
-    def terms(self, split: str, indices: Tensor) -> dict[str, Tensor]:
-        at = indices.to(self.device, non_blocking=True)
-        position, side, bottoms = self.positions[split][at], torch.zeros_like(at), len(at)
+    def batch_losses(self, split: str, indices: Tensor) -> dict[str, Tensor]:
+        indices = indices.to(self.device, non_blocking=True)
+        position, mirrored = self.positions[split][indices], torch.zeros_like(indices)
+        bottoms = len(indices)
         if self.model.training:
-            position, side = position.masked_fill(self.forgotten[at], math.nan), self.side[at]
+            position = position.masked_fill(self.forgotten[indices], math.nan)
+            mirrored = self.mirrored[indices]
             bottoms = math.ceil(bottoms / self.codes.bottom_every)
-        top = self.maps[f"{split}_top"][side, at].long()
-        bottom = self.maps[f"{split}_bottom"][side[:bottoms], at[:bottoms]].long()
-        nats = self.model(top, bottom, position, side)
-        means = {f"nats_{level}": of.mean() for level, of in nats.items()}
-        of_top, of_bottom = (of[0].numel() for of in nats.values())  # codes
-        total = of_top * means["nats_top"] + of_bottom * means["nats_bottom"]  # of a slice
-        bits_per_pixel = total / (math.log(2) * self.pixels)
-        return {"loss": total / (of_top + of_bottom), **means, "bits_per_pixel": bits_per_pixel}
-
-    def idle(self) -> None:
-        pass
-
-    def statistics(self) -> dict:
-        return {}
+        top = self.maps[f"{split}_top"][mirrored, indices].long()
+        bottom = self.maps[f"{split}_bottom"][mirrored[:bottoms], indices[:bottoms]].long()
+        nats = self.model(top, bottom, position, mirrored)
+        nats_top, nats_bottom = nats["top"].mean(), nats["bottom"].mean()  # of a code
+        codes_top, codes_bottom = top[0].numel(), bottom[0].numel()
+        nats_slice = codes_top * nats_top + codes_bottom * nats_bottom
+        return {
+            "loss": nats_slice / (codes_top + codes_bottom),
+            "nats_top": nats_top,
+            "nats_bottom": nats_bottom,
+            "bits_per_pixel": nats_slice / (math.log(2) * self.pixels),
+        }
 
     def describe(self, record: dict) -> str:
         bits = {name: record["validate"][f"nats_{name}"] / math.log(2) for name in ("top", "bottom")}
@@ -345,93 +358,123 @@ class CodePriors:
         )
 
 
-def train_prior(
-    data: DataConfig,
-    codes: CodesConfig,
-    prior: PriorConfig,
-    config: TrainConfig,
-    checkpoint: dict | None = None,
-) -> Path:
+def train_prior(settings: Settings) -> Path:
     """Stage two, on the codes of a trained autoencoder; returns the path of the best checkpoint."""
-    if config.weights:
-        raise UserError("--weights: for the autoencoder alone. Fix: leave it out.")
+    codes, config, checkpoint = settings.codes, settings.train, settings.checkpoint
     if config.batch_size % codes.bottom_every:
         raise UserError(
             f"--bottom-every is {codes.bottom_every}, --batch-size {config.batch_size}: expected a multiple of it"
         )
     runtime.writable_folder(config.out)
-    stage = CodePriors(data, codes, prior, config)
+    stage = CodePriors(settings)
     if checkpoint and checkpoint["autoencoder_sha256"] != stage.sha256:
         raise UserError(
-            f"--resume: the prior of another autoencoder than {codes.checkpoint}. Fix: --checkpoint, or train anew."
+            f"--resume: the prior of another autoencoder than {codes.checkpoint}. "
+            "Fix: name its own with --checkpoint, or train again."
         )
-    return resume(stage, config, checkpoint)
+    return fit_or_resume(stage, settings)
 
 
 # ---- the command line ----
 
 
-def flags(doc: str) -> argparse.ArgumentParser:
-    """The flags of a script that trains, for the first stage where it adds no --stage."""
-    parser = runtime.parser(doc, DataConfig, VQVAE2Config, LossConfig, CodesConfig, PriorConfig, TrainConfig)
-    parser.set_defaults(stage="autoencoder")
-    names = list(dict.fromkeys(name for presets in PRESETS.values() for name in presets))
-    parser.add_argument("--preset", choices=names, help="settings to start from; other flags win over them")
-    parser.add_argument("--resume", metavar="FILE", help="go on from this checkpoint, with its settings")
-    return parser
+@dataclass(frozen=True)
+class StartConfig:
+    """What to train, and where to start."""
+
+    stage: str = option("autoencoder", "what to train", choices=tuple(PRESETS))
+    preset: str = option(
+        "",
+        "settings to start from; flags beside it win. Of the autoencoder: "
+        + "; of the prior: ".join(", ".join(presets) for presets in PRESETS.values())
+        + ". Default: the first",
+        choices=tuple(dict.fromkeys(name for presets in PRESETS.values() for name in presets)),
+    )
+    resume: str = option("", "go on from this checkpoint, with its settings")
 
 
-def data_flags(checkpoint: dict) -> dict:
+CONFIGS = {"data": DataConfig, "train": TrainConfig, "model": VQVAE2Config, "loss": LossConfig}
+CONFIGS |= {"codes": CodesConfig, "prior": PriorConfig}
+NOT_OF_STAGE = {"autoencoder": ("codes", "prior"), "prior": ("model", "loss")}
+# Stage two takes these from its autoencoder; they are flags of stage one alone.
+TAKEN_FROM_AUTOENCODER = {"K", "height", "width", "weights", "channels_last"}
+EVERYDAY = ("data", "preset", "minutes", "out", "resume")
+
+
+def flags_of(stage: str) -> set[str]:
+    """The fields of the dataclasses that are flags of a stage."""
+    configs = (config for name, config in CONFIGS.items() if name not in NOT_OF_STAGE[stage])
+    fields = {each.name for config in configs for each in dataclasses.fields(config)}
+    return fields - TAKEN_FROM_AUTOENCODER if stage == "prior" else fields
+
+
+def flags(doc: str, *configs: type, without: tuple[str, ...] = ()) -> argparse.ArgumentParser:
+    """The flags of a script that trains: those of `CONFIGS` and of more dataclasses, `without` some."""
+    return runtime.parser(doc, StartConfig, *configs, *CONFIGS.values(), everyday=EVERYDAY, without=without)
+
+
+def study_flags(checkpoint: dict) -> dict:
     """The flags that open the study of a checkpoint as its training did."""
     data = checkpoint["data"]
-    return {"data": data["study"], **{name: data[name] for name in (*SIDES, "allow_patient_overlap")}}
+    names = ("height", "width", "allow_patient_overlap")
+    return {"data": data["study"], **{name: data[name] for name in names}}
 
 
-def parse(parser: argparse.ArgumentParser, preset: str = "") -> tuple[argparse.Namespace, dict | None]:
-    """The command line: flags over the settings of a preset or of the checkpoint, and that checkpoint.
+def make_settings(given: dict, preset: str = "") -> Settings:
+    """The settings for the flags `given`, a dictionary of fields of `StartConfig` and `CONFIGS`.
 
-    Without --preset: `preset`, or the first of the stage.
+    They win over the settings of the checkpoint to resume; or else of the preset, which win over those of --weights.
+    Without a preset in `given` it is `preset`, or the first of the stage. UserError for a flag without effect.
     """
-    args = parser.parse_args()
-    presets = PRESETS[args.stage]
-    if args.resume and args.preset:
-        raise UserError(
-            "--resume and --preset: a resumed run has its checkpoint's settings. Fix: leave one out."
-        )
+    given = dict(given)
+    stage, named, resume = (given.pop(name, "") for name in ("stage", "preset", "resume"))
     checkpoint = None
-    if args.resume:
-        checkpoint = runtime.load_checkpoint(args.resume, Autoencoder.kind, CodePriors.kind)
-        for name in ("model_config", "loss_config", "codes_config", "train_config"):
-            parser.set_defaults(**checkpoint.get(name, {}))
-        parser.set_defaults(out=str(Path(args.resume).parent), **data_flags(checkpoint))
-    elif args.preset and args.preset not in presets:
-        raise UserError(f"--preset {args.preset}: of --stage {args.stage} there are {', '.join(presets)}")
+    if resume:
+        if named:
+            raise UserError(
+                "--resume and --preset: a resumed run has its checkpoint's settings. Fix: leave one out."
+            )
+        checkpoint = runtime.load_checkpoint(resume, Autoencoder.kind, CodePriors.kind)
+        resumed = "prior" if checkpoint["kind"] == CodePriors.kind else "autoencoder"
+        if stage and stage != resumed:
+            raise UserError(f"--stage {stage}: {resume} is of the other. Fix: leave out --stage.")
+        stage, start = resumed, {}
+        for name, config in CONFIGS.items():
+            if name not in ("data", *NOT_OF_STAGE[stage]):
+                key = "model_config" if name in ("model", "prior") else f"{name}_config"
+                start |= vars(runtime.from_saved(config, checkpoint, key, resume))
+        start |= {"out": str(Path(resume).parent), **study_flags(checkpoint)}
     else:
-        settings = presets.get(args.preset or preset, next(iter(presets.values())))
-        if args.weights:
-            start = runtime.load_checkpoint(args.weights, Autoencoder.kind)
-            settings = start["model_config"] | data_flags(start) | settings
-        parser.set_defaults(**settings)
-    args = parser.parse_args()
-    given = {word.split("=")[0] for word in sys.argv[1:]}
-    if "--epochs" in given and "--minutes" not in given:
-        args.minutes = 0.0  # --epochs wins over the minutes of a preset or of the checkpoint
-    return args, checkpoint
+        stage = stage or "autoencoder"
+        presets = PRESETS[stage]
+        if named and named not in presets:
+            raise UserError(f"--preset {named}: the presets of --stage {stage} are {', '.join(presets)}")
+        start = presets.get(named or preset, next(iter(presets.values())))
+        if given.get("weights") and stage == "autoencoder":
+            weights = runtime.load_checkpoint(given["weights"], Autoencoder.kind)
+            model = runtime.from_saved(VQVAE2Config, weights, "model_config", given["weights"])
+            start = vars(model) | study_flags(weights) | start
+    if useless := [runtime.flag(name) for name in given if name not in flags_of(stage)]:
+        other = "prior" if stage == "autoencoder" else "autoencoder"
+        raise UserError(f"{', '.join(useless)}: for --stage {other} alone. Fix: leave it out.")
+    if "epochs" in given and "minutes" not in given:
+        start = start | {"minutes": 0.0}  # --epochs wins over the minutes of a preset or of the checkpoint
+    values = start | given
+    made = {
+        name: config(**{f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values})
+        for name, config in CONFIGS.items()
+    }
+    return Settings(stage, **made, checkpoint=checkpoint)
 
 
 def main() -> None:
     parser = flags(__doc__)
-    parser.add_argument("--stage", choices=PRESETS, default="autoencoder", help="what to train")
-    args, checkpoint = parse(parser)
-    data, model, loss, codes, prior, config = (
-        runtime.from_flags(c, args)
-        for c in (DataConfig, VQVAE2Config, LossConfig, CodesConfig, PriorConfig, TrainConfig)
-    )
-    with runtime.ranks(config.device):
-        if (checkpoint["kind"] if checkpoint else args.stage) == "prior":
-            train_prior(data, codes, prior, config, checkpoint)
-        else:
-            train_autoencoder(data, model, loss, config, checkpoint)
+    given, help_wanted = runtime.given_flags(parser)
+    settings = make_settings(given)
+    if help_wanted:
+        runtime.print_help(parser, *settings.configs())
+    with runtime.ranks(settings.train.device):
+        (train_prior if settings.stage == "prior" else train_autoencoder)(settings)
 
 
 if __name__ == "__main__":
