@@ -401,14 +401,17 @@ class Trainer:
                 self.batch_loss("validate", indices, sums)
         return self.means(sums, size, "in validation")
 
+    def next_epoch(self) -> None:
+        self.progress.epoch += 1
+        self.progress.seen, self.progress.epoch_seconds = 0, 0.0
+        self.sums.zero_()
+
     def end_epoch(self) -> None:
         """Validate, log, and save what is due."""
         progress, record = self.progress, self.measure_epoch()
         progress.history.append(record)
         slow = progress.epoch_seconds > 10
-        # before anything is saved: a resumed run begins with the next epoch
-        progress.epoch, progress.seen, progress.epoch_seconds = record["epoch"], 0, 0.0
-        self.sums.zero_()
+        self.next_epoch()  # before anything is saved: a resumed run begins with the next epoch
         if better := record["validate"][self.stage.best_by] < progress.best:
             progress.best, progress.best_epoch = record["validate"][self.stage.best_by], progress.epoch
         tqdm.write(

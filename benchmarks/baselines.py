@@ -5,15 +5,16 @@ Every model here maps x (B, 1, H, W) to a reconstruction of that shape and its q
 codes (B, ...) int64 in [0, K) and K.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import runtime
 import train
 from dataset import DataConfig
 from loop import TrainConfig
-from modules import VQVAE2, VectorQuantiser, VQVAE2Config
+from modules import VQVAE2, VectorQuantiser
 
 Decoded = tuple[Tensor, dict[str, tuple[Tensor, int]]]
 
@@ -167,11 +168,8 @@ def monai_through_codes(model: nn.Module, x: Tensor) -> Decoded:
 
 def our_stage(preset: str, data: DataConfig, **settings) -> tuple[train.Autoencoder, TrainConfig]:
     """Ours as `train.py --preset` trains it, with `settings` in place of the preset's."""
-    flags = train.flags("")
-    flags.set_defaults(**train.PRESETS["autoencoder"][preset] | settings)
-    args = flags.parse_args([])
-    model, loss, config = (runtime.from_flags(c, args) for c in (VQVAE2Config, train.LossConfig, TrainConfig))
-    return train.Autoencoder(data, model, loss, config), config
+    made = replace(train.make_settings({"preset": preset, **settings}), data=data)
+    return train.Autoencoder(made), made.train
 
 
 def our_through_codes(model: VQVAE2, x: Tensor) -> Decoded:

@@ -51,7 +51,7 @@ from benchmarks.baselines import (
 )
 from benchmarks.per_set import study_sets
 from dataset import SPLITS, DataConfig, SliceDataset, open_study
-from loop import Run, TrainConfig
+from loop import Stage, TrainConfig, Trainer
 from predict import rounded, summarise
 from runtime import option
 
@@ -93,14 +93,13 @@ NAMES = ("ours", "race", *PEERS)
 # ---- training on the clock ----
 
 
-class PeerStage:
+class PeerStage(Stage):
     """A peer for the loop, which trains it as it trains ours."""
 
-    names = ("loss",)
-    counted: dict = {}  # noqa: RUF012
+    loss_names = ("loss",)
 
     def __init__(self, name: str, data: DataConfig, config: TrainConfig):
-        self.kind, self.peer = name, PEERS[name]
+        self.kind, self.peer, self.counts = name, PEERS[name], {}
         self.splits = open_study(data)
         device = runtime.pick_device(config.device)
         self.images = self.splits["train"].on(device)
@@ -110,16 +109,13 @@ class PeerStage:
     def settings(self) -> dict:
         return {"data": {"study": self.splits["train"].study.name}}
 
-    def draw(self, generator: torch.Generator) -> None:
-        pass
-
-    def terms(self, split: str, indices: Tensor) -> dict[str, Tensor]:
+    def batch_losses(self, split: str, indices: Tensor) -> dict[str, Tensor]:
         x = self.images(indices)
         reconstruction, quantiser_loss = self.model(x)
         return {"loss": self.peer.error(reconstruction, x) + quantiser_loss}
 
 
-class TimedRun(Run):
+class TimedRun(Trainer):
     """A run by the clock that measures the validation split now and then, while the clock stands still.
 
     `validations` holds a dictionary each time: seconds on the clock, slices seen, mean SSIM (report protocol).
@@ -135,15 +131,14 @@ class TimedRun(Run):
         """Train until the minutes are over; leaves the model with the weights of its best validation."""
         self.began = time.monotonic()
         with tqdm(desc=self.name, unit="slice") as bar:
-            while self.progress() < 1:
+            while self.done() < 1:
                 self.train_epoch(bar, [])
-                self.epoch += 1
-                self.start_epoch()
+                self.next_epoch()
         self.stage.model.load_state_dict(self.kept)
 
-    def agree(self, stopped: list[int]) -> bool:
+    def should_stop(self, stopped: list[int]) -> bool:
         """What the loop asks after every step; the place to validate."""
-        stop = super().agree(stopped)
+        stop = super().should_stop(stopped)
         if self.clock >= min(self.due, 60 * self.config.minutes):
             if self.device.type == "cuda":
                 torch.cuda.synchronize()  # the steps that it still has to do are the clock's
@@ -154,7 +149,7 @@ class TimedRun(Run):
         stopped = time.monotonic()
         model, validate = self.stage.model, self.stage.splits["validate"]
         score = torch.cat([metrics.ssim(x, y) for x, y, _ in self.decoded(validate)]).double().mean().item()
-        seen = self.epoch * self.sizes["train"] + self.seen
+        seen = self.progress.epoch * self.sizes["train"] + self.progress.seen
         self.validations.append({"seconds": round(seconds, 2), "slices": seen, "ssim": round(score, 5)})
         tqdm.write(f"{self.name}: validation SSIM {score:.4f} after {seconds:.0f} s, {seen} slices")
         if score > self.best:

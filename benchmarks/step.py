@@ -46,17 +46,17 @@ def named(function, name: str):
     return wrapped
 
 
-def prepare(args, batch_size: int) -> tuple[loop.Run, torch.Tensor]:
+def prepare(args, batch_size: int) -> tuple[loop.Trainer, torch.Tensor]:
     """A run that takes steps of `batch_size`, and the indices of its first batch."""
     settings = {"minutes": 1e6, "batch_size": batch_size, "compile": args.compile, "device": args.device}
     stage, config = our_stage(args.preset, runtime.from_flags(DataConfig, args), **settings)
-    run = loop.Run(stage, config, None)
-    stage.draw(torch.Generator().manual_seed(0))
+    run = loop.Trainer(stage, config, None)
+    stage.start_epoch(torch.Generator().manual_seed(0))
     stage.model.train()
     return run, torch.arange(batch_size) % run.sizes["train"]
 
 
-def seconds(run: loop.Run, batch: torch.Tensor, steps: int) -> float:
+def seconds(run: loop.Trainer, batch: torch.Tensor, steps: int) -> float:
     """Of wall time for that many steps."""
 
     def wait() -> None:
@@ -71,7 +71,7 @@ def seconds(run: loop.Run, batch: torch.Tensor, steps: int) -> float:
     return time.perf_counter() - began
 
 
-def shares(run: loop.Run, batch: torch.Tensor, steps: int) -> dict[str, float]:
+def shares(run: loop.Trainer, batch: torch.Tensor, steps: int) -> dict[str, float]:
     """The share of each of `PARTS` in the CPU's time for a step; of other operations, most of them pointwise; and of
     what is outside operations: Python, and in part the profiler itself."""
     quantise, losses, images = VectorQuantiser.forward, train.losses, run.stage.images["train"]

@@ -112,14 +112,14 @@ def patch_gan(weight: str = "0.02") -> None:
 
 def weight_averaging(decay: float = 0.998) -> None:
     """Validates moving averages of the weights over about 500 steps."""
-    step, validate = loop.Run.train_step, loop.Run.validate
+    step, validate = loop.Trainer.train_step, loop.Trainer.validate
 
     def train_step(self, batch: Tensor, bar) -> None:
         step(self, batch, bar)
         weights = [p.detach() for p in self.stage.model.parameters()]
         if not hasattr(self, "averages"):
             self.averages = [w.clone() for w in weights]
-        torch._foreach_lerp_(self.averages, weights, max(1 - decay, 1 / (1 + self.step)))
+        torch._foreach_lerp_(self.averages, weights, max(1 - decay, 1 / (1 + self.progress.step)))
 
     def averaged(self) -> dict[str, float]:
         weights = [p.detach() for p in self.stage.model.parameters()]
@@ -130,7 +130,7 @@ def weight_averaging(decay: float = 0.998) -> None:
         finally:
             torch._foreach_copy_(weights, kept)
 
-    loop.Run.train_step, loop.Run.validate = train_step, averaged
+    loop.Trainer.train_step, loop.Trainer.validate = train_step, averaged
 
 
 def shifts(most: int = 4) -> None:

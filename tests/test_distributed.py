@@ -35,12 +35,16 @@ SETTINGS = {"device": "cpu", "lr": 1e-3, "schedule": "cosine", "weight_decay": 0
 def fit(study, out, batch_size, checkpoint=None):
     config = loop.TrainConfig(out=str(out), epochs=2, batch_size=batch_size, **SETTINGS)
     data = DataConfig(data=str(study), height=64, width=32)
-    return train.train_autoencoder(data, MODEL, train.LossConfig(flip=True), config, checkpoint)
+    loss = train.LossConfig(flip=True)
+    return train.train_autoencoder(
+        train.Settings(data=data, train=config, model=MODEL, loss=loss, checkpoint=checkpoint)
+    )
 
 
 def fit_prior(autoencoder, out, batch_size):
     config = loop.TrainConfig(out=str(out), epochs=2, batch_size=batch_size, **SETTINGS)
-    return train.train_prior(DataConfig(), train.CodesConfig(str(autoencoder)), TINY, config)
+    codes = train.CodesConfig(str(autoencoder))
+    return train.train_prior(train.Settings("prior", codes=codes, prior=TINY, train=config))
 
 
 def in_the_6th_step_of_rank_1(act):

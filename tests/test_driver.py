@@ -1,6 +1,7 @@
 """The whole story as a user runs it, on a study of a few slices and on a phantom of a few slices."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from test_train import SHAPE_FLAGS
 import driver
 import phantom
 import runtime
+import train
+from modules import VQVAE2Config
 
 PRIOR_FLAGS = "--prior-channels 16 --prior-minutes 0.02 --n 3".split()
 
@@ -93,19 +96,25 @@ def test_the_priors_suit_the_preset_or_the_study_resumed(
     monkeypatch.chdir(tmp_path)
     data = {"study": str(study), "height": 64, "width": 32, "allow_patient_overlap": False}
     for name in ("real", "synthetic"):
-        checkpoint = {"kind": "vqvae2", "model": {}, "model_config": {"K": 16}, "train_config": {}}
+        configs = {"model": VQVAE2Config(), "loss": train.LossConfig(), "train": train.TrainConfig()}
+        checkpoint = {"kind": "vqvae2", "model": {}}
+        checkpoint |= {f"{key}_config": dataclasses.asdict(config) for key, config in configs.items()}
         checkpoint["data"] = data | {"synthetic": name == "synthetic"}
         runtime.save_checkpoint(Path(f"{name}.pth"), checkpoint)
     found = []
     for module, name in ((driver.train, "train_autoencoder"), (driver.predict, "predict")):
         monkeypatch.setattr(module, name, lambda *args: "best.pth")
-    monkeypatch.setattr(driver.train, "train_prior", lambda *args: found.extend(args) or "prior.pth")
+    monkeypatch.setattr(driver.train, "train_prior", lambda settings: found.append(settings) or "prior.pth")
     monkeypatch.setattr(driver.generate, "generate", lambda *args: None)
     monkeypatch.setattr("sys.argv", ["driver.py", *flags, *([str(study)] if flags[-1] == "--data" else [])])
     driver.main()
-    used, codes, prior, config = found
-    assert (prior.prior_channels, codes.bottom_every, config.batch_size % every) == (channels, every, 0)
-    assert used.data == str(study) and not Path("phantom_slices_data").exists()
+    (used,) = found
+    assert (used.prior.prior_channels, used.codes.bottom_every) == (channels, every)
+    assert (
+        used.train.batch_size % every == 0
+        and used.data.data == str(study)
+        and not Path("phantom_slices_data").exists()
+    )
 
 
 @pytest.mark.parametrize("flag", ["--n", "--prior-minutes"])

@@ -32,7 +32,9 @@ def fit_prior(autoencoder, out, epochs=1, checkpoint=None, **settings):
     settings = {"batch_size": 4, "device": "cpu", "lr": 1e-3, **settings}
     config = loop.TrainConfig(out=str(out), epochs=epochs, **settings)
     codes = train.CodesConfig(checkpoint=str(autoencoder))
-    return train.train_prior(DataConfig(), codes, TINY, config, checkpoint)
+    return train.train_prior(
+        train.Settings("prior", codes=codes, prior=TINY, train=config, checkpoint=checkpoint)
+    )
 
 
 def maps_of(autoencoder, out):
@@ -85,12 +87,15 @@ def test_validation_is_the_exact_likelihood(autoencoder, tmp_path):
 def test_the_bottom_prior_can_learn_from_fewer_slices_than_the_top(autoencoder, tmp_path):
     codes = train.CodesConfig(checkpoint=str(autoencoder), forget=0.0, bottom_every=2)
     config = loop.TrainConfig(out=str(tmp_path), device="cpu")
-    stage = train.CodePriors(DataConfig(), codes, replace(TINY, prior_dropout=0.0), config)
-    stage.draw(torch.Generator())
+    settings = train.Settings("prior", codes=codes, prior=replace(TINY, prior_dropout=0.0), train=config)
+    stage = train.CodePriors(settings)
+    stage.start_epoch(torch.Generator())
     indices = torch.tensor([3, 0, 13, 7])  # of which the first two
-    maps = [stage.maps[f"train_{level}"][stage.side[indices], indices].long() for level in ("top", "bottom")]
-    nats = stage.model(*maps, stage.positions["train"][indices], stage.side[indices])
-    terms = stage.terms("train", indices)
+    maps = [
+        stage.maps[f"train_{level}"][stage.mirrored[indices], indices].long() for level in ("top", "bottom")
+    ]
+    nats = stage.model(*maps, stage.positions["train"][indices], stage.mirrored[indices])
+    terms = stage.batch_losses("train", indices)
     assert terms["nats_top"].item() == pytest.approx(nats["top"].mean().item(), rel=1e-5)
     assert terms["nats_bottom"].item() == pytest.approx(nats["bottom"][:2].mean().item(), rel=1e-5)
     mean = (32 * terms["nats_top"] + 128 * terms["nats_bottom"]).item() / 160  # as if all bottoms were there
@@ -99,13 +104,15 @@ def test_the_bottom_prior_can_learn_from_fewer_slices_than_the_top(autoencoder, 
     stage.model.eval()  # every slice is validated
     where = stage.positions["validate"][:3]
     nats = stage.model.nats(*(stage.maps[f"validate_{level}"][0, :3].long() for level in nats), where)
-    assert stage.terms("validate", torch.arange(3))["nats_bottom"].item() == pytest.approx(
+    assert stage.batch_losses("validate", torch.arange(3))["nats_bottom"].item() == pytest.approx(
         nats["bottom"].mean().item(), rel=1e-5
     )
     with pytest.raises(ValueError, match="--bottom-every is 0"):
         train.CodesConfig(bottom_every=0)
     with pytest.raises(ValueError, match="--bottom-every is 3, --batch-size 4"):
-        train.train_prior(DataConfig(), replace(codes, bottom_every=3), TINY, replace(config, batch_size=4))
+        train.train_prior(
+            replace(settings, codes=replace(codes, bottom_every=3), train=replace(config, batch_size=4))
+        )
 
 
 def test_files_bear_its_name_and_the_autoencoder_s_hash(autoencoder, tmp_path):
@@ -143,11 +150,12 @@ def test_patience_ends_a_run_that_no_longer_improves(autoencoder, tmp_path):
 def test_a_step_never_waits_for_the_device(autoencoder, tmp_path, monkeypatch):
     """Fake tensors stand in for a GPU's: whatever needs a value of theirs raises."""
     config = loop.TrainConfig(out=str(tmp_path), device="cpu", clip=1.0, optimiser="muon")
-    stage = train.CodePriors(DataConfig(), train.CodesConfig(checkpoint=str(autoencoder)), TINY, config)
-    stage.draw(torch.Generator())
-    run = loop.Run(stage, config, None)
+    codes = train.CodesConfig(checkpoint=str(autoencoder))
+    stage = train.CodePriors(train.Settings("prior", codes=codes, prior=TINY, train=config))
+    stage.start_epoch(torch.Generator())
+    run = loop.Trainer(stage, config)
     stage.model.train()
-    monkeypatch.setattr(run, "look", lambda *args: None)  # at the loss: on a GPU now and then
+    monkeypatch.setattr(run, "show_loss", lambda *args: None)  # at the loss: on a GPU now and then
     with FakeTensorMode(allow_non_fake_inputs=True):
         run.train_step(torch.tensor([3, 0, 13, 7]), None)
         with pytest.raises(DataDependentOutputException):

@@ -28,7 +28,10 @@ def fit(study, out, epochs=2, checkpoint=None, **settings):
     data = DataConfig(data=str(study), height=64, width=32)
     settings = {"batch_size": 4, "device": "cpu", "lr": 1e-3, **settings}
     config = loop.TrainConfig(out=str(out), epochs=epochs, **settings)
-    return train.train_autoencoder(data, SMALL, train.LossConfig(flip=True), config, checkpoint)
+    loss = train.LossConfig(flip=True)
+    return train.train_autoencoder(
+        train.Settings(data=data, train=config, model=SMALL, loss=loss, checkpoint=checkpoint)
+    )
 
 
 def tensors(value, prefix=""):
@@ -143,7 +146,8 @@ def test_a_run_leaves_what_it_promises(study, tmp_path):
     losses = [float(line) for line in (tmp_path / "val_losses.txt").read_text().split()]
     assert losses == pytest.approx([line["val_loss"] for line in epochs], abs=1e-6)
     assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
-    assert runtime.load_checkpoint(best, "vqvae2")["best"] == min(line["val_loss"] for line in epochs)
+    lowest = min(line["validate"]["reconstruction"] for line in epochs)
+    assert runtime.load_checkpoint(best, "vqvae2")["best"] == lowest
 
 
 def test_validation_is_the_exact_mean_of_the_split(study, tmp_path):
@@ -178,16 +182,18 @@ def test_a_step_waits_for_no_device(study, tmp_path, monkeypatch):
     """Fake tensors have no values: a step that read one back would raise."""
     config = loop.TrainConfig(out=str(tmp_path), device="cpu", clip=1.0)
     data = DataConfig(data=str(study), height=64, width=32)
-    stage = train.Autoencoder(data, SMALL, train.LossConfig(flip=True), config)
+    stage = train.Autoencoder(
+        train.Settings(data=data, train=config, model=SMALL, loss=train.LossConfig(flip=True))
+    )
     stage.images = {"train": stage.splits["train"].resident(stage.device)}  # as on a GPU
-    stage.draw(torch.Generator())
+    stage.start_epoch(torch.Generator())
     indices = torch.tensor([3, 0, 13, 7])
     slices = stage.splits["train"].images(indices)
     torch.testing.assert_close(stage.images["train"](indices), slices, rtol=2**-11, atol=1e-7)
-    run_ = loop.Run(stage, config, None)
+    run_ = loop.Trainer(stage, config)
     stage.model.train()
     run_.train_step(indices, tqdm(disable=True))  # the first alone asks whether the codebook has started
-    monkeypatch.setattr(run_, "look", lambda *args: None)  # at the loss: on a GPU now and then
+    monkeypatch.setattr(run_, "show_loss", lambda *args: None)  # at the loss: on a GPU now and then
     with FakeTensorMode(allow_non_fake_inputs=True):
         run_.train_step(indices, None)
         with pytest.raises(DataDependentOutputException):
@@ -246,11 +252,10 @@ def test_minutes_are_kept_and_the_schedule_fits_them(study, tmp_path):
 
 def test_training_begins_with_given_weights_and_codebooks(study, tmp_path):
     start = fit(study, tmp_path / "one", epochs=1)
+    model = VQVAE2Config(**runtime.load_checkpoint(start, "vqvae2")["model_config"] | {"bit_weight": 0.5})
+    config = loop.TrainConfig(weights=str(start), device="cpu")
     stage = train.Autoencoder(
-        DataConfig(data=str(study), height=64, width=32),
-        VQVAE2Config(**runtime.load_checkpoint(start, "vqvae2")["model_config"] | {"bit_weight": 0.5}),
-        train.LossConfig(),
-        loop.TrainConfig(weights=str(start), device="cpu"),
+        train.Settings(data=DataConfig(data=str(study), height=64, width=32), train=config, model=model)
     )
     assert stage.model.config.bit_weight == stage.model.quantiser_top.bit_weight == 0.5
     theirs = runtime.load_checkpoint(start, "vqvae2")["model"]
@@ -288,18 +293,18 @@ def test_resuming_into_another_folder_leaves_a_best_there(study, tmp_path):
 def test_flags_win_over_presets_and_checkpoints(study, tmp_path, monkeypatch):
     def settings(*argv):
         monkeypatch.setattr("sys.argv", ["train.py", *map(str, argv)])
-        return train.parse(train.flags(""))[0]
+        return train.make_settings(runtime.given_flags(train.flags(""))[0])
 
-    assert settings("--preset", "best").minutes == 30
-    assert settings("--preset", "best", "--minutes", "2").minutes == 2
-    args = settings("--preset", "best", "--epochs", "3")
-    assert (args.minutes, args.epochs, args.batch_size) == (0, 3, 1)
+    assert settings("--preset", "best").train.minutes == 30
+    assert settings("--preset", "best", "--minutes", "2").train.minutes == 2
+    config = settings("--preset", "best", "--epochs", "3").train
+    assert (config.minutes, config.epochs, config.batch_size) == (0, 3, 1)
     fit(study, tmp_path, epochs=1, weight_decay=0.5)
-    args = settings("--resume", tmp_path / "vqvae2_epoch_1.pth", "--epochs", "7")
-    assert (args.epochs, args.batch_size, args.K, args.height) == (7, 4, 16, 64)
-    args = settings("--weights", tmp_path / "vqvae2_epoch_1.pth", "--preset", "fewer-bits")
-    assert (args.K, args.bit_weight, args.minutes) == (16, 0.03, 10)
-    assert (args.data, args.height) == (str(study), 64)  # those that the weights were trained on
+    one = settings("--resume", tmp_path / "vqvae2_epoch_1.pth", "--epochs", "7")
+    assert (one.train.epochs, one.train.batch_size, one.model.K, one.data.height) == (7, 4, 16, 64)
+    one = settings("--weights", tmp_path / "vqvae2_epoch_1.pth", "--preset", "fewer-bits")
+    assert (one.model.K, one.model.bit_weight, one.train.minutes) == (16, 0.03, 10)
+    assert (one.data.data, one.data.height) == (str(study), 64)  # those that the weights were trained on
     with pytest.raises(ValueError, match="leave one out"):
         settings("--resume", tmp_path / "vqvae2_epoch_1.pth", "--preset", "best")
 
