@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from modules import VQVAE2, VectorQuantiser, VQVAE2Config
+from modules import VQVAE2, ToPixels, VectorQuantiser, VQVAE2Config
 
 SMALL = VQVAE2Config(K=16, D=8, channels=16, top_channels=24, residual_channels=8, decoder_blocks=1)
 
@@ -134,6 +134,14 @@ def test_no_matrix_of_all_rows_by_all_codes_is_held(monkeypatch):
     monkeypatch.setattr(torch, "addmm", lambda *a, **k: held.append(addmm(*a, **k)) or held[-1])
     vq.nearest(torch.randn(3 * vq.chunk + 1, 4))
     assert max(len(matrix) for matrix in held) == vq.chunk
+
+
+def test_pixels_are_a_transposed_convolution_s():
+    layer = ToPixels(6, 4)
+    reference = torch.nn.ConvTranspose2d(6, 1, 8, stride=4, padding=2)
+    reference.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 6, 5, 4)
+    torch.testing.assert_close(layer(x), reference(x))
 
 
 def test_quantised_vectors_are_codes_and_the_gradient_goes_straight_through():
