@@ -44,6 +44,7 @@ class VQVAE2Config:
         0.0,
         "lambda, the price of a bit as a share of the codebook's variance; above 0 the codes take fewer bits",
     )
+    labels: int = 0  # classes of the masks that the decoder predicts too, 0 for none; the study sets it
 
     def __post_init__(self) -> None:
         for name in ("K", "stride", "D", "channels", "top_channels", "residual_channels"):
@@ -90,6 +91,7 @@ class Output(NamedTuple):
     reconstruction: Tensor  # (B, 1, H, W), z-scored as the input was
     top: Quantised
     bottom: Quantised
+    mask_logits: Tensor | None = None  # (B, labels, H, W); None for a model without masks
 
 
 class VectorQuantiser(nn.Module):
@@ -227,20 +229,20 @@ class Pointwise(nn.Conv2d):
 
 
 class ToPixels(nn.ConvTranspose2d):
-    """The last transposed convolution, to one channel: a matrix product, then overlapping windows summed (`fold`).
+    """A last transposed convolution: a matrix product, then overlapping windows summed (`fold`).
 
     `ConvTranspose2d` takes twice as long for it on a CPU.
     """
 
-    def __init__(self, channels: int, stride: int):
-        super().__init__(channels, 1, 2 * stride, stride=stride, padding=stride // 2)
+    def __init__(self, channels: int, stride: int, out: int = 1):
+        super().__init__(channels, out, 2 * stride, stride=stride, padding=stride // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[2:]
         windows = F.linear(x.permute(0, 2, 3, 1).flatten(1, 2), self.weight.flatten(1).T)  # (B, h*w, window)
         size = (h * self.stride[0], w * self.stride[0])
         x = F.fold(windows.float().mT, size, self.kernel_size, padding=self.padding, stride=self.stride)
-        return x + self.bias  # (B, 1, stride * h, stride * w)
+        return x + self.bias.view(-1, 1, 1)  # (B, out, stride * h, stride * w)
 
 
 class ResidualBlock(nn.Module):
@@ -298,15 +300,18 @@ class VQVAE2(nn.Module):
             nn.SiLU(),
             ToPixels(C, S),
         )
+        # a second last layer; the encoder sees no mask, so whatever it draws is in the codes
+        self.mask_head = ToPixels(C, S, config.labels) if config.labels else None
 
     def forward(self, x: Tensor) -> Output:
-        """x (B, 1, H, W), z-scored -> its reconstruction and the codes of both levels.
+        """x (B, 1, H, W), z-scored -> its reconstruction, the codes of both levels and the mask they hold.
 
         Raises:
             UserError: H or W is not a multiple of twice the stride.
         """
         top, bottom, decoded_top = self.quantise(x)
-        return Output(self.decode(decoded_top, bottom.vectors), top, bottom)
+        image, mask_logits = self.decode(decoded_top, bottom.vectors)
+        return Output(image, top, bottom, mask_logits)
 
     def quantise(self, x: Tensor) -> tuple[Quantised, Quantised, Tensor]:
         """x (B, 1, H, W) -> top level, bottom level, decoded top (B, C, H/4, W/4).
@@ -325,12 +330,17 @@ class VQVAE2(nn.Module):
         top, bottom, _ = self.quantise(x)
         return top.codes, bottom.codes
 
-    def decode(self, decoded_top: Tensor, bottom: Tensor) -> Tensor:
-        """Decoded top (B, C, H/4, W/4) and bottom vectors (B, D, H/4, W/4) -> slices (B, 1, H, W) float32."""
-        return self.decoder(torch.cat([decoded_top, bottom], 1)).float()
+    def decode(self, decoded_top: Tensor, bottom: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Decoded top (B, C, H/4, W/4) and bottom vectors (B, D, H/4, W/4) -> slices and logits of their masks.
 
-    def decode_codes(self, top: Tensor, bottom: Tensor) -> Tensor:
-        """Codes int64 in [0, K), top (B, h, w) and bottom (B, 2h, 2w) -> slices (B, 1, 8h, 8w).
+        Slices are (B, 1, H, W) float32, logits (B, labels, H, W) float32 or None.
+        """
+        features = self.decoder[:-1](torch.cat([decoded_top, bottom], 1))
+        mask_logits = self.mask_head(features).float() if self.mask_head is not None else None
+        return self.decoder[-1](features).float(), mask_logits
+
+    def decode_with_masks(self, top: Tensor, bottom: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Codes int64 in [0, K), top (B, h, w) and bottom (B, 2h, 2w) -> what `decode` gives.
 
         Raises:
             ValueError: the maps do not have these shapes.
@@ -342,6 +352,10 @@ class VQVAE2(nn.Module):
         return self.decode(
             self.decoder_top(self.quantiser_top.vectors(top)), self.quantiser_bottom.vectors(bottom)
         )
+
+    def decode_codes(self, top: Tensor, bottom: Tensor) -> Tensor:
+        """`decode_with_masks` without the masks: slices (B, 1, 8h, 8w)."""
+        return self.decode_with_masks(top, bottom)[0]
 
 
 def load_model(checkpoint: dict, path: str) -> VQVAE2:

@@ -106,6 +106,8 @@ def parser(
     for config in configs:
         hints = typing.get_type_hints(config)
         for field in dataclasses.fields(config):
+            if "help" not in field.metadata:  # set by the program, never by the user
+                continue
             shown = "" if field.default == "" else " (default: %(default)s)"
             options = {"default": field.default, "help": field.metadata["help"] + shown}
             if hints[field.name] is bool:

@@ -28,7 +28,7 @@ import metrics
 import page
 import runtime
 from codes import extract_codes
-from dataset import DataConfig, SliceDataset, open_study, open_trained_study
+from dataset import NO_MASK, DataConfig, SliceDataset, open_study, open_trained_study
 from loop import Stage, TrainConfig, fit, switched
 from modules import VQVAE2, Output, VQVAE2Config, load_model
 from prior import Prior, PriorConfig
@@ -81,10 +81,11 @@ class LossConfig:
     mse: float = option(1.0, "weight of the mean squared error in the reconstruction term")
     l1: float = option(0.0, "weight of the mean absolute error in the reconstruction term")
     ssim: float = option(0.0, "weight of 1 - SSIM in the reconstruction term")
+    mask: float = option(0.1, "weight of the mask's cross-entropy and Dice loss, in a study with masks")
     flip: bool = option(False, "mirror every second slice left-right, at random")
 
     def __post_init__(self) -> None:
-        for name in ("beta", "mse", "l1", "ssim"):
+        for name in ("beta", "mse", "l1", "ssim", "mask"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"--{name} is {getattr(self, name)}; expected 0 or more")
         if self.mse + self.l1 + self.ssim == 0:
@@ -129,10 +130,10 @@ class Settings:
 # ---- stage one: the autoencoder ----
 
 
-def losses(x: Tensor, output: Output, config: LossConfig) -> dict[str, Tensor]:
+def losses(x: Tensor, output: Output, config: LossConfig, masks: Tensor | None = None) -> dict[str, Tensor]:
     """Every loss of a batch as a scalar; "loss" is minimised, in the report's words
 
-        loss = reconstruction + codebook + beta * commitment.
+        loss = reconstruction + codebook + beta * commitment [+ mask * (cross-entropy + Dice loss)].
 
     The codebook term ||sg[z_e] - e||^2 has no entry: the moving averages of `VectorQuantiser.update` minimise it
     (van den Oord et al. 2017, appendix A.1). Losses of weight 0 are reported as well.
@@ -146,13 +147,35 @@ def losses(x: Tensor, output: Output, config: LossConfig) -> dict[str, Tensor]:
         "commitment_bottom": output.bottom.commitment,
     }
     reconstruction = config.mse * terms["mse"] + config.l1 * terms["l1"] + config.ssim * terms["ssim"]
-    commitment = terms["commitment_top"] + terms["commitment_bottom"]
-    return {"loss": reconstruction + config.beta * commitment, "reconstruction": reconstruction, **terms}
+    loss = reconstruction + config.beta * (terms["commitment_top"] + terms["commitment_bottom"])
+    if masks is not None:
+        terms |= mask_losses(output.mask_logits, masks)
+        loss = loss + config.mask * (terms["mask_cross_entropy"] + terms["mask_dice"])
+    return {"loss": loss, "reconstruction": reconstruction, **terms}
+
+
+def mask_losses(logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
+    """Cross-entropy, and 1 - Dice averaged over the labels but the background, over the slices with a mask.
+
+    logits (B, L, H, W); masks (B, H, W) uint8 classes below L, 255 all over a slice without one. Dice is the soft one
+    of Milletari et al. 2016 (arXiv 1606.04797), over all the batch's pixels; 1 is added above and below, so that a
+    label which is nowhere and is drawn nowhere costs nothing.
+    """
+    known = (masks != NO_MASK).unsqueeze(1)  # (B, 1, H, W)
+    target = masks.long().masked_fill(~known[:, 0], 0)
+    log_p = logits.log_softmax(1)
+    pixels = known.sum().clamp_min(1)
+    cross_entropy = -(log_p.gather(1, target.unsqueeze(1)) * known).sum() / pixels
+    p = log_p.exp() * known
+    truth = torch.zeros_like(p).scatter_(1, target.unsqueeze(1), 1) * known
+    both, either = (p * truth).sum((0, 2, 3)), (p + truth).sum((0, 2, 3))
+    dice = (2 * both[1:] + 1) / (either[1:] + 1)
+    return {"mask_cross_entropy": cross_entropy, "mask_dice": 1 - dice.mean()}
 
 
 def flip_left_right(x: Tensor, mirrored: Tensor) -> Tensor:
-    """Mirror along axis H, the patient's left-right, the slices of x (B, 1, H, W) where (B,) is True."""
-    return torch.where(mirrored.view(-1, 1, 1, 1), x.flip(2), x)
+    """Mirror along axis H, the patient's left-right, the slices of x (B, ..., H, W) where (B,) is True."""
+    return torch.where(mirrored.view(-1, *[1] * (x.ndim - 1)), x.flip(-2), x)
 
 
 def study_info(splits: dict[str, SliceDataset]) -> dict:
@@ -177,8 +200,12 @@ class Autoencoder(Stage):
         with runtime.first_of_node():
             self.splits = open_study(self.data)
         self.images = {name: self.splits[name].on(self.device) for name in ("train", "validate")}
+        labels = self.splits["train"].labels
+        if labels:
+            self.loss_names += ("mask_cross_entropy", "mask_dice")
+            self.masks = {name: self.splits[name].masks_on(self.device) for name in self.images}
         runtime.seed_everything(config.seed)
-        self.model = VQVAE2(settings.model)
+        self.model = VQVAE2(replace(settings.model, labels=len(labels)))
         if config.weights and not settings.checkpoint:
             self.start_from(config.weights)
         channels_last = switched(config.channels_last, True)
@@ -217,13 +244,16 @@ class Autoencoder(Stage):
 
     def batch_losses(self, split: str, indices: Tensor) -> dict[str, Tensor]:
         x = self.images[split](indices).to(memory_format=self.layout)
+        masks = self.masks[split](indices) if self.model.config.labels else None
         if self.loss.flip and self.model.training:
-            x = flip_left_right(x, self.mirrored[indices.to(self.device, non_blocking=True)])
+            mirrored = self.mirrored[indices.to(self.device, non_blocking=True)]
+            x = flip_left_right(x, mirrored)
+            masks = masks if masks is None else flip_left_right(masks, mirrored)
         output = self.model(x)
         for level, counts in self.counts.items():
             codes = getattr(output, level).codes.flatten()
             counts.scatter_add_(0, codes, torch.ones_like(codes))  # bincount would wait for the device
-        return losses(x, output, self.loss)
+        return losses(x, output, self.loss, masks)
 
     def empty_batch(self) -> None:
         nothing = torch.zeros(0, self.model.config.D, 1, 1, device=self.device)
@@ -244,8 +274,9 @@ class Autoencoder(Stage):
 
     def describe(self, record: dict) -> str:
         codes = record["codes"]["validate"]
+        dice = f"mask Dice {1 - record['validate']['mask_dice']:.3f}, " if self.model.config.labels else ""
         return (
-            f"SSIM {1 - record['validate']['ssim']:.4f}, codes used {codes['top']['used']} top "
+            f"SSIM {1 - record['validate']['ssim']:.4f}, {dice}codes used {codes['top']['used']} top "
             f"{codes['bottom']['used']} bottom"
         )
 

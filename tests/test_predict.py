@@ -226,7 +226,7 @@ def test_checkpoints_that_cannot_be_used_are_named(study, checkpoint, tmp_path):
     with pytest.raises(ValueError, match="vqvae2"):
         predict_with(write_checkpoint(tmp_path / "kind.pth", study, kind="prior"))
     config = {**asdict(SMALL), "D": 4}
-    with pytest.raises(ValueError, match=r"shape\.pth: weights of another network"):
+    with pytest.raises(ValueError, match=r"shape\.pth: the weights do not fit"):
         predict_with(write_checkpoint(tmp_path / "shape.pth", study, model_config=config))
     data = {"study": str(study), "height": 60, "width": 32, "fingerprints": {"test": ""}}
     with pytest.raises(ValueError, match="60x32; expected both to be multiples of 8"):

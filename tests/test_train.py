@@ -14,7 +14,7 @@ import loop
 import metrics
 import runtime
 import train
-from dataset import DataConfig, open_study
+from dataset import NO_MASK, DataConfig, open_study
 from modules import VQVAE2, Output, Quantised, VQVAE2Config
 
 SMALL = VQVAE2Config(K=16, D=8, channels=16, top_channels=24, residual_channels=8, decoder_blocks=1)
@@ -334,3 +334,40 @@ def test_users_mistakes_exit_with_2_and_no_traceback(study, tmp_path, monkeypatc
         with pytest.raises(SystemExit) as exit_:
             runtime.run_cli(train.main)
         assert exit_.value.code == 2 and said in capsys.readouterr().err, flags
+
+
+def test_mask_losses_against_a_sum_over_pixels():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, 6, 5, generator=generator)
+    masks = torch.randint(4, (3, 6, 5), generator=generator, dtype=torch.uint8)
+    masks[1] = NO_MASK
+    found = train.mask_losses(logits, masks)
+    nll, both, either = [], np.zeros(4), np.zeros(4)
+    for b in (0, 2):
+        for i in range(6):
+            for j in range(5):
+                p = logits[b, :, i, j].double().softmax(0).numpy()
+                truth = np.eye(4)[masks[b, i, j]]
+                nll.append(-np.log(p @ truth))
+                both, either = both + p * truth, either + p + truth
+    assert found["mask_cross_entropy"].item() == pytest.approx(np.mean(nll), rel=1e-5)
+    assert found["mask_dice"].item() == pytest.approx(
+        1 - np.mean(((2 * both + 1) / (either + 1))[1:]), rel=1e-5
+    )
+
+
+def test_slices_without_masks_give_the_mask_head_no_gradient():
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    masks = torch.full((2, 4, 4), NO_MASK, dtype=torch.uint8)
+    masks[0] = 1
+    sum(train.mask_losses(logits, masks).values()).backward()
+    assert logits.grad[0].any() and not logits.grad[1].any()
+    everything = train.mask_losses(logits, torch.full_like(masks, NO_MASK))
+    assert all(value.isfinite() for value in everything.values())
+
+
+def test_flipping_masks_flips_them_with_their_slices():
+    x = torch.arange(2 * 4 * 3.0).view(2, 1, 4, 3)
+    mirrored = torch.tensor([False, True])
+    expected = train.flip_left_right(x, mirrored)[:, 0]
+    assert train.flip_left_right(x[:, 0], mirrored).equal(expected)
