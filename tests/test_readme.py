@@ -1,42 +1,118 @@
-"""What README.md says of the code holds: the functions it refers to, its commands and their flags."""
+"""What README.md and Results/README.md say holds: every snippet runs, every file, flag and function is there.
+
+Snippets run as pasted, in order, in a folder of their own. Stand-ins: the flags in `SHORTER` shorten trainings;
+`pip`, the virtual environment and driver.py without data run in .ci/run, torchrun in test_distributed.py, and
+the slicing of volumes in test_volumes.py.
+"""
 
 import importlib
 import re
-from pathlib import Path
+import shlex
+import shutil
 
 import pytest
+import torch
+from conftest import ROOT
+from test_train import SHAPE_FLAGS
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "Results" / "README.md").read_text()
+BASH = re.findall(r"```bash\n(.*?)```", README, re.S)
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 REFERENCES = re.findall(r"`([\w.]+)` in \[(\w+\.py)\]\((\w+\.py)\)", README)
-COMMANDS = re.findall(
-    r"(?:python|torchrun \S+) (?:-m )?([\w.]+?)(?:\.py)?((?: [^#&`\n]*)?)[#&`\n]", README.replace("\\\n", "")
-)
+SMALL = f"--height 64 --width 32 --device cpu --epochs 1 {' '.join(SHAPE_FLAGS)}"
+SMALL_PRIOR = "--prior-channels 16 --prior-heads 1"
+SHORTER = {  # added to a command that holds the words
+    "driver.py": f"{SMALL} {SMALL_PRIOR} --prior-minutes 0.01 --n 2",
+    "train.py --data": SMALL,
+    "train.py --resume": "--epochs 2",
+    "train.py --weights": "--epochs 1",
+    "train.py --stage prior": f"--epochs 1 {SMALL_PRIOR}",
+    "generate.py": "--n 2",
+}
+
+
+def commands(blocks: list[str]) -> list[str]:
+    """The commands of bash blocks, one each, without comments and environment variables."""
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    parts = [part.strip() for line in lines for part in line.split("#")[0].split("&&")]
+    return [re.sub(r"^(\w+=\S+ )+", "", part) for part in parts if part]
+
+
+def as_python(command: str) -> tuple[str, list[str]] | None:
+    """The script and the arguments of `python script.py ...` or `python -m benchmarks.script ...`."""
+    found = re.fullmatch(
+        r"(?:python|torchrun --nproc_per_node=\d+) (?:-m )?([\w.]+?)(?:\.py)?((?: .*)?)", command
+    )
+    return (found[1], shlex.split(found[2])) if found else None
+
+
+STORY = commands(BASH)
+ALL = STORY + commands(re.findall(r"```bash\n(.*?)```", RESULTS, re.S))
+FLAGS = [found for found in map(as_python, ALL) if found]
+
+
+def test_every_snippet_of_the_readme_runs_as_pasted(study, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(study, "keras_slices_data")
+    ran = []
+    for command in STORY:
+        found = as_python(command)
+        if (
+            not found
+            or found[0] == "pytest"
+            or command.startswith("torchrun")
+            or command == "python driver.py"
+        ):
+            continue
+        script, arguments = found
+        if script == "dataset":  # in test_volumes.py
+            continue
+        more = next((flags for words, flags in SHORTER.items() if words in command), "")
+        if "Results/vqvae2_interrupted.pth" in command:  # as Ctrl-C leaves it
+            shutil.copy("Results/vqvae2_epoch_1.pth", "Results/vqvae2_interrupted.pth")
+        monkeypatch.setattr("sys.argv", [f"{script}.py", *arguments, *more.split()])
+        importlib.import_module(script).main()
+        ran.append(script)
+    assert {"driver", "train", "predict", "generate"} == set(ran) and len(ran) >= 9
+    for file in ("Results/index.html", "Results/reconstructions", "Results/fewer-bits/generated/report.json"):
+        assert (tmp_path / file).exists(), file
+
+    for snippet in PYTHON:
+        exec(snippet, found := {})
+    top, bottom, K = found["top"], found["bottom"], found["model"].config.K
+    assert (top.shape, bottom.shape) == ((2, 32, 16), (2, 64, 32))
+    assert top.dtype == torch.int64 and min(top.min(), bottom.min()) >= 0 and max(top.max(), bottom.max()) < K
+    assert found["reconstruction"].shape == (2, 1, 256, 128) and not found["model"].training
+    assert next(iter(found["loader"]))["image"].shape == (14, 1, 256, 128)
+
+
+@pytest.mark.parametrize("script, arguments", FLAGS)
+def test_the_flags_of_a_command_exist(script, arguments, monkeypatch, capsys):
+    if script == "pytest":
+        return
+    monkeypatch.setattr("sys.argv", [script, "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).main()
+    known = capsys.readouterr().out
+    for word in arguments:
+        assert not word.startswith("--") or f"{word.split('=')[0]} " in known, word
 
 
 @pytest.mark.parametrize("name, file, target", REFERENCES)
-def test_a_function_that_is_referred_to_is_in_that_file(name, file, target):
+def test_a_function_that_is_named_is_in_its_file(name, file, target):
     found = importlib.import_module(file.removesuffix(".py"))
     for part in name.split("."):
         found = getattr(found, part)
     assert file == target and found.__module__ == file.removesuffix(".py")
 
 
-def test_every_term_of_the_loss_has_a_reference():
-    assert len(REFERENCES) >= 6
+def test_every_script_is_named_and_every_link_leads_somewhere():
+    assert set(re.findall(r"\[(\w+\.py)\]", README)) == {path.name for path in ROOT.glob("*.py")}
+    for text, folder in ((README, ROOT), (RESULTS, ROOT / "Results")):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+            assert (folder / link).exists() or link == "phantom/index.html", link
 
 
-@pytest.mark.parametrize("script, flags", [command for command in COMMANDS if command[0] != "pytest"])
-def test_a_command_s_flags_exist(script, flags, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", [script, "--help"])
-    with pytest.raises(SystemExit):
-        importlib.import_module(script).main()
-    known = capsys.readouterr().out
-    for flag in re.findall(r"--[\w-]+", flags):
-        assert f"{flag} " in known, flag
-
-
-def test_every_file_of_the_table_is_there_and_no_script_is_missing():
-    table = README.split("## What is where")[1].split("## Data")[0]
-    named = set(re.findall(r"\[(\w+\.py)\]", table))
-    assert named == {path.name for path in ROOT.glob("*.py")}
+def test_the_readme_is_one_page():
+    assert len(README.splitlines()) <= 190 and len(README.split()) <= 1800
