@@ -1,46 +1,61 @@
-"""NIfTI slices in, tensors out: reading, the cache of decoded slices, and slicing the public volumes.
+"""A study of 2-D NIfTI slices as PyTorch datasets, and the cache of its decoded slices.
 
-A study is a folder of keras_slices_train/, keras_slices_validate/ and keras_slices_test/, and these hold 2-D
-slices named case_004_week_0_slice_0.nii.gz. In your own code:
+A study is a folder of keras_slices_train/, keras_slices_validate/ and keras_slices_test/, which hold 2-D slices
+named case_004_week_0_slice_0.nii.gz or the like. Masks are optional: seg_004_week_0_slice_0.nii.gz and so on in
+keras_slices_seg_train/ and its siblings. In your own code:
 
     splits = dataset.open_study(dataset.DataConfig(data="keras_slices_data"))
     loader = torch.utils.data.DataLoader(splits["train"], batch_size=16, shuffle=True)
 
-The public HipMRI release is 3-D volumes; this makes a study of them, 60 central coronal planes of each and
-their masks (which 60 the course took is not published):
-
-    python dataset.py slice --volumes HipMRI_study_complete_release_v1 --out keras_slices_data
+volumes.py makes a study of 3-D volumes.
 """
 
-import gzip
 import hashlib
-import io
 import json
 import os
 import re
+import shutil
+import sys
+import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-import nibabel
 import numpy as np
 import torch
 from skimage.transform import resize
 
-from runtime import atomic_path, from_flags, in_parallel, option, parser, run_cli, write_json, write_nifti
+import nifti
+from runtime import UserError, in_parallel, option, run_cli, write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there, two first runs at once may both decode
+    fcntl = None
 
 SPLITS = ("train", "validate", "test")
 STUDY_NAMES = ("keras_slices_data", "HipMRI_study_keras_slices_data")  # looked for in the working directory
-CACHE_VERSION = 3  # raised when what is cached changes meaning: older caches are then rebuilt
+CACHE_VERSION = 4  # raised when what is cached changes meaning: older caches are then rebuilt
 ARRAYS = ("pixels.npy", "masks.npy", "table.npz")  # of a cache, all splits one after another
 NO_MASK = 255  # every pixel of a slice that has no mask; no class has this index
-NAME = re.compile(r"(?:(?!week|slice)\D)*(\d+)(?:.*?week[_-]?(\d+))?(?:.*?slice[_-]?(\d+))?", re.IGNORECASE)
+LARGEST = 2**26  # pixels of a slice
+FITS = ("auto", "pad", "crop", "stretch")
+STANDARD_NAME = re.compile(r"(?:case|seg)_(\d+)_week_(\d+)_slice_(\d+)\.nii(?:\.gz)?")
+# Numbers that a word announces: patient012_z034, sub-01_ses-2. ADNI's patients are written 002_S_0004.
+PATIENT = re.compile(
+    r"(?<![a-z])(?:case|patient|pat|subject|subj|sub)[_-]?(\d+)|(?<!\d)\d{3}_S_(\d+)", re.IGNORECASE
+)
+WEEK = re.compile(r"(?<![a-z])(?:week|wk|session|ses|visit|timepoint|frame)[_-]?(\d+)", re.IGNORECASE)
+SLICE = re.compile(r"(?<![a-z])(?:slice|plane|sl|z)[_-]?(\d+)", re.IGNORECASE)
+NUMBER = re.compile(r"(?<![a-z0-9])\d+(?![a-z0-9])", re.IGNORECASE)  # alone between separators
+NEW_NAME = "Fix: rename it to case_004_week_0_slice_0.nii.gz, with its own numbers."
 
 
 @dataclass(frozen=True)
@@ -48,14 +63,22 @@ class DataConfig:
     """Which study, and the size of the slices that the model sees."""
 
     data: str = option("", f"study folder; empty looks for {STUDY_NAMES[0]}/ here")
-    height: int = option(256, "rows; slices of another size are resized")
-    width: int = option(128, "columns; slices of another size are resized")
+    height: int = option(256, "rows of a slice")
+    width: int = option(128, "columns of a slice")
+    fit: str = option(
+        "auto",
+        "slices of another size: pad and crop keep the aspect ratio of their pixels; auto pads, but stretches where "
+        "that changes it by an eighth or less",
+        choices=FITS,
+    )
     allow_patient_overlap: bool = option(False, "let splits share a patient")
     cache: str = option("", "decoded slices; empty is ~/.cache/vqvae2-slices")
 
     def __post_init__(self) -> None:
         if min(self.height, self.width) < 2:
-            raise ValueError(f"--height {self.height} --width {self.width}: expected at least 2 of each.")
+            raise UserError(f"--height {self.height} --width {self.width}: expected at least 2 of each")
+        if self.fit not in FITS:
+            raise UserError(f"--fit is {self.fit}; expected one of {', '.join(FITS)}")
 
 
 class SliceName(NamedTuple):
@@ -75,52 +98,123 @@ class SourceFile(NamedTuple):
 
 
 def parse_name(path: Path | str) -> SliceName:
-    """Patient, week and slice in a file name; a week or slice that is not named is 0.
+    """Patient, week and slice in a file's name; a week or slice that is not named is 0.
 
-    Reads case_004_week_0_slice_12.nii.gz and, of volumes, Case_004_Week0_LFOV.nii or B006_Week0_LFOV.nii.
-    ValueError where no patient number comes first.
+    Reads case_004_week_0_slice_12.nii.gz, Case_004_Week0_LFOV.nii, B006_Week0_LFOV.nii, patient012_z034.nii,
+    IM-0001-0034.nii (patient 1, slice 34), sub-01_ses-2_T2w.nii.gz, BraTS20_Training_004.nii, OAS1_0004_MR1.nii and
+    ADNI_002_S_0004.nii (patient 4). Where the name does not say "patient" or the like, a folder above may.
+    UserError where no patient number is found.
     """
-    match = NAME.match(os.path.basename(path))
-    if not match:
-        raise ValueError("no patient number in the name; expected case_004_week_0_slice_0.nii.gz or the like")
-    return SliceName(*(int(number or 0) for number in match.groups()))
+    *folders, name = str(path).replace("\\", "/").split("/")
+    if match := STANDARD_NAME.fullmatch(name):
+        return SliceName(*map(int, match.groups()))
+    name = re.sub(r"\.nii(\.gz)?$", "", name, flags=re.IGNORECASE)
+    found: dict[str, int | None] = {}
+    for key, pattern in (("week", WEEK), ("slice", SLICE), ("patient", PATIENT)):
+        match = pattern.search(name)
+        found[key] = int(next(filter(None, match.groups()))) if match else None
+        name = name[: match.start()] + "__" + name[match.end() :] if match else name
+    numbers = [int(number) for number in NUMBER.findall(name)]
+    for key, pattern in (("patient", PATIENT), ("week", WEEK)):
+        matches = [match for folder in folders if (match := pattern.search(folder))]
+        if found[key] is None and matches:
+            found[key] = int(next(filter(None, matches[-1].groups())))
+    if found["patient"] is None and numbers:
+        found["patient"] = numbers.pop(0)
+    for folder in reversed(folders):
+        if found["patient"] is None and (above := NUMBER.findall(folder)):
+            found["patient"] = int(above[0])
+    if found["patient"] is None:  # one digit may be a T2 or an MR1
+        match = re.search(r"\d{2,}", name)
+        if not match:
+            raise UserError(f"no patient number in the name. {NEW_NAME}")
+        found["patient"] = int(match[0])
+    if found["slice"] is None and numbers:
+        found["slice"] = numbers.pop()
+    if found["week"] is None and numbers:
+        found["week"] = numbers.pop(0)
+    return SliceName(found["patient"], found["week"] or 0, found["slice"] or 0)
 
 
 def find_study(data: str = "") -> Path | None:
     """The study folder: `data`, else the first of `STUDY_NAMES` in the working directory, else None."""
     if data and not Path(data).is_dir():
-        raise FileNotFoundError(f"{data}: no such study folder. Mend: check --data.")
+        raise FileNotFoundError(f"{data}: no such study folder. Fix: check --data.")
     return next((path for path in map(Path, [data] if data else STUDY_NAMES) if path.is_dir()), None)
 
 
-def scan(folder: Path | str, bad: dict[str, str]) -> list[SourceFile]:
-    """The NIfTI files of `folder` in numerical order; the unusable go into `bad`, with the reason."""
+def find_nifti(folder: Path | str, others: list[str]) -> Iterator[os.DirEntry]:
+    """All NIfTI entries under a folder in order of name; the paths of other files go into `others`.
+
+    Hidden files and folders are passed over: macOS leaves some beside every file that it copies.
+    """
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from find_nifti(entry.path, others)
+        elif nifti.is_nifti(entry.name):
+            yield entry
+        else:
+            others.append(entry.path)
+
+
+def scan(folder: Path | str, bad: dict[str, str], others: list[str]) -> list[SourceFile]:
+    """The slices in `folder` and below, in order of patient, week and slice.
+
+    Those that cannot be used go into `bad`, with the reason, and files that are no NIfTI into `others`.
+    """
     files: dict[SliceName, SourceFile] = {}
-    with os.scandir(folder) as entries:  # one stat a file: 12,660 of them must not be felt at the start
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name.startswith(".") or not entry.name.endswith((".nii", ".nii.gz")):
-                continue
-            try:
-                name, stat = parse_name(entry.name), entry.stat()
-                if name in files:
-                    raise ValueError(f"the same patient, week and slice as {files[name].path}")
-            except (ValueError, OSError) as error:
-                bad[entry.path] = str(error)
-            else:
-                files[name] = SourceFile(name, entry.path, stat.st_size, stat.st_mtime_ns)
+    for entry in find_nifti(folder, others):
+        try:
+            if not entry.is_file():
+                raise UserError("not a regular file")
+            name, status = (
+                parse_name(os.path.relpath(entry.path, folder)),
+                entry.stat(),
+            )  # one stat for a file
+            if name in files:
+                patient, week, number = name
+                raise UserError(
+                    f"read as patient {patient}, week {week}, slice {number}, as {files[name].path} is. {NEW_NAME}"
+                )
+        except (UserError, OSError) as error:
+            bad[entry.path] = str(error)
+        else:
+            files[name] = SourceFile(name, entry.path, status.st_size, status.st_mtime_ns)
     return [files[name] for name in sorted(files)]
+
+
+def way_in(others: list[str]) -> str:
+    """How files that are no NIfTI become some; an empty string where there is no such way."""
+    endings = {os.path.splitext(path)[1].lower() for path in others}
+    names = {os.path.basename(path).upper() for path in others}
+    if endings & {".dcm", ".ima", ".dicom"} or "DICOMDIR" in names:
+        return " It holds DICOM files: `dcm2niix -z y -o OUT IN` makes NIfTI of them."
+    if endings & {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}:
+        return (
+            " It holds pictures: save each as NIfTI, in Python nifti.write('case_001_week_0_slice_0.nii.gz', pixels, "
+            "numpy.eye(4))."
+        )
+    return ""
 
 
 def _scan_study(study: Path, bad: dict[str, str]) -> dict[str, list[SourceFile]]:
     """The files of each split; FileNotFoundError for a split that is missing or empty."""
-    folders = {split: study / f"keras_slices_{split}" for split in SPLITS}
-    files = {split: scan(folder, bad) if folder.is_dir() else [] for split, folder in folders.items()}
+    folders, others = {split: study / f"keras_slices_{split}" for split in SPLITS}, []
+    files = {split: scan(folder, bad, others) if folder.is_dir() else [] for split, folder in folders.items()}
     missing = [f.name for split, f in folders.items() if not files[split] and not (f.is_dir() and bad)]
     if missing:
+        volumes = [] if others or any(files.values()) else list(find_nifti(study, others))[:1]
+        hint = f" It holds other NIfTI files, such as {volumes[0].path}." if volumes else way_in(others)
         raise FileNotFoundError(
-            f"{study}: no {', '.join(missing)} with .nii or .nii.gz files. Mend: --data names the folder "
-            "of all three splits; `python dataset.py slice` makes one of the public volumes."
+            f"{study}: no {', '.join(missing)} with .nii or .nii.gz files.{hint} Fix: --data names the folder of all "
+            "three splits; `python volumes.py --volumes DIR` makes one of 3-D volumes."
         )
+    if others:
+        print(f"{study}: {len(others)} other files were passed over, such as {others[0]}")
     return files
 
 
@@ -129,7 +223,7 @@ def _scan_masks(study: Path, files: dict[str, list[SourceFile]], bad: dict[str, 
     masks = {}
     for split in SPLITS:
         folder = study / f"keras_slices_seg_{split}"
-        found = {file.name: file for file in scan(folder, bad)} if folder.is_dir() else {}
+        found = {file.name: file for file in scan(folder, bad, [])} if folder.is_dir() else {}
         for name in found.keys() - {file.name for file in files[split]}:
             bad[found[name].path] = f"a mask without its slice in keras_slices_{split}"
         masks[split] = [found.get(file.name) for file in files[split]]
@@ -137,93 +231,156 @@ def _scan_masks(study: Path, files: dict[str, list[SourceFile]], bad: dict[str, 
 
 
 def _check_patients(study: Path, files: dict[str, list[SourceFile]], allowed: bool) -> None:
-    patients = {split: {file.name.patient for file in files[split]} for split in SPLITS}
+    """UserError where splits share a patient, with a file of each as they were read."""
+    examples = {split: {file.name.patient: file.path for file in files[split]} for split in SPLITS}
     shared = [
-        f"{', '.join(f'{number:03d}' for number in sorted(both))} in {one} and {other}"
+        (number, one, other)
         for one, other in combinations(SPLITS, 2)
-        if (both := patients[one] & patients[other])
+        for number in sorted(examples[one].keys() & examples[other].keys())
     ]
-    if shared and not allowed:
-        mend = "Mend: move them, or --allow-patient-overlap."
-        raise ValueError(f"{study}: shared patients: {'; '.join(shared)}. {mend}")
-    if shared:
-        print(f"warning: shared patients: {'; '.join(shared)}. Scores will flatter the model.")
+    if not shared:
+        return
+    number, one, other = shared[0]
+    listing = ", ".join(f"{number:03d} in {one} and {other}" for number, one, other in shared[:10])
+    listing += ", ..." if len(shared) > 10 else ""
+    if allowed:
+        print(f"warning: shared patients: {listing}. Scores will flatter the model.")
+        return
+    names = " and ".join(os.path.basename(examples[split][number]) for split in (one, other))
+    raise UserError(
+        f"{study}: shared patients: {listing}; {names} were both read as patient {number:03d}. "
+        "Fix: move them, rename them if they are not one patient, or --allow-patient-overlap."
+    )
 
 
 def raise_bad(where: Path | str, bad: dict[str, str], total: int) -> None:
-    """One ValueError for all the files that cannot be used: the first ten and why, and the count."""
+    """One UserError for all the files that cannot be used: the first ten and why, and the count."""
     listing = "".join(f"\n  {path}: {reason}" for path, reason in list(bad.items())[:10])
     listing += f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
-    mend = "Mend: fetch or make these again, or move them elsewhere."
-    raise ValueError(f"{where}: {len(bad)} of {total} files cannot be used:{listing}\n{mend}")
+    fix = "Fix: fetch or make these again, or move them elsewhere."
+    raise UserError(f"{where}: {len(bad)} of {total} files cannot be used:{listing}\n{fix}")
 
 
-# ---- reading ----------------------------------------------------------------------------------------------
+# ---- from a file's slice to the model's and back ----------------------------------------------------------
 
 
-def read_nifti(path: str) -> tuple[np.ndarray, nibabel.Nifti1Header]:
-    """The scaled array of a NIfTI-1 file, gzipped or not, and its header; ValueError says what is wrong."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-        # One call, which releases the GIL, and no image: nibabel.load takes three times the time.
-        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-        header = nibabel.Nifti1Header(data[: nibabel.Nifti1Header.template_dtype.itemsize])
-        real = header.get_data_dtype().kind in "biuf"
-        pixels = header.data_from_fileobj(io.BytesIO(data)) if real else None  # scaled by slope and intercept
-    except Exception as error:  # nibabel and zlib have a dozen types for a broken file: they all mean this
-        raise ValueError(f"not a whole NIfTI file ({type(error).__name__}: {error})") from error
-    if pixels is None:
-        kind = header.get_value_label("datatype")
-        raise ValueError(f"pixels of type {kind}; expected one real number a pixel")
-    return pixels, header
+@dataclass(frozen=True)
+class Placement:
+    """How a slice of `shape` lies in the model's grid of `size`: resized to `scaled`, then moved by `offset`.
+
+    All are (rows, columns). Offsets are negative where the slice is cropped.
+    """
+
+    shape: tuple[int, int]
+    size: tuple[int, int]
+    scaled: tuple[int, int]
+    offset: tuple[int, int]
+
+    @classmethod
+    def make(cls, shape: tuple[int, int], size: tuple[int, int], fit: str = "auto") -> "Placement":
+        """`fit` is one of `FITS`; see `DataConfig`."""
+        ratios = [there / here for here, there in zip(shape, size, strict=True)]
+        if fit == "auto":  # HipMRI's 60 slices of 256x144 are stretched, as in the report
+            fit = "stretch" if max(ratios) <= 1.1251 * min(ratios) else "pad"
+        scale = {"pad": min(ratios), "crop": max(ratios)}.get(fit)
+        scaled = size if scale is None else tuple(max(1, round(length * scale)) for length in shape)
+        offset = tuple((there - here) // 2 for here, there in zip(scaled, size, strict=True))
+        return cls(tuple(shape), tuple(size), scaled, offset)
+
+    @property
+    def verb(self) -> str:
+        """What happens to the slice, for a message."""
+        return "stretched" if self.scaled == self.size else "cropped" if min(self.offset) < 0 else "padded"
+
+    def _windows(self) -> tuple[tuple, tuple]:
+        """Where the two grids overlap: in the model's, and in the scaled slice."""
+        starts = [(max(move, 0), max(-move, 0)) for move in self.offset]
+        lengths = [
+            min(size - a, scaled - b)
+            for size, scaled, (a, b) in zip(self.size, self.scaled, starts, strict=True)
+        ]
+        return tuple(
+            tuple(slice(start[i], start[i] + n) for start, n in zip(starts, lengths, strict=True))
+            for i in (0, 1)
+        )
+
+    def place(self, pixels: np.ndarray, fill: float = 0, nearest: bool = False) -> np.ndarray:
+        """A slice (shape) in the model's grid (size), with `fill` around it; masks are resized by `nearest`."""
+        if self.shape == self.size:
+            return pixels
+        here, there = self._windows()
+        grid = np.full(self.size, fill, pixels.dtype)
+        grid[here] = _resize(pixels, self.scaled, nearest)[there]
+        return grid
+
+    def restore(self, pixels: np.ndarray, nearest: bool = False) -> np.ndarray:
+        """What `place` did, undone: the model's grid (size) as a slice (shape).
+
+        What was cropped away is not known: it has the smallest value there is.
+        """
+        if self.shape == self.size:
+            return pixels
+        here, there = self._windows()
+        scaled = np.full(self.scaled, pixels.min(), pixels.dtype)
+        scaled[there] = pixels[here]
+        return _resize(scaled, self.shape, nearest)
+
+    def affine(self, affine: np.ndarray) -> np.ndarray:
+        """The affine of the model's grid, from that of the slice."""
+        scale = [here / there for here, there in zip(self.shape, self.scaled, strict=True)]
+        start = [(0.5 - move) * step - 0.5 for move, step in zip(self.offset, scale, strict=True)]
+        return nifti.grid_affine(affine, scale, start)
 
 
-def finite(pixels: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes Inf, and an error here
-        pixels = np.ascontiguousarray(pixels, np.float32)
-    if broken := pixels.size - np.count_nonzero(np.isfinite(pixels)):
-        raise ValueError(f"{broken} of {pixels.size} pixels are NaN or Inf")
-    return pixels
-
-
-def _resize(pixels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """`pixels` at another size: linear, smoothed first where it shrinks, as in the report."""
+def _resize(pixels: np.ndarray, shape: tuple[int, int], nearest: bool) -> np.ndarray:
+    """`pixels` at another size: linear, smoothed first where it shrinks, as in the report; or the nearest."""
+    if pixels.shape == tuple(shape):
+        return pixels
+    if nearest:
+        return resize(pixels, shape, order=0, anti_aliasing=False, preserve_range=True).astype(pixels.dtype)
     return resize(pixels, shape, anti_aliasing=True, preserve_range=True).astype(np.float32)
 
 
-def _read_slice(path: str) -> tuple[np.ndarray, nibabel.Nifti1Header, bool]:
-    """The 2-D array of a file, its header, and whether it had more than two axes."""
-    pixels, header = read_nifti(path)
-    if pixels.ndim < 2 or min(pixels.shape[:2]) < 2 or pixels.size == 0:
-        raise ValueError(f"an array of shape {pixels.shape}; expected a 2-D slice")
-    return pixels[(..., *[0] * (pixels.ndim - 2))], header, pixels.ndim > 2
+def z_score(pixels: np.ndarray) -> tuple[np.float32, np.float32, bool]:
+    """Mean and population standard deviation of a slice, and whether it is constant: then the latter is 1."""
+    mean, std = np.float32(pixels.mean(dtype=np.float64)), np.float32(pixels.std(dtype=np.float64))
+    constant = bool(std == 0 or pixels.min() == pixels.max())
+    return mean, np.float32(1) if constant else std, constant
 
 
-def _directions(header: nibabel.Nifti1Header) -> np.ndarray | None:
-    """Unit vectors in the world, one column for each axis of the array; None where the header names none."""
-    if not (header["sform_code"] > 0 or header["qform_code"] > 0):
-        return None
-    axes = header.get_best_affine()[:3, :3]
-    return axes / np.linalg.norm(axes, axis=0)
+def read_slice(path: str) -> tuple[np.ndarray, nifti.Image]:
+    """The 2-D array of a file, in the file's units, and the file as it was read. UserError for a volume."""
+    image = nifti.read(path, max_axes=2, max_pixels=LARGEST)
+    shape = image.shape
+    if len(shape) < 2 or min(shape[:2]) < 2 or max(shape[2:], default=1) > 1:
+        raise UserError(f"an array of shape {shape}; expected a 2-D slice")
+    return image.values(image.raw.reshape(shape[:2])), image
 
 
-def _read_mask(path: str, image: nibabel.Nifti1Header, shape: tuple[int, int]) -> np.ndarray:
-    """The labels (rows, columns) int64 of a mask that lies on the slice with the header `image`."""
-    labels, header, _ = _read_slice(path)
-    if labels.shape != shape:
-        raise ValueError(f"its shape is {labels.shape}; expected {shape}, as of its slice")
-    labels = finite(labels)
+def read_labels(image: nifti.Image, raw: np.ndarray) -> np.ndarray:
+    """The labels of a mask, int64. UserError where they are no whole numbers."""
+    labels = nifti.finite(image.values(raw))
     if (labels % 1).any():
-        raise ValueError("its labels are not whole numbers")
-    ours, theirs = _directions(image), _directions(header)
-    if ours is not None and theirs is not None and ((ours * theirs).sum(axis=0)[:2] < 0.5).any():
-        raise ValueError("its affine turns or mirrors it against its slice; expected the same directions")
+        raise UserError("its labels are not whole numbers")
     return labels.astype(np.int64)
 
 
+def _read_mask(path: str, of_slice: nifti.Image) -> np.ndarray:
+    """The labels (rows, columns) int64 of a mask that lies on a slice."""
+    _, image = read_slice(path)
+    if image.shape[:2] != of_slice.shape[:2]:
+        raise UserError(f"its shape is {image.shape[:2]}; expected {of_slice.shape[:2]}, as of its slice")
+    if image.oriented and of_slice.oriented:
+        axes = [
+            given.affine[:3, :2] / np.linalg.norm(given.affine[:3, :2], axis=0) for given in (image, of_slice)
+        ]
+        if ((axes[0] * axes[1]).sum(axis=0) < 0.5).any():
+            raise UserError("its affine turns or mirrors it against its slice; expected the same directions")
+    return read_labels(image, image.raw.reshape(image.shape[:2]))
+
+
 def _decode(
-    job: tuple[str, str | None], size: tuple[int, int]
+    job: tuple[str, str | None], size: tuple[int, int], fit: str
 ) -> tuple[np.ndarray, np.ndarray | None, dict] | str:
     """A slice at `size`, float32 in scanner units, its mask, int64 labels, and its row of the table.
 
@@ -231,36 +388,32 @@ def _decode(
     """
     path, mask_path = job
     try:
-        pixels, header, extra_axes = _read_slice(path)
-        pixels = finite(pixels)
-        mask = None
+        pixels, image = read_slice(path)
+        pixels = nifti.finite(pixels)
+        placement, mask = Placement.make(pixels.shape, size, fit), None
         if mask_path:
             try:
-                mask = _read_mask(mask_path, header, pixels.shape)
-            except ValueError as error:
-                raise ValueError(f"its mask {mask_path}: {error}") from error
-    except ValueError as error:
+                mask = placement.place(_read_mask(mask_path, image), nearest=True)
+            except (UserError, OSError) as error:
+                raise UserError(f"its mask {mask_path}: {error}") from error
+    except (UserError, OSError) as error:
         return str(error)
-    row = {"affines": header.get_best_affine(), "shapes": pixels.shape, "extra_axes": extra_axes}
-    if mask is not None and pixels.shape != size:
-        mask = resize(mask, size, order=0, anti_aliasing=False, preserve_range=True).astype(np.int64)
-    if pixels.shape != size:
-        pixels = _resize(pixels, size)
-    mean, std = np.float32(pixels.mean(dtype=np.float64)), np.float32(pixels.std(dtype=np.float64))
-    constant = bool(std == 0 or pixels.min() == pixels.max())
-    row |= {"mean": mean, "std": np.float32(1) if constant else std, "constant": constant}
-    row["crc32"] = zlib.crc32(pixels)
+    row = {"affines": image.affine, "shapes": pixels.shape, "broken": image.broken}
+    pixels = placement.place(pixels, fill=pixels.min())
+    row["mean"], row["std"], row["constant"] = z_score(pixels)
+    row["crc32"] = zlib.crc32(np.ascontiguousarray(pixels))
     row["has_mask"], row["mask_crc32"] = mask is not None, 0 if mask is None else zlib.crc32(mask)
     return pixels, mask, row
 
 
-# ---- the cache: <cache>/<study>-<digest of path and size>/ holds ARRAYS and index.json --------------------
+# ---- the cache: <cache>/<study>-<digest of path, size and fit>/ holds ARRAYS and index.json ---------------
 
 
-def _listing(files: list[SourceFile], masks: list[SourceFile | None], config: DataConfig) -> str:
+def _listing(folder: Path, files: list[SourceFile | None], config: DataConfig) -> str:
     """A digest of what the cache of these files depends on, found without opening one."""
-    listing = [file and (os.path.basename(file.path), file.size, file.mtime_ns) for file in [*files, *masks]]
-    return hashlib.sha256(repr((CACHE_VERSION, config.height, config.width, listing)).encode()).hexdigest()
+    listing = [file and (os.path.relpath(file.path, folder), file.size, file.mtime_ns) for file in files]
+    settings = (CACHE_VERSION, config.height, config.width, config.fit)
+    return hashlib.sha256(repr((*settings, listing)).encode()).hexdigest()
 
 
 def _stamps(folder: Path) -> list[list[int]]:
@@ -288,13 +441,13 @@ def _to_indices(mask: np.ndarray | None, indices: dict[int, int], size: tuple[in
     for value in values.tolist():
         indices.setdefault(value, len(indices))
     if len(indices) > NO_MASK:
-        raise ValueError(f"more than {NO_MASK} different labels; is it an image?")
+        raise UserError(f"more than {NO_MASK} different labels; is it an image?")
     return np.array([indices[value] for value in values.tolist()], np.uint8)[positions].reshape(size)
 
 
-def _write_cache(folder: Path, key: dict, jobs: list[tuple], size: tuple[int, int], bad: dict) -> None:
-    """Decode all slices, and their masks, into `folder`; ValueError at the end if any file is bad."""
-    paths = [path for path, _ in jobs]
+def _write_cache(folder: Path, key: dict, jobs: list[tuple], config: DataConfig, bad: dict) -> None:
+    """Decode all slices, and their masks, into `folder`; UserError at the end if any file is bad."""
+    paths, size = [path for path, _ in jobs], (config.height, config.width)
     rows, total, indices = (
         [],
         len(paths) + len(bad),
@@ -306,7 +459,7 @@ def _write_cache(folder: Path, key: dict, jobs: list[tuple], size: tuple[int, in
         for file, dtype, count in ((out, "<f4", len(paths)), (masks_out, "|u1", len(paths) * any_masks)):
             header = {"descr": dtype, "fortran_order": False, "shape": (count, *size)}
             np.lib.format.write_array_header_2_0(file, header)
-        work = in_parallel(partial(_decode, size=size), jobs, "decoding", "slice")
+        work = in_parallel(partial(_decode, size=size, fit=config.fit), jobs, "decoding", "slice")
         for (path, mask_path), decoded in zip(jobs, work, strict=True):
             if isinstance(decoded, str):
                 bad[path] = decoded
@@ -317,7 +470,7 @@ def _write_cache(folder: Path, key: dict, jobs: list[tuple], size: tuple[int, in
             if any_masks and len(indices) <= NO_MASK:
                 try:
                     masks_out.write(_to_indices(mask, indices, size).data)
-                except ValueError as error:
+                except UserError as error:
                     bad[mask_path] = str(error)
         for file in (out, masks_out):
             file.flush()
@@ -328,41 +481,85 @@ def _write_cache(folder: Path, key: dict, jobs: list[tuple], size: tuple[int, in
     labels = list(indices) if any_masks else []
     np.savez(folder / ARRAYS[2], labels=np.array(labels, np.int64), **table)
     odd = {
-        "slices have more than two axes (warning: [:, :, 0] was taken)": table["extra_axes"],
-        f"slices of another size were resized to {size[0]}x{size[1]}": (table["shapes"] != size).any(axis=1),
+        "slices have an affine that is none in their header (voxel sizes alone were used)": table["broken"],
         "slices have one value only (kept, std 1)": table["constant"],
         "slices have no mask": ~table["has_mask"] & any_masks,
     }
     notes = [f"{hit.sum()} {what}, such as {paths[hit.argmax()]}" for what, hit in odd.items() if hit.any()]
+    for shape in sorted(set(map(tuple, table["shapes"].tolist())) - {size}):
+        hit, verb = (table["shapes"] == shape).all(axis=1), Placement.make(shape, size, config.fit).verb
+        what = f"slices of {shape[0]}x{shape[1]} were {verb} to {size[0]}x{size[1]} (--fit {config.fit})"
+        notes.append(f"{hit.sum()} {what}, such as {paths[hit.argmax()]}")
+    notes = notes if len(notes) <= 8 else [*notes[:8], f"... and {len(notes) - 8} more sizes of slices"]
     index = {"listings": key, "arrays": _stamps(folder), "notes": notes}
     write_json(folder / "index.json", index)
 
 
-def _ready_cache(study: Path, jobs: list[tuple], listings: dict, config: DataConfig, bad: dict) -> Path:
-    """The folder of a cache that matches `listings`, made now where there is none; raises if any file is bad."""
+@contextmanager
+def _one_at_a_time(root: Path) -> Iterator[bool]:
+    """Only one process goes through the block for the cache `root`; says whether that is so.
+
+    It is not where a file system has no locks. The system unlocks the folder of a process that is killed.
+    """
+    handle = locked = None
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)  # a copy of patient data is its owner's alone
+        handle = os.open(root, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"cache {root}: another run is decoding; waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        locked = True
+    except (OSError, AttributeError):
+        pass  # a cache that cannot be written is said when it must be written
+    try:
+        yield bool(locked)
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _cache_folder(study: Path, config: DataConfig) -> Path:
+    """Where the decoded slices of a study are kept, at this size."""
     root = config.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vqvae2-slices")
-    place = repr((str(study.resolve()), config.height, config.width))
-    folder = Path(root, f"{study.resolve().name}-{hashlib.sha256(place.encode()).hexdigest()[:12]}")
+    place = repr((str(study.resolve()), config.height, config.width, config.fit))
+    return Path(root, f"{study.resolve().name}-{hashlib.sha256(place.encode()).hexdigest()[:12]}")
+
+
+def _fill_cache(
+    folder: Path, jobs: list[tuple], listings: dict, config: DataConfig, bad: dict, locked: bool
+) -> None:
+    """Make sure that `folder` is a cache that matches `listings`; raises if any file is bad."""
     problem = "" if bad else _cache_problem(folder, listings)
     if not bad and not problem:
         print(f"decoded slices: from the cache {folder}")
-        return folder
+        return
     if problem and folder.exists():
         print(f"cache {folder} {problem}: decoding again")
-    start = time.perf_counter()
+    start, size = time.perf_counter(), len(jobs) * config.height * config.width * 5
     try:
-        with atomic_path(folder) as part:
-            part.mkdir()
-            _write_cache(part, listings, jobs, (config.height, config.width), bad)
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for left in folder.parent.glob(".decoding-*") if locked else ():  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        if shutil.disk_usage(folder.parent).free < size:
+            raise OSError("there is not enough room")
+        part = Path(tempfile.mkdtemp(prefix=".decoding-", dir=folder.parent))
+        try:
+            _write_cache(part, listings, jobs, config, bad)
+            if not locked and not _cache_problem(folder, listings):
+                return  # another run has just made the same one
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
-        if _cache_problem(folder, listings):  # else another run has just made the same one: use it
-            size = len(jobs) * config.height * config.width * 5 / 1e9
+        if _cache_problem(folder, listings):  # else another run has just made the same one
             raise OSError(
                 f"{folder}: cannot write the cache of decoded slices ({error.strerror or error}). "
-                f"Mend: --cache DIR, a folder that you may write to with {size:.2f} GB free."
+                f"Fix: --cache DIR, a folder that you may write to with {size / 1e9:.2f} GB free."
             ) from error
     print(f"decoded slices: {len(jobs)} into the cache {folder} in {time.perf_counter() - start:.1f} s")
-    return folder
 
 
 # ---- datasets ---------------------------------------------------------------------------------------------
@@ -373,7 +570,7 @@ def relative_positions(names: Sequence[SliceName]) -> np.ndarray:
     numbers: dict[tuple[int, int], list[int]] = {}
     for patient, week, number in names:
         numbers.setdefault((patient, week), []).append(number)
-    ends = {volume: (min(of), max(of) - min(of)) for volume, of in numbers.items()}
+    ends = {volume: (min(found), max(found) - min(found)) for volume, found in numbers.items()}
     places = [(name.slice, *ends[name[:2]]) for name in names]
     return np.array([(n - low) / span if span else np.nan for n, low, span in places], np.float32)
 
@@ -383,36 +580,39 @@ class SliceDataset(torch.utils.data.Dataset):
 
     Attributes:
         paths, names: of the N source files, in order of patient, week and slice.
-        pixels: (N, height, width) float32 memory map, scanner units after any resize.
+        pixels: (N, height, width) float32 memory map, scanner units, in the model's grid.
         mean, std: (N,) float32, scanner units; std is 1 for a constant slice.
         positions: (N,) float32 in [0, 1], where in its volume a slice lies; NaN if it is the volume's only one.
-        affines, shapes: (N, 4, 4) float64 and (N, 2) int, of the source planes.
+        affines, shapes: (N, 4, 4) float64 and (N, 2) int, of the source files.
         labels: the values in the masks of the whole study, sorted, 0 among them; () where it has no masks.
         has_mask: (N,) bool.
         fingerprint: hex digest of the slices' names, pixels and masks: a copy of a study has the same.
         synthetic: the study holds a file named SYNTHETIC.txt.
     """
 
-    def __init__(self, study: Path, split: str, files: list[SourceFile], cache: Path, start: int) -> None:
-        self._made_of = (study, split, files, cache, start)
-        self.study, self.split = study, split
+    def __init__(
+        self, study: Path, split: str, files: list[SourceFile], cache: Path, start: int, fit: str
+    ) -> None:
+        self._made_of = (study, split, files, cache, start, fit)
+        self.study, self.split, self.fit, self._cache = study, split, fit, cache
         self.paths, self.names = [Path(file.path) for file in files], [file.name for file in files]
         self.synthetic = (study / "SYNTHETIC.txt").is_file()
         self.positions = relative_positions(self.names)
-        mine = slice(start, start + len(files))
-        self.pixels = np.load(cache / ARRAYS[0], mmap_mode="r")[mine]
+        rows = slice(start, start + len(files))
+        self.pixels = np.load(cache / ARRAYS[0], mmap_mode="r")[rows]
         with np.load(cache / ARRAYS[2]) as table:
-            self.mean, self.std = table["mean"][mine], table["std"][mine]
-            self.affines, self.shapes = table["affines"][mine], table["shapes"][mine]
-            sums = table["crc32"][mine].tolist()
-            self.has_mask, found = table["has_mask"][mine], table["labels"].tolist()
-            mask_sums = [table["mask_crc32"][mine].tolist()] if self.has_mask.any() else []
-        self.labels = tuple(sorted(found))
-        self._mask_indices = np.load(cache / ARRAYS[1], mmap_mode="r")[mine] if found else None
+            self.mean, self.std = table["mean"][rows], table["std"][rows]
+            self.affines, self.shapes = table["affines"][rows], table["shapes"][rows]
+            self._sums, self._mask_sums = table["crc32"][rows], table["mask_crc32"][rows]
+            self.has_mask, self._values = table["has_mask"][rows], table["labels"]
+        self.labels = tuple(sorted(self._values.tolist()))
+        self._mask_indices = np.load(cache / ARRAYS[1], mmap_mode="r")[rows] if self.labels else None
         self._classes = np.full(256, NO_MASK, np.uint8)  # of an index in order of appearance
-        self._classes[: len(found)] = [self.labels.index(label) for label in found]
-        what = self.pixels.shape, [tuple(name) for name in self.names], sums, *mask_sums
-        self.fingerprint = hashlib.sha256(repr(what).encode()).hexdigest()
+        self._classes[: len(self._values)] = np.searchsorted(self.labels, self._values) if self.labels else []
+        self._checked, self._masks_checked = np.zeros((2, len(files)), bool)
+        names, mask_sums = [tuple(name) for name in self.names], [self._mask_sums.tolist()]
+        content = self.pixels.shape, names, self._sums.tolist(), *mask_sums * bool(self.has_mask.any())
+        self.fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()
 
     def __reduce__(self):
         """A pickled memory map would carry its pixels; a worker process opens the file instead."""
@@ -421,10 +621,21 @@ class SliceDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
+    def _check(self, batch: np.ndarray, indices: np.ndarray, sums: np.ndarray, checked: np.ndarray) -> None:
+        """Compare what the cache gives with the sums of what was written, once for each slice."""
+        for row in np.flatnonzero(~checked[indices]):
+            index = indices[row]
+            if zlib.crc32(np.ascontiguousarray(batch[row])) != sums[index]:
+                raise UserError(
+                    f"{self._cache}: damaged where it holds {self.paths[index].name}. Fix: delete that folder."
+                )
+            checked[index] = True
+
     def images(self, indices: Sequence[int]) -> torch.Tensor:
-        """A whole batch at once: (B, 1, height, width) float32, z-scored."""
+        """A whole batch at once: (B, 1, height, width) float32, z-scored. UserError for a damaged cache."""
         indices = np.asarray(indices)
         batch = np.asarray(self.pixels)[indices]  # (B, height, width), a copy
+        self._check(batch, indices, self._sums, self._checked)
         batch -= self.mean[indices, None, None]
         batch /= self.std[indices, None, None]
         return torch.from_numpy(batch).unsqueeze(1)
@@ -432,11 +643,20 @@ class SliceDataset(torch.utils.data.Dataset):
     def masks(self, indices: Sequence[int]) -> torch.Tensor:
         """(B, height, width) uint8: the place in `labels` of each pixel's label; 255 where a slice has no mask."""
         if not self.labels:
-            raise ValueError(f"{self.study}: a study without masks")
-        return torch.from_numpy(self._classes[np.asarray(self._mask_indices)[np.asarray(indices)]])
+            raise UserError(f"{self.study}: a study without masks")
+        indices = np.asarray(indices)
+        batch = np.asarray(self._mask_indices)[indices]
+        with_mask = self.has_mask[indices]
+        self._check(
+            self._values.take(batch[with_mask], mode="clip"),
+            indices[with_mask],
+            self._mask_sums,
+            self._masks_checked,
+        )
+        return torch.from_numpy(self._classes[batch])
 
     def on(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-        """`images` for a training loop: of indices (B,) on the CPU, the batch on `device`.
+        """`images` for a training loop: takes indices (B,) on the CPU, gives the batch on `device`.
 
         A GPU with room for it holds the whole split from now on, in half precision.
         """
@@ -448,10 +668,10 @@ class SliceDataset(torch.utils.data.Dataset):
 
     def resident(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
         """`on` for a device that holds the split: no batch crosses over, and none is waited for."""
-        whole = torch.empty(len(self), 1, *self.pixels.shape[1:], dtype=torch.float16, device=device)
-        for some in torch.arange(len(self)).split(256):
-            whole[some[0] : some[-1] + 1] = self.images(some)
-        return lambda indices: whole[indices.to(device, non_blocking=True)].float()
+        images = torch.empty(len(self), 1, *self.pixels.shape[1:], dtype=torch.float16, device=device)
+        for indices in torch.arange(len(self)).split(256):
+            images[indices[0] : indices[-1] + 1] = self.images(indices)
+        return lambda indices: images[indices.to(device, non_blocking=True)].float()
 
     def masks_on(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
         """`masks` for a training loop, as `on` is `images`: a GPU with room for them holds them all."""
@@ -459,17 +679,25 @@ class SliceDataset(torch.utils.data.Dataset):
             return self.masks
         if self.pixels.size > torch.cuda.mem_get_info(device)[0] / 3:
             return lambda indices: self.masks(indices).pin_memory().to(device, non_blocking=True)
-        every = torch.empty(len(self), *self.pixels.shape[1:], dtype=torch.uint8, device=device)
+        masks = torch.empty(len(self), *self.pixels.shape[1:], dtype=torch.uint8, device=device)
         for indices in torch.arange(len(self)).split(256):
-            every[indices[0] : indices[-1] + 1] = self.masks(indices)
-        return lambda indices: every[indices.to(device, non_blocking=True)]
+            masks[indices[0] : indices[-1] + 1] = self.masks(indices)
+        return lambda indices: masks[indices.to(device, non_blocking=True)]
+
+    def placement(self, index: int) -> Placement:
+        """How the source slice `index` lies in the model's grid."""
+        return Placement.make(tuple(self.shapes[index].tolist()), self.pixels.shape[1:], self.fit)
+
+    def grid_affine(self, index: int) -> np.ndarray:
+        """(4, 4): the affine of the model's grid where it lies over slice `index`."""
+        return self.placement(index).affine(self.affines[index])
 
     def __getitem__(self, index: int) -> dict:
         """One slice, "image" (1, height, width) float32 z-scored, with what leads back to its source."""
         index = range(len(self))[index]
         mean, std = float(self.mean[index]), float(self.std[index])
-        whence = {"affine": self.affines[index], "index": index, "path": str(self.paths[index])}
-        return {"image": self.images([index])[0], "mean": mean, "std": std, **whence}
+        source = {"affine": self.affines[index], "index": index, "path": str(self.paths[index])}
+        return {"image": self.images([index])[0], "mean": mean, "std": std, **source}
 
 
 def open_study(config: DataConfig) -> dict[str, SliceDataset]:
@@ -477,52 +705,120 @@ def open_study(config: DataConfig) -> dict[str, SliceDataset]:
 
     Raises:
         FileNotFoundError: no study, or a split missing or empty.
-        ValueError: files that cannot be used (all listed at once), or patients shared between splits.
+        UserError: files that cannot be used (all listed at once), or patients shared between splits.
         OSError: the cache cannot be written.
     """
     study = find_study(config.data)
     if study is None:
         raise FileNotFoundError(
             f"{Path.cwd()}: neither {'/ nor '.join(STUDY_NAMES)}/ is here. "
-            "Mend: --data DIR, or `python driver.py`, which makes a synthetic study."
+            "Fix: --data DIR, or `python driver.py`, which makes a synthetic study."
         )
     bad: dict[str, str] = {}
     files = _scan_study(study, bad)
     _check_patients(study, files, config.allow_patient_overlap)
     masks = _scan_masks(study, files, bad)
-    listings = {split: _listing(files[split], masks[split], config) for split in SPLITS}
-    jobs = [
-        (file.path, mask and mask.path)
-        for split in SPLITS
-        for file, mask in zip(files[split], masks[split], strict=True)
-    ]
-    cache = _ready_cache(study, jobs, listings, config, bad)
-    splits, start = {}, 0
-    for split, of in files.items():
-        splits[split] = SliceDataset(study, split, of, cache, start)
-        people = len({file.name.patient for file in of})
-        print(f"{study}: {split:<8} {len(of):>6} slices of {people} patients")
-        start += len(of)
+    listings = {split: _listing(study, [*files[split], *masks[split]], config) for split in SPLITS}
+    pairs = [pair for split in SPLITS for pair in zip(files[split], masks[split], strict=True)]
+    jobs = [(file.path, mask and mask.path) for file, mask in pairs]
+    cache = _cache_folder(study, config)
+    with _one_at_a_time(cache.parent) as locked:  # until the arrays are open: then nobody can take them away
+        _fill_cache(cache, jobs, listings, config, bad, locked)
+        splits, start = {}, 0
+        for split in SPLITS:
+            splits[split] = SliceDataset(study, split, files[split], cache, start, config.fit)
+            start += len(files[split])
+        notes = json.loads((cache / "index.json").read_text())["notes"]
+    for split in SPLITS:
+        patients = len({file.name.patient for file in files[split]})
+        print(f"{study}: {split:<8} {len(files[split]):>6} slices of {patients} patients")
     if labels := splits["train"].labels:
         print(f"{study}: masks with the labels {', '.join(map(str, labels))}")
-    for note in json.loads((cache / "index.json").read_text())["notes"]:
+    for note in notes:
         print(note)
     if splits["train"].synthetic:
         print(f"{study}: SYNTHETIC, a phantom drawn by a program and not MRI")
     return splits
 
 
-def open_trained_study(trained: dict, config: DataConfig, checkpoint: str) -> dict[str, SliceDataset]:
-    """The study of `config`, else the one a checkpoint was trained on, at the size it was trained at.
+# ---- what a checkpoint says of its study ------------------------------------------------------------------
 
-    `trained` is the "data" of the checkpoint at the path `checkpoint`. Raises as `open_study` does.
+
+@dataclass(frozen=True)
+class StudyInfo:
+    """What a checkpoint keeps of the study that it was trained on, as a dictionary under "data".
+
+    Attributes:
+        study: its path.
+        height, width, fit, allow_patient_overlap: as in `DataConfig`.
+        fingerprints: of each split, see `SliceDataset`.
+        labels: in the masks; () for a study without masks.
     """
-    if not config.data and not Path(trained["study"]).is_dir():
-        raise FileNotFoundError(
-            f"{trained['study']}: the study that {checkpoint} was trained on is not there. Mend: --data DIR."
+
+    study: str
+    height: int
+    width: int
+    fingerprints: dict[str, str]
+    synthetic: bool = False
+    allow_patient_overlap: bool = False
+    labels: tuple[int, ...] = ()
+    fit: str = "auto"
+
+    @classmethod
+    def from_splits(cls, splits: dict[str, SliceDataset], config: DataConfig) -> "StudyInfo":
+        train = splits["train"]
+        return cls(
+            study=str(train.study.resolve()),
+            height=config.height,
+            width=config.width,
+            fingerprints={name: split.fingerprint for name, split in splits.items()},
+            synthetic=train.synthetic,
+            allow_patient_overlap=config.allow_patient_overlap,
+            labels=train.labels,
+            fit=config.fit,
         )
-    size = {side: trained[side] for side in ("height", "width")}
-    return open_study(replace(config, data=config.data or trained["study"], **size))
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: dict, path: Path | str) -> "StudyInfo":
+        """The record in a checkpoint; UserError, which names `path`, where it is not one."""
+        try:
+            info = cls(**checkpoint["data"])
+            info = replace(info, labels=tuple(info.labels))
+            kinds = {"study": str, "height": int, "width": int, "fingerprints": dict, "synthetic": bool}
+            kinds |= {"allow_patient_overlap": bool, "fit": str}
+            for name, kind in kinds.items():
+                if type(getattr(info, name)) is not kind:
+                    raise TypeError(f"{name} is {getattr(info, name)!r}")
+            if not all(type(label) is int for label in info.labels) or info.fit not in FITS:
+                raise TypeError("labels or fit")
+            if not all(type(value) is str for value in [*info.fingerprints, *info.fingerprints.values()]):
+                raise TypeError("fingerprints")
+            if min(info.height, info.width) < 2:
+                raise TypeError(f"slices of {info.height}x{info.width}")
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: its record of the study is damaged ({error}). Fix: another checkpoint, or train again."
+            ) from error
+        return info
+
+    def as_dict(self) -> dict:
+        """For the checkpoint, which holds plain containers only."""
+        return asdict(self) | {"labels": list(self.labels)}
+
+
+def open_trained_study(trained: StudyInfo, config: DataConfig, checkpoint: str) -> dict[str, SliceDataset]:
+    """The study of `config`, else the one a checkpoint was trained on; fitted as for the training.
+
+    `trained` is the record of the checkpoint at the path `checkpoint`. Raises as `open_study` does.
+    """
+    if isinstance(trained, dict):
+        trained = StudyInfo.from_checkpoint({"data": trained}, checkpoint)
+    if not config.data and not Path(trained.study).is_dir():
+        raise FileNotFoundError(
+            f"{trained.study}: the study that {checkpoint} was trained on is not there. Fix: --data DIR."
+        )
+    size = {"height": trained.height, "width": trained.width, "fit": trained.fit}
+    return open_study(replace(config, data=config.data or trained.study, **size))
 
 
 def save_reconstruction(dataset: SliceDataset, index: int, image: np.ndarray, path: Path | str) -> None:
@@ -534,17 +830,17 @@ def save_reconstruction(dataset: SliceDataset, index: int, image: np.ndarray, pa
     if pixels.shape != dataset.pixels.shape[1:]:
         raise ValueError(f"an image of shape {pixels.shape}; expected {dataset.pixels.shape[1:]}")
     pixels = (pixels * dataset.std[index] + dataset.mean[index]).astype(np.float32)
-    shape = tuple(map(int, dataset.shapes[index]))
-    pixels = pixels if pixels.shape == shape else _resize(pixels, shape)
-    write_nifti(path, pixels, dataset.affines[index], "VQ-VAE-2 reconstruction, not for clinical use")
+    pixels = dataset.placement(index).restore(pixels)
+    nifti.write(path, pixels, dataset.affines[index], "VQ-VAE-2 reconstruction, not for clinical use")
 
 
 def main() -> None:
+    """`python dataset.py slice ...` is `python volumes.py ...`."""
     import volumes  # which imports this file: not at the top
 
-    flags = parser(__doc__, volumes.SliceConfig)
-    flags.add_argument("command", choices=["slice"], help="cut volumes into a study")
-    volumes.slice_volumes(from_flags(volumes.SliceConfig, flags.parse_args()))
+    if sys.argv[1:2] == ["slice"]:
+        del sys.argv[1]
+    volumes.main()
 
 
 if __name__ == "__main__":

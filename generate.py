@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 import figures
+import nifti
 import page
 import runtime
 from appraise import Samples, appraise, decode, near, print_report
@@ -207,7 +208,7 @@ class Album:
             number = round(59 * np.nan_to_num(self.positions[i]))
             name = f"case_{900 + i:03d}_week_0_slice_{number}.nii.gz"
             pixels = (image.astype(np.float64) * self.std + self.mean).astype(np.float32)
-            runtime.write_nifti(self.out / NIFTI / name, pixels, self.affine, DESCRIPTION)
+            nifti.write(self.out / NIFTI / name, pixels, self.affine, DESCRIPTION)
         self.manifest["done"] = first + len(images)
         self.write_manifest()
 

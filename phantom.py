@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+import nifti
 import runtime
-from runtime import in_parallel, option
+from runtime import UserError, in_parallel, option
 
 SHAPE, PLANES, SPACING = (256, 128), 60, 1.6  # left-right and foot-head; anterior to posterior; mm, all three
 AFFINE = np.array([[SPACING, 0, 0, 0], [0, 0, -SPACING, 0], [0, SPACING, 0, 0], [0, 0, 0, 1]])  # to RAS+
@@ -85,7 +86,7 @@ class PhantomConfig:
         for name, value in asdict(self).items():
             least, limit = int(name != "seed"), most.get(name, 10**9)
             if not least <= value <= limit:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: expected {least} to {limit}.")
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected {least} to {limit}.")
 
 
 class Waves:
@@ -261,7 +262,7 @@ def write_phantom(out: Path | str, config: PhantomConfig = PhantomConfig()) -> P
     It holds keras_slices_{split} (float32), keras_slices_seg_{split} (uint8 masks) and SYNTHETIC.txt.
 
     Raises:
-        ValueError: `out` exists and is not a phantom; it is left alone.
+        UserError: `out` exists and is not a phantom; it is left alone.
     """
     out, about = Path(out), ABOUT + json.dumps({"version": VERSION, **asdict(config)}) + "\n"
     numbers = np.linspace(0, PLANES - 1, config.slices).round().astype(int).tolist()
@@ -275,7 +276,7 @@ def write_phantom(out: Path | str, config: PhantomConfig = PhantomConfig()) -> P
                 cases[patient, week] = names
     marker = out / "SYNTHETIC.txt"
     if out.exists() and not marker.is_file():
-        raise ValueError(f"{out}: not a phantom, it has no SYNTHETIC.txt. Mend: another --out.")
+        raise UserError(f"{out}: not a phantom, it has no SYNTHETIC.txt. Fix: another --out.")
     files = [out / (name % number) for names in cases.values() for name in names for number in numbers]
     if marker.is_file() and marker.read_text() == about and all(file.is_file() for file in files):
         print(f"{out}: synthetic phantom of this config, already whole; reused")
@@ -290,7 +291,7 @@ def write_phantom(out: Path | str, config: PhantomConfig = PhantomConfig()) -> P
                 _, pixels, tissues = man.cut(number)
                 mask = np.where(tissues > PROSTATE, BODY, tissues).astype(np.uint8)
                 for name, array in zip(cases[case], (pixels, mask), strict=True):
-                    runtime.write_nifti(part / (name % number), array, AFFINE, NOT_A_PATIENT)
+                    nifti.write(part / (name % number), array, AFFINE, NOT_A_PATIENT)
 
         for _ in in_parallel(write, list(cases), "phantom", "volume"):
             pass

@@ -6,7 +6,6 @@ name and moved into place (`atomic_path`), so a reader never meets half a file.
 
 import argparse
 import dataclasses
-import gzip
 import hashlib
 import json
 import os
@@ -27,7 +26,6 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -354,20 +352,6 @@ def write_text(path: Path | str, text: str) -> None:
 def write_json(path: Path | str, value) -> None:
     """`value` as indented JSON; NaN and infinity, which JSON lacks, are an error of ours."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def write_nifti(path: Path | str, pixels: np.ndarray, affine: np.ndarray, description: str = "") -> None:
-    """A NIfTI-1 file of `pixels` with its dtype; gzipped if `path` ends in .gz.
-
-    The same pixels give the same bytes: the gzip header carries no time. `description` (at most 79 ASCII
-    characters) goes into the header, where viewers show it.
-    """
-    image = nibabel.Nifti1Image(pixels, affine)
-    image.header["descrip"] = description.encode("ascii")
-    image.header.set_xyzt_units("mm")
-    data = image.to_bytes()
-    with atomic_path(path) as part:
-        part.write_bytes(gzip.compress(data, compresslevel=3, mtime=0) if str(path).endswith(".gz") else data)
 
 
 def sha256(path: Path | str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime import write_nifti
+import nifti
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,7 +32,7 @@ def study(tmp_path_factory) -> Path:
                 disc = np.hypot(rows - 32 - patient % 5, columns - 16) < 10 + number
                 pixels = 100 * (2 + disc + 0.1 * rng.normal(size=disc.shape)) * (np.abs(rows - 32) < 28)
                 name = f"case_{patient:03d}_week_0_slice_{number}.nii.gz"
-                write_nifti(folder / f"keras_slices_{split}" / name, pixels.astype(np.float32), np.eye(4))
+                nifti.write(folder / f"keras_slices_{split}" / name, pixels.astype(np.float32), np.eye(4))
     return folder
 
 

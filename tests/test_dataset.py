@@ -68,13 +68,29 @@ def put(study, pixels, number=0):
         ("seg_019_week_1_slice_7.nii.gz", (19, 1, 7)),
         ("Case_004_Week3_LFOV.nii.gz", (4, 3, 0)),
         ("B006_Week2_SEMANTIC.nii.gz", (6, 2, 0)),
+        ("CASE_004_WEEK_1_SLICE_2.NII.GZ", (4, 1, 2)),
+        ("patient012_z034.nii.gz", (12, 0, 34)),
+        ("IM-0001-0034.nii", (1, 0, 34)),
+        ("patient012/IM-0001-0034.nii", (12, 1, 34)),
+        ("0012/T2.nii.gz", (12, 0, 0)),
+        ("sub-01_ses-2_T2w.nii.gz", (1, 2, 0)),
+        ("sub-01/ses-2/anat/T2w_z7.nii.gz", (1, 2, 7)),
+        ("visit3_subject7_plane_8.nii", (7, 3, 8)),
+        ("BraTS20_Training_004_slice_5.nii.gz", (4, 0, 5)),
+        ("BraTS-GLI-00005-100-t2w_slice_7.nii.gz", (5, 100, 7)),
+        ("OAS1_0004_MR1_slice_6.nii.gz", (4, 0, 6)),
+        ("OAS30001_MR_d0757_z1.nii.gz", (30001, 0, 1)),
+        ("ADNI_002_S_0004_slice_3.nii.gz", (4, 0, 3)),
+        ("T2_case_004_slice_1.nii.gz", (4, 0, 1)),
     ],
 )
 def test_names_give_patient_week_slice(name, expected):
     assert parse_name(name) == expected
 
 
-@pytest.mark.parametrize("name", ["brain.nii.gz", "week_3_slice_4.nii.gz", "case_week_3.nii.gz"])
+@pytest.mark.parametrize(
+    "name", ["brain.nii.gz", "week_3_slice_4.nii.gz", "case_week_3.nii.gz", "T2_slice_3.nii.gz"]
+)
 def test_a_name_without_patient_number_is_an_error(name):
     with pytest.raises(ValueError, match="no patient number"):
         parse_name(name)
@@ -154,26 +170,28 @@ def test_plain_nii_and_hidden_files(study, config):
     np.testing.assert_array_equal(open_study(config)["train"].pixels[0], noise(9))
 
 
-def test_extra_axes_take_the_first_and_are_counted_once(study, config, capsys):
-    stack = noise(6, (*SIZE, 3, 2))
-    put(study, stack, 0)
+def test_a_last_axis_of_one_is_welcome_and_a_volume_is_sent_to_the_slicer(study, config):
     put(study, noise(7, (*SIZE, 1)), 1)
-    train = open_study(config)["train"]
-    np.testing.assert_array_equal(train.pixels[0], stack[:, :, 0, 0])
-    np.testing.assert_array_equal(train.pixels[1], noise(7, (*SIZE, 1))[:, :, 0])
-    lines = [line for line in capsys.readouterr().out.splitlines() if "more than two axes" in line]
-    assert len(lines) == 1 and lines[0].startswith("2 slices")
+    np.testing.assert_array_equal(open_study(config)["train"].pixels[1], noise(7, (*SIZE, 1))[:, :, 0])
+    put(study, noise(6, (*SIZE, 3)), 0)
+    with pytest.raises(ValueError, match=r"slice_0.*a volume of 32x16x3.*python volumes.py"):
+        open_study(config)
 
 
 def test_other_sizes_are_resized_as_skimage_does(study, config, capsys):
     wide = noise(8, (64, 40))  # so much that the smoothing shows
     put(study, wide, 0)
+    stretched = open_study(replace(config, fit="stretch"))["train"]
+    np.testing.assert_allclose(stretched.pixels[0], resize(wide, SIZE, anti_aliasing=True), rtol=1e-6)
+    capsys.readouterr()
     train = open_study(config)["train"]
-    np.testing.assert_allclose(train.pixels[0], resize(wide, SIZE, anti_aliasing=True), rtol=1e-6)
+    padded = np.full(SIZE, wide.min())
+    padded[3:29] = resize(wide, (26, 16), anti_aliasing=True)
+    np.testing.assert_allclose(train.pixels[0], padded, rtol=1e-6)
     assert tuple(train.shapes[0]) == (64, 40) and tuple(train.shapes[1]) == SIZE
-    assert "1 slices of another size were resized to 32x16" in capsys.readouterr().out
+    assert "1 slices of 64x40 were padded to 32x16" in capsys.readouterr().out
     open_study(config)
-    assert "1 slices of another size" in capsys.readouterr().out  # said from the cache too
+    assert "1 slices of 64x40" in capsys.readouterr().out  # said from the cache too
 
 
 def test_a_constant_slice_is_kept_and_said(study, config, capsys):
@@ -202,9 +220,9 @@ def break_file(path, kind):
     raw = {
         "truncated": (whole[: len(whole) // 2], "not a whole NIfTI"),
         "corrupt": (whole[:300] + bytes(64) + whole[364:], "not a whole NIfTI"),
-        "not nifti": (gzip.compress(b"hello" * 999), "not a whole NIfTI"),
-        "text": (b"<html>404</html>", "not a whole NIfTI"),
-        "empty": (b"", "not a whole NIfTI"),
+        "not nifti": (gzip.compress(b"hello" * 999), "not a NIfTI"),
+        "text": (b"<html>404</html>", "not a NIfTI"),
+        "empty": (b"", "not a NIfTI"),
         "short pixels": (gzip.compress(gzip.decompress(whole)[:-40]), "not a whole NIfTI"),
     }
     if kind in raw:
@@ -236,7 +254,7 @@ def test_all_bad_files_of_all_splits_are_listed_in_one_go(study, config):
         open_study(config)
     message = str(error.value)
     assert "12 of 18 files" in message and "... and 2 more" in message and message.count("\n  ") == 11
-    assert "no patient number" in message and "the same patient, week and slice" in message
+    assert "no patient number" in message and "read as patient 36, week 0, slice 0, as" in message
 
 
 # ---- masks ------------------------------------------------------------------------------------------------
@@ -454,7 +472,7 @@ def test_another_size_has_its_own_cache(config, tmp_path):
 
 def test_a_cache_that_cannot_be_written_names_the_flag(config, tmp_path):
     (tmp_path / "cache").write_text("a file where the folder should be")
-    with pytest.raises(OSError, match="Mend: --cache DIR"):
+    with pytest.raises(OSError, match="Fix: --cache DIR"):
         open_study(config)
 
 

@@ -80,7 +80,7 @@ def test_impossible_config_is_named(wrong):
 
 def test_default_study_has_disjoint_patients(monkeypatch, tmp_path):
     written = []
-    monkeypatch.setattr(phantom.runtime, "write_nifti", lambda path, *rest: written.append(path))
+    monkeypatch.setattr(phantom.nifti, "write", lambda path, *rest: written.append(path))
     monkeypatch.setattr(Man, "cut", lambda self, number: np.zeros((3, 256, 128), np.uint8))
     write_phantom(tmp_path / "p")
     splits = ("train", "validate", "test")
@@ -92,7 +92,7 @@ def test_default_study_has_disjoint_patients(monkeypatch, tmp_path):
 
 def test_many_patients_keep_their_splits_apart(monkeypatch, tmp_path):
     written = []
-    monkeypatch.setattr(phantom.runtime, "write_nifti", lambda path, *rest: written.append(path))
+    monkeypatch.setattr(phantom.nifti, "write", lambda path, *rest: written.append(path))
     monkeypatch.setattr(Man, "cut", lambda self, number: np.zeros((3, 256, 128), np.uint8))
     many = PhantomConfig(train_patients=40, validate_patients=6, test_patients=5, weeks=1, slices=1)
     write_phantom(tmp_path / "p", many)

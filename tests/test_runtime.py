@@ -3,7 +3,6 @@ import os
 import sys
 from dataclasses import dataclass
 
-import nibabel
 import numpy as np
 import pytest
 import torch
@@ -86,18 +85,6 @@ def test_a_folder_is_replaced_whole(tmp_path):
         part.mkdir()
         (part / "new").touch()
     assert os.listdir(tmp_path) == ["a"] and os.listdir(tmp_path / "a") == ["new"]
-
-
-def test_nifti_keeps_pixels_affine_and_bytes(tmp_path):
-    pixels = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
-    affine = np.diag([1.5, 2.0, 3.0, 1.0])
-    for name in ("a.nii.gz", "b.nii.gz", "c.nii"):
-        runtime.write_nifti(tmp_path / name, pixels, affine, "synthetic")
-        image = nibabel.load(tmp_path / name)
-        assert np.array_equal(image.get_fdata(dtype=np.float32), pixels)
-        np.testing.assert_allclose(image.affine, affine)
-        assert bytes(image.header["descrip"]).startswith(b"synthetic")
-    assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
 
 
 def test_checkpoints_come_back_without_running_code(tmp_path):

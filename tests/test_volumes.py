@@ -1,5 +1,6 @@
 """Tiny volumes cut into slices; nibabel is the reference for where a plane lies."""
 
+import json
 import os
 
 import nibabel
@@ -10,6 +11,7 @@ from nibabel.affines import apply_affine
 from test_dataset import name_of, noise, save
 
 from dataset import SPLITS, DataConfig, open_study, parse_name
+from runtime import UserError
 from volumes import SliceConfig, slice_volumes, split_patients
 
 RAS = np.array([[1.5, 0.1, 0, -20], [-0.1, 2.0, 0.2, 30], [0, -0.2, 1.25, 5], [0, 0, 0, 1]])  # oblique
@@ -68,30 +70,30 @@ def test_another_storage_order_gives_the_same_planes(tmp_path):
     axes = (2, 0, 1)  # stored head-foot, left-right, front-back
     affine = RAS.copy()
     affine[:3, :3] = RAS[:3, axes]
-    run_slice(write_release(tmp_path / "a", (4,), affine=affine, axes=axes), tmp_path / "out")
+    run_slice(write_release(tmp_path / "a", (4, 36, 40), affine=affine, axes=axes), tmp_path / "out")
     image = nibabel.load(tmp_path / "out" / "keras_slices_train" / name_of(4, 1))
     np.testing.assert_array_equal(np.asarray(image.dataobj), noise(40, SHAPE)[:, 4, :])
     np.testing.assert_allclose(apply_affine(image.affine, [2, 5, 0]), apply_affine(RAS, [2, 4, 5]), atol=1e-4)
 
 
 def test_axis_first_and_count_choose_the_planes(tmp_path):
-    run_slice(write_release(tmp_path / "a", (4,)), tmp_path / "out", axis=2, first=1, count=2)
+    run_slice(write_release(tmp_path / "a", (4, 36, 40)), tmp_path / "out", axis=2, first=1, count=2)
     image = nibabel.load(tmp_path / "out" / "keras_slices_train" / name_of(4, 1))
     np.testing.assert_array_equal(np.asarray(image.dataobj), noise(40, SHAPE)[:, :, 2])
     np.testing.assert_allclose(apply_affine(image.affine, [2, 5, 0]), apply_affine(RAS, [2, 5, 2]), atol=1e-4)
-    assert len(list((tmp_path / "out").rglob("case_*"))) == 2
+    assert len(list((tmp_path / "out").rglob("case_*"))) == 6
 
 
 def test_a_volume_without_orientation_needs_the_axis_flag(tmp_path):
-    release = write_release(tmp_path / "a", (4,), affine=None)
+    release = write_release(tmp_path / "a", (4, 36, 40), affine=None)
     with pytest.raises(ValueError, match=r"Case_004.*no orientation.*--axis"):
         run_slice(release, tmp_path / "out")
     run_slice(release, tmp_path / "other", axis=1)
-    assert len(list((tmp_path / "other").rglob("case_*"))) == 4
+    assert len(list((tmp_path / "other").rglob("case_*"))) == 12
 
 
 def test_slicing_resumes_without_touching_whole_files(tmp_path):
-    release, out = write_release(tmp_path / "a", (4, 5)), tmp_path / "out"
+    release, out = write_release(tmp_path / "a", (4, 36, 40)), tmp_path / "out"
     run_slice(release, out)
     files = sorted(out.rglob("*.nii.gz"))
     lost = files[3]
@@ -106,7 +108,7 @@ def test_slicing_resumes_without_touching_whole_files(tmp_path):
 
 
 def test_a_folder_of_other_planes_or_another_split_is_not_completed(tmp_path):
-    release, out = write_release(tmp_path / "a", (4, 5)), tmp_path / "out"
+    release, out = write_release(tmp_path / "a", (4, 36, 40)), tmp_path / "out"
     run_slice(release, out)
     with pytest.raises(ValueError, match="first: -1, now 2"):
         run_slice(release, out, first=2)
@@ -117,31 +119,31 @@ def test_a_folder_of_other_planes_or_another_split_is_not_completed(tmp_path):
 
 
 def test_settings_that_cut_nothing_bind_nobody(tmp_path):
-    release = write_release(tmp_path / "a", (4,))
+    release = write_release(tmp_path / "a", (4, 36, 40))
     with pytest.raises(ValueError, match="--count within"):
-        run_slice(release, tmp_path / "out", count=600)
+        run_slice(release, tmp_path / "out", first=9, count=4)
     run_slice(release, tmp_path / "out")
     assert list((tmp_path / "out").rglob("case_*"))
 
 
 def test_bad_volumes_are_listed_and_the_others_done(tmp_path):
-    release, out = write_release(tmp_path / "a", (4, 5, 6, 7, 8)), tmp_path / "out"
+    release, out = write_release(tmp_path / "a", (4, 5, 6, 7, 8, 36, 40)), tmp_path / "out"
     images, masks = SCHEMES["anonymous"]
     (release / f"{images.format(5, 0)}.nii.gz").write_bytes(b"no")
     save(release / f"{masks.format(6, 0)}.nii.gz", np.ones((8, 9, 6), np.uint8), RAS)
     save(release / f"{masks.format(7, 0)}.nii.gz", np.full(SHAPE, 0.5, np.float32), RAS)
     (release / f"{masks.format(8, 0)}.nii.gz").unlink()
     with pytest.raises(
-        ValueError, match=r"(?s)3 of 5 files.*Case_005.*Case_006.*its mask.*Case_007.*its mask"
+        ValueError, match=r"(?s)3 of 7 files.*Case_005.*Case_006.*its mask.*Case_007.*its mask"
     ) as error:
         run_slice(release, out)
     assert "Case_004" not in str(error.value)
-    assert {parse_name(file).patient for file in out.rglob("case_*")} == {4, 8}
-    assert {parse_name(file).patient for file in out.rglob("seg_*")} == {4}
+    assert {parse_name(file).patient for file in out.rglob("case_*")} == {4, 8, 36, 40}
+    assert {parse_name(file).patient for file in out.rglob("seg_*")} == {4, 36, 40}
 
 
 def test_patients_are_split_as_in_the_course_or_by_seed():
-    course, line = split_patients({*range(4, 34), *range(35, 43)}, seed=0)
+    course, line = split_patients({*range(4, 34), *range(35, 43)}, seed=0, split="auto")
     assert "course" in line and len(course) == 38
     assert [sum(split == of for of in course.values()) for split in SPLITS] == [31, 4, 3]
     assert (
@@ -159,5 +161,133 @@ def test_patients_are_split_as_in_the_course_or_by_seed():
 
 def test_the_command_ends_in_code_2_and_one_line(tmp_path):
     code, _, err = run("dataset.py", "slice", "--volumes", tmp_path)
-    assert code == 2 and err.startswith("error: ") and "semantic_MRs" in err
+    assert code == 2 and err.startswith("error: ") and "no volumes" in err
     assert "Traceback" not in err
+
+
+# ---- anyone's volumes -------------------------------------------------------------------------------------
+
+ORIENTATIONS = ("RAS", "LPS", "RPI", "PIR", "SAL", "ILA")
+
+
+def landmark(tilt=0.0, shape=(10, 12, 8)):
+    """A volume in RAS with a bright corner at the right, front and head, and its affine, tilted by degrees."""
+    pixels = noise(1, shape)
+    pixels[-3:, -3:, -3:] += 5000
+    c, s = np.cos(np.radians(tilt)), np.sin(np.radians(tilt))
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.diag([2.0, 1.5, 3.0])
+    affine[:3, 3] = -10, 20, 5
+    return pixels, affine
+
+
+def stored(pixels, affine, codes):
+    """The same voxels at the same places, stored in the order and directions of `codes`."""
+    image = nibabel.Nifti1Image(pixels, affine)
+    here = nibabel.io_orientation(affine)
+    change = nibabel.orientations.ornt_transform(here, nibabel.orientations.axcodes2ornt(codes))
+    return image.as_reoriented(change)
+
+
+def write_subject(root, patient, codes="RAS", tilt=0.0, mask_codes=None):
+    pixels, affine = landmark(tilt)
+    path = root / f"sub-{patient:02d}" / "ses-2" / "anat" / f"sub-{patient:02d}_ses-2_T2w.nii.gz"
+    path.parent.mkdir(parents=True)
+    nibabel.save(stored(pixels, affine, codes), path)
+    if mask_codes:
+        mask = stored((pixels > 4000).astype(np.uint8), affine, mask_codes)
+        nibabel.save(mask, path.with_name(path.name.replace("T2w", "T2w_seg")))
+    return path
+
+
+CUTS = [("coronal", 12, 0), ("coronal", 12, 12), ("coronal", 12, -30), ("axial", 8, 12), ("sagittal", 10, 0)]
+
+
+@pytest.mark.parametrize("plane, depth, tilt", CUTS)
+def test_all_orientations_give_the_same_slices_in_the_same_place(tmp_path, plane, depth, tilt, capsys):
+    for patient, codes in enumerate(ORIENTATIONS, 1):
+        write_subject(tmp_path / "bids", patient, codes, tilt, mask_codes=ORIENTATIONS[-patient])
+    run_slice(tmp_path / "bids", tmp_path / "out", plane=plane, count=0)
+    out = capsys.readouterr().out
+    assert ("oblique" in out) == bool(tilt) and "rows run to the patient's" in out
+    pixels, affine = landmark(tilt)
+    axes = {"coronal": (0, 2, 1), "axial": (0, 1, 2), "sagittal": (1, 2, 0)}[plane]
+    expected = pixels.transpose(axes)
+    for patient in range(1, 7):
+        for number in (0, depth - 1):
+            (path,) = (tmp_path / "out").rglob(f"case_{patient:03d}_week_2_slice_{number}.nii.gz")
+            (mask,) = (tmp_path / "out").rglob(f"seg_{patient:03d}_week_2_slice_{number}.nii.gz")
+            image = nibabel.load(path)
+            np.testing.assert_array_equal(np.asarray(image.dataobj), expected[..., number])
+            np.testing.assert_array_equal(
+                np.asarray(nibabel.load(mask).dataobj), expected[..., number] > 4000
+            )
+            for i, j in ((0, 0), (3, 5)):
+                voxel = np.zeros(3)
+                voxel[list(axes)] = i, j, number
+                np.testing.assert_allclose(
+                    apply_affine(image.affine, [i, j, 0]), apply_affine(affine, voxel), atol=1e-3
+                )
+                assert np.abs(nibabel.load(mask).affine - image.affine).max() < 1e-3
+
+
+def test_no_split_is_empty_and_the_course_s_is_for_hipmri(tmp_path, capsys):
+    for patient in range(4, 10):  # all of them in the course's training split
+        write_subject(tmp_path / "bids", patient)
+    run_slice(tmp_path / "bids", tmp_path / "out")
+    assert "random split" in capsys.readouterr().out
+    assert all(any((tmp_path / "out" / f"keras_slices_{split}").iterdir()) for split in SPLITS)
+    run_slice(write_release(tmp_path / "release", range(4, 8)), tmp_path / "other")
+    assert "random split" in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match=r"--split hipmri: 0 of 6 .* 6 train, 0 validate, 0 test.*--split random"
+    ):
+        run_slice(tmp_path / "bids", tmp_path / "third", split="hipmri")
+
+
+def test_clashes_are_shown_before_anything_is_written(tmp_path):
+    for patient in (1, 2, 3):
+        path = write_subject(tmp_path / "bids", patient)
+    other = path.with_name(path.name.replace("T2w", "T1w"))
+    other.write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match=r"(?s)two volumes.*sub-03_ses-2_T1w.*and.*sub-03_ses-2_T2w.*--match"):
+        run_slice(tmp_path / "bids", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    run_slice(tmp_path / "bids", tmp_path / "out", match="*_T2w*")
+    assert len(list((tmp_path / "out").rglob("case_003_*"))) == 4
+
+
+def test_subjects_with_names_get_numbers_that_are_kept(tmp_path):
+    for label in ("ctl1", "ctl2", "pat1"):
+        path = write_subject(tmp_path / "b", 1)
+        path.rename(tmp_path / "b" / f"sub-{label}_T2w.nii.gz")
+        path.parent.rmdir()
+        path.parents[1].rmdir()
+        path.parents[2].rmdir()
+    run_slice(tmp_path / "b", tmp_path / "out")
+    assert {parse_name(path).patient for path in (tmp_path / "out").rglob("case_*")} == {1, 2, 3}
+    record = json.loads((tmp_path / "out" / "slices.json").read_text())
+    assert record["subject ctl2"] == 2 and record["subject pat1"] == 3
+
+
+def test_masks_of_a_folder_of_their_own(tmp_path):
+    for patient in (1, 2, 3):
+        path = write_subject(tmp_path / "b", patient, mask_codes="LPS")
+        mask = path.with_name(path.name.replace("T2w", "T2w_seg"))
+        (tmp_path / "m").mkdir(exist_ok=True)
+        mask.rename(tmp_path / "m" / f"{patient}.nii.gz")
+    run_slice(tmp_path / "b", tmp_path / "out", masks=str(tmp_path / "m"), count=0)
+    assert len(list((tmp_path / "out").rglob("seg_*"))) == 36
+
+
+@pytest.mark.parametrize(
+    "name, way", [("IM1.dcm", "dcm2niix"), ("slice.png", "save each as NIfTI"), ("a.txt", "")]
+)
+def test_other_files_are_sent_their_way(tmp_path, name, way):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=f"no volumes.*{way}.*Fix"):
+        run_slice(tmp_path, tmp_path / "out")
+    (tmp_path / "keras_slices_train").mkdir()
+    (tmp_path / "keras_slices_train" / name).write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=f"no keras_slices_train.*{way}.*Fix"):
+        open_study(DataConfig(data=str(tmp_path), cache=str(tmp_path / "cache")))

@@ -1,0 +1,319 @@
+"""NIfTI files: reading, writing, and where their voxels lie in the world.
+
+    image = nifti.read("case_004_week_0_slice_0.nii.gz")
+    image.values()         # the array, scaled by the header's slope and intercept
+    image.affine           # (4, 4), voxel indices to millimetres; image.oriented says whether the header gave it
+    nifti.write("out.nii.gz", pixels, image.affine)
+
+Every fault of a file is a `UserError` that says what was found, without the file's name: the caller knows it.
+"""
+
+import gzip
+import os
+import stat
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+
+from runtime import UserError, atomic_path
+
+SUFFIXES = (".nii", ".nii.gz")
+HEADERS = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}  # by their size, the file's first number
+SPARE = 4096  # bytes that may follow the array, as some programs pad their files
+PLANES = {"coronal": "RSA", "axial": "RAS", "sagittal": "ASR"}  # the world's axes of row, column and slice
+
+
+@dataclass(frozen=True)
+class Image:
+    """A file's array as it is stored, and what its header says of it.
+
+    Attributes:
+        raw: the stored array, at least one axis, without the header's scale.
+        header: nibabel's, NIfTI-1 or NIfTI-2, of the file's byte order.
+        affine: (4, 4) float64, voxel indices to millimetres; always finite and invertible.
+        oriented: whether the header gave that affine; else it holds voxel sizes alone.
+        broken: the header names an affine that is none (all zero, NaN, flat): it was not used.
+    """
+
+    raw: np.ndarray
+    header: nibabel.Nifti1Header
+    affine: np.ndarray
+    oriented: bool
+    broken: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.raw.shape
+
+    @property
+    def scaled(self) -> bool:
+        return self.header.get_slope_inter() != (None, None)
+
+    def values(self, raw: np.ndarray | None = None) -> np.ndarray:
+        """The array, or the part `raw` of it, in the file's units: raw * slope + intercept."""
+        raw = self.raw if raw is None else raw
+        slope, intercept = self.header.get_slope_inter()
+        if slope is None or (slope, intercept) == (1, 0):
+            return raw
+        with np.errstate(over="ignore"):  # beyond float64 is Inf, which is an error where pixels are checked
+            return raw.astype(np.float64) * slope + (intercept or 0)
+
+
+# ---- reading ----------------------------------------------------------------------------------------------
+
+
+def is_nifti(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+def read(path: Path | str, max_axes: int = 7, max_pixels: int = 2**48) -> Image:
+    """Read a NIfTI-1 or NIfTI-2 file, gzipped or not.
+
+    Takes memory for what the file holds and never for what its header claims, and nothing at all for an array
+    with more than `max_axes` axes that are longer than 1 or more than `max_pixels`. UserError for what is no such
+    file.
+    """
+    # Without O_NONBLOCK, opening a named pipe waits for a writer.
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise UserError("not a regular file")
+        data = file.read()
+    try:
+        return _parse(data, max_axes, max_pixels)
+    except (EOFError, zlib.error) as error:
+        raise UserError(f"not a whole NIfTI file ({error})") from error
+    except MemoryError as error:
+        raise UserError("its array does not fit into this machine's memory") from error
+
+
+def _unzip(data: bytes, limit: int) -> bytes:
+    """The first `limit` bytes, or all there are, of gzip members; one that is read to its end is checked."""
+    parts, length = [], 0
+    while data and length < limit:
+        member = zlib.decompressobj(31)  # not GzipFile: this is one call, and it releases the GIL
+        parts.append(member.decompress(data, limit - length))
+        length += len(parts[-1])
+        if not member.eof and length < limit:
+            raise EOFError("it ends early")
+        data = member.unused_data.lstrip(b"\0")
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _parse(data: bytes, max_axes: int, max_pixels: int) -> Image:
+    zipped = data[:2] == b"\x1f\x8b"
+    header = _read_header(_unzip(data, max(HEADERS)) if zipped else data)
+    dtype, shape = header.get_data_dtype(), header.get_data_shape()
+    if sum(length > 1 for length in shape) > max_axes:
+        if max_axes == 2:
+            fix = "Fix: python volumes.py --volumes DIR --out STUDY makes slices of volumes"
+            raise UserError(f"a volume of {_times(shape)}; expected a 2-D slice. {fix}")
+        raise UserError(f"an array of {_times(shape)}; expected at most {max_axes} axes")
+    pixels = int(np.prod(shape, dtype=object))
+    if pixels > max_pixels:
+        raise UserError(f"an array of {_times(shape)}; expected at most {max_pixels} pixels")
+    start = int(header["vox_offset"])
+    end = start + pixels * dtype.itemsize
+    if zipped:  # takes memory as the stream fills it
+        data = _unzip(data, end + SPARE + 1)
+    if len(data) < end:
+        raise EOFError(f"{len(data)} bytes, where its header describes {end}")
+    if len(data) > end + SPARE:
+        raise UserError(f"more data than its header describes, an array of {_times(shape)}")
+    raw = np.frombuffer(data, dtype, count=pixels, offset=start)
+    return Image(raw.reshape(shape, order="F"), header, *best_affine(header))
+
+
+def _read_header(data: bytes) -> nibabel.Nifti1Header:
+    """nibabel's header at the start of `data`, without nibabel's own checks: those print a line a file."""
+    sizes = [int.from_bytes(data[:4], order) for order in ("little", "big")]
+    kind = next((HEADERS[size] for size in sizes if size in HEADERS), None)
+    if kind is None:
+        raise UserError("not a NIfTI file")
+    if len(data) < kind.template_dtype.itemsize:
+        raise EOFError("it ends within its header")
+    block = data[: kind.template_dtype.itemsize]
+    header = kind(block, endianness="<" if sizes[0] in HEADERS else ">", check=False)
+    magic = header["magic"].item()
+    if magic[:1] != b"n" or magic[2:3] not in b"12":
+        raise UserError("no NIfTI file but one of ANALYZE. Fix: convert it to .nii.gz")
+    if magic[1:2] != b"+":
+        raise UserError("its pixels are in another file, an .img. Fix: convert the pair to .nii.gz")
+    try:
+        dtype = header.get_data_dtype()
+        header.get_slope_inter()
+    except nibabel.spatialimages.HeaderDataError as error:
+        raise UserError(f"a damaged header ({error})") from error
+    if dtype.kind not in "biuf":
+        label = header.get_value_label("datatype")
+        raise UserError(f"pixels of type {label}; expected one real number a pixel")
+    axes, lengths = int(header["dim"][0]), header["dim"][1:].tolist()
+    if not 1 <= axes <= 7 or min(lengths[:axes]) < 1:
+        raise UserError(f"a damaged header: {axes} axes of lengths {lengths[: max(0, axes)]}")
+    offset = float(header["vox_offset"])
+    if not int(header["sizeof_hdr"]) <= offset < 2**40:
+        raise UserError(f"a damaged header: its array begins at byte {offset:g}")
+    return header
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def finite(pixels: np.ndarray) -> np.ndarray:
+    """`pixels` as contiguous float32; UserError where some of them are NaN or infinite."""
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes Inf, and an error here
+        pixels = np.ascontiguousarray(pixels, np.float32)
+    if broken := pixels.size - np.count_nonzero(np.isfinite(pixels)):
+        raise UserError(f"{broken} of {pixels.size} pixels are NaN or Inf")
+    return pixels
+
+
+# ---- affines ----------------------------------------------------------------------------------------------
+
+
+def usable(affine: np.ndarray) -> bool:
+    """Whether `affine` (4, 4) is finite, and its axes have lengths and span the space."""
+    if not np.isfinite(affine).all() or np.abs(affine).max() > 1e6:
+        return False
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    return bool(lengths.min() > 1e-6 and abs(np.linalg.det(affine[:3, :3] / lengths)) > 1e-3)
+
+
+def _qform(header: nibabel.Nifti1Header) -> np.ndarray:
+    """The header's quaternion as an affine. One a little longer than 1 is shortened, as FSL and ITK do."""
+    x, y, z = (float(header[f"quatern_{letter}"]) for letter in "bcd")
+    length = x * x + y * y + z * z
+    if length > 1:
+        if not length < 1.01:
+            return np.full((4, 4), np.nan)
+        x, y, z, length = x / length**0.5, y / length**0.5, z / length**0.5, 1
+    affine = np.eye(4)
+    affine[:3, :3] = nibabel.quaternions.quat2mat((max(0.0, 1 - length) ** 0.5, x, y, z))
+    sizes = np.abs(header["pixdim"][1:4].astype(float))
+    affine[:3, :3] *= sizes * (1, 1, -1 if header["pixdim"][0] < 0 else 1)
+    affine[:3, 3] = [float(header[f"qoffset_{letter}"]) for letter in "xyz"]
+    return affine
+
+
+def _full(affine: np.ndarray) -> np.ndarray:
+    """`affine` with a third axis of 1 mm across the other two, where it has none: a slice needs none."""
+    affine = np.array(affine, np.float64)
+    across = np.cross(affine[:3, 0], affine[:3, 1])
+    if not affine[:3, 2].any() and (length := np.linalg.norm(across)) > 0:
+        affine[:3, 2] = across / length
+    return affine
+
+
+def best_affine(header: nibabel.Nifti1Header) -> tuple[np.ndarray, bool, bool]:
+    """The affine, whether the header gives its directions, and whether it names one that cannot be used.
+
+    The sform where there is one, else the qform, else the voxel sizes alone.
+    """
+    broken = False
+    for code, make in (("sform_code", nibabel.Nifti1Header.get_sform), ("qform_code", _qform)):
+        if header[code] > 0:
+            with np.errstate(all="ignore"):
+                affine = _full(make(header))
+            if usable(affine):
+                return affine, True, broken
+            broken = True
+    sizes = np.abs(np.nan_to_num(header["pixdim"][1:4].astype(float), posinf=0))
+    return np.diag([*np.where((sizes > 1e-6) & (sizes < 1e6), sizes, 1), 1.0]), False, broken
+
+
+def grid_affine(affine: np.ndarray, scale: tuple[float, float], start: tuple[float, float]) -> np.ndarray:
+    """The affine of a grid laid over a slice: its pixel i lies at start + i * scale of the slice's, per axis."""
+    grid = np.diag([*scale, 1.0, 1.0])
+    grid[:2, 3] = start
+    return affine @ grid
+
+
+def plane_axes(affine: np.ndarray, plane: str) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
+    """The volume's axes that become row, column and slice number of a plane, and which of them are reversed.
+
+    Afterwards rows run to the patient's right (sagittal: front), columns to his head (axial: front), and slices
+    to his front (axial: head; sagittal: right). An oblique volume gives the plane that is nearest.
+    """
+    names = nibabel.aff2axcodes(affine)
+    axes = tuple(
+        next(i for i, name in enumerate(names) if name in pair) for pair in map(PAIRS.get, PLANES[plane])
+    )
+    return axes, tuple(names[axis] != end for axis, end in zip(axes, PLANES[plane], strict=True))
+
+
+PAIRS = {"R": "RL", "A": "AP", "S": "SI"}
+
+
+def turn(array: np.ndarray, axes: tuple[int, int, int], reverse: tuple[bool, bool, bool]) -> np.ndarray:
+    """A view of a 3-D array with its axes in another order and some of them reversed; see `turn_affine`."""
+    return array.transpose(axes)[tuple(slice(None, None, -1 if back else 1) for back in reverse)]
+
+
+def turn_affine(affine: np.ndarray, shape, axes: tuple[int, int, int], reverse) -> np.ndarray:
+    """The affine of what `turn` makes of an array of `shape`: every voxel stays where it is in the world."""
+    step = np.zeros((4, 4))
+    for new, (old, back) in enumerate(zip(axes, reverse, strict=True)):
+        step[old, new] = -1 if back else 1
+        step[old, 3] = shape[old] - 1 if back else 0
+    step[3, 3] = 1
+    return affine @ step
+
+
+def turn_back(array: np.ndarray, axes: tuple[int, int, int], reverse) -> np.ndarray:
+    """What `turn` made into `array`."""
+    array = array[tuple(slice(None, None, -1 if back else 1) for back in reverse)]
+    return array.transpose(np.argsort(axes))
+
+
+def turn_to(image: Image, array: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`array` of `image` with its axes along those of the affine `target`; returns it and its affine."""
+    here, there = map(nibabel.io_orientation, (image.affine, target))
+    change = nibabel.orientations.ornt_transform(here, there)
+    axes = tuple(int(axis) for axis in np.argsort(change[:, 0]))
+    reverse = tuple(bool(change[axis, 1] < 0) for axis in axes)
+    return turn(array, axes, reverse), turn_affine(image.affine, array.shape, axes, reverse)
+
+
+def obliquity(affine: np.ndarray) -> float:
+    """Degrees between an axis of the volume and the nearest of the world, of the axis where it is most."""
+    cosines = np.abs(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)).max(axis=0)
+    return float(np.degrees(np.arccos(np.clip(cosines, 0, 1)).max()))
+
+
+# ---- writing ----------------------------------------------------------------------------------------------
+
+
+def write(
+    path: Path | str,
+    pixels: np.ndarray,
+    affine: np.ndarray | None,
+    description: str = "",
+    like: nibabel.Nifti1Header | None = None,
+) -> None:
+    """Write a NIfTI file of `pixels` with their dtype; gzipped if `path` ends in .gz.
+
+    With a header `like`, that header's affines, their codes and units are kept as they are, and `affine` is
+    not looked at. The same pixels give the same bytes: the gzip header carries no time. `description` (at most
+    79 ASCII characters) goes into the header, where viewers show it.
+    """
+    if like is None:
+        header = nibabel.Nifti1Header()
+        header.set_xyzt_units("mm")
+    else:
+        header = like.as_byteswapped("<") if like.endianness == ">" else like.copy()
+    header.set_data_dtype(pixels.dtype)
+    header.set_data_shape(pixels.shape)
+    if like is None and affine is not None:
+        header.set_qform(affine, 0, strip_shears=True)  # sets the voxel sizes too
+        header.set_sform(affine, 2)
+    header.set_slope_inter(1, 0)
+    header["vox_offset"] = int(header["sizeof_hdr"]) + 4  # four bytes say that no extension follows
+    header["descrip"] = description.encode("ascii")
+    little = pixels.astype(pixels.dtype.newbyteorder("<"), copy=False)
+    data = header.binaryblock + bytes(4) + little.tobytes(order="F")
+    with atomic_path(path) as part:
+        zipped = str(path).lower().endswith(".gz")
+        part.write_bytes(gzip.compress(data, compresslevel=3, mtime=0) if zipped else data)
