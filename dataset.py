@@ -765,17 +765,17 @@ class StudyInfo:
     fit: str = "auto"
 
     @classmethod
-    def from_splits(cls, splits: dict[str, SliceDataset], config: DataConfig) -> "StudyInfo":
+    def from_splits(cls, splits: dict[str, SliceDataset], allow_patient_overlap: bool = False) -> "StudyInfo":
         train = splits["train"]
         return cls(
             study=str(train.study.resolve()),
-            height=config.height,
-            width=config.width,
+            height=train.pixels.shape[1],
+            width=train.pixels.shape[2],
             fingerprints={name: split.fingerprint for name, split in splits.items()},
             synthetic=train.synthetic,
-            allow_patient_overlap=config.allow_patient_overlap,
+            allow_patient_overlap=allow_patient_overlap,
             labels=train.labels,
-            fit=config.fit,
+            fit=train.fit,
         )
 
     @classmethod
@@ -811,8 +811,6 @@ def open_trained_study(trained: StudyInfo, config: DataConfig, checkpoint: str) 
 
     `trained` is the record of the checkpoint at the path `checkpoint`. Raises as `open_study` does.
     """
-    if isinstance(trained, dict):
-        trained = StudyInfo.from_checkpoint({"data": trained}, checkpoint)
     if not config.data and not Path(trained.study).is_dir():
         raise FileNotFoundError(
             f"{trained.study}: the study that {checkpoint} was trained on is not there. Fix: --data DIR."

@@ -25,7 +25,7 @@ import page
 import runtime
 from appraise import Samples, appraise, decode, near, print_report
 from codes import extract_codes
-from dataset import DataConfig, SliceDataset, open_trained_study
+from dataset import DataConfig, SliceDataset, StudyInfo, open_trained_study
 from modules import VQVAE2, load_model
 from prior import Prior, PriorConfig, check_sampling
 from runtime import option
@@ -74,10 +74,11 @@ class GenerateConfig:
 # ---- the models, the study, the samples ----------------------------------------------------------
 
 
-def load_models(config: GenerateConfig) -> tuple[dict, VQVAE2, Prior]:
-    """The "data" that the priors were trained on, the autoencoder and its priors; ValueError for no pair."""
+def load_models(config: GenerateConfig) -> tuple[StudyInfo, VQVAE2, Prior]:
+    """The study that the priors were trained on, the autoencoder and its priors; ValueError for no pair."""
     checkpoint = runtime.load_checkpoint(config.checkpoint, "vqvae2")
     saved = runtime.load_checkpoint(config.prior, "prior")
+    study = StudyInfo.from_checkpoint(saved, config.prior)
     digest, learnt = runtime.sha256(config.checkpoint), saved["autoencoder_sha256"]
     mend = "Mend: the pair that was trained together, or train.py --stage prior --checkpoint FILE."
     if digest != learnt:
@@ -87,7 +88,7 @@ def load_models(config: GenerateConfig) -> tuple[dict, VQVAE2, Prior]:
         )
     device = runtime.pick_device(config.device)
     model = load_model(checkpoint, config.checkpoint).to(device)
-    makes = model.config.code_shapes(*(checkpoint["data"][side] for side in ("height", "width")))[0]
+    makes = model.config.code_shapes(study.height, study.width)[0]
     shape, K = tuple(saved["top_shape"]), saved["model_config"]["K"]
     if (shape, K) != (makes, model.config.K):
         raise ValueError(
@@ -101,16 +102,16 @@ def load_models(config: GenerateConfig) -> tuple[dict, VQVAE2, Prior]:
         raise ValueError(
             f"{config.prior}: weights of other priors than prior.py has. Mend: train again."
         ) from error
-    return saved["data"], model, prior.to(device).eval()
+    return study, model, prior.to(device).eval()
 
 
-def open_splits(config: GenerateConfig, trained: dict) -> dict[str, SliceDataset]:
-    """The study at the models' size; `trained` is the "data" of the priors' checkpoint."""
+def open_splits(config: GenerateConfig, trained: StudyInfo) -> dict[str, SliceDataset]:
+    """The study at the models' size; `trained` is the record in the priors' checkpoint."""
     data = DataConfig(
         data=config.data, allow_patient_overlap=config.allow_patient_overlap, cache=config.cache
     )
     splits = open_trained_study(trained, data, config.prior)
-    if any(split.fingerprint != trained["fingerprints"][name] for name, split in splits.items()):
+    if any(split.fingerprint != trained.fingerprints[name] for name, split in splits.items()):
         print(f"note: {splits['train'].study}: its slices are not those that the models were trained on")
     if all(np.isnan(split.positions).all() for split in splits.values()):
         if not math.isnan(config.position):

@@ -25,7 +25,7 @@ import figures
 import metrics
 import page
 import runtime
-from dataset import DataConfig, SliceDataset, open_trained_study, save_reconstruction
+from dataset import DataConfig, SliceDataset, StudyInfo, open_trained_study, save_reconstruction
 from modules import VQVAE2, load_model
 from runtime import option
 
@@ -82,12 +82,12 @@ class PredictConfig:
 
 def open_test(checkpoint: dict, config: PredictConfig) -> SliceDataset:
     """The test split at the size the model was trained at; says where its files are not the model's own."""
-    trained = checkpoint["data"]
+    trained = StudyInfo.from_checkpoint(checkpoint, config.checkpoint)
     data = DataConfig(
         data=config.data, allow_patient_overlap=config.allow_patient_overlap, cache=config.cache
     )
     test = open_trained_study(trained, data, config.checkpoint)["test"]
-    if test.fingerprint != trained["fingerprints"]["test"]:
+    if test.fingerprint != trained.fingerprints.get("test"):
         print(f"note: {test.study}: its test slices are not those of the study that was trained on")
     return test
 

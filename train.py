@@ -28,7 +28,7 @@ import metrics
 import page
 import runtime
 from codes import extract_codes
-from dataset import NO_MASK, DataConfig, SliceDataset, open_study, open_trained_study
+from dataset import NO_MASK, DataConfig, StudyInfo, open_study, open_trained_study
 from loop import Stage, TrainConfig, fit, switched
 from modules import VQVAE2, Output, VQVAE2Config, load_model
 from prior import Prior, PriorConfig
@@ -178,15 +178,6 @@ def flip_left_right(x: Tensor, mirrored: Tensor) -> Tensor:
     return torch.where(mirrored.view(-1, *[1] * (x.ndim - 1)), x.flip(-2), x)
 
 
-def study_info(splits: dict[str, SliceDataset]) -> dict:
-    """What a checkpoint says of the study that it was trained on."""
-    return {
-        "study": str(splits["train"].study.resolve()),
-        "fingerprints": {name: split.fingerprint for name, split in splits.items()},
-        "synthetic": splits["train"].synthetic,
-    }
-
-
 class Autoencoder(Stage):
     """Stage one: reconstructs z-scored slices, and counts the codes of both levels."""
 
@@ -231,12 +222,7 @@ class Autoencoder(Stage):
         return {
             "model_config": dataclasses.asdict(self.model.config),
             "loss_config": dataclasses.asdict(self.loss),
-            "data": {
-                "height": self.data.height,
-                "width": self.data.width,
-                "allow_patient_overlap": self.data.allow_patient_overlap,
-                **study_info(self.splits),
-            },
+            "data": StudyInfo.from_splits(self.splits, self.data.allow_patient_overlap).as_dict(),
         }
 
     def start_epoch(self, generator: torch.Generator) -> None:
@@ -323,12 +309,12 @@ class CodePriors(Stage):
         codes, config = settings.codes, settings.train
         self.device = runtime.pick_device(config.device)
         checkpoint = runtime.load_checkpoint(codes.checkpoint, "vqvae2")
-        self.data, self.codes = checkpoint["data"], codes
+        trained, self.codes = StudyInfo.from_checkpoint(checkpoint, codes.checkpoint), codes
         self.sha256 = runtime.sha256(codes.checkpoint)
         with runtime.first_of_node():
-            self.splits = open_trained_study(self.data, settings.data, codes.checkpoint)
-        self.data |= study_info(self.splits)
-        size = self.data["height"], self.data["width"]
+            self.splits = open_trained_study(trained, settings.data, codes.checkpoint)
+        self.study = StudyInfo.from_splits(self.splits, settings.data.allow_patient_overlap)
+        size = trained.height, trained.width
         self.pixels = math.prod(size)
         model = load_model(checkpoint, codes.checkpoint).to(self.device)
         with runtime.first_of_node():
@@ -351,7 +337,7 @@ class CodePriors(Stage):
             "codes_config": dataclasses.asdict(self.codes),
             "top_shape": list(self.top_shape),
             "autoencoder_sha256": self.sha256,
-            "data": self.data,
+            "data": self.study.as_dict(),
         }
 
     def start_epoch(self, generator: torch.Generator) -> None:
@@ -444,11 +430,11 @@ def flags(doc: str, *configs: type, without: tuple[str, ...] = ()) -> argparse.A
     return runtime.parser(doc, StartConfig, *configs, *CONFIGS.values(), everyday=EVERYDAY, without=without)
 
 
-def study_flags(checkpoint: dict) -> dict:
+def study_flags(checkpoint: dict, path: str) -> dict:
     """The flags that open the study of a checkpoint as its training did."""
-    data = checkpoint["data"]
-    names = ("height", "width", "allow_patient_overlap")
-    return {"data": data["study"], **{name: data[name] for name in names}}
+    study = StudyInfo.from_checkpoint(checkpoint, path)
+    names = ("height", "width", "fit", "allow_patient_overlap")
+    return {"data": study.study, **{name: getattr(study, name) for name in names}}
 
 
 def make_settings(given: dict, preset: str = "") -> Settings:
@@ -474,7 +460,7 @@ def make_settings(given: dict, preset: str = "") -> Settings:
             if name not in ("data", *NOT_OF_STAGE[stage]):
                 key = "model_config" if name in ("model", "prior") else f"{name}_config"
                 start |= vars(runtime.from_saved(config, checkpoint, key, resume))
-        start |= {"out": str(Path(resume).parent), **study_flags(checkpoint)}
+        start |= {"out": str(Path(resume).parent), **study_flags(checkpoint, resume)}
     else:
         stage = stage or "autoencoder"
         presets = PRESETS[stage]
@@ -484,7 +470,7 @@ def make_settings(given: dict, preset: str = "") -> Settings:
         if given.get("weights") and stage == "autoencoder":
             weights = runtime.load_checkpoint(given["weights"], Autoencoder.kind)
             model = runtime.from_saved(VQVAE2Config, weights, "model_config", given["weights"])
-            start = vars(model) | study_flags(weights) | start
+            start = vars(model) | study_flags(weights, given["weights"]) | start
     if useless := [runtime.flag(name) for name in given if name not in flags_of(stage)]:
         other = "prior" if stage == "autoencoder" else "autoencoder"
         raise UserError(f"{', '.join(useless)}: for --stage {other} alone. Fix: leave it out.")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import runtime
 import train
 from codes import extract_codes
-from dataset import DataConfig, open_trained_study
+from dataset import DataConfig, StudyInfo, open_trained_study
 from loop import TrainConfig, learning_rate
 from modules import load_model
 from optimiser import Muon, split_parameters
@@ -130,7 +130,8 @@ def main() -> None:
     device = runtime.pick_device(config.device)
     checkpoint = runtime.load_checkpoint(config.checkpoint, "vqvae2")
     model = load_model(checkpoint, config.checkpoint).to(device)
-    splits = open_trained_study(checkpoint["data"], DataConfig(), config.checkpoint)
+    trained = StudyInfo.from_checkpoint(checkpoint, config.checkpoint)
+    splits = open_trained_study(trained, DataConfig(), config.checkpoint)
     kept = Path(config.checkpoint).parent / "codes.npz"
     maps = extract_codes(model, splits, runtime.sha256(config.checkpoint), kept)
     top = {name: torch.from_numpy(maps[f"{name}_top"].astype("int32")).to(device) for name in splits}
@@ -174,9 +175,7 @@ def main() -> None:
     n = {name: top[name].shape[1] for name in splits}
     result = {"minutes": config.minutes, "n": config.n, "slices": n, "top_shape": shape, "rows": rows}
     result |= {"sampling_ratio": round(ratio, 1), "threads": torch.get_num_threads(), "device": str(device)}
-    runtime.write_json(
-        config.out, result | {"data": checkpoint["data"]["study"].split("/")[-1]} | runtime.provenance()
-    )
+    runtime.write_json(config.out, result | {"data": Path(trained.study).name} | runtime.provenance())
     for name, row in rows.items():
         print(f"{name:6} {row['slices_seen']} slices seen, bits a top code: {row['bits_per_code']}, ", end="")
         print(f"{config.n} top maps in {max(row['sampling_seconds'])} s")

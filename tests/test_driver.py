@@ -94,7 +94,13 @@ def test_the_priors_suit_the_preset_or_the_study_resumed(
     study, tmp_path, monkeypatch, flags, channels, every
 ):
     monkeypatch.chdir(tmp_path)
-    data = {"study": str(study), "height": 64, "width": 32, "allow_patient_overlap": False}
+    data = {
+        "study": str(study),
+        "height": 64,
+        "width": 32,
+        "allow_patient_overlap": False,
+        "fingerprints": {},
+    }
     for name in ("real", "synthetic"):
         configs = {"model": VQVAE2Config(), "loss": train.LossConfig(), "train": train.TrainConfig()}
         checkpoint = {"kind": "vqvae2", "model": {}}

@@ -171,7 +171,11 @@ def test_the_scoreboard_of_models_has_every_way_of_counting_bits(
     other = write_checkpoint(tmp_path / "other.pth", study, epoch=3)
     config = PriorConfig(K=16, prior_channels=8, prior_heads=1, prior_top_layers=1, prior_bottom_layers=1)
     prior = {"kind": "prior", "model_config": asdict(config), "model": Prior(config, (8, 4)).state_dict()}
-    prior |= {"data": {}, "top_shape": [8, 4], "autoencoder_sha256": runtime.sha256(checkpoint)}
+    prior |= {
+        "data": runtime.load_checkpoint(checkpoint, "vqvae2")["data"],
+        "top_shape": [8, 4],
+        "autoencoder_sha256": runtime.sha256(checkpoint),
+    }
     runtime.save_checkpoint(tmp_path / "prior.pth", prior)
     arguments = [checkpoint, other, "--prior", tmp_path / "prior.pth", "--out", tmp_path / "out"]
     arguments += ["--below", 41, "--sets", "first", "second", "--device", "cpu"]
@@ -232,7 +236,7 @@ def test_checkpoints_that_cannot_be_used_are_named(study, checkpoint, tmp_path):
     with pytest.raises(ValueError, match="60x32; expected both to be multiples of 8"):
         predict_with(write_checkpoint(tmp_path / "size.pth", study, data=data))
     data = {**data, "height": 64, "study": str(tmp_path / "gone")}
-    with pytest.raises(FileNotFoundError, match=r"gone: the study that .* Mend: --data"):
+    with pytest.raises(FileNotFoundError, match=r"gone: the study that .* Fix: --data"):
         predict_with(write_checkpoint(tmp_path / "gone.pth", study, data=data))
 
 
