@@ -336,15 +336,15 @@ class Trainer:
 
     def show_loss(self, loss: Tensor, indices: Tensor, bar: tqdm) -> None:
         """Show the loss and stop if it is not finite. On a GPU twice a second: reading it waits for the step."""
-        cuda = self.device.type == "cuda"
-        if cuda and time.monotonic() < self.loss_shown_at + 0.5:
+        gpu = self.device.type != "cpu"
+        if gpu and time.monotonic() < self.loss_shown_at + 0.5:
             return
         value = loss.item()
         self.loss_shown_at = time.monotonic()
         bar.set_postfix(epoch=self.progress.epoch + 1, loss=f"{value:.4f}", refresh=False)
         if not math.isfinite(value):
             files = ", ".join(self.stage.splits["train"].paths[i].name for i in indices.tolist())
-            where = "or before" if cuda else f"on {files}"
+            where = "or before" if gpu else f"on {files}"
             raise UserError(self.divergence_message(value, self.progress.step + 1, where))
 
     def divergence_message(self, loss: float, step: int, where: str) -> str:

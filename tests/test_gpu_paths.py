@@ -1,0 +1,169 @@
+"""Every path of a GPU on a stand-in device (stand_in.py): devices do not mix, and no step waits for the device."""
+
+import re
+
+import pytest
+import stand_in
+import torch
+from tqdm import tqdm
+
+import generate
+import loop
+import modules
+import predict
+import train
+
+SMALL = {
+    "K": 32,
+    "D": 16,
+    "channels": 16,
+    "top_channels": 16,
+    "residual_channels": 16,
+    "height": 32,
+    "width": 16,
+}
+TRAIN = {
+    "optimiser": "muon",
+    "epochs": 1,
+    "batch_size": 7,
+    "lr": 1e-3,
+    "warmup": 0.1,
+    "clip": 1.0,
+    "bf16": "off",
+}
+LOSS = {"mse": 0.0, "l1": 0.2, "ssim": 1.0, "flip": True}
+PRIOR = {"stage": "prior", "prior_channels": 16, "bottom_every": 7, **TRAIN}
+# a wait once a run (whether the codebooks have started), once an epoch (sums and counts), or in a checkpoint
+MEANT = r"if self.updates == 0|self.sums.tolist|sums / count|count_nonzero|histogram.cpu|torch.stack\(sides\)"
+
+
+def autoencoder(study, out, **changes):
+    return train.make_settings({"data": str(study), "out": str(out), **SMALL, **TRAIN, **LOSS, **changes})
+
+
+@pytest.fixture(scope="module")
+def trained(study, tmp_path_factory):
+    """A folder with both stages trained, the study, and the waits of all that."""
+    out = tmp_path_factory.mktemp("gpu")
+    with stand_in.device() as activity, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Trainer, "show_loss", lambda *args: None)  # waits twice a second
+        best = train.train_autoencoder(autoencoder(study, out))
+        flags = {"checkpoint": str(best), "data": str(study), "out": str(out), **PRIOR}
+        train.train_prior(train.make_settings(flags))
+        return out, study, list(activity.waits)
+
+
+def trainer_of(stage: str, trained, **changes) -> loop.Trainer:
+    out, study, _ = trained
+    if stage == "autoencoder":
+        settings = autoencoder(study, out / "steps", **changes)
+        return loop.Trainer(train.Autoencoder(settings), settings.train)
+    flags = {"checkpoint": str(out / "vqvae2_best.pth"), "data": str(study), "out": str(out), **PRIOR}
+    settings = train.make_settings(flags)
+    return loop.Trainer(train.CodePriors(settings), settings.train)
+
+
+def take_steps(trainer: loop.Trainer, count: int = 3) -> list[str]:
+    """The waits of some training steps after the first, of which each may end a run."""
+    trainer.stage.start_epoch(torch.Generator().manual_seed(0))
+    trainer.model.train()
+    trainer.loss_shown_at = 1e18  # the loss is shown twice a second: not in these steps
+    for step in range(count):
+        if step == 1:
+            stand_in.activity.clear()
+        trainer.train_step(torch.arange(trainer.config.batch_size), tqdm(disable=True))
+        trainer.should_stop([])
+    return list(stand_in.activity.waits)
+
+
+def test_training_mixes_no_devices_and_waits_only_where_meant(trained):
+    assert not [wait for wait in trained[2] if not re.search(MEANT, wait)]
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "prior"])
+@pytest.mark.parametrize("optimiser", ["muon", "adam"])
+def test_a_step_waits_for_nothing(trained, stage, optimiser):
+    with stand_in.device():
+        assert take_steps(trainer_of(stage, trained, optimiser=optimiser)) == []
+
+
+def test_a_split_too_large_for_the_device_is_copied_batch_by_batch(trained):
+    with stand_in.device():
+        resident = trainer_of("autoencoder", trained)
+        take_steps(resident)
+    with stand_in.device(free_memory=0):
+        streamed = trainer_of("autoencoder", trained)
+        assert take_steps(streamed) == []
+    for a, b in zip(resident.model.parameters(), streamed.model.parameters(), strict=True):
+        torch.testing.assert_close(
+            a.data_on_cpu, b.data_on_cpu, rtol=0, atol=1e-3
+        )  # one holds half precision
+    assert activity.launches
+
+
+def test_a_resumed_run_ends_with_the_same_weights(trained, tmp_path):
+    study = trained[1]
+    with stand_in.device():
+        straight = train.train_autoencoder(autoencoder(study, tmp_path / "straight", epochs=2))
+        train.train_autoencoder(autoencoder(study, tmp_path / "halves", epochs=2, save_every=1))
+        settings = train.make_settings(
+            {"resume": str(tmp_path / "halves" / "vqvae2_epoch_1.pth"), "data": str(study)}
+        )
+        train.train_autoencoder(settings)
+    final = [
+        torch.load(f.parent / "vqvae2_epoch_final.pth")["model"] for f in (straight, tmp_path / "halves/x")
+    ]
+    assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
+
+
+def test_scoring_and_sampling_mix_no_devices(trained):
+    out = trained[0]
+    files = {"checkpoint": str(out / "vqvae2_best.pth"), "out": str(out / "scores")}
+    with stand_in.device():
+        predict.predict(predict.PredictConfig(**files))
+        files |= {"prior": str(out / "prior_best.pth"), "out": str(out / "generated")}
+        generate.generate(generate.GenerateConfig(n=2, top_k=5, top_p=0.9, **files))
+
+
+# The faults that these tests are to find.
+
+
+def test_a_mixture_of_devices_is_found(trained, monkeypatch):
+    monkeypatch.setattr(
+        train, "flip_left_right", lambda x, m: torch.where(m.cpu().view(-1, 1, 1, 1), x.flip(2), x)
+    )
+    with stand_in.device(), pytest.raises(RuntimeError, match="same device"):
+        take_steps(trainer_of("autoencoder", trained))
+
+
+def test_a_wait_in_a_step_is_found(trained, monkeypatch):
+    start = modules.VectorQuantiser.random_vectors
+
+    def waiting(self, flat):
+        assert flat.sum().item() == flat.sum().item()
+        return start(self, flat)
+
+    monkeypatch.setattr(modules.VectorQuantiser, "random_vectors", waiting)
+    with stand_in.device():
+        assert any("_local_scalar_dense" in wait for wait in take_steps(trainer_of("autoencoder", trained)))
+
+
+def test_a_gpu_tensor_gives_no_numpy_array_and_takes_no_cpu_generator():
+    with stand_in.device():
+        x = torch.zeros(3, device=stand_in.DEVICE)
+        with pytest.raises(TypeError, match="numpy"):
+            x.numpy()
+        with pytest.raises(RuntimeError, match="generator"):
+            x.uniform_(generator=torch.Generator())
+
+
+# Kernel launches.
+
+
+def test_launches_of_a_step_of_the_best_preset(study, tmp_path):
+    flags = {"preset": "best", "data": str(study), "out": str(tmp_path), "height": 32, "width": 16}
+    settings = train.make_settings(flags)
+    with stand_in.device() as activity:
+        take_steps(loop.Trainer(train.Autoencoder(settings), settings.train), count=2)
+        launches = activity.launches.total()
+    assert launches <= 550, activity.launches.most_common(20)
