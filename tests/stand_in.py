@@ -32,9 +32,7 @@ DEVICE = torch.device("standin", 0)
 # CUDA has a kernel of its own for this; without one here autograd would take it apart into seven operations
 KERNELS = torch.library.Library("aten", "IMPL")
 KERNELS.impl(
-    "silu_backward",
-    lambda gradient, x: run(torch.ops.aten.silu_backward.default, (gradient, x), {}),
-    "PrivateUse1",
+    "silu_backward", lambda *args: run(torch.ops.aten.silu_backward.default, args, {}), "PrivateUse1"
 )
 ROOT = Path(__file__).resolve().parents[1]
 # operations that give the host a value, or a tensor whose shape depends on values
