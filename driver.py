@@ -18,7 +18,7 @@ import phantom
 import predict
 import runtime
 import train
-from dataset import find_study
+from dataset import StudyInfo, find_study
 from runtime import UserError, option
 
 PHANTOM = Path("phantom_slices_data")  # made where there is no study
@@ -44,7 +44,7 @@ def make_settings(given: dict) -> tuple[train.Settings, train.Settings, DriverCo
         resumed = runtime.load_checkpoint(resume, "vqvae2", "prior")
         if resumed["kind"] == "prior":
             raise UserError(f"--resume {resume}: priors. Fix: train.py --resume, then generate.py.")
-        synthetic = resumed["data"]["synthetic"]
+        synthetic = StudyInfo.from_checkpoint(resumed, resume).synthetic
     preset = given.get("preset") or ("quick" if synthetic else "report")
     first = train.make_settings(given, preset)
     priors |= {"stage": "prior", "preset": "quick" if preset == "quick" else "best"}

@@ -163,6 +163,22 @@ class Progress:
     epoch_seconds: float = 0.0  # of the epoch that has begun
     history: list[dict] = field(default_factory=list)  # the lines of log.jsonl
 
+    def __post_init__(self) -> None:
+        for name in ("epoch", "seen", "step", "best_epoch", "seconds", "epoch_seconds"):
+            if not 0 <= getattr(self, name) < 2**40:
+                raise UserError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if self.best_epoch > self.epoch or math.isnan(self.best):
+            raise UserError(f"best is {self.best} in epoch {self.best_epoch} of {self.epoch}")
+        losses = [
+            line.get(key) for line in self.history if "epoch" in line for key in ("train_loss", "val_loss")
+        ]
+        try:
+            json.dumps(self.history)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"history is not plain: {error}") from error
+        if not runtime.matches(losses, list[float]):
+            raise UserError("history has epochs without their losses")
+
 
 class Checkpoints:
     """Writes the checkpoints of a run and restores a run from one.
@@ -213,27 +229,61 @@ class Checkpoints:
 
     def restore(self, checkpoint: dict) -> None:
         """Set the model, the optimiser and the progress to those of `checkpoint`; UserError if it does not fit."""
+        path, model = checkpoint["path"], self.stage.model
         if checkpoint["model_config"] != self.stage.settings()["model_config"]:
-            raise UserError(
-                "--resume: the checkpoint is of a network of another shape. Fix: leave out its flags."
-            )
+            raise UserError(f"{path}: a network of another shape. Fix: leave out the flags of the network.")
         if (optimiser := checkpoint["train_config"]["optimiser"]) != self.config.optimiser:
-            raise UserError(f"--resume: the checkpoint is of --optimiser {optimiser}. Fix: leave it out.")
-        try:
-            self.stage.model.load_state_dict(checkpoint["model"])
-        except RuntimeError as error:  # a revision whose network has other layers
-            raise UserError("--resume: weights of another network than this. Fix: train again.") from error
-        # The settings of the optimiser are this run's, and not the checkpoint's: its groups hold a learning rate.
+            raise UserError(f"{path}: trained with --optimiser {optimiser}. Fix: leave out --optimiser.")
+        progress = runtime.from_saved(Progress, checkpoint, f"{path}: the progress of the run")
+        if progress.seen > (size := len(self.stage.splits["train"])):
+            raise UserError(
+                f"{path}: {progress.seen} slices of its epoch are done, the study has {size}. Fix: its own --data."
+            )
+        runtime.check_tensors(model.state_dict(), checkpoint["model"], path)
+        sums = {"sums": self.sums, **self.stage.counts}
+        saved_counts = checkpoint.get("counts")
+        saved_sums = {
+            "sums": checkpoint.get("sums"),
+            **(saved_counts if isinstance(saved_counts, dict) else {}),
+        }
+        runtime.check_tensors(sums, saved_sums, path)
+        state = self.checked_optimiser_state(checkpoint)
+
+        vars(self.progress).update(vars(progress))
+        model.load_state_dict(checkpoint["model"])
+        # The groups are this run's: those of the checkpoint hold the settings of another one, as its learning rate.
         groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": checkpoint["optimiser"]["state"], "param_groups": groups})
-        for name in vars(self.progress):
-            setattr(self.progress, name, checkpoint[name])
+        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
         if runtime.rank() == 0:  # what all ranks have summed up in this epoch: one of them takes it
-            self.sums.copy_(checkpoint["sums"])
-            for name, counts in self.stage.counts.items():
-                counts.copy_(checkpoint["counts"][name])
+            for name, tensor in sums.items():
+                tensor.copy_(saved_sums[name])
         if self.best_is_missing():  # the next epoch becomes the best one
             self.progress.best, self.progress.best_epoch = math.inf, self.progress.epoch
+
+    def checked_optimiser_state(self, checkpoint: dict) -> dict[int, dict[str, Tensor]]:
+        """The optimiser's state of a checkpoint, by the number of the parameter. UserError if it does not fit."""
+        path, saved = checkpoint["path"], checkpoint.get("optimiser")
+        if not runtime.matches(saved, dict) or not runtime.matches(
+            saved.get("state"), dict[int, dict[str, Tensor]]
+        ):
+            raise UserError(f"{path}: a checkpoint without a usable optimiser. Fix: train again.")
+        state, expected = saved["state"], {}
+        for group in self.optimiser.param_groups:
+            names = ("momentum",) if group["matrices"] else ("exp_avg", "exp_avg_sq")
+            for parameter in group["params"]:
+                means = dict.fromkeys(names, parameter)
+                expected[len(expected)] = {"step": torch.zeros(()), **means}
+        if checkpoint["step"] == 0:  # stopped before the first step
+            expected = {}
+        if state.keys() != expected.keys():
+            raise UserError(
+                f"{path}: the optimiser's state of {len(state)} weights; expected {len(expected)}. Fix: train again."
+            )
+        for number, tensors in expected.items():
+            runtime.check_tensors(tensors, state[number], f"{path}: the optimiser's state {number}")
+            if not all(tensor.isfinite().all() for tensor in state[number].values()):
+                raise UserError(f"{path}: the optimiser's state {number} is not finite. Fix: train again.")
+        return state
 
     def best_is_missing(self) -> bool:
         """Whether the best checkpoint so far is not in this folder, as rank 0 sees it."""

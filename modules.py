@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime import UserError, option, rank, sum_over_ranks, world
+from runtime import UserError, from_saved, load_weights, option, rank, sum_over_ranks, world
 
 
 @dataclass(frozen=True)
@@ -360,12 +360,5 @@ class VQVAE2(nn.Module):
 
 def load_model(checkpoint: dict, path: str) -> VQVAE2:
     """The model of a checkpoint, in `eval()`. UserError if its weights do not fit this version's network."""
-    try:
-        model = VQVAE2(VQVAE2Config(**checkpoint["model_config"]))
-        model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(
-            f"{path}: the weights do not fit the network of modules.py ({str(error).splitlines()[0]}). "
-            "Fix: use the version of these scripts that wrote it, or train again."
-        ) from error
-    return model.eval()
+    config = from_saved(VQVAE2Config, checkpoint["model_config"], f"{path}: model_config")
+    return load_weights(lambda: VQVAE2(config), checkpoint, path).eval()

@@ -1,28 +1,30 @@
-"""What every script needs and none is about: flags, devices, ranks, whole files, checkpoints, NIfTI out.
+"""What all scripts share: flags, devices, the ranks of torchrun, files that are whole or absent, checkpoints.
 
-Bad input ends a script with one line on stderr and exit code 2 (`run_cli`); files are written to a temporary
-name and moved into place (`atomic_path`), so a reader never meets half a file.
+A user's mistake ends a script with one message on stderr and exit code 2 (`run_cli`). Files are written to a
+temporary place and moved (`atomic_path`), so that nobody ever reads half a file.
 """
 
 import argparse
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
-import pickle
 import platform
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 import typing
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
 
@@ -36,7 +38,10 @@ FORMAT = "vqvae2-3"  # of a checkpoint; raised when its keys change meaning
 OLD_FORMATS = ("vqvae2-1", "vqvae2-2")  # written up to revision 5afe7e8
 ROOT = Path(__file__).resolve().parent
 RENAMED = {"rate": "bit_weight"}  # flags that had another name: old, new
-PATIENCE = timedelta(minutes=30)  # of a rank for the others: for the slowest thing that one does alone
+PATIENCE = timedelta(minutes=30)  # how long a rank waits for the slowest thing that another one does alone
+TEMPORARY = ".part-"  # how the names of temporary folders begin
+# What PyTorch says, as a plain RuntimeError, where the CPU's memory does not suffice
+NO_MEMORY = ("can't allocate memory", "bad_alloc", "calculation overflowed", "could not create a memory")
 
 
 class UserError(ValueError):
@@ -47,32 +52,50 @@ class UserError(ValueError):
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script's `main`; turn what a user can mend into one line on stderr and exit code 2.
+    """Run a script's `main`. What the user can fix ends it with one message on stderr and exit code 2.
 
-    Users' mistakes reach here as `OSError`, or as `ValueError` raised by this repository's own files. A
-    `ValueError` from inside a library is a bug of ours and keeps its traceback.
+    Every other exception is a bug of ours: it keeps its traceback, and exit code 1.
     """
-    # The momentum of a unit that has died decays to numbers below 1e-38, on which a CPU is so slow that every step
-    # took three times as long after some two thousand. Here, for threads that start later inherit it.
+    # The momentum of a unit that has died decays to numbers below 1e-38. A CPU is so slow at these that after two
+    # thousand steps each one took three times as long. Set here because threads that start later inherit it.
     torch.set_flush_denormal(True)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(
+            line_buffering=True
+        )  # also into a file, where a line would wait for many others
     try:
         main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)  # as a shell reports a process that Ctrl-C ended
-    except torch.OutOfMemoryError as error:
-        message = f"{str(error).splitlines()[0]} Fix: a smaller --batch-size, or --device cpu."
-    except (UserError, OSError) as error:
-        message = str(error)
-    except ValueError as error:  # until every file raises UserError
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent
-        if raised_in not in (ROOT, ROOT / "benchmarks"):
+        sys.exit(130)  # what a shell reports for a process that Ctrl-C ended
+    except Exception as error:
+        if (message := user_message(error)) is None:
             raise
-        message = str(error)
-    else:
-        return
-    print(f"error{f' of rank {rank()}' if world() > 1 else ''}: {message}", file=sys.stderr)
-    sys.exit(2)
+        print(f"error{f' of rank {rank()}' if world() > 1 else ''}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def user_message(error: Exception) -> str | None:
+    """What to tell the user about an error that she can do something about; None for a bug of ours."""
+    text = str(error) or type(error).__name__
+    first_line = text.splitlines()[0]
+    if isinstance(error, UserError | OSError):
+        return text
+    memory = isinstance(error, RuntimeError) and any(words in text for words in NO_MEMORY)
+    if memory or isinstance(error, MemoryError | torch.OutOfMemoryError):
+        fix = "a smaller --batch-size or a smaller network"
+        fix += ", or --device cpu" if isinstance(error, torch.OutOfMemoryError) else ""
+        return f"not enough memory: {first_line} Fix: {fix}."
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"--compile on: torch.compile failed here ({first_line}). Fix: leave out --compile."
+    if isinstance(error, ValueError) and raised_by_us(error):  # until every file raises UserError
+        return text
+    return None
+
+
+def raised_by_us(error: Exception) -> bool:
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent
+    return raised_in in (ROOT, ROOT / "benchmarks")
 
 
 def option(default, help: str, **metadata):
@@ -306,42 +329,105 @@ def first_of_node() -> Iterator[None]:
 # ---- whole files ---------------------------------------------------------------------------------
 
 
+def lock(folder: Path | str) -> int:
+    """Lock a folder until the file descriptor that is returned is closed, or the process ends.
+
+    BlockingIOError while another process holds it; another OSError on a file system without such locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextmanager
+def only_run_in(folder: Path | str) -> Iterator[None]:
+    """Hold `folder`, made where it is not there, for this run: UserError while another run holds it.
+
+    OSError, before anything is computed, if nothing can be written there.
+    """
+    descriptor = None
+    if rank() == 0:
+        writable_folder(folder)
+        try:
+            descriptor = lock(folder)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another run is writing there. Fix: wait for its end, or another --out."
+            ) from None
+        except OSError:
+            pass  # no locks here: as good as held
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def writable_folder(path: Path | str) -> Path:
     """`path`, made where it is not there; OSError, before anything is computed, if it cannot be written."""
     path = Path(path)
     try:
-        trial = part_of(path / "trial")
-        write_text(trial, "")
-        trial.unlink()
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path).cleanup()
     except OSError as error:
         raise OSError(f"{path}: cannot write there ({error.strerror}). Fix: another --out.") from error
     return path
 
 
-def part_of(path: Path) -> Path:
-    """The name, this process' alone on every machine that sees the folder, under which `path` is written."""
-    return path.with_name(f".part-{platform.node()}-{os.getpid()}-{path.name}")
+@cache
+def sweep(folder: Path) -> None:
+    """Delete what killed processes left in `folder`: the temporary folders that nobody holds a lock on."""
+    for left in folder.glob(f"{TEMPORARY}*/"):
+        with suppress(OSError):  # in use, or just deleted by another process, or another user's
+            descriptor = lock(left)
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(descriptor)
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """A new folder in `parent` to which only this user may write: nobody can have put a link into it."""
+    while True:
+        folder, descriptor = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent)), None
+        with suppress(OSError):
+            descriptor = lock(folder)
+        if folder.exists():
+            break
+        if descriptor is not None:  # the `sweep` of another process was quicker
+            os.close(descriptor)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Write to the path given, beside `path` and with its suffix; if the block succeeds it becomes `path`.
+    """Yields a path to write to, of the same name in a temporary folder; it becomes `path` if the block succeeds.
 
-    Works for a folder too: it replaces `path` whole.
+    It may be a file or a folder, which replaces `path` whole. An OSError of the block names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = part_of(path)
-    shutil.rmtree(part, ignore_errors=True)  # of a killed process that had our number
+    sweep(path.parent)
     try:
-        yield part
-        if part.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        os.replace(part, path)
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
-        part.unlink(missing_ok=True)
+        with temporary_folder(path.parent) as folder:
+            part = folder / path.name
+            yield part
+            if part.is_dir() and path.exists():
+                os.replace(path, folder / f"old-{path.name}")
+            os.replace(part, path)
+    except OSError as error:
+        inside = str(error.filename or "").startswith(str(path.parent / TEMPORARY))
+        if error.errno and (inside or error.filename is None):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -375,18 +461,24 @@ def save_checkpoint(path: Path | str, checkpoint: dict) -> None:
 def load_checkpoint(path: Path | str, *kinds: str) -> dict:
     """Read a checkpoint that `train.py` wrote, on the CPU, running no code from the file.
 
+    Every byte is checked against the sums that the file carries. The dictionary also has its own "path".
+
     Raises:
         FileNotFoundError: no such file.
-        ValueError: truncated or not a checkpoint; of another format; none of the `kinds` of model.
+        UserError: damaged or not a checkpoint; of another format; none of the `kinds` of model.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint. Fix: run train.py, or name another.")
     try:
+        check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = (checkpoint.get("format"), checkpoint.get("kind"))
-    except (RuntimeError, EOFError, KeyError, AttributeError, ValueError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what a file can make `torch.load` raise is no short list
+        why = str(error).splitlines()[0] if isinstance(error, UserError) else type(error).__name__
         raise UserError(
-            f"{path}: not a whole checkpoint ({type(error).__name__}). Fix: an earlier one, or train again."
+            f"{path}: not a whole checkpoint ({why}). Fix: an earlier one, or train again."
         ) from error
     written, kind = found
     if written in OLD_FORMATS:
@@ -399,9 +491,65 @@ def load_checkpoint(path: Path | str, *kinds: str) -> dict:
             f"{path}: a checkpoint of format and kind {found}; expected {FORMAT}, {' or '.join(kinds)}. "
             "Fix: name a checkpoint that train.py wrote for this."
         )
-    if missing := {"model_config", "model", "data"} - checkpoint.keys():
-        raise UserError(f"{path}: a checkpoint without {', '.join(sorted(missing))}. Fix: train again.")
-    return checkpoint
+    check_weights(checkpoint, path)
+    return checkpoint | {"path": str(path)}
+
+
+def check_archive(path: Path | str) -> None:
+    """UserError unless every member of the ZIP archive `path` is stored as it is and has the sum of its bytes."""
+    with zipfile.ZipFile(path) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise UserError("compressed, as train.py writes none")
+        if damaged := archive.testzip():
+            raise UserError(f"damaged in {damaged}")
+
+
+def check_weights(checkpoint: dict, path: Path | str) -> None:
+    """UserError unless the keys of every checkpoint are there and "model" holds finite tensors.
+
+    A file of a few bytes must not make us build a network that fills the memory: no number in "model_config" may be
+    larger than the weights allow.
+    """
+    hints = {"model_config": dict, "model": dict[str, Tensor], "data": dict, "epoch": int}
+    for name, hint in hints.items():
+        if not matches(checkpoint.get(name), hint):
+            raise UserError(f"{path}: a checkpoint without a usable {name}. Fix: train again.")
+    weights = checkpoint["model"].values()
+    stored = sum({w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in weights}.values())
+    if stored > os.path.getsize(path) or any(w.layout != torch.strided for w in weights):
+        raise UserError(f"{path}: its weights are larger than the file. Fix: train again.")
+    if broken := [name for name, w in checkpoint["model"].items() if not w.isfinite().all()]:
+        raise UserError(f"{path}: {broken[0]} is not finite. Fix: an earlier checkpoint, or train again.")
+    for name, value in checkpoint["model_config"].items():
+        most = len(weights) if name.endswith(("blocks", "layers")) else max(stored, 2**16)
+        if type(value) in (int, float) and not abs(value) <= most:
+            raise UserError(f"{path}: {name} is {value}, more than its weights have. Fix: train again.")
+
+
+def load_weights(build: Callable[[], torch.nn.Module], checkpoint: dict, path: Path | str) -> torch.nn.Module:
+    """The module that `build` makes, with the weights of `checkpoint`; UserError where they do not fit it."""
+    with torch.device("meta"):  # takes no memory
+        expected = build().state_dict()
+    check_tensors(expected, checkpoint["model"], path)
+    module = build()
+    module.load_state_dict(checkpoint["model"])
+    return module
+
+
+def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path | str) -> None:
+    """UserError unless `found`, from the file `path`, has the names, the shapes and the types of `expected`."""
+    for name in sorted(expected.keys() | found.keys()):
+        wanted, got = (
+            f"{tuple(tensors[name].shape)} {tensors[name].dtype}"
+            if isinstance(tensors.get(name), Tensor)
+            else "not there"
+            for tensors in (expected, found)
+        )
+        if wanted != got:
+            raise UserError(
+                f"{path}: weights of another network: {name} is {got}; expected {wanted}. "
+                "Fix: use the version of these scripts that wrote it, or train again."
+            )
 
 
 def matches(value, hint) -> bool:
@@ -410,43 +558,52 @@ def matches(value, hint) -> bool:
     if kind is float:
         return type(value) in (int, float)
     if kind is dict:
-        return type(value) is dict and all(
-            matches(a, inner[0]) and matches(b, inner[1]) for a, b in value.items()
-        )
+        items = [*value.items()] if isinstance(value, dict) else [(None, None)]
+        return not inner or all(matches(a, inner[0]) and matches(b, inner[1]) for a, b in items)
     if kind in (list, tuple):
         return type(value) in (list, tuple) and all(matches(item, inner[0]) for item in value)
     return type(value) is kind
 
 
-def from_saved(config: type, checkpoint: dict, key: str, path: Path | str):
-    """The dataclass `config` filled from the dictionary `checkpoint[key]`; keys that are no fields are ignored.
+def from_saved(config: type, saved: dict, where: str):
+    """The dataclass `config` filled from the dictionary `saved` of a file; keys that are no fields are ignored.
 
-    UserError, with the checkpoint's `path`, where a field is missing or has another type, or another value than the
-    dataclass allows.
+    UserError, which begins with `where`, if a field is missing, or has a type or a value that the class forbids.
     """
-    saved, hints = checkpoint.get(key), typing.get_type_hints(config)
+    hints = typing.get_type_hints(config)
     try:
         for name, hint in hints.items():
-            if type(saved) is not dict or name not in saved or not matches(saved[name], hint):
-                raise UserError(f"{name} is missing or not {getattr(hint, '__name__', hint)}")
+            if not isinstance(saved, dict) or not matches(saved.get(name), hint):
+                raise UserError(f"{name} is missing, or is no {getattr(hint, '__name__', hint)}")
         return config(**{name: saved[name] for name in hints})
     except ValueError as error:
         raise UserError(
-            f"{path}: {key} of this checkpoint cannot be used: {error}. Fix: train again."
+            f"{where} cannot be used: {error}. Fix: an earlier checkpoint, or train again."
         ) from error
 
 
 def provenance() -> dict:
-    """What a result depends on beside its inputs: argv, versions, machine, the scripts' revision."""
-    revision = subprocess.run(
-        ["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
+    """What a result depends on beside its inputs: the command, versions, machine, the scripts' revision.
+
+    Results are shared, so the command names files without their folders.
+    """
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        revision = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, ValueError, subprocess.SubprocessError):  # no git here, or one that cannot answer
+        revision = ""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
-        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "revision": revision.stdout.strip() or "unknown",
+        "argv": [without_folders(word) for word in sys.argv],
+        "revision": revision or "unknown",
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": np.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs"
-        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs{gpu}",
     }
+
+
+def without_folders(word: str) -> str:
+    """A word of a command line with its paths cut down to their last name: --data=/home/me/study is --data=study."""
+    name, equals, value = word.rpartition("=")
+    return name + equals + (Path(value).name or value)

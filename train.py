@@ -287,13 +287,13 @@ def train_autoencoder(settings: Settings) -> Path:
         raise UserError(
             f"slices of {data.height}x{data.width}: too small to score; expected at least 16 of each"
         )
-    runtime.writable_folder(settings.train.out)
     size = (data.height, data.width)
     if checkpoint and size != (trained := (checkpoint["data"]["height"], checkpoint["data"]["width"])):
         raise UserError(
             f"--resume: --height and --width are {size}; the checkpoint's are {trained}. Fix: leave them out."
         )
-    return fit_or_resume(Autoencoder(settings), settings)
+    with runtime.only_run_in(settings.train.out):
+        return fit_or_resume(Autoencoder(settings), settings)
 
 
 # ---- stage two: the priors ----
@@ -382,14 +382,14 @@ def train_prior(settings: Settings) -> Path:
         raise UserError(
             f"--bottom-every is {codes.bottom_every}, --batch-size {config.batch_size}: expected a multiple of it"
         )
-    runtime.writable_folder(config.out)
-    stage = CodePriors(settings)
-    if checkpoint and checkpoint["autoencoder_sha256"] != stage.sha256:
-        raise UserError(
-            f"--resume: the prior of another autoencoder than {codes.checkpoint}. "
-            "Fix: name its own with --checkpoint, or train again."
-        )
-    return fit_or_resume(stage, settings)
+    with runtime.only_run_in(config.out):
+        stage = CodePriors(settings)
+        if checkpoint and checkpoint.get("autoencoder_sha256") != stage.sha256:
+            raise UserError(
+                f"{checkpoint['path']}: the prior of another autoencoder than {codes.checkpoint}. "
+                "Fix: name its own with --checkpoint, or train again."
+            )
+        return fit_or_resume(stage, settings)
 
 
 # ---- the command line ----
@@ -414,7 +414,7 @@ CONFIGS = {"data": DataConfig, "train": TrainConfig, "model": VQVAE2Config, "los
 CONFIGS |= {"codes": CodesConfig, "prior": PriorConfig}
 NOT_OF_STAGE = {"autoencoder": ("codes", "prior"), "prior": ("model", "loss")}
 # Stage two takes these from its autoencoder; they are flags of stage one alone.
-TAKEN_FROM_AUTOENCODER = {"K", "height", "width", "weights", "channels_last"}
+TAKEN_FROM_AUTOENCODER = {"K", "height", "width", "fit", "weights", "channels_last"}
 EVERYDAY = ("data", "preset", "minutes", "out", "resume")
 
 
@@ -459,7 +459,7 @@ def make_settings(given: dict, preset: str = "") -> Settings:
         for name, config in CONFIGS.items():
             if name not in ("data", *NOT_OF_STAGE[stage]):
                 key = "model_config" if name in ("model", "prior") else f"{name}_config"
-                start |= vars(runtime.from_saved(config, checkpoint, key, resume))
+                start |= vars(runtime.from_saved(config, checkpoint.get(key), f"{resume}: {key}"))
         start |= {"out": str(Path(resume).parent), **study_flags(checkpoint, resume)}
     else:
         stage = stage or "autoencoder"
@@ -469,7 +469,8 @@ def make_settings(given: dict, preset: str = "") -> Settings:
         start = presets.get(named or preset, next(iter(presets.values())))
         if given.get("weights") and stage == "autoencoder":
             weights = runtime.load_checkpoint(given["weights"], Autoencoder.kind)
-            model = runtime.from_saved(VQVAE2Config, weights, "model_config", given["weights"])
+            where = f"{given['weights']}: model_config"
+            model = runtime.from_saved(VQVAE2Config, weights["model_config"], where)
             start = vars(model) | study_flags(weights, given["weights"]) | start
     if useless := [runtime.flag(name) for name in given if name not in flags_of(stage)]:
         other = "prior" if stage == "autoencoder" else "autoencoder"
