@@ -96,8 +96,8 @@ def patch_gan(weight: str = "0.02") -> None:
     optimiser = torch.optim.Adam(critic.parameters(), 1e-3, (0.5, 0.9))
     plain = train.losses
 
-    def losses(x: Tensor, output: modules.Output, config: train.LossConfig) -> dict[str, Tensor]:
-        terms, y = plain(x, output, config), output.reconstruction
+    def losses(x: Tensor, output: modules.Output, config: train.LossConfig, masks=None) -> dict[str, Tensor]:
+        terms, y = plain(x, output, config, masks), output.reconstruction
         if y.requires_grad:  # not in validation
             critic.to(x.device).requires_grad_(True)
             (F.relu(1 - critic(x)).mean() + F.relu(1 + critic(y.detach())).mean()).backward()

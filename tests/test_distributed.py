@@ -51,8 +51,8 @@ def in_the_6th_step_of_rank_1(act):
     """`train.losses`, and once `act` on its terms; rank 1 has no slice of the 4th step, so this is its 5th."""
     losses, steps = train.losses, itertools.count(1)
 
-    def watched(x, output, config):
-        terms = losses(x, output, config)
+    def watched(x, output, config, masks=None):
+        terms = losses(x, output, config, masks)
         if runtime.rank() == 1 and terms["loss"].requires_grad and next(steps) == 5:
             act(terms)
         return terms

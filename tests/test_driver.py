@@ -14,7 +14,7 @@ import driver
 import phantom
 import runtime
 import train
-from modules import VQVAE2Config
+from modules import VQVAE2, VQVAE2Config
 
 PRIOR_FLAGS = "--prior-channels 16 --prior-minutes 0.02 --n 3".split()
 
@@ -73,7 +73,7 @@ def test_a_missing_study_is_an_error_and_no_phantom(tmp_path):
 
 
 def test_a_checkpoint_of_priors_is_an_error(study, tmp_path):
-    checkpoint = {"kind": "prior", "model": {}, "model_config": {"K": 16}, "train_config": {}}
+    checkpoint = {"kind": "prior", "model": {}, "model_config": {"K": 16}, "epoch": 1}
     data = {"study": str(study), "height": 64, "width": 32, "allow_patient_overlap": False}
     runtime.save_checkpoint(tmp_path / "prior_best.pth", checkpoint | {"data": data})
     code, _, err = run("driver.py", "--resume", "prior_best.pth", cwd=tmp_path)
@@ -102,8 +102,9 @@ def test_the_priors_suit_the_preset_or_the_study_resumed(
         "fingerprints": {},
     }
     for name in ("real", "synthetic"):
-        configs = {"model": VQVAE2Config(), "loss": train.LossConfig(), "train": train.TrainConfig()}
-        checkpoint = {"kind": "vqvae2", "model": {}}
+        model = VQVAE2(VQVAE2Config(K=16, channels=8, top_channels=8))
+        configs = {"model": model.config, "loss": train.LossConfig(), "train": train.TrainConfig()}
+        checkpoint = {"kind": "vqvae2", "model": model.state_dict(), "epoch": 1}
         checkpoint |= {f"{key}_config": dataclasses.asdict(config) for key, config in configs.items()}
         checkpoint["data"] = data | {"synthetic": name == "synthetic"}
         runtime.save_checkpoint(Path(f"{name}.pth"), checkpoint)

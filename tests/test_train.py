@@ -38,7 +38,7 @@ def tensors(value, prefix=""):
     """Every tensor and number of a checkpoint by its place, times and paths apart."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            if key not in ("history", "seconds", "epoch_seconds", "train_config", "data"):
+            if key not in ("history", "seconds", "epoch_seconds", "train_config", "data", "path"):
                 yield from tensors(inner, f"{prefix}/{key}")
     elif isinstance(value, (list, tuple)):
         for i, inner in enumerate(value):
