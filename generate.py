@@ -170,7 +170,7 @@ class Album:
         self.note = "priors trained on a synthetic phantom, not MRI" if train.synthetic else ""
         self.mean, self.std = float(np.median(train.mean)), float(np.median(train.std))
         like = int((train.shapes == train.pixels.shape[1:]).all(1).argmax())  # the first that was not resized
-        self.affine = train.affines[like]
+        self.affine = train.grid_affine(like)
         earlier = self.out / "manifest.json"
         if earlier.is_file():  # no file of an earlier run may pass for one of ours
             if DESCRIPTION not in earlier.read_text(errors="replace"):

@@ -12,13 +12,14 @@ Learning" (arXiv 1711.00937), with the EMA codebook of its appendix A.1.
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime import UserError, from_saved, load_weights, option, rank, sum_over_ranks, world
+from runtime import UserError, from_saved, load_checkpoint, load_weights, option, rank, sum_over_ranks, world
 
 
 @dataclass(frozen=True)
@@ -318,6 +319,8 @@ class VQVAE2(nn.Module):
 
         Razavi et al. 2019, algorithm 1: the bottom level sees the decoded top and adds what it lacks.
         """
+        if x.ndim != 4 or x.shape[1] != 1:
+            raise ValueError(f"slices of shape {tuple(x.shape)}; expected (B, 1, height, width)")
         self.config.code_shapes(*x.shape[2:])
         h_bottom = self.encoder_bottom(x)  # (B, 1, H, W) -> (B, C, H/4, W/4)
         top = self.quantiser_top(self.encoder_top(h_bottom))  # -> (B, D, H/8, W/8)
@@ -358,7 +361,12 @@ class VQVAE2(nn.Module):
         return self.decode_with_masks(top, bottom)[0]
 
 
-def load_model(checkpoint: dict, path: str) -> VQVAE2:
-    """The model of a checkpoint, in `eval()`. UserError if its weights do not fit this version's network."""
+def load_model(checkpoint: dict | Path | str, path: Path | str = "") -> VQVAE2:
+    """The model of a checkpoint, in `eval()`: of its path alone, or of one that is read already, and its path.
+
+    UserError if it is no checkpoint of an autoencoder, or its weights do not fit this version's network.
+    """
+    if not isinstance(checkpoint, dict):
+        checkpoint, path = load_checkpoint(checkpoint, "vqvae2"), checkpoint
     config = from_saved(VQVAE2Config, checkpoint["model_config"], f"{path}: model_config")
     return load_weights(lambda: VQVAE2(config), checkpoint, path).eval()

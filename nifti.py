@@ -50,16 +50,17 @@ class Image:
 
     @property
     def scaled(self) -> bool:
-        return self.header.get_slope_inter() != (None, None)
+        """Whether the header's slope and intercept change the stored values."""
+        return self.header.get_slope_inter() not in ((None, None), (1, 0))
 
     def values(self, raw: np.ndarray | None = None) -> np.ndarray:
         """The array, or the part `raw` of it, in the file's units: raw * slope + intercept."""
         raw = self.raw if raw is None else raw
-        slope, intercept = self.header.get_slope_inter()
-        if slope is None or (slope, intercept) == (1, 0):
+        if not self.scaled:
             return raw
+        slope, intercept = self.header.get_slope_inter()
         with np.errstate(over="ignore"):  # beyond float64 is Inf, which is an error where pixels are checked
-            return raw.astype(np.float64) * slope + (intercept or 0)
+            return raw.astype(np.float64) * slope + intercept
 
 
 # ---- reading ----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
     python predict.py                        # Results/vqvae2_best.pth, on the study it was trained on
     python predict.py --checkpoint FILE --data DIR --out DIR
     python predict.py --nifti                # the reconstructions as NIfTI too, in scanner units
+    python predict.py SCAN.nii.gz --out DIR  # files or folders of your own in place of a study: see scans.py
 
 Writes to the checkpoint's folder (or --out): metrics.json (means, patients, intervals, bits per pixel, codes
 used), test_scores.csv (every slice), original_N.png and reconstruction_N.png, comparison.png (best, median
@@ -25,9 +26,10 @@ import figures
 import metrics
 import page
 import runtime
+import scans
 from dataset import DataConfig, SliceDataset, StudyInfo, open_trained_study, save_reconstruction
 from modules import VQVAE2, load_model
-from runtime import option
+from runtime import UserError, option
 
 PICTURES = 4  # originals and reconstructions written slice by slice
 DRAWS, SEED = 10_000, 0  # of the bootstrap
@@ -74,7 +76,7 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise ValueError(f"--batch-size is {self.batch_size}; expected at least 1")
+            raise UserError(f"--batch-size is {self.batch_size}; expected at least 1")
 
 
 # ---- a model and its test split ------------------------------------------------------------------
@@ -116,7 +118,7 @@ def score_split(
         try:
             score = metrics.score_slice(original, reconstruction)
         except ValueError as error:
-            raise ValueError(f"{test.paths[index]}: {error}") from error
+            raise UserError(f"{test.paths[index]}: {error}") from error
         if nifti:
             save_reconstruction(test, index, reconstruction, nifti / test.paths[index].name)
         return score
@@ -237,7 +239,7 @@ def predict(config: PredictConfig) -> dict:
 
     Raises:
         FileNotFoundError: no checkpoint, or no study.
-        ValueError: a checkpoint or slices that cannot be used.
+        UserError: a checkpoint or slices that cannot be used.
         OSError: a folder that cannot be written.
     """
     checkpoint = runtime.load_checkpoint(config.checkpoint, "vqvae2")
@@ -279,7 +281,27 @@ def predict(config: PredictConfig) -> dict:
 
 
 def main() -> None:
-    predict(runtime.from_flags(PredictConfig, runtime.parser(__doc__, PredictConfig).parse_args()))
+    flags = runtime.parser(__doc__, PredictConfig, scans.ScanConfig)
+    flags.usage = "%(prog)s [files or folders] [flags]"
+    flags.add_argument(
+        "inputs", nargs="*", help="slices, volumes or pictures to reconstruct in place of a study"
+    )
+    args = flags.parse_args()
+    config, of_scans = (runtime.from_flags(each, args) for each in (PredictConfig, scans.ScanConfig))
+    if not args.inputs:
+        if of_scans != scans.ScanConfig():
+            raise UserError(
+                "--plane and --codes are for files of your own. Fix: name them, or leave these out."
+            )
+        predict(config)
+        return
+    if config.data or config.nifti or config.allow_patient_overlap:
+        raise UserError(
+            "--data, --nifti and --allow-patient-overlap are for a study. Fix: leave them out, or the files."
+        )
+    scans.reconstruct_files(
+        config.checkpoint, args.inputs, config.out, of_scans, config.batch_size, config.device
+    )
 
 
 if __name__ == "__main__":

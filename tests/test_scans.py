@@ -1,0 +1,190 @@
+"""A model on files of one's own: what comes back is each file's shape, place and type."""
+
+import json
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from conftest import run
+from PIL import Image
+from test_predict import SMALL, write_checkpoint
+from test_volumes import landmark, stored
+
+import metrics
+from dataset import Placement, z_score
+from modules import VQVAE2, load_model
+from runtime import UserError
+from scans import ScanConfig, reconstruct_files
+
+
+@pytest.fixture(scope="module")
+def checkpoint(study, tmp_path_factory):
+    return str(write_checkpoint(tmp_path_factory.mktemp("run") / "vqvae2_best.pth", study))
+
+
+@pytest.fixture
+def identity(monkeypatch):
+    """A model that gives back what it is given: what is left is the way there and back."""
+
+    def forward(self, x):
+        codes = self.encode(x)
+        top, bottom = (type("Level", (), {"codes": level}) for level in codes)
+        return type("Output", (), {"reconstruction": x, "top": top, "bottom": bottom})
+
+    monkeypatch.setattr(VQVAE2, "forward", forward)
+
+
+def use(checkpoint, inputs, out, **config):
+    return reconstruct_files(checkpoint, list(map(str, inputs)), str(out), ScanConfig(**config), device="cpu")
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "SAL"])
+@pytest.mark.parametrize("plane", ["coronal", "axial", "sagittal"])
+@pytest.mark.usefixtures("identity")
+def test_a_volume_comes_back_where_it_was(checkpoint, tmp_path, codes, plane):
+    pixels, affine = landmark(tilt=12, shape=(64, 32, 16))
+    image = stored((pixels * 2).astype(np.int16), affine, codes)
+    image.header.set_xyzt_units("mm", "sec")
+    image.set_sform(image.affine, 1)
+    image.set_qform(image.affine, 3)
+    nibabel.save(image, tmp_path / "scan.nii.gz")
+    use(checkpoint, [tmp_path / "scan.nii.gz"], tmp_path / "out", plane=plane)
+    found = nibabel.load(tmp_path / "out" / "scan.nii.gz")
+    assert found.shape == image.shape and found.get_data_dtype() == np.int16
+    for field in (
+        "sform_code",
+        "qform_code",
+        "xyzt_units",
+        "srow_x",
+        "srow_y",
+        "srow_z",
+        "quatern_b",
+        "pixdim",
+    ):
+        np.testing.assert_array_equal(found.header[field], image.header[field])
+    if plane == "coronal" and codes == "RAS":  # planes of 64x16 into 64x32: padded and nothing else
+        np.testing.assert_array_equal(np.asarray(found.dataobj), np.asarray(image.dataobj))
+    here, there = (np.asarray(each.dataobj).astype(float) for each in (found, image))
+    assert np.corrcoef(here.ravel(), there.ravel())[0, 1] > 0.6
+
+
+@pytest.mark.usefixtures("identity")
+def test_types_axes_and_constant_planes(checkpoint, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    pixels = rng.gamma(2, 100, (64, 32, 3, 2))
+    pixels[..., 1, 0] = 7
+    volumes = {"f8": pixels, "u1": np.clip(pixels, 0, 255).astype(np.uint8), "f4": pixels.astype(np.float32)}
+    affine = np.array([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
+    for name, volume in volumes.items():
+        nibabel.save(nibabel.Nifti1Image(volume, affine), tmp_path / f"{name}.nii")
+    nibabel.save(nibabel.Nifti2Image(volumes["f4"][..., 0, :1], None), tmp_path / "slice.nii.gz")
+    result = use(checkpoint, [tmp_path], tmp_path / "out", codes=True)
+    for name, kind in (("f8", np.float32), ("u1", np.uint8), ("f4", np.float32)):
+        found = nibabel.load(tmp_path / "out" / f"{name}.nii")
+        assert found.get_data_dtype() == kind
+        np.testing.assert_allclose(np.asarray(found.dataobj), volumes[name], rtol=1e-4, atol=1e-3)
+    found = nibabel.load(tmp_path / "out" / "slice.nii.gz")
+    assert isinstance(found, nibabel.Nifti2Image) and found.shape == (64, 32, 1)
+    assert "1 files became float32" in capsys.readouterr().out
+    rows = {row["file"]: row for row in result["files"]}
+    assert (
+        rows["u1.nii"]["planes"] == 6
+        and rows["u1.nii"]["scored"] == 5
+        and rows["slice.nii.gz"]["planes"] == 1
+    )
+    with np.load(tmp_path / "out" / "codes.npz") as codes:
+        assert codes["top"].shape == (19, 8, 4) and codes["bottom"].shape == (19, 16, 8)
+        assert codes["name"].tolist().count("f8.nii") == 6 and codes["plane"].tolist()[:6] == [*range(6)]
+
+
+def test_scores_and_bits_are_those_of_the_slice(checkpoint, tmp_path, capsys):
+    pixels = np.random.default_rng(1).gamma(2, 100, (64, 32)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(pixels, np.eye(4)), tmp_path / "a.nii.gz")
+    result = use(checkpoint, [tmp_path / "a.nii.gz"], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "scans.json").read_text()) == result
+    mean, std, _ = z_score(pixels)
+    x = torch.from_numpy((pixels - mean) / std)[None, None]
+    with torch.inference_mode():
+        y = load_model(checkpoint)(x).reconstruction
+    found = np.asarray(nibabel.load(tmp_path / "out" / "a.nii.gz").dataobj)
+    np.testing.assert_allclose(found, y[0, 0].numpy() * std + mean, rtol=1e-4, atol=1e-2)
+    (row,) = result["files"]
+    assert row["ssim_report"] == pytest.approx(
+        metrics.ssim_report(x[0, 0].numpy(), y[0, 0].numpy())[0], abs=1e-4
+    )
+    assert row["bits"] == (8 * 4 + 16 * 8) * 4 and row["bits_per_pixel"] == pytest.approx(
+        row["bits"] / 2048, abs=1e-6
+    )
+    assert "a.nii.gz" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("identity")
+def test_pictures_come_back_as_pictures(checkpoint, tmp_path):
+    pixels = np.random.default_rng(2).integers(0, 256, (64, 32), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "p.png")
+    use(checkpoint, [tmp_path / "p.png"], tmp_path / "out")
+    with Image.open(tmp_path / "out" / "p.png") as found:
+        np.testing.assert_array_equal(np.asarray(found), pixels)
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop", "stretch", "auto"])
+@pytest.mark.parametrize("shape", [(320, 320), (40, 90), (256, 144), (64, 32)])
+def test_a_fit_is_undone(fit, shape):
+    placement = Placement.make(shape, (64, 32), fit)
+    rows, columns = np.mgrid[: shape[0], : shape[1]] / np.reshape(shape, (2, 1, 1))
+    smooth = (100 + 50 * np.sin(3 * rows) * np.cos(2 * columns)).astype(np.float32)
+    grid = placement.place(smooth, fill=smooth.min())
+    assert grid.shape == (64, 32)
+    back = placement.restore(grid)
+    assert back.shape == shape
+    known = placement.restore(np.ones((64, 32), np.float32) * 2 - (np.indices((64, 32)).sum(0) == 0)) > 1.9
+    assert np.abs(back - smooth)[known].mean() < 2
+    scale = np.divide(placement.scaled, shape)
+    if fit in ("pad", "crop"):
+        assert abs(scale[0] - scale[1]) < 0.03  # the aspect ratio stays
+    if shape == (256, 144) and fit == "auto":
+        assert placement.scaled == (64, 32)  # HipMRI's odd 60 slices
+    affine = placement.affine(np.diag([2.0, 3.0, 1.0, 1.0]))
+    corner = affine @ [placement.offset[0] - 0.5, placement.offset[1] - 0.5, 0, 1]  # the slice's first edge
+    np.testing.assert_allclose(corner[:2], [-1, -1.5], atol=1e-9)
+    far = affine @ [*(np.add(placement.offset, placement.scaled) - 0.5), 0, 1]
+    np.testing.assert_allclose(far[:2], [2 * shape[0] - 1, 3 * shape[1] - 1.5], atol=1e-9)
+
+
+def test_what_cannot_be_used_is_named_and_the_rest_done(checkpoint, tmp_path):
+    good = nibabel.Nifti1Image(np.random.default_rng(0).random((64, 32), np.float32), np.eye(4))
+    nibabel.save(good, tmp_path / "good.nii.gz")
+    (tmp_path / "bad.nii.gz").write_bytes(b"no")
+    (tmp_path / "bad.png").write_bytes(b"no")
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(
+        UserError, match=r"(?s)2 of 3 files.*bad\.nii\.gz: not a NIfTI.*bad\.png: not a whole"
+    ):
+        use(checkpoint, [tmp_path], tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good.nii.gz", "scans.json"]
+    with pytest.raises(UserError, match="would replace it"):
+        use(checkpoint, [tmp_path / "good.nii.gz"], tmp_path)
+    with pytest.raises(UserError, match=r"notes\.txt: expected"):
+        use(checkpoint, [tmp_path / "notes.txt"], tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        use(checkpoint, [tmp_path / "none.nii"], tmp_path / "out")
+
+
+def test_from_the_command_line(checkpoint, tmp_path):
+    nibabel.save(
+        nibabel.Nifti1Image(np.random.rand(64, 32).astype(np.float32), np.eye(4)), tmp_path / "a.nii.gz"
+    )
+    args = ("--checkpoint", checkpoint, "--out", tmp_path / "out", "--device", "cpu")
+    code, out, err = run("predict.py", tmp_path / "a.nii.gz", *args, "--codes")
+    assert code == 0 and "codes.npz" in out, err
+    code, _, err = run("predict.py", tmp_path / "a.nii.gz", "--data", "x", *args)
+    assert code == 2 and "--data" in err and "Traceback" not in err
+
+
+def test_a_model_in_python(checkpoint):
+    model = load_model(checkpoint)
+    assert not model.training and model.config == SMALL
+    for shape in ((2, 64, 32), (1, 3, 64, 32)):
+        with pytest.raises(ValueError, match=r"expected \(B, 1, height, width\)"):
+            model.encode(torch.zeros(shape))
