@@ -1,0 +1,185 @@
+"""Figures of drawn shapes by hand, the plausible told from the broken, and a segmenter that learns."""
+
+import numpy as np
+import pytest
+import torch
+
+import anatomy
+import runtime
+
+AREA, ROW, COLUMN, PIECES, HOLES, SOLIDITY, ASYMMETRY = range(7)
+
+
+def disc(row, column, radius, shape=(64, 48)):
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    return np.hypot(rows - row, columns - column) < radius
+
+
+def test_figures_by_hand():
+    mask = np.zeros((64, 48), np.uint8)
+    mask[10:20, 5:25] = 1  # a rectangle with a hole, and a hole that is too small to count
+    mask[12:16, 8:12], mask[12:14, 20:22] = 0, 0
+    mask[40:50, 5:15], mask[40:45, 15:25] = 2, 2  # an L, a second piece, and a speck
+    mask[55:60, 30:40], mask[30, 40] = 2, 2
+    mask[0, 0] = anatomy.NO_MASK
+    ((one, two, three),) = anatomy.measure(mask[None], 4)
+    assert one[[AREA, PIECES, HOLES]].tolist() == [180, 1, 1]
+    assert one[SOLIDITY] == pytest.approx(180 / 200)
+    rows, columns = np.nonzero(mask == 1)
+    assert one[[ROW, COLUMN]].tolist() == pytest.approx([rows.mean(), columns.mean()])
+    assert two[[AREA, PIECES, HOLES]].tolist() == [200, 2, 0]
+    rows, columns = np.nonzero((mask == 2) & (np.arange(64) > 35)[:, None])
+    assert two[[ROW, COLUMN]].tolist() == pytest.approx([rows.mean(), columns.mean()])
+    assert np.isnan(three).all()
+
+
+def test_asymmetry():
+    """An organ that is its own mirror image along axis 0 has none; of an L half of the foot is not covered."""
+    mask = np.zeros((2, 64, 48), np.uint8)
+    mask[0][disc(30, 20, 12)] = 1
+    mask[1, 10:30, 5:10], mask[1, 20:30, 10:15] = 1, 1
+    symmetric, skew = anatomy.measure(mask, 2)[:, 0, ASYMMETRY]
+    assert symmetric == 0 and skew == pytest.approx(50 / 150)
+
+
+def bodies(n, seed=0):
+    """Slices of a body with two heads, which the position moves and grows."""
+    rng = np.random.default_rng(seed)
+    positions, masks = rng.random(n).astype(np.float32), np.zeros((n, 64, 48), np.uint8)
+    for mask, position in zip(masks, positions, strict=True):
+        jitter = rng.normal(0, 0.5, 4)
+        mask[disc(32 + jitter[0], 24, 20 + jitter[1])] = 1
+        if position > 0.3:
+            for side in (-1, 1):
+                mask[disc(32 + side * 10, 16 + 12 * position + jitter[2], 3 + 3 * position)] = 2
+    return positions, masks
+
+
+def test_plausible_slices_are_told_from_broken_ones():
+    positions, masks = bodies(800)
+    real = anatomy.measure(masks, 3)
+    asked, fresh = bodies(200, seed=1)
+
+    def share(masks, positions=asked):
+        together, organs = anatomy.plausible(anatomy.measure(masks, 3), positions, real, positions_of_real)
+        return (together & organs.all(1)).mean()
+
+    positions_of_real = positions
+    assert share(fresh) > 0.75
+    assert share(masks, positions) > 0.8
+    shown = asked > 0.4
+    halves = fresh.copy()
+    halves[:, :32][halves[:, :32] == 2] = 1  # one head only
+    assert share(halves[shown], asked[shown]) == 0
+    moved = np.roll(fresh, 8, axis=2)
+    assert share(moved) < 0.05
+    elsewhere = 1 - asked
+    assert share(fresh, elsewhere) < 0.35  # the right slice in the wrong place
+    assert share(fresh, np.full(len(fresh), np.nan)) > share(fresh) - 0.05  # unknown positions: all are near
+    holed = fresh.copy()
+    holed[:, 30:34, 35:39] = 0
+    assert share(holed) < 0.05
+    rare = fresh.copy()
+    rare[asked < 0.2] = np.where(disc(32, 24, 5), 2, rare[asked < 0.2])  # heads where there are none
+    together, _ = anatomy.plausible(anatomy.measure(rare, 3), asked, real, positions)
+    assert not together[asked < 0.2].any() and together[asked > 0.4].all()
+
+
+def test_kinds_of_slices_that_never_mix():
+    """Two kinds of study in one: both are plausible, one with an organ of the other is not."""
+    _, masks = bodies(600)
+    kinds = np.arange(600) % 2 == 0
+    masks[kinds] = np.where(masks[kinds] > 0, masks[kinds] + 2, 0)  # 3 and 4 instead of 1 and 2
+    unknown = np.full(600, np.nan, np.float32)
+    figures = anatomy.measure(masks, 5)
+    together, organs = anatomy.plausible(figures, unknown, figures, unknown)
+    assert (together & organs.all(1)).mean() > 0.85
+    chimera = masks[~kinds][:50].copy()
+    chimera[:, 28:36, 20:28] = 3
+    together, _ = anatomy.plausible(anatomy.measure(chimera, 5), unknown[:50], figures, unknown)
+    assert not together.any()
+
+
+def test_distances_by_hand():
+    a, b = np.zeros((2, 4, 2, 7))
+    a[:, 0, :3], b[:, 0, :3] = [110, 13, 24], [100, 10, 20]
+    a[:, 1], b[:, 1] = np.nan, 1
+    found = anatomy.figure_distances(a, b)
+    assert found["area"][0] == pytest.approx(0.1) and found["centre"][0] == pytest.approx(5)
+    assert np.isnan([found["area"][1], found["centre"][1]]).all()
+
+
+def test_dice_by_hand():
+    truth, found = np.zeros((2, 3, 4, 4), np.uint8)
+    truth[0, :2], found[0, :1] = 1, 1  # 8 and 4 pixels, 4 shared
+    truth[1, :2], found[1, 2:] = 1, 1  # the same patient: 8 and 8, none shared
+    truth[2], found[2] = 2, 2
+    truth[2, 0], found[2, 0] = anatomy.NO_MASK, 1
+    names, scores = anatomy.dice_by_patient(found, truth, ["b", "b", "a"], 3)
+    assert names.tolist() == ["a", "b"]
+    np.testing.assert_allclose(scores, [[np.nan, 1], [8 / 28, np.nan]])
+
+
+def test_mask_losses_by_hand():
+    logits, masks = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randint(0, 2, (2, 4, 4))
+    masks[0, 0] = anatomy.NO_MASK
+    known = masks != anatomy.NO_MASK
+    p, truth = logits.softmax(1).permute(0, 2, 3, 1)[known], masks[known]  # (pixels, L)
+    shared, sizes = p[truth == 1, 1].sum(), p[:, 1].sum() + (truth == 1).sum()
+    dice = [(2 * shared + 1) / (sizes + 1), 1 / (p[:, 2].sum() + 1)]  # label 2 is nowhere
+    found = anatomy.mask_losses(logits, masks)
+    expected = -p[range(len(p)), truth].log().mean()
+    assert found["mask_cross_entropy"].item() == pytest.approx(expected.item())
+    assert found["mask_dice"].item() == pytest.approx(1 - sum(dice).item() / 2)
+    nothing = anatomy.mask_losses(logits, torch.full((2, 4, 4), anatomy.NO_MASK))
+    assert sum(nothing.values()).item() == 0
+
+
+class Split:
+    """What `segmenter_of` reads of a dataset: bright discs of two kinds, some slices without a mask."""
+
+    labels, fingerprint = (0, 3, 7), "abc"
+
+    def __init__(self, n=64, seed=0):
+        rng = np.random.default_rng(seed)
+        self.has_mask = np.arange(n) % 4 > 0
+        self.truth, self.pixels = np.zeros((n, 64, 48), np.uint8), np.zeros((n, 64, 48), np.float32)
+        for i in range(n):
+            for kind in (1, 2):
+                where = disc(28 * kind - 12 + rng.uniform(-4, 4), rng.uniform(12, 36), 5 + kind)
+                self.truth[i][where], self.pixels[i][where] = kind, 3 - kind
+        self.pixels += 0.2 * rng.normal(size=self.pixels.shape).astype(np.float32)
+
+    def images(self, indices):
+        return torch.from_numpy(self.pixels[indices])[:, None]
+
+    def masks(self, indices):
+        assert self.has_mask[indices].all()
+        return torch.from_numpy(self.truth[indices])
+
+
+def test_a_segmenter_learns_and_is_kept(tmp_path, monkeypatch):
+    split, test = Split(), Split(seed=1)
+    train = anatomy.train_segmenter
+    monkeypatch.setattr(anatomy, "train_segmenter", lambda *a, **k: train(*a, **k, steps=120))
+    drawn = torch.random.get_rng_state()
+    net = anatomy.segmenter_of(split, tmp_path / "segmenter.pth")
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    found = anatomy.segment(net, test.pixels)
+    assert found.dtype == np.uint8 and found.shape == test.truth.shape
+    _, scores = anatomy.dice_by_patient(found, test.truth, np.zeros(64), 3)
+    assert scores.min() > 0.8
+    monkeypatch.setattr(anatomy, "train_segmenter", lambda *a, **k: pytest.fail("trained again"))
+    again = anatomy.segmenter_of(split, tmp_path / "segmenter.pth")
+    np.testing.assert_array_equal(anatomy.segment(again, test.pixels), found)
+    split.fingerprint = "other slices"
+    with pytest.raises(pytest.fail.Exception):
+        anatomy.segmenter_of(split, tmp_path / "segmenter.pth")
+    runtime.write_text(tmp_path / "segmenter.pth", "rubbish")
+    with pytest.raises(pytest.fail.Exception):
+        anatomy.segmenter_of(split, tmp_path / "segmenter.pth")
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (40, 24), (256, 128)])
+def test_any_size(shape):
+    assert anatomy.Segmenter(5, 8).eval()(torch.zeros(1, 1, *shape)).shape == (1, 5, *shape)
