@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import realism
+from codes import Samples, decode
 from dataset import SliceDataset
 from modules import VQVAE2
 from prior import Prior
@@ -51,22 +51,6 @@ def near(split: SliceDataset, position: float) -> np.ndarray:
     return np.arange(len(split)) if math.isnan(position) else np.argsort(distance, kind="stable")[:some]
 
 
-class Samples(NamedTuple):
-    """New slices: z-scored images (n, H, W) float32, and codes top (n, h, w), bottom (n, 2h, 2w) int64."""
-
-    images: np.ndarray
-    top: np.ndarray
-    bottom: np.ndarray
-
-
-@torch.inference_mode()
-def decode(model: VQVAE2, top: Tensor, bottom: Tensor) -> np.ndarray:
-    """Codes -> z-scored slices (N, H, W), one at a time: rounding depends on the size of a batch."""
-    device = next(model.parameters()).device
-    codes = zip(top.to(device).split(1), bottom.to(device).split(1), strict=True)
-    return np.concatenate([model.decode_codes(*pair)[:, 0].cpu().numpy() for pair in codes])
-
-
 # ---- what they are worth -------------------------------------------------------------------------
 
 
@@ -96,7 +80,7 @@ def likelihood(prior: Prior, codes: Encoded, split: SliceDataset, indices: np.nd
     for part in np.array_split(indices, math.ceil(len(indices) / 16)):
         maps = (torch.from_numpy(of[0, part].astype(np.int64)).to(device) for of in codes[:2])
         nats = prior.nats(*maps, torch.from_numpy(split.positions[part]).to(device))
-        sums.append(torch.stack([nats[level].double().sum((1, 2)) for level in ("top", "bottom")], 1).cpu())
+        sums.append(torch.stack([nats[level].double() for level in ("top", "bottom")], 1).cpu())
         bar.update(len(part))
     bar.close()
     nats = torch.cat(sums).numpy()  # (n, 2)
@@ -140,7 +124,7 @@ def table_rows(
     train, levels = splits["train"], encoded["train"][:2]
 
     def control(codes: list[np.ndarray]) -> np.ndarray:
-        return decode(model, *(torch.from_numpy(of.astype(np.int64)) for of in codes))
+        return decode(model, *(torch.from_numpy(of.astype(np.int64)) for of in codes))[0]
 
     uniform = [rng.integers(model.config.K, size=(n, *of.shape[2:])) for of in levels]
     # each code is that of a training slice drawn for its place alone
@@ -335,7 +319,7 @@ def appraise(
     }
     test = encoded["test"]
     maps = (torch.from_numpy(of[0].astype(np.int64)) for of in test[:2])
-    reconstructions = decode(model, *maps)
+    reconstructions = decode(model, *maps)[0]
     real, rows = table_rows(model, splits, encoded, reconstructions, samples.images, position, seed)
     drawn = {"reconstructions": reconstructions, "spectra": {}}
     m = min(len(samples.images), len(np.unique(twins)))  # more would be the same real slices again

@@ -1,10 +1,18 @@
-"""The code maps of a study's slices under one autoencoder: made once, then kept in a file for both their users."""
+"""Code maps: those of a study's slices under one autoencoder, made once and kept in a file, and those of new slices.
+
+The priors learn from few patients, so they also see altered copies of every training slice, its variants: mirrored,
+shifted, turned, stretched, bent and shaded (`Variants`). Each is altered as a picture and then coded. The priors are
+told how (`Variants.numbers`) and are asked for unaltered slices in sampling.
+"""
 
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 import runtime
@@ -12,40 +20,135 @@ from dataset import SPLITS, SliceDataset
 from modules import VQVAE2
 
 LEVELS = ("top", "bottom")
+NUMBERS = (
+    7  # that describe a variant: mirrored, altered, shift (rows, columns), turn, stretch (rows, columns)
+)
+SHIFT, TURN, STRETCH = 8.0, 0.06, 0.08  # the most of each: pixels, radians, share
+BEND, SHADE = (
+    2.0,
+    0.15,
+)  # standard deviations: of the elastic displacement in pixels, of the log of the shading
+KNOTS = (5, 4)  # of the smooth random fields that bend and shade
+
+
+class Samples(NamedTuple):
+    """New slices: z-scored images (n, H, W) float32, codes top (n, h, w) and bottom (n, 2h, 2w) int64, and masks.
+
+    masks (n, H, W) uint8 are classes as in `SliceDataset.masks`; None for a model without masks.
+    """
+
+    images: np.ndarray
+    top: np.ndarray
+    bottom: np.ndarray
+    masks: np.ndarray | None
+
+
+@torch.inference_mode()
+def decode(model: VQVAE2, top: Tensor, bottom: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+    """Codes -> z-scored slices (N, H, W) float32 and their masks (N, H, W) uint8 classes, or None.
+
+    One slice at a time: rounding depends on the size of a batch.
+    """
+    device = next(model.parameters()).device
+    images, masks = [], []
+    for pair in zip(top.to(device).split(1), bottom.to(device).split(1), strict=True):
+        image, logits = model.decode_with_masks(*pair)
+        images.append(image[:, 0].cpu().numpy())
+        if logits is not None:
+            masks.append(logits.argmax(1).to(torch.uint8).cpu().numpy())
+    return np.concatenate(images), np.concatenate(masks) if masks else None
+
+
+class Variants:
+    """How each of `slices` training slices is altered in each of `count` variants; the same for one seed.
+
+    Variant 0 is the slice as it is, 1 its mirror image, and the others are random.
+
+    Attributes:
+        numbers: (count, slices, NUMBERS) float32 in [-1, 1], zeros for variant 0: what the priors are told.
+    """
+
+    def __init__(self, count: int, slices: int, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.numbers = torch.rand(count, slices, NUMBERS, generator=generator) * 2 - 1
+        self.numbers[:, :, 0] = (self.numbers[:, :, 0] > 0).float()
+        self.numbers[:, :, 1] = 1
+        self.numbers[:2] = 0
+        self.numbers[1:2, :, 0] = 1
+        self.fields = torch.randn(count, slices, 3, *KNOTS, generator=generator)  # rows, columns, shading
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def images(self, x: Tensor, variant: int, indices: Tensor) -> Tensor:
+        """Slices x (B, 1, H, W), those of `indices` (B,), altered as `variant` says and z-scored again."""
+        numbers = self.numbers[variant, indices].to(x.device)
+        x = torch.where(numbers[:, 0].view(-1, 1, 1, 1) > 0, x.flip(2), x)
+        if variant < 2:
+            return x
+        height, width = x.shape[2:]
+        smooth = F.interpolate(
+            self.fields[variant, indices].to(x.device), (height, width), mode="bicubic", align_corners=True
+        )
+        rows = torch.arange(height, device=x.device)[:, None] - (height - 1) / 2  # pixels from the centre
+        columns = torch.arange(width, device=x.device) - (width - 1) / 2
+        shift_r, shift_c, turn, stretch_r, stretch_c = numbers[:, 2:].T[:, :, None, None]
+        sine, cosine = (TURN * turn).sin(), (TURN * turn).cos()
+        source_r = (cosine * rows - sine * columns) * (1 + STRETCH * stretch_r) + SHIFT * shift_r
+        source_c = (sine * rows + cosine * columns) * (1 + STRETCH * stretch_c) + SHIFT * shift_c
+        source = torch.stack(
+            [
+                (source_c + BEND * smooth[:, 1]) * 2 / width,
+                (source_r + BEND * smooth[:, 0]) * 2 / height,
+            ],
+            -1,
+        )
+        low = x.amin((2, 3), keepdim=True)
+        x = F.grid_sample(x - low, source, padding_mode="border", align_corners=False)
+        x = x * (SHADE * smooth[:, 2:]).exp()
+        std, mean = torch.std_mean(x, (2, 3), correction=0, keepdim=True)
+        return (x - mean) / std.clamp_min(1e-6)
 
 
 @torch.inference_mode()
 def extract_codes(
-    model: VQVAE2, splits: dict[str, SliceDataset], sha256: str, *files: Path
+    model: VQVAE2, splits: dict[str, SliceDataset], variants: int, sha256: str, *files: Path
 ) -> dict[str, np.ndarray]:
-    """The code maps of every slice of every split, and of its mirror image.
+    """The code maps of every slice: of the train split in so many variants (see `Variants`), of the others as it is.
 
     Read from the first of the `files` that was made with this autoencoder, whose checkpoint has the SHA-256
     `sha256`, of these splits; else made, and written to the last.
 
     Returns:
-        "train_top" (2, N, H/8, W/8), "train_bottom" (2, N, H/4, W/4), ... uint16; first axis: as it is, mirrored.
+        "train_top" (variants, N, H/8, W/8), "train_bottom" (variants, N, H/4, W/4), "validate_top" (1, N, H/8, W/8),
+        ... uint16.
     """
-    key = " ".join([sha256, *(splits[name].fingerprint for name in SPLITS)])
+    key = " ".join([sha256, str(variants), *(splits[name].fingerprint for name in SPLITS)])
     for file in files:
         try:
-            with np.load(file) as kept:
-                if str(kept["key"]) == key:
-                    return {name: kept[name] for name in kept.files if name != "key"}
+            with np.load(file) as saved:
+                if str(saved["key"]) == key:
+                    return {name: saved[name] for name in saved.files if name != "key"}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            pass  # not there, not ours, or not whole
-    maps: dict[str, list] = {f"{name}_{level}": [] for name in SPLITS for level in LEVELS}
+            pass  # not there, of another autoencoder or study, or not whole
+    counts = {name: variants if name == "train" else 1 for name in SPLITS}
+    total = sum(counts[name] * len(splits[name]) for name in SPLITS)
     device = next(model.parameters()).device
-    bar = tqdm(total=sum(map(len, splits.values())), desc="codes", unit=" slices", disable=None)
+    bar = tqdm(total=total, desc="codes", unit=" slices", disable=None)
+    maps = {}
     for name, split in splits.items():
-        for indices in torch.arange(len(split)).split(16):
+        altered = Variants(counts[name], len(split))
+        shapes = model.config.code_shapes(*split.pixels.shape[1:])
+        for level, shape in zip(LEVELS, shapes, strict=True):
+            maps[f"{name}_{level}"] = np.empty((counts[name], len(split), *shape), np.uint16)
+        for indices in torch.arange(len(split)).split(16 if device.type == "cpu" else 64):
             x = split.images(indices).to(device)
-            both = [model.encode(side) for side in (x, x.flip(2))]
-            for level, sides in zip(LEVELS, zip(*both, strict=True), strict=True):
-                maps[f"{name}_{level}"].append(torch.stack(sides).cpu().numpy().astype(np.uint16))
-            bar.update(len(indices))
+            for variant in range(counts[name]):
+                codes = model.encode(altered.images(x, variant, indices))
+                for level, found in zip(LEVELS, codes, strict=True):
+                    maps[f"{name}_{level}"][variant, indices] = found.cpu().numpy()
+                bar.update(len(indices))
     bar.close()
-    maps = {name: np.concatenate(parts, 1) for name, parts in maps.items()}
     with runtime.atomic_path(files[-1]) as part:
         np.savez(part, key=key, **maps)
     return maps

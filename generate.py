@@ -1,13 +1,13 @@
-"""Sample new slices from the trained priors, and account for what they are worth.
+"""Sample new slices and their masks from the trained priors, and account for what they are worth.
 
     python generate.py                                    # 64 slices from the checkpoints in Results/
     python generate.py --n 512 --position 0.5             # where the prostate tends to lie
-    python generate.py --temperature 0.9 --top-p 0.95     # likelier codes: cleaner slices, less varied
+    python generate.py --top-temperature 1 --bottom-temperature 1   # more varied, less clean
 
 Writes to Results/generated/ (or --out): grid.png (the first samples, unselected, beside real test slices at the
-same positions), overview.png (real | reconstruction | sample), NNNN.png, keras_slices_synthetic/ (NIfTI) and
-manifest.json; then report.json, realism.png, copying.png and nearest.png: likelihood, realism, variety and
-copying, each beside what real slices and worthless ones score. Not for diagnosis.
+same positions), overview.png (real | reconstruction | sample), NNNN.png, keras_slices_synthetic/case_*.nii.gz with
+their masks keras_slices_seg_synthetic/seg_*.nii.gz, and manifest.json; then report.json and its pictures: likelihood,
+anatomy, variety and copying, each beside what real slices and worthless ones score. Not for diagnosis.
 """
 
 import dataclasses
@@ -23,20 +23,20 @@ import figures
 import nifti
 import page
 import runtime
-from appraise import Samples, appraise, decode, near, print_report
-from codes import extract_codes
+from appraise import appraise, near, print_report
+from codes import NUMBERS, Samples, decode, extract_codes
 from dataset import DataConfig, SliceDataset, StudyInfo, open_trained_study
 from modules import VQVAE2, load_model
-from prior import Prior, PriorConfig, check_sampling
-from runtime import option
+from prior import Prior, PriorConfig, Sampling
+from runtime import UserError, option
 
 SHOWN = 32  # samples in grid.png
 PAIRS = 8  # of the nearest pairs, of samples and of test slices
 SEED_STEP = 1_000_003  # between the samples of one --seed and of the next
 DESCRIPTION = "synthetic, sampled from VQ-VAE-2 priors, not a patient"
-NIFTI = "keras_slices_synthetic"
-OURS = ("[0-9]*.png", f"{NIFTI}/case_*.nii.gz", "grid.png", "overview.png", "report.json")
-OURS += ("realism.png", "copying.png", "nearest.png")
+NIFTI, MASKS = "keras_slices_synthetic", "keras_slices_seg_synthetic"  # folders of a split, as in a study
+OURS = ("[0-9]" * 4 + ".png", f"{NIFTI}/case_*.nii.gz", f"{MASKS}/seg_*.nii.gz", "grid.png", "overview.png")
+OURS += ("report.json", "realism.png", "anatomy.png", "copying.png", "nearest.png")
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,17 @@ class GenerateConfig:
 
     n: int = option(64, "slices to sample")
     position: float = option(math.nan, "where in its volume each lies, 0 to 1; nan: as real test slices do")
-    temperature: float = option(1.0, "divides the logits; 0 takes the likeliest code every time")
-    top_k: int = option(0, "draw among this many likeliest codes; 0 is all")
-    top_p: float = option(1.0, "draw among the likeliest codes that hold this probability, in (0, 1]")
-    seed: int = option(0, "of all draws")
+    top_temperature: float = option(
+        0.8, "divides the logits of the top codes, which place organs; 0 takes the likeliest code every time"
+    )
+    bottom_temperature: float = option(0.5, "the same of the bottom codes, which add detail and texture")
+    nucleus: float = option(
+        1.0, "sample among the likeliest codes that hold this probability (top-p), in (0, 1]"
+    )
+    top_passes: int = option(16, "passes of the top prior over its map; each shows more codes")
+    bottom_passes: int = option(8, "passes of the bottom prior")
+    spread: float = option(4.0, "chance in which codes a pass shows; 0 shows the most certain ones")
+    seed: int = option(0, "seed of the samples")
     checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder, as train.py wrote it")
     prior: str = option(
         "Results/prior_best.pth", "the priors over its codes, as train.py --stage prior wrote them"
@@ -63,46 +70,56 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         for name in ("n", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed is {self.seed}; expected 0 to {2**32 - 1}")
+            raise UserError(f"--seed is {self.seed}; expected 0 to {2**32 - 1}")
         if not (0 <= self.position <= 1 or math.isnan(self.position)):
-            raise ValueError(f"--position is {self.position}; expected 0 to 1")
-        check_sampling(self.temperature, self.top_k, self.top_p)
+            raise UserError(f"--position is {self.position}; expected 0 to 1")
+        self.sampling()
+
+    def sampling(self) -> tuple[Sampling, Sampling]:
+        """How the top level is sampled, and the bottom level."""
+        return (
+            Sampling(self.top_passes, self.top_temperature, self.nucleus, self.spread),
+            Sampling(self.bottom_passes, self.bottom_temperature, self.nucleus, self.spread),
+        )
 
 
 # ---- the models, the study, the samples ----------------------------------------------------------
 
 
-def load_models(config: GenerateConfig) -> tuple[StudyInfo, VQVAE2, Prior]:
-    """The study that the priors were trained on, the autoencoder and its priors; ValueError for no pair."""
+def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, VQVAE2, Prior]:
+    """The study and the number of variants that the priors were trained on, the autoencoder and its priors.
+
+    UserError for models that are not a pair.
+    """
     checkpoint = runtime.load_checkpoint(config.checkpoint, "vqvae2")
     saved = runtime.load_checkpoint(config.prior, "prior")
     study = StudyInfo.from_checkpoint(saved, config.prior)
     digest, learnt = runtime.sha256(config.checkpoint), saved["autoencoder_sha256"]
-    mend = "Mend: the pair that was trained together, or train.py --stage prior --checkpoint FILE."
+    fix = "Fix: the pair that was trained together, or train.py --stage prior --checkpoint FILE."
     if digest != learnt:
-        raise ValueError(
+        raise UserError(
             f"{config.prior}: priors over the codes of the autoencoder with SHA-256 {learnt[:12]}...; "
-            f"{config.checkpoint} has {digest[:12]}... {mend}"
+            f"{config.checkpoint} has {digest[:12]}... {fix}"
         )
     device = runtime.pick_device(config.device)
     model = load_model(checkpoint, config.checkpoint).to(device)
     makes = model.config.code_shapes(study.height, study.width)[0]
     shape, K = tuple(saved["top_shape"]), saved["model_config"]["K"]
     if (shape, K) != (makes, model.config.K):
-        raise ValueError(
+        raise UserError(
             f"{config.prior}: priors over top maps of {shape} and {K} codes; "
-            f"{config.checkpoint} makes {makes} and {model.config.K}. {mend}"
+            f"{config.checkpoint} makes {makes} and {model.config.K}. {fix}"
         )
     try:
-        prior = Prior(PriorConfig(**saved["model_config"]), shape)
+        prior = Prior(PriorConfig(**saved["model_config"]), shape, NUMBERS)
         prior.load_state_dict(saved["model"])
     except (TypeError, RuntimeError) as error:  # a field or a weight that prior.py does not have
-        raise ValueError(
-            f"{config.prior}: weights of other priors than prior.py has. Mend: train again."
+        raise UserError(
+            f"{config.prior}: weights of other priors than prior.py has. Fix: train again."
         ) from error
-    return study, model, prior.to(device).eval()
+    return study, saved["codes_config"]["variants"], model, prior.to(device).eval()
 
 
 def open_splits(config: GenerateConfig, trained: StudyInfo) -> dict[str, SliceDataset]:
@@ -115,9 +132,9 @@ def open_splits(config: GenerateConfig, trained: StudyInfo) -> dict[str, SliceDa
         print(f"note: {splits['train'].study}: its slices are not those that the models were trained on")
     if all(np.isnan(split.positions).all() for split in splits.values()):
         if not math.isnan(config.position):
-            raise ValueError(
+            raise UserError(
                 f"{splits['train'].study}: --position is {config.position}, but the names of the slices tell "
-                "no positions, so the priors know none. Mend: leave out --position."
+                "no positions, so the priors know none. Fix: leave out --position."
             )
         print("the names of the slices tell no positions: sampling without them")
     return splits
@@ -126,32 +143,32 @@ def open_splits(config: GenerateConfig, trained: StudyInfo) -> dict[str, SliceDa
 def sample(
     config: GenerateConfig, model: VQVAE2, prior: Prior, positions: np.ndarray, keep: Callable
 ) -> Samples:
-    """Sample slices at positions (n,); `keep(first, images)` is called with every batch that is done.
+    """Sample slices at positions (n,); `keep(first, samples)` is called with every batch that is done.
 
     KeyboardInterrupt after Ctrl-C or SIGTERM: at once, and never inside `keep`.
     """
-    h, w = prior.top_shape
+    top, bottom = config.sampling()
     form = "{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
     bar = tqdm(total=config.n, desc="sampling", unit=" slices", bar_format=form, disable=None)
     parts = []
     with runtime.stop_signals() as stopped, bar:
 
-        def progress(_: int) -> None:
-            bar.update(len(batch) / (5 * h * w))
+        def progress() -> None:
+            bar.update(len(batch) / (top.passes + bottom.passes))
             if stopped:
                 raise KeyboardInterrupt
 
         for first in range(0, config.n, config.batch_size):
             batch = range(first, min(first + config.batch_size, config.n))
             seeds = [config.seed * SEED_STEP + i for i in batch]
-            settings = (config.temperature, config.top_k, config.top_p)
-            top, bottom = prior.sample(positions[batch], seeds, *settings, progress=progress)
-            images = decode(model, top, bottom)
-            keep(first, images)
-            parts.append((images, top.cpu().numpy(), bottom.cpu().numpy()))
+            codes = prior.sample(positions[batch], seeds, top, bottom, progress=progress)
+            images, masks = decode(model, *codes)
+            samples = Samples(images, *(level.cpu().numpy() for level in codes), masks)
+            keep(first, samples)
+            parts.append(samples)
             if stopped:
                 raise KeyboardInterrupt
-    return Samples(*map(np.concatenate, zip(*parts, strict=True)))
+    return Samples(*(None if each[0] is None else np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
 class Album:
@@ -171,10 +188,11 @@ class Album:
         self.mean, self.std = float(np.median(train.mean)), float(np.median(train.std))
         like = int((train.shapes == train.pixels.shape[1:]).all(1).argmax())  # the first that was not resized
         self.affine = train.grid_affine(like)
+        self.labels = np.array(train.labels, np.uint8 if max(train.labels, default=0) < 256 else np.int32)
         earlier = self.out / "manifest.json"
         if earlier.is_file():  # no file of an earlier run may pass for one of ours
             if DESCRIPTION not in earlier.read_text(errors="replace"):
-                raise ValueError(f"{earlier}: not that of generated slices. Mend: --out, another folder.")
+                raise UserError(f"{earlier}: not that of generated slices. Fix: --out, another folder.")
             for old in (path for pattern in OURS for path in self.out.glob(pattern)):
                 old.unlink()
         settings = dataclasses.asdict(config)
@@ -203,14 +221,17 @@ class Album:
     def write_manifest(self) -> None:
         runtime.write_json(self.out / "manifest.json", self.manifest)
 
-    def keep(self, first: int, images: np.ndarray) -> None:
-        for i, image in enumerate(images, first):
+    def keep(self, first: int, samples: Samples) -> None:
+        for i, image in enumerate(samples.images, first):
             figures.save_slice(self.out / f"{i:04d}.png", image, *self.span)
             number = round(59 * np.nan_to_num(self.positions[i]))
-            name = f"case_{900 + i:03d}_week_0_slice_{number}.nii.gz"
+            name = f"{900 + i:03d}_week_0_slice_{number}.nii.gz"
             pixels = (image.astype(np.float64) * self.std + self.mean).astype(np.float32)
-            nifti.write(self.out / NIFTI / name, pixels, self.affine, DESCRIPTION)
-        self.manifest["done"] = first + len(images)
+            nifti.write(self.out / NIFTI / f"case_{name}", pixels, self.affine, DESCRIPTION)
+            if samples.masks is not None:
+                mask = self.labels[samples.masks[i - first]]
+                nifti.write(self.out / MASKS / f"seg_{name}", mask, self.affine, DESCRIPTION)
+        self.manifest["done"] = first + len(samples.images)
         self.write_manifest()
 
 
@@ -304,8 +325,8 @@ def generate(config: GenerateConfig) -> dict:
         OSError: a folder that cannot be written.
         KeyboardInterrupt: after Ctrl-C or SIGTERM; what is finished stays, and the manifest says how many.
     """
-    trained, model, prior = load_models(config)
-    splits = open_splits(config, trained)
+    study, variants, model, prior = load_models(config)
+    splits = open_splits(config, study)
     out, test = runtime.writable_folder(config.out), splits["test"]
     pool, rng = near(test, config.position), np.random.default_rng(config.seed)
     # real slices in a random order, over and over: what sample i stands beside does not depend on n
@@ -324,10 +345,11 @@ def generate(config: GenerateConfig) -> dict:
     write_grid(album, test, samples, twins)
     # those that the priors were trained on, where they are at hand
     files = (folder / "codes.npz" for folder in (Path(config.prior).parent, out))
-    maps = extract_codes(model, splits, album.manifest["autoencoder"]["sha256"], *files)
+    maps = extract_codes(model, splits, variants, album.manifest["autoencoder"]["sha256"], *files)
     report = account(album, model, prior, splits, maps, samples, twins)
+    masks = f", masks in {MASKS}/" if samples.masks is not None else ""
     print(
-        f"wrote {out}/: {config.n} slices as NNNN.png and in {NIFTI}/, grid.png, overview.png, manifest.json,"
+        f"wrote {out}/: {config.n} slices as NNNN.png and in {NIFTI}/{masks}, grid.png, overview.png, manifest.json,"
     )
     print(f"  report.json, realism.png, copying.png and nearest.png; all of it is in {page.write(out)}")
     return report

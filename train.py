@@ -27,7 +27,7 @@ from torch import Tensor
 import metrics
 import page
 import runtime
-from codes import extract_codes
+from codes import Variants, extract_codes
 from dataset import NO_MASK, DataConfig, StudyInfo, open_study, open_trained_study
 from loop import Stage, TrainConfig, fit, switched
 from modules import VQVAE2, Output, VQVAE2Config, load_model
@@ -97,16 +97,22 @@ class CodesConfig:
     """Stage two: which autoencoder's codes the priors learn, and how."""
 
     checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder, for --stage prior")
+    variants: int = option(2, "copies of each training slice: as it is, mirrored, and then altered at random")
+    noise: float = option(
+        0.0, "share of the codes that the prior sees which is replaced at random in training"
+    )
     forget: float = option(0.1, "share of training slices whose position is hidden from the prior")
     bottom_every: int = option(
         1, "the bottom prior, which has four times the codes, learns from one slice of a batch in this many"
     )
 
     def __post_init__(self) -> None:
-        if self.bottom_every < 1:
-            raise UserError(f"--bottom-every is {self.bottom_every}; expected at least 1")
-        if not 0 <= self.forget <= 1:
-            raise UserError(f"--forget is {self.forget}; expected 0 to 1")
+        for name in ("bottom_every", "variants"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{runtime.flag(name)} is {getattr(self, name)}; expected at least 1")
+        for name in ("forget", "noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; expected 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -300,7 +306,7 @@ def train_autoencoder(settings: Settings) -> Path:
 
 
 class CodePriors(Stage):
-    """Stage two: learns the code maps of every slice, and of its mirror image, under one autoencoder."""
+    """Stage two: learns the code maps of every slice, and of its variants, under one autoencoder."""
 
     kind = "prior"
     loss_names = ("loss", "nats_top", "nats_bottom", "bits_per_pixel")
@@ -318,7 +324,8 @@ class CodePriors(Stage):
         self.pixels = math.prod(size)
         model = load_model(checkpoint, codes.checkpoint).to(self.device)
         with runtime.first_of_node():
-            maps = extract_codes(model, self.splits, self.sha256, Path(config.out) / "codes.npz")
+            file = Path(config.out) / "codes.npz"
+            maps = extract_codes(model, self.splits, codes.variants, self.sha256, file)
         self.maps = {
             name: torch.from_numpy(codes.astype(np.int32)).to(self.device) for name, codes in maps.items()
         }
@@ -327,7 +334,9 @@ class CodePriors(Stage):
         }
         runtime.seed_everything(config.seed)
         self.top_shape = model.config.code_shapes(*size)[0]
-        self.model = Prior(replace(settings.prior, K=model.config.K), self.top_shape).to(self.device)
+        self.numbers = Variants(codes.variants, len(self.splits["train"])).numbers.to(self.device)
+        shape = replace(settings.prior, K=model.config.K)
+        self.model = Prior(shape, self.top_shape, self.numbers.shape[2]).to(self.device)
         self.model.start_from(model.quantiser_top.codebook, model.quantiser_bottom.codebook)
         self.counts = {}
 
@@ -342,21 +351,24 @@ class CodePriors(Stage):
 
     def start_epoch(self, generator: torch.Generator) -> None:
         size = len(self.splits["train"])
-        # the first axis of `maps`: 0 is the slice as it is, 1 its mirror image
-        self.mirrored = torch.randint(2, (size,), generator=generator).to(self.device)
+        self.variant = torch.randint(self.codes.variants, (size,), generator=generator).to(self.device)
         self.forgotten = (torch.rand(size, generator=generator) < self.codes.forget).to(self.device)
 
     def batch_losses(self, split: str, indices: Tensor) -> dict[str, Tensor]:
         indices = indices.to(self.device, non_blocking=True)
-        position, mirrored = self.positions[split][indices], torch.zeros_like(indices)
-        bottoms = len(indices)
+        position, variant = self.positions[split][indices], torch.zeros_like(indices)
         if self.model.training:
             position = position.masked_fill(self.forgotten[indices], math.nan)
-            mirrored = self.mirrored[indices]
-            bottoms = math.ceil(bottoms / self.codes.bottom_every)
-        top = self.maps[f"{split}_top"][mirrored, indices].long()
-        bottom = self.maps[f"{split}_bottom"][mirrored[:bottoms], indices[:bottoms]].long()
-        nats = self.model(top, bottom, position, mirrored)
+            variant = self.variant[indices]
+            random = {"generator": None, "noise": self.codes.noise}
+            bottoms = math.ceil(len(indices) / self.codes.bottom_every)
+        else:  # the same masks in every epoch
+            random = {"generator": torch.Generator(self.device).manual_seed(0)}
+            bottoms = len(indices)
+        top = self.maps[f"{split}_top"][variant, indices].long()
+        bottom = self.maps[f"{split}_bottom"][variant[:bottoms], indices[:bottoms]].long()
+        altered = self.numbers[variant, indices] if split == "train" else self.numbers[variant, 0]
+        nats = self.model(top, bottom, position, altered, **random)
         nats_top, nats_bottom = nats["top"].mean(), nats["bottom"].mean()  # of a code
         codes_top, codes_bottom = top[0].numel(), bottom[0].numel()
         nats_slice = codes_top * nats_top + codes_bottom * nats_bottom

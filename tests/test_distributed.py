@@ -26,7 +26,6 @@ TINY = PriorConfig(
     prior_heads=2,
     prior_top_layers=1,
     prior_bottom_layers=1,
-    prior_condition_layers=1,
     prior_dropout=0.0,
 )
 SETTINGS = {"device": "cpu", "lr": 1e-3, "schedule": "cosine", "weight_decay": 0.01, "clip": 1.0}

@@ -15,6 +15,7 @@ from conftest import run
 from PIL import Image
 
 import appraise
+import codes
 import generate
 import runtime
 from dataset import DataConfig, open_study, parse_name
@@ -28,7 +29,6 @@ PRIOR = PriorConfig(
     prior_heads=2,
     prior_top_layers=1,
     prior_bottom_layers=1,
-    prior_condition_layers=1,
 )
 
 
@@ -40,6 +40,7 @@ def save_models(folder, study, splits, model, prior):
     two = {"kind": "prior", "model_config": dataclasses.asdict(PRIOR), "model": prior.state_dict()}
     digest = runtime.sha256(folder / "vqvae2_best.pth")
     two |= {"top_shape": [8, 4], "autoencoder_sha256": digest, "data": data, "epoch": 1}
+    two["codes_config"] = {"variants": 2}
     runtime.save_checkpoint(folder / "prior_best.pth", two)
 
 
@@ -48,7 +49,7 @@ def trained(study, tmp_path_factory):
     """The folder of both checkpoints, the models and the study's splits."""
     torch.manual_seed(0)
     splits = open_study(DataConfig(data=str(study), height=64, width=32))
-    model, prior, x = VQVAE2(MODEL), Prior(PRIOR, (8, 4)), splits["train"].images(range(14))
+    model, prior, x = VQVAE2(MODEL), Prior(PRIOR, (8, 4), codes.NUMBERS), splits["train"].images(range(14))
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(60):
         output = model(x)
@@ -162,7 +163,7 @@ def test_likelihood_is_that_of_the_prior_by_hand(made, trained):
             for i in range(len(split)):
                 position = torch.tensor([split.positions[i]])
                 nats = prior.nats(*model.encode(split.images([i])), position)
-                one = [nats["top"].sum().item(), nats["bottom"].sum().item()]
+                one = [nats["top"].item(), nats["bottom"].item()]
                 sums.setdefault(f"{split.names[i].patient:03d}", []).append(one)
             everything = np.concatenate([np.array(of) for of in sums.values()])
             rate = likelihood[name]
@@ -186,8 +187,9 @@ def test_a_prior_that_repeats_its_training_slices_is_caught(trained, tmp_path, m
         x = x.flip(2) if mirrored else x
         with torch.inference_mode():
             top, bottom = model.encode(x)
-        keep(0, x[:, 0].numpy())
-        return generate.Samples(x[:, 0].numpy(), top.numpy(), bottom.numpy())
+        samples = codes.Samples(x[:, 0].numpy(), top.numpy(), bottom.numpy(), None)
+        keep(0, samples)
+        return samples
 
     monkeypatch.setattr(generate, "sample", repeat)
     copying = generate.generate(config(trained, tmp_path))["copying"]
@@ -234,8 +236,15 @@ def test_a_position_is_asked_of_the_prior_and_of_the_real_slices(trained, tmp_pa
 @pytest.mark.parametrize(
     "setting",
     [
-        *({"n": 0}, {"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.1}),
-        *({"top_k": -1}, {"position": 1.1}, {"position": -0.1}, {"batch_size": 0}),
+        *({"n": 0}, {"top_temperature": -1.0}, {"bottom_temperature": math.nan}, {"nucleus": 0.0}),
+        *(
+            {"top_passes": 0},
+            {"nucleus": 1.1},
+            {"spread": -1.0},
+            {"position": 1.1},
+            {"position": -0.1},
+            {"batch_size": 0},
+        ),
     ],
 )
 def test_settings_out_of_range(setting):

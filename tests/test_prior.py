@@ -1,259 +1,312 @@
-"""The priors: exact likelihoods, causality, cached sampling, and what each argument of sampling does."""
+"""The masked priors against enumeration, brute force and an arithmetic coder."""
 
+import itertools
 import math
-from itertools import product
 
+import constriction
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
 
-from prior import CodePrior, Prior, PriorConfig, Walk, draw
+import prior
+from prior import Prior, PriorConfig, Sampling, random_masks, replace_at_random, sample_codes
 
-UNKNOWN = math.nan
+TINY = PriorConfig(K=5, prior_channels=16, prior_heads=2, prior_top_layers=1, prior_bottom_layers=1)
 
 
-def small(K: int = 7, top_shape: tuple[int, int] = (4, 3), seed: int = 0, **options) -> Prior:
-    """A prior far from uniform, bottom attention in stretches of one row: 8 of them in a map of 4 x 3 tops."""
+def make_prior(config: PriorConfig = TINY, shape: tuple[int, int] = (4, 2), seed: int = 0) -> Prior:
+    """A prior with random weights everywhere, also in the heads, which start at zero."""
     torch.manual_seed(seed)
-    sizes = {"prior_channels": 16, "prior_heads": 2, "prior_top_layers": 2, "prior_bottom_layers": 2}
-    sizes |= {"prior_condition_layers": 1, "prior_rows": 1, "prior_dropout": 0.0}
-    prior = Prior(PriorConfig(K=K, **(sizes | options)), top_shape)
-    for parameter in prior.parameters():
-        nn.init.normal_(parameter, std=0.4)
-    return prior.eval()
+    model = Prior(config, shape, variants=3).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    return model
 
 
-def maps(prior: Prior, B: int = 2, seed: int = 1) -> tuple[Tensor, Tensor]:
-    (h, w), random = prior.top_shape, torch.Generator().manual_seed(seed)
-    top = torch.randint(prior.config.K, (B, h, w), generator=random)
-    return top, torch.randint(prior.config.K, (B, 2 * h, 2 * w), generator=random)
+def random_maps(model: Prior, count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    maps = [
+        torch.randint(model.config.K, (count, *level.shape), generator=generator)
+        for level in (model.top, model.bottom)
+    ]
+    return *maps, torch.rand(count, generator=generator)
 
 
-def level(prior: Prior, name: str) -> tuple[CodePrior, Tensor, Tensor | None]:
-    """A level, codes for it, and its condition."""
-    top, bottom = maps(prior)
-    return (prior.top, top, None) if name == "top" else (prior.bottom, bottom, prior.condition(top).detach())
+def nats_in_order(model: Prior, codes: torch.Tensor, known, order) -> float:
+    """-log p of one map (h, w), its codes shown one at a time in the order given."""
+    level, total = model.top, 0.0
+    context = torch.full((1, codes.numel()), model.config.K)
+    for place in order:
+        logits = level(context.view(1, *level.shape), *known).flatten(1, 2)[0, place]
+        total -= logits.log_softmax(0)[codes.flatten()[place]].item()
+        context[0, place] = codes.flatten()[place]
+    return total
 
 
-@pytest.mark.parametrize(("name", "rows"), [("top", 1), ("bottom", 1), ("bottom", 3), ("bottom", 8)])
-def test_logits_move_with_earlier_codes_and_with_no_other(name, rows):
-    prior = small(prior_rows=rows)  # 3 rows do not divide the map's 8
-    model, codes, condition = level(prior, name)
-    (h, w), where = model.shape, torch.tensor([0.3, UNKNOWN])
-    before = model(codes, condition, where).flatten(1, 2)
-    for t in range(h * w):
-        changed = codes.clone()
-        changed.view(2, -1)[:, t] += 1
-        moved = (model(changed % model.K, condition, where).flatten(1, 2) - before).abs().amax((0, 2))
-        assert moved[: t + 1].max() == 0, f"the code at {t} moved logits at or before it"
-        seen = min(h * w, (t // model.span + 2) * model.span)  # to the end of the next stretch
-        assert moved[t + 1 : seen].gt(0).all(), f"the code at {t} did not move the logits after it"
+@torch.inference_mode()
+def test_the_bound_is_the_mean_over_all_orders():
+    model = make_prior(shape=(2, 2))
+    top, _, position = random_maps(model, 1)
+    known = position, model.as_it_is(1)
+    orders = [nats_in_order(model, top[0], known, order) for order in itertools.permutations(range(4))]
+    # every set of hidden codes, weighed as `random_masks` makes them: first their number, then their places
+    expected = 0.0
+    for number in range(1, 5):
+        sets = list(itertools.combinations(range(4), number))
+        for hidden in sets:
+            mask = torch.zeros(1, 4, dtype=torch.bool)
+            mask[0, list(hidden)] = True
+            mask = mask.view(1, 2, 2)
+            logits = model.top(top.masked_fill(mask, TINY.K), *known)
+            nats = F.cross_entropy(logits[mask], top[mask])
+            expected += nats.item() / len(sets) / 4
+    assert 4 * expected == pytest.approx(np.mean(orders), rel=1e-5)
+    assert np.std(orders) > 0.01  # the orders do differ
+    generator = torch.Generator().manual_seed(1)
+    repeated = top.expand(4000, 2, 2), (position.expand(4000), model.as_it_is(4000))
+    estimate = 4 * model.bound(model.top, *repeated, generator, 0.0)
+    error = estimate.std().item() / math.sqrt(4000)
+    assert estimate.mean().item() == pytest.approx(np.mean(orders), abs=4 * error)
 
 
-def test_every_bottom_logit_sees_the_whole_top_map():
-    prior = small()
-    top, bottom = maps(prior)
-    before = prior.nats(top, bottom, torch.full((2,), 0.5))["bottom"]
-    for t in range(12):
-        changed = top.clone()
-        changed.view(2, -1)[:, t] += 1
-        assert (prior.nats(changed % 7, bottom, torch.full((2,), 0.5))["bottom"] != before).all()
-
-
-def test_the_condition_is_added_where_the_code_is_predicted():
-    prior = small()
-    model, codes, condition = level(prior, "bottom")
-    changed = condition.clone()
-    changed[:, :, 3, 2] += 1
-    where = torch.full((2,), 0.5)
-    moved = (model(codes, changed, where) - model(codes, condition, where)).abs().amax((0, 3)).flatten()
-    at = 3 * model.shape[1] + 2
-    assert moved[:at].max() == 0
-    assert moved[at] > 0
-
-
-@pytest.mark.parametrize("name", ["top", "bottom"])
-def test_cached_logits_equal_uncached_ones(name):
-    model, codes, condition = level(small(prior_rows=3), name)
-    where = torch.tensor([0.3, UNKNOWN])
-    with torch.inference_mode():
-        expected = model(codes, condition, where).flatten(1, 2)
-        walk = Walk(model, condition, where)
-        for t, following in enumerate(codes.flatten(1).T):
-            torch.testing.assert_close(walk.logits(), expected[:, t], atol=1e-5, rtol=1e-5)
-            walk.put(following)
-    assert torch.equal(walk.map(), codes)
+def test_nats_are_those_of_each_slice_and_repeat():
+    model = make_prior()
+    top, bottom, position = random_maps(model, 3)
+    position[1] = math.nan
+    nats = model.nats(top, bottom, position, masks=64)
+    assert nats["top"].shape == nats["bottom"].shape == (3,)
+    again = model.nats(top, bottom, position, masks=64)
+    assert nats["top"].equal(again["top"]) and nats["bottom"].equal(again["bottom"])
+    other = model.nats(top, bottom, position, seed=1, masks=64)
+    assert not nats["top"].equal(other["top"])
+    assert nats["bottom"].numpy() == pytest.approx(other["bottom"].numpy(), rel=0.2)
 
 
 def test_an_untrained_prior_is_uniform():
-    prior = Prior(PriorConfig(K=512, prior_channels=16, prior_heads=2), (4, 3)).eval()
-    top, bottom = maps(prior)
-    for nats in prior.nats(top, bottom, torch.tensor([0.5, UNKNOWN])).values():
-        assert nats.dtype == torch.float32
-        torch.testing.assert_close(nats, torch.full_like(nats, math.log(512)))
+    model = Prior(TINY, (4, 2))
+    nats = model.nats(*random_maps(model, 2))
+    assert nats["top"].tolist() == pytest.approx([8 * math.log(5)] * 2)
+    assert nats["bottom"].tolist() == pytest.approx([32 * math.log(5)] * 2)
 
 
-def test_likelihoods_of_all_maps_sum_to_one():
-    prior = small(K=2, top_shape=(2, 1))  # 4 top maps, each with 256 bottom maps of 4 stretches
-    every = [torch.tensor(list(product(range(2), repeat=n))) for n in (2, 8)]
-    top = every[0].view(4, 1, 2, 1).expand(4, 256, 2, 1).flatten(0, 1)
-    bottom = every[1].view(1, 256, 4, 2).expand(4, 256, 4, 2).flatten(0, 1)
-    nats = {name: value.double() for name, value in prior.nats(top, bottom, torch.full((1024,), 0.7)).items()}
-    p_top = (-nats["top"].sum((1, 2))).exp().view(4, 256)
-    p_bottom = (-nats["bottom"].sum((1, 2))).exp().view(4, 256)
-    assert p_top[:, 0].sum().item() == pytest.approx(1, abs=1e-5)
-    torch.testing.assert_close(p_bottom.sum(1), torch.ones(4, dtype=torch.float64), atol=1e-5, rtol=0)
+@torch.inference_mode()
+def test_an_arithmetic_coder_reaches_the_rate():
+    model = make_prior(shape=(8, 4))
+    top, _, position = random_maps(model, 1)
+    known = position, model.as_it_is(1)
+    order = np.random.default_rng(0).permutation(32)  # the decoder has the same seed
+    family = constriction.stream.model.Categorical
+
+    def code(place: int, context: torch.Tensor) -> constriction.stream.model.Categorical:
+        logits = model.top(context.view(1, 8, 4), *known).flatten(1, 2)[0, place]
+        return family(logits.double().softmax(0).numpy(), perfect=False)
+
+    codes, encoder = top.flatten(), constriction.stream.queue.RangeEncoder()
+    context = torch.full((32,), TINY.K)
+    for place in order:
+        encoder.encode(int(codes[place]), code(place, context))
+        context[place] = codes[place]
+    file = encoder.get_compressed()
+
+    decoder = constriction.stream.queue.RangeDecoder(file)
+    decoded = torch.full((32,), TINY.K)
+    for place in order:
+        decoded[place] = int(decoder.decode(code(place, decoded)))
+    assert decoded.equal(codes)
+    bits = nats_in_order(model, top[0], known, order) / math.log(2)
+    assert bits <= 32 * len(file) <= bits + 64  # whole words of 32 bits
 
 
-def test_codebooks_lay_out_embeddings_and_heads():
-    """Distances between codes are those of the codebook, up to one scale."""
-    prior = Prior(PriorConfig(K=7, prior_channels=16, prior_heads=2), (4, 3))
-    codebooks = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
-    prior.start_from(*codebooks)
-    for level, codebook in zip((prior.top, prior.bottom), codebooks, strict=True):
-        for vectors in (level.embed.weight[:7], level.head.weight):
-            ratio = torch.pdist(vectors.detach()) / torch.pdist(codebook)
-            torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio))
-    torch.testing.assert_close(prior.condition.embed.weight, prior.top.head.weight)
-    nats = prior.nats(*maps(prior), torch.tensor([0.5, UNKNOWN]))
-    assert all((level - math.log(7)).abs().max() < 0.5 for level in nats.values())  # still near uniform
-    with pytest.raises(ValueError, match="codebook of shape"):
-        prior.start_from(codebooks[0], codebooks[1][:5])
+def test_sampled_maps_have_the_probability_of_the_model():
+    # two codes, each pass shows one of them in a random order
+    model = make_prior(PriorConfig(K=3, prior_channels=16, prior_heads=2, prior_patch=1), (1, 2))
+    count = 6000
+    how = Sampling(passes=2, spread=1e9)
+    with torch.inference_mode():
+        found = prior.unmask(
+            model.top,
+            (torch.full((count,), 0.5), model.as_it_is(count)),
+            [torch.Generator().manual_seed(i) for i in range(count)],
+            how,
+            None,
+        )
+        share = np.bincount((found[:, 0, 0] * 3 + found[:, 0, 1]).numpy(), minlength=9) / count
+        known = torch.full((1,), 0.5), model.as_it_is(1)
+        for first, second in itertools.product(range(3), repeat=2):
+            codes = torch.tensor([[first, second]])
+            # the certainty's noise does not fade in the last pass but one: half of the maps start at each place
+            p = np.mean([math.exp(-nats_in_order(model, codes, known, o)) for o in ((0, 1), (1, 0))])
+            assert share[3 * first + second] == pytest.approx(p, abs=4 * math.sqrt(p / count))
 
 
-def test_the_slice_position_moves_the_likelihood_of_every_code():
-    prior = small()
-    top, bottom = maps(prior, B=1)
-    nats = [prior.nats(top, bottom, torch.tensor([z])) for z in (0.0, 0.5, 1.0, UNKNOWN)]
-    for name in ("top", "bottom"):
-        for i, one in enumerate(nats):
-            assert one[name].isfinite().all()
-            assert all((one[name] != other[name]).all() for other in nats[:i])
+def test_a_sample_depends_on_its_seed_and_position_and_not_on_its_batch():
+    model = make_prior()
+    how = Sampling(passes=3), Sampling(passes=3)
+    top, bottom = model.sample([0.1, 0.5, math.nan], [1, 2, 3], *how)
+    assert top.shape == (3, 4, 2) and bottom.shape == (3, 8, 4)
+    assert bottom.min() >= 0 and bottom.max() < 5
+    for i, (position, seed) in enumerate(((0.1, 1), (0.5, 2), (math.nan, 3))):
+        alone = model.sample([position], [seed], *how)
+        assert alone[0][0].equal(top[i]) and alone[1][0].equal(bottom[i])
+    assert not model.sample([0.1], [4], *how)[1].equal(bottom[:1])
+    assert not model.sample([0.9], [1], *how)[1].equal(bottom[:1])
 
 
-def test_a_sample_depends_on_its_seed_and_not_on_its_batch():
-    prior = small(K=32, prior_dropout=0.5).train()  # which sampling does without
-    positions, seeds = [0.1, UNKNOWN, 0.9, 0.1, 0.5], [11, 12, 13, 14, 11]
-    state = torch.get_rng_state()
-    together = prior.sample(positions, seeds)
-    assert torch.equal(torch.get_rng_state(), state)  # nobody else's random numbers are used up
-    for i in range(5):
-        alone = prior.sample(positions[i : i + 1], seeds[i : i + 1])
-        assert all(torch.equal(alone[j][0], together[j][i]) for j in range(2))
-    assert not torch.equal(together[0][0], together[0][3])
-    assert not torch.equal(prior.sample([0.1, 0.1], [1, 2])[1][0], prior.sample([0.1, 0.1], [1, 2])[1][1])
+def test_each_pass_shows_more_codes_and_changes_none():
+    model = make_prior(shape=(8, 4))
+    contexts = []
+    model.top.register_forward_pre_hook(lambda module, inputs: contexts.append(inputs[0].clone()))
+    top, _ = model.sample([0.5], [0], Sampling(passes=6), Sampling(passes=1))
+    hidden = [(context == TINY.K).sum().item() for context in contexts]
+    assert hidden == [32, *(int(32 * math.cos(math.pi / 2 * i / 6)) for i in range(1, 6))]
+    for context in contexts:
+        shown = context != TINY.K
+        assert context[shown].equal(top[shown])
 
 
-def test_sampling_draws_from_the_likelihood():
-    """The frequencies of all 16 top maps of a 2x2 prior over two codes, against `nats`."""
-    prior, n = small(K=2, top_shape=(2, 2)), 4000
-    tops = torch.tensor(list(product(range(2), repeat=4))).view(-1, 2, 2)
-    bottoms = torch.zeros(16, 4, 4, dtype=torch.int64)
-    expected = (-prior.nats(tops, bottoms, torch.full((16,), 0.2))["top"].sum((1, 2))).exp()
-    drawn, _ = prior.sample([0.2] * n, range(n))
-    found = torch.bincount((drawn.flatten(1) * torch.tensor([8, 4, 2, 1])).sum(1), minlength=16) / n
-    assert ((found - expected).abs() < 4.5 * (expected * (1 - expected) / n).sqrt() + 1e-4).all()
+def test_without_spread_the_most_certain_codes_are_shown_first():
+    model = make_prior(shape=(8, 4))
+    contexts = []
+    model.top.register_forward_pre_hook(lambda module, inputs: contexts.append(inputs[0].clone()))
+    model.sample([0.5], [0], Sampling(passes=4, temperature=0, spread=0), Sampling(passes=1))
+    with torch.inference_mode():
+        p = model.top(contexts[0], torch.tensor([0.5]), model.as_it_is(1)).softmax(3).amax(3)
+    shown = contexts[1] != TINY.K
+    assert p[shown].min() >= p[~shown].max()
 
 
-def reference(logits: np.ndarray, u: float, temperature: float, top_k: int, top_p: float) -> int:
-    """`draw` for one code, in words: rank, keep, renormalise, walk."""
-    weights = np.exp((logits - logits.max()) / temperature)
-    ranking = np.argsort(-logits)[: top_k or None]
-    p = weights[ranking] / weights[ranking].sum()
-    count = 1
-    while p[:count].sum() < top_p and count < len(p):
-        count += 1
-    kept = sorted(ranking[:count])
-    target, mass = u * weights[kept].sum(), 0.0
-    for code in kept:
-        mass += weights[code]
-        if mass > target:
-            return code
-    return kept[-1]
+def test_the_bottom_sees_the_top_and_the_variant_is_seen():
+    model = make_prior()
+    top, bottom, position = random_maps(model, 1)
+    hidden = torch.full_like(bottom, TINY.K)
+    known = position, model.as_it_is(1)
+    logits = model.bottom(hidden, *known, top)
+    assert not logits.allclose(model.bottom(hidden, *known, (top + 1) % 5))
+    assert not logits.allclose(model.bottom(hidden, position, torch.ones(1, 3), top))
+    assert not logits.allclose(model.bottom(hidden, torch.tensor([math.nan]), known[1], top))
 
 
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [
-        (1.0, 0, 1.0),
-        (0.5, 0, 1.0),
-        (2.0, 3, 1.0),
-        (1.0, 0, 0.6),
-        (0.7, 6, 0.9),
-        (1.0, 1, 1.0),
-        (1.0, 99, 1e-9),
-    ],
-)
-def test_draw_equals_the_reference(temperature, top_k, top_p):
-    random = np.random.default_rng(0)
-    logits, u = random.normal(0, 2, (400, 11)), random.random(400)
-    drawn = draw(torch.from_numpy(logits), torch.from_numpy(u), temperature, top_k, top_p)
-    assert drawn.tolist() == [
-        reference(row, x, temperature, top_k, top_p) for row, x in zip(logits, u, strict=True)
-    ]
+def test_every_code_sees_every_other():
+    model = make_prior(shape=(4, 4)).double()
+    codes = torch.randint(5, (1, 4, 4))
+    known = torch.tensor([0.5]), model.as_it_is(1)
+    logits = model.top(codes, *known)
+    for place in range(16):
+        other = codes.clone().flatten()
+        other[place] = (other[place] + 1) % 5
+        changed = (model.top(other.view(1, 4, 4), *known) != logits).any(3)
+        assert changed.all()
 
 
-def test_temperature_0_is_greedy_and_random_numbers_at_the_ends_are_safe():
-    logits = torch.tensor([[-math.inf, 1.0, 3.0, -math.inf]])
-    assert draw(logits, torch.tensor([0.1]), temperature=0) == 2
-    assert draw(logits, torch.tensor([0.0], dtype=torch.float64)) == 1
-    assert draw(logits, torch.tensor([1 - 2**-53], dtype=torch.float64)) == 2
-    prior = small()
-    first, second = prior.sample([0.5, 0.5], [1, 2], temperature=0)[1]
-    assert torch.equal(first, second)
+def test_maps_whose_sides_are_no_multiple_of_the_patch():
+    model = make_prior(shape=(3, 5))
+    top, bottom, position = random_maps(model, 2)
+    assert model.top(top, position, model.as_it_is(2)).shape == (2, 3, 5, 5)
+    assert model.bottom(bottom, position, model.as_it_is(2), top).shape == (2, 6, 10, 5)
 
 
-def test_it_learns_a_handful_of_maps_and_samples_them():
-    prior = small(K=16, top_shape=(3, 2), prior_channels=32)
-    for module in prior.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    top, bottom = maps(prior, B=3)
-    positions = torch.tensor([0.0, 0.5, 1.0])
-    optimiser = torch.optim.AdamW(prior.parameters(), 1e-2)
-    for _ in range(60):
-        nats = prior.train().nats(top, bottom, positions)
+def test_random_masks_hide_a_uniform_number_of_codes_at_uniform_places():
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.cat([random_masks(torch.zeros(8, 2, 2), generator) for _ in range(500)])
+    share = masks.sum((1, 2)).bincount(minlength=5) / 4000
+    assert share[0] == 0 and share[1:].numpy() == pytest.approx([0.25] * 4, abs=0.03)
+    assert masks.double().mean(0).numpy() == pytest.approx(np.full((2, 2), 0.625), abs=0.03)
+
+
+def test_replaced_codes_are_a_random_share():
+    codes = torch.zeros(100, 10, 10, dtype=torch.int64)
+    found = replace_at_random(codes, 0.2, 5, torch.Generator().manual_seed(0))
+    assert (found != 0).double().mean().item() == pytest.approx(0.2 * 4 / 5, abs=0.02)
+    assert replace_at_random(codes, 0.0, 5, None) is codes
+
+
+def test_noise_changes_what_is_seen_and_not_what_is_asked_for():
+    model = make_prior()
+    top, bottom, position = random_maps(model, 4)
+    seen = []
+    model.bottom.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    altered = model.as_it_is(4)
+    model(top, bottom, position, altered, torch.Generator().manual_seed(0), noise=0.5)
+    context, *_, top_seen = seen[0]
+    shown = context != TINY.K
+    assert 0.2 < (context[shown] != bottom[shown]).double().mean() < 0.6
+    assert not top_seen.equal(top)
+
+
+def test_sampling_a_code_inverts_the_cumulative_distribution():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, generator=generator)
+    u = torch.rand(40_000, generator=generator)
+    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.7)):
+        p = (logits / temperature).softmax(0).double().numpy()
+        likeliest = np.argsort(-p)
+        kept = likeliest[: np.searchsorted(np.cumsum(p[likeliest]), top_p) + 1]
+        expected = np.zeros(6)
+        expected[kept] = p[kept] / p[kept].sum()
+        found = sample_codes(logits.expand(40_000, 6), u, temperature, top_p).bincount(minlength=6) / 40_000
+        assert found.numpy() == pytest.approx(expected, abs=0.01)
+    assert (sample_codes(logits.expand(3, 6), u[:3], temperature=0) == logits.argmax()).all()
+
+
+def test_training_learns_what_follows_from_the_rest():
+    # the right half is the mirror image of the left, and the bottom repeats the top
+    torch.manual_seed(0)
+    model = Prior(TINY, (4, 4))
+    optimiser = torch.optim.Adam(model.parameters(), 5e-3)
+    for _ in range(250):
+        left = torch.randint(5, (16, 4, 2))
+        top = torch.cat([left, left.flip(2)], 2)
+        bottom = top.repeat_interleave(2, 1).repeat_interleave(2, 2)
+        losses = model(top, bottom, torch.full((16,), math.nan), model.as_it_is(16))
         optimiser.zero_grad()
-        (nats["top"].sum() + nats["bottom"].sum()).backward()
+        sum(loss.mean() for loss in losses.values()).backward()
         optimiser.step()
-    assert sum(level.sum() for level in nats.values()) < 3 * math.log(2)
-    calls = []
-    sampled = prior.sample(positions, [5, 6, 7], progress=calls.append)
-    assert torch.equal(sampled[0], top)
-    assert torch.equal(sampled[1], bottom)
-    assert sum(calls) == 5 * 6
-    assert prior.training  # sampling turned dropout off in a copy
+    model.eval()
+    top, bottom = model.sample([math.nan] * 8, range(8), Sampling(passes=16, temperature=0.5))
+    assert (top == top.flip(2)).double().mean() > 0.8  # 0.2 by chance
+    assert (bottom == top.repeat_interleave(2, 1).repeat_interleave(2, 2)).double().mean() > 0.95
+    assert len({tuple(codes.flatten().tolist()) for codes in top}) > 4  # and they are not all one map
 
 
-def test_bad_arguments_are_named():
-    prior = small()
-    top, bottom = maps(prior)
-    where = torch.full((2,), 0.5)
-    for arguments, message in (
-        ((bottom, top, where), "top codes of shape"),
-        ((top, bottom[:1], where), "bottom codes of shape"),
-        ((top + 7, bottom, where), "top codes from 7 to"),
-        ((top, bottom - 7, where), "bottom codes from -7 to"),
-        ((top, bottom, where[:1]), "positions of shape"),
-        ((top, bottom, where + 0.6), "position 1.1"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            prior.nats(*arguments)
-    for options in (
-        {"temperature": -1},
-        {"temperature": UNKNOWN},
-        {"top_k": -1},
-        {"top_p": 0.0},
-        {"top_p": 1.1},
-    ):
-        with pytest.raises(ValueError, match=next(iter(options))):
-            prior.sample([0.5], [0], **options)
-    for positions, seeds in (([-0.1], [0]), ([2.0], [0]), ([0.5, 0.5], [0])):
-        with pytest.raises(ValueError, match="position"):
-            prior.sample(positions, seeds)
-    for fields in ({"K": 0}, {"prior_channels": 11}, {"prior_dropout": 1.0}, {"prior_condition_layers": -1}):
-        with pytest.raises(ValueError, match=next(iter(fields))):
-            PriorConfig(**fields)
-    with pytest.raises(ValueError, match="top_shape"):
-        Prior(PriorConfig(), (0, 4))
+def test_branches_start_small_and_a_codebook_starts_the_embeddings():
+    torch.manual_seed(0)
+    config = PriorConfig(K=64, prior_channels=64, prior_top_layers=4)
+    model = Prior(config, (4, 2))
+    for block in model.top.blocks:
+        assert block.out.weight.std().item() == pytest.approx(0.02 / math.sqrt(8), rel=0.1)
+        assert block.mlp.down.weight.std().item() == pytest.approx(0.02 / math.sqrt(8), rel=0.1)
+        assert block.qkv.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    codebook = torch.randn(64, 32)
+    model.start_from(codebook, codebook + 1)
+    embedded = model.top.embed.weight[:64]
+    distances = torch.cdist(codebook - codebook.mean(0), codebook - codebook.mean(0))
+    assert (
+        torch.corrcoef(torch.stack([torch.cdist(embedded, embedded).flatten(), distances.flatten()]))[0, 1]
+        > 0.99
+    )
+    assert embedded.std().item() == pytest.approx(0.02, rel=1e-4)
+    assert model.bottom.top.weight.equal(embedded)
+    with pytest.raises(ValueError, match="codebook of shape"):
+        model.start_from(codebook[:5], codebook)
+
+
+def test_bad_arguments_say_what_was_expected():
+    model = make_prior()
+    top, bottom, position = random_maps(model, 2)
+    with pytest.raises(ValueError, match=r"top codes of shape .* expected \(2, 4, 2\)"):
+        model.nats(top[:, :3], bottom, position)
+    with pytest.raises(ValueError, match="bottom codes from 0 to 5; expected 0 to 4"):
+        model.nats(top, bottom.clamp_max(0).index_fill(0, torch.tensor([1]), 5), position)
+    with pytest.raises(ValueError, match=r"position 1\.5"):
+        model.nats(top, bottom, torch.tensor([0.5, 1.5]))
+    with pytest.raises(ValueError, match="no seeds"):
+        model.sample([], [])
+    with pytest.raises(ValueError, match=r"expected \(2,\)"):
+        model.sample([0.5], [1, 2])
+    for bad in ({"passes": 0}, {"temperature": -1}, {"top_p": 0}, {"spread": math.inf}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            Sampling(**bad)
+    with pytest.raises(ValueError, match="multiple of prior_heads"):
+        PriorConfig(prior_channels=30)

@@ -10,17 +10,16 @@ import torch
 from test_train import assert_same, fit
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+import codes
 import loop
 import runtime
 import train
-from codes import extract_codes
+from codes import Variants, extract_codes
 from dataset import DataConfig, open_study
 from modules import load_model
 from prior import Prior, PriorConfig
 
-TINY = PriorConfig(
-    prior_channels=16, prior_heads=2, prior_top_layers=1, prior_bottom_layers=1, prior_condition_layers=1
-)
+TINY = PriorConfig(prior_channels=16, prior_heads=2, prior_top_layers=1, prior_bottom_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -37,51 +36,89 @@ def fit_prior(autoencoder, out, epochs=1, checkpoint=None, **settings):
     )
 
 
-def maps_of(autoencoder, out):
-    """The code maps by hand: slice by slice, as they are and mirrored."""
+def model_and_splits(autoencoder):
     checkpoint = runtime.load_checkpoint(autoencoder, "vqvae2")
-    model = load_model(checkpoint, "").eval()
     splits = open_study(DataConfig(data=checkpoint["data"]["study"], height=64, width=32))
-    with torch.inference_mode():
-        return splits, {
-            name: [
-                [model.encode(x) for x in (split.images([i]), split.images([i]).flip(2))]
-                for i in range(len(split))
-            ]
-            for name, split in splits.items()
-        }
+    return load_model(checkpoint, ""), splits
 
 
-def test_codes_are_the_autoencoder_s_and_kept_for_it_alone(autoencoder, tmp_path, monkeypatch):
+def test_codes_are_the_autoencoder_s_and_kept_for_it_alone(autoencoder, tmp_path):
     fit_prior(autoencoder, tmp_path)
-    splits, by_hand = maps_of(autoencoder, tmp_path)
-    with np.load(tmp_path / "codes.npz") as kept:
-        for name, slices in by_hand.items():
-            for i, sides in enumerate(slices):
-                for side, levels in enumerate(sides):
-                    for level, codes in zip(("top", "bottom"), levels, strict=True):
-                        assert np.array_equal(kept[f"{name}_{level}"][side, i], codes[0])
-    read = extract_codes(None, splits, runtime.sha256(autoencoder), tmp_path / "codes.npz")
+    model, splits = model_and_splits(autoencoder)
+    with np.load(tmp_path / "codes.npz") as kept, torch.inference_mode():
+        for name, split in splits.items():
+            for i in range(len(split)):
+                x = split.images([i])
+                for variant, altered in enumerate((x, x.flip(2)) if name == "train" else (x,)):
+                    for level, codes in zip(("top", "bottom"), model.encode(altered), strict=True):
+                        assert np.array_equal(kept[f"{name}_{level}"][variant, i], codes[0])
+    digest = runtime.sha256(autoencoder)
+    read = extract_codes(None, splits, 2, digest, tmp_path / "codes.npz")
     assert read["train_top"].shape == (2, 14, 8, 4)  # read, for no model was there
-    with pytest.raises(AttributeError):  # another autoencoder: they would be made anew
-        extract_codes(None, splits, "other", tmp_path / "codes.npz")
+    assert read["validate_top"].shape == (1, 5, 8, 4)
+    for variants, other in ((2, "other"), (3, digest)):  # another autoencoder, other variants: made anew
+        with pytest.raises(AttributeError):
+            extract_codes(None, splits, variants, other, tmp_path / "codes.npz")
 
 
-def test_validation_is_the_exact_likelihood(autoencoder, tmp_path):
+def test_variants_are_altered_as_their_numbers_say(autoencoder):
+    _, splits = model_and_splits(autoencoder)
+    x, indices = splits["train"].images(range(6)), torch.arange(6)
+    variants = Variants(4, 14)
+    assert not variants.numbers[0].any() and (variants.numbers[1, :, 0] == 1).all()
+    assert variants.images(x, 0, indices).equal(x) and variants.images(x, 1, indices).equal(x.flip(2))
+    altered = variants.images(x, 2, indices)
+    assert altered.mean((1, 2, 3)).abs().max() < 1e-4 and (altered.std((1, 2, 3)) - 1).abs().max() < 1e-2
+    assert variants.images(x[3:5], 2, indices[3:5]).equal(altered[3:5])  # whatever the batch
+    # one pure shift: the content moves by whole pixels
+    variants.fields.zero_()
+    variants.numbers[2] = torch.tensor([0, 1, 0.5, -0.25, 0, 0, 0])
+    shifted = variants.images(x, 2, indices)
+    rows, columns = round(codes.SHIFT * 0.5), round(codes.SHIFT * -0.25)
+    expected = x[:, :, 10 + rows : 50 + rows, 8 + columns : 24 + columns].flatten()
+    found = shifted[:, :, 10:50, 8:24].flatten()
+    assert torch.corrcoef(torch.stack([found, expected]))[0, 1] > 0.9999
+    variants.numbers[2] = torch.tensor([1.0, 1, 0, 0, 0, 0, 0])
+    assert variants.images(x, 2, indices).numpy() == pytest.approx(x.flip(2).numpy(), abs=1e-4)
+
+
+def test_the_prior_is_told_the_variant_it_sees(autoencoder, tmp_path):
+    config = loop.TrainConfig(out=str(tmp_path), device="cpu", batch_size=4)
+    settings = train.CodesConfig(checkpoint=str(autoencoder), variants=4, forget=0.0)
+    stage = train.CodePriors(train.Settings("prior", codes=settings, prior=TINY, train=config))
+    stage.start_epoch(torch.Generator().manual_seed(0))
+    assert set(stage.variant.tolist()) == {0, 1, 2, 3}  # every kind is seen, as it is and mirrored too
+    seen = []
+    stage.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    indices = torch.tensor([5, 1, 9])
+    stage.batch_losses("train", indices)
+    top, bottom, position, variant = seen[0][:4]
+    for i, index in enumerate(indices):
+        chosen = stage.variant[index]
+        assert top[i].equal(stage.maps["train_top"][chosen, index].long())
+        assert bottom[i].equal(stage.maps["train_bottom"][chosen, index].long())
+        assert variant[i].equal(Variants(4, 14).numbers[chosen, index])
+        assert position[i] == stage.splits["train"].positions[index]
+    stage.model.eval()
+    stage.batch_losses("validate", torch.arange(3))
+    assert not seen[1][3].any()
+
+
+def test_validation_repeats_and_agrees_with_the_likelihood(autoencoder, tmp_path):
     path = fit_prior(autoencoder, tmp_path)
     checkpoint = runtime.load_checkpoint(path, "prior")
-    model = Prior(PriorConfig(**checkpoint["model_config"]), checkpoint["top_shape"]).eval()
-    model.load_state_dict(checkpoint["model"])
-    splits, by_hand = maps_of(autoencoder, tmp_path)
+    prior = Prior(PriorConfig(**checkpoint["model_config"]), checkpoint["top_shape"], codes.NUMBERS).eval()
+    prior.load_state_dict(checkpoint["model"])
+    model, splits = model_and_splits(autoencoder)
+    validate = splits["validate"]
     with torch.inference_mode():
-        nats = [
-            model.nats(*sides[0], torch.tensor([position]))
-            for sides, position in zip(by_hand["validate"], splits["validate"].positions, strict=True)
-        ]
-    total = sum(level.double().sum().item() for slice_ in nats for level in slice_.values())
+        maps = model.encode(validate.images(range(5)))
+        nats = prior.nats(*maps, torch.from_numpy(validate.positions), masks=64)
+    bits = sum(level.mean().item() for level in nats.values()) / math.log(2) / (64 * 32)
     logged = checkpoint["history"][-1]["validate"]
-    assert logged["bits_per_pixel"] == pytest.approx(total / math.log(2) / (5 * 64 * 32), rel=1e-5)
-    assert logged["loss"] == pytest.approx(total / (5 * (32 + 128)), rel=1e-5)
+    assert logged["bits_per_pixel"] == pytest.approx(bits, rel=0.03)  # other masks
+    again = fit_prior(autoencoder, tmp_path / "again")
+    assert runtime.load_checkpoint(again, "prior")["history"][-1]["validate"] == logged
 
 
 def test_the_bottom_prior_can_learn_from_fewer_slices_than_the_top(autoencoder, tmp_path):
@@ -90,23 +127,22 @@ def test_the_bottom_prior_can_learn_from_fewer_slices_than_the_top(autoencoder, 
     settings = train.Settings("prior", codes=codes, prior=replace(TINY, prior_dropout=0.0), train=config)
     stage = train.CodePriors(settings)
     stage.start_epoch(torch.Generator())
-    indices = torch.tensor([3, 0, 13, 7])  # of which the first two
-    maps = [
-        stage.maps[f"train_{level}"][stage.mirrored[indices], indices].long() for level in ("top", "bottom")
-    ]
-    nats = stage.model(*maps, stage.positions["train"][indices], stage.mirrored[indices])
-    terms = stage.batch_losses("train", indices)
-    assert terms["nats_top"].item() == pytest.approx(nats["top"].mean().item(), rel=1e-5)
-    assert terms["nats_bottom"].item() == pytest.approx(nats["bottom"][:2].mean().item(), rel=1e-5)
-    mean = (32 * terms["nats_top"] + 128 * terms["nats_bottom"]).item() / 160  # as if all bottoms were there
-    assert terms["loss"].item() == pytest.approx(mean, rel=1e-5)
-    assert terms["bits_per_pixel"].item() == pytest.approx(160 * mean / math.log(2) / (64 * 32), rel=1e-5)
+    seen = []
+    stage.model.register_forward_hook(lambda module, inputs, nats: seen.append((inputs, nats)))
+    losses = stage.batch_losses("train", torch.tensor([3, 0, 13, 7]))
+    (top, bottom, *_), nats = seen[0]
+    chosen = stage.variant[[3, 0]], torch.tensor([3, 0])
+    assert len(top) == 4 and bottom.equal(stage.maps["train_bottom"][chosen].long())
+    assert losses["nats_top"].item() == pytest.approx(nats["top"].mean().item(), rel=1e-5)
+    assert losses["nats_bottom"].item() == pytest.approx(nats["bottom"].mean().item(), rel=1e-5)
+    mean = (
+        32 * losses["nats_top"] + 128 * losses["nats_bottom"]
+    ).item() / 160  # as if all bottoms were there
+    assert losses["loss"].item() == pytest.approx(mean, rel=1e-5)
+    assert losses["bits_per_pixel"].item() == pytest.approx(160 * mean / math.log(2) / (64 * 32), rel=1e-5)
     stage.model.eval()  # every slice is validated
-    where = stage.positions["validate"][:3]
-    nats = stage.model.nats(*(stage.maps[f"validate_{level}"][0, :3].long() for level in nats), where)
-    assert stage.batch_losses("validate", torch.arange(3))["nats_bottom"].item() == pytest.approx(
-        nats["bottom"].mean().item(), rel=1e-5
-    )
+    stage.batch_losses("validate", torch.arange(3))
+    assert len(seen[1][0][1]) == 3
     with pytest.raises(ValueError, match="--bottom-every is 0"):
         train.CodesConfig(bottom_every=0)
     with pytest.raises(ValueError, match="--bottom-every is 3, --batch-size 4"):
