@@ -16,12 +16,11 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -33,12 +32,8 @@ import torch
 from skimage.transform import resize
 
 import nifti
+import runtime
 from runtime import UserError, in_parallel, option, run_cli, write_json
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: there, two first runs at once may both decode
-    fcntl = None
 
 SPLITS = ("train", "validate", "test")
 STUDY_NAMES = ("keras_slices_data", "HipMRI_study_keras_slices_data")  # looked for in the working directory
@@ -55,6 +50,7 @@ PATIENT = re.compile(
 WEEK = re.compile(r"(?<![a-z])(?:week|wk|session|ses|visit|timepoint|frame)[_-]?(\d+)", re.IGNORECASE)
 SLICE = re.compile(r"(?<![a-z])(?:slice|plane|sl|z)[_-]?(\d+)", re.IGNORECASE)
 NUMBER = re.compile(r"(?<![a-z0-9])\d+(?![a-z0-9])", re.IGNORECASE)  # alone between separators
+RECONSTRUCTION = "VQ-VAE-2 reconstruction, not for clinical use"  # in the header of every one
 NEW_NAME = "Fix: rename it to case_004_week_0_slice_0.nii.gz, with its own numbers."
 
 
@@ -497,27 +493,28 @@ def _write_cache(folder: Path, key: dict, jobs: list[tuple], config: DataConfig,
 
 @contextmanager
 def _one_at_a_time(root: Path) -> Iterator[bool]:
-    """Only one process goes through the block for the cache `root`; says whether that is so.
+    """Only one process goes through the block for the cache `root`; yields whether that is so.
 
-    It is not where a file system has no locks. The system unlocks the folder of a process that is killed.
+    It is not so on a file system without locks, or where `root` cannot be written.
     """
-    handle = locked = None
-    try:
+    descriptor, said = None, False
+    with suppress(OSError):
+        place = root / ".lock"  # not `root` itself, which --out may name and lock
         root.mkdir(mode=0o700, parents=True, exist_ok=True)  # a copy of patient data is its owner's alone
-        handle = os.open(root, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"cache {root}: another run is decoding; waiting for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        locked = True
-    except (OSError, AttributeError):
-        pass  # a cache that cannot be written is said when it must be written
+        place.mkdir(exist_ok=True)
+        while descriptor is None:
+            try:
+                descriptor = runtime.lock(place)
+            except BlockingIOError:
+                if not said:
+                    print(f"cache {root}: another run is decoding into it; waiting for it")
+                said = True
+                time.sleep(0.2)
     try:
-        yield bool(locked)
+        yield descriptor is not None
     finally:
-        if handle is not None:
-            os.close(handle)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _cache_folder(study: Path, config: DataConfig) -> Path:
@@ -539,22 +536,13 @@ def _fill_cache(
         print(f"cache {folder} {problem}: decoding again")
     start, size = time.perf_counter(), len(jobs) * config.height * config.width * 5
     try:
-        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for left in folder.parent.glob(".decoding-*") if locked else ():  # by a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
         if shutil.disk_usage(folder.parent).free < size:
             raise OSError("there is not enough room")
-        part = Path(tempfile.mkdtemp(prefix=".decoding-", dir=folder.parent))
-        try:
+        with runtime.atomic_path(folder) as part:
+            part.mkdir(mode=0o700)
             _write_cache(part, listings, jobs, config, bad)
-            if not locked and not _cache_problem(folder, listings):
-                return  # another run has just made the same one
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(part, folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
-        if _cache_problem(folder, listings):  # else another run has just made the same one
+        if locked or _cache_problem(folder, listings):  # else another run has just made the same one
             raise OSError(
                 f"{folder}: cannot write the cache of decoded slices ({error.strerror or error}). "
                 f"Fix: --cache DIR, a folder that you may write to with {size / 1e9:.2f} GB free."
@@ -764,6 +752,9 @@ class StudyInfo:
     labels: tuple[int, ...] = ()
     fit: str = "auto"
 
+    def __post_init__(self) -> None:
+        DataConfig(height=self.height, width=self.width, fit=self.fit)  # raises for what these may not be
+
     @classmethod
     def from_splits(cls, splits: dict[str, SliceDataset], allow_patient_overlap: bool = False) -> "StudyInfo":
         train = splits["train"]
@@ -781,25 +772,10 @@ class StudyInfo:
     @classmethod
     def from_checkpoint(cls, checkpoint: dict, path: Path | str) -> "StudyInfo":
         """The record in a checkpoint; UserError, which names `path`, where it is not one."""
-        try:
-            info = cls(**checkpoint["data"])
-            info = replace(info, labels=tuple(info.labels))
-            kinds = {"study": str, "height": int, "width": int, "fingerprints": dict, "synthetic": bool}
-            kinds |= {"allow_patient_overlap": bool, "fit": str}
-            for name, kind in kinds.items():
-                if type(getattr(info, name)) is not kind:
-                    raise TypeError(f"{name} is {getattr(info, name)!r}")
-            if not all(type(label) is int for label in info.labels) or info.fit not in FITS:
-                raise TypeError("labels or fit")
-            if not all(type(value) is str for value in [*info.fingerprints, *info.fingerprints.values()]):
-                raise TypeError("fingerprints")
-            if min(info.height, info.width) < 2:
-                raise TypeError(f"slices of {info.height}x{info.width}")
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}: its record of the study is damaged ({error}). Fix: another checkpoint, or train again."
-            ) from error
-        return info
+        data = checkpoint.get("data")
+        if isinstance(data, dict) and isinstance(data.get("labels"), list):
+            data = data | {"labels": tuple(data["labels"])}
+        return runtime.from_saved(cls, data, f"{path}: data")
 
     def as_dict(self) -> dict:
         """For the checkpoint, which holds plain containers only."""
@@ -829,7 +805,7 @@ def save_reconstruction(dataset: SliceDataset, index: int, image: np.ndarray, pa
         raise ValueError(f"an image of shape {pixels.shape}; expected {dataset.pixels.shape[1:]}")
     pixels = (pixels * dataset.std[index] + dataset.mean[index]).astype(np.float32)
     pixels = dataset.placement(index).restore(pixels)
-    nifti.write(path, pixels, dataset.affines[index], "VQ-VAE-2 reconstruction, not for clinical use")
+    nifti.write(path, pixels, dataset.affines[index], RECONSTRUCTION)
 
 
 def main() -> None:

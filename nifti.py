@@ -145,7 +145,7 @@ def _read_header(data: bytes) -> nibabel.Nifti1Header:
     try:
         dtype = header.get_data_dtype()
         header.get_slope_inter()
-    except nibabel.spatialimages.HeaderDataError as error:
+    except (KeyError, nibabel.spatialimages.HeaderDataError) as error:  # KeyError: a type that is none
         raise UserError(f"a damaged header ({error})") from error
     if dtype.kind not in "biuf":
         label = header.get_value_label("datatype")

@@ -9,6 +9,7 @@ these coordinates, a week moves him and fills bladder and rectum, a slice is a p
 
 import itertools
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +27,10 @@ VERSION = 1  # raised when the same config gives other pictures
 NOISE = 0.017  # of the real and the imaginary channel each, where the signal of subcutaneous fat is about 1
 BODY, BONE, BLADDER, RECTUM, PROSTATE, MUSCLE, FAT = range(1, 8)  # 0 is air; masks count the last two as body
 FAR = np.float32(99)  # mm: a shape that does not come near the plane
+# the files of a phantom: nothing else is ever deleted
+OURS = re.compile(
+    r"SYNTHETIC\.txt|keras_slices_(seg_)?(train|validate|test)/(case|seg)_\d+_week_\d+_slice_\d+\.nii\.gz"
+)
 NOT_A_PATIENT = "synthetic phantom, not a patient"  # in the header of every file
 ABOUT = """SYNTHETIC DATA. Every image in this folder was computed by phantom.py from random numbers.
 It shows no patient, and no number measured on it says anything about real MR images. Made with:
@@ -262,7 +267,7 @@ def write_phantom(out: Path | str, config: PhantomConfig = PhantomConfig()) -> P
     It holds keras_slices_{split} (float32), keras_slices_seg_{split} (uint8 masks) and SYNTHETIC.txt.
 
     Raises:
-        UserError: `out` exists and is not a phantom; it is left alone.
+        UserError: `out` exists and is not a phantom, or holds other files too; it is left alone.
     """
     out, about = Path(out), ABOUT + json.dumps({"version": VERSION, **asdict(config)}) + "\n"
     numbers = np.linspace(0, PLANES - 1, config.slices).round().astype(int).tolist()
@@ -277,6 +282,13 @@ def write_phantom(out: Path | str, config: PhantomConfig = PhantomConfig()) -> P
     marker = out / "SYNTHETIC.txt"
     if out.exists() and not marker.is_file():
         raise UserError(f"{out}: not a phantom, it has no SYNTHETIC.txt. Fix: another --out.")
+    foreign = [
+        path for path in out.rglob("*") if path.is_file() and not OURS.fullmatch(str(path.relative_to(out)))
+    ]
+    if foreign:
+        raise UserError(
+            f"{out}: holds files of others, such as {foreign[0]}. Fix: move them, or another --out."
+        )
     files = [out / (name % number) for names in cases.values() for name in names for number in numbers]
     if marker.is_file() and marker.read_text() == about and all(file.is_file() for file in files):
         print(f"{out}: synthetic phantom of this config, already whole; reused")

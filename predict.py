@@ -24,10 +24,18 @@ from tqdm import tqdm
 
 import figures
 import metrics
+import nifti
 import page
 import runtime
 import scans
-from dataset import DataConfig, SliceDataset, StudyInfo, open_trained_study, save_reconstruction
+from dataset import (
+    RECONSTRUCTION,
+    DataConfig,
+    SliceDataset,
+    StudyInfo,
+    open_trained_study,
+    save_reconstruction,
+)
 from modules import VQVAE2, load_model
 from runtime import UserError, option
 
@@ -110,17 +118,23 @@ def reconstruct(
 
 
 def score_split(
-    model: VQVAE2, test: SliceDataset, batch_size: int, nifti: Path | None
+    model: VQVAE2, test: SliceDataset, batch_size: int, folder: Path | None
 ) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
-    """The scores and each level's codes (N, h, w) of every slice, in file order; NIfTI files to `nifti`."""
+    """The scores and each level's codes (N, h, w) of every slice, in file order; NIfTI files into `folder`.
+
+    Reconstructions of an earlier run in `folder` are deleted, and nothing else is.
+    """
+    written: set[Path] = set()
 
     def finish(index: int, original: np.ndarray, reconstruction: np.ndarray) -> dict[str, float]:
         try:
             score = metrics.score_slice(original, reconstruction)
         except ValueError as error:
             raise UserError(f"{test.paths[index]}: {error}") from error
-        if nifti:
-            save_reconstruction(test, index, reconstruction, nifti / test.paths[index].name)
+        if folder:
+            path = folder / test.paths[index].relative_to(test.study / f"keras_slices_{test.split}")
+            save_reconstruction(test, index, reconstruction, path)
+            written.add(path)
         return score
 
     scores, codes = [], {level: [] for level in LEVELS}
@@ -129,13 +143,24 @@ def score_split(
         for start in range(0, len(test), batch_size):
             indices = range(start, min(start + batch_size, len(test)))
             originals, reconstructions, *maps = reconstruct(model, test, indices)
-            for level, of in zip(LEVELS, maps, strict=True):
-                codes[level].append(of.astype(np.int32))
+            for level, batch in zip(LEVELS, maps, strict=True):
+                codes[level].append(batch.astype(np.int32))
             # threads will do: NumPy and SciPy release the GIL while they compute
             for score in pool.map(finish, indices, originals, reconstructions):
                 scores.append(score)
                 bar.update()
-    return scores, {level: np.concatenate(of) for level, of in codes.items()}
+    for path in folder.rglob("*.nii*") if folder else ():
+        if path not in written and is_reconstruction(path):
+            path.unlink()
+    return scores, {level: np.concatenate(maps) for level, maps in codes.items()}
+
+
+def is_reconstruction(path: Path) -> bool:
+    """Whether this product wrote the NIfTI file as a reconstruction."""
+    try:
+        return nifti.read(path).header["descrip"].item().decode(errors="replace") == RECONSTRUCTION
+    except (UserError, OSError):
+        return False
 
 
 def summarise(scores: list[dict[str, float]], patients: list[str]) -> dict[str, dict]:
@@ -248,9 +273,10 @@ def predict(config: PredictConfig) -> dict:
     model = load_model(checkpoint, config.checkpoint).to(device)
     test = open_test(checkpoint, config)
     patients = [f"{name.patient:03d}" for name in test.names]
-    nifti = out / "reconstructions" if config.nifti else None
+    folder = out / "reconstructions" if config.nifti else None
 
-    scores, codes = score_split(model, test, config.batch_size, nifti)
+    (out / "metrics.json").unlink(missing_ok=True)  # written last: while it is there, all else is of its run
+    scores, codes = score_split(model, test, config.batch_size, folder)
     digest = runtime.sha256(config.checkpoint)
     data = {"study": test.study.resolve().name, "split": test.split, "fingerprint": test.fingerprint}
     model_file = {"file": Path(config.checkpoint).name, "sha256": digest, "epoch": checkpoint["epoch"]}
@@ -267,15 +293,15 @@ def predict(config: PredictConfig) -> dict:
         }
     )
     write_scores(out / "test_scores.csv", test, scores)
-    runtime.write_json(out / "metrics.json", result)
     write_pictures(out, model, test, np.array([score["ssim_report"] for score in scores]), patients)
+    runtime.write_json(out / "metrics.json", result)
 
     what = "SYNTHETIC test slices (a phantom, not MRI)" if test.synthetic else "test slices"
     print(f"{config.checkpoint} (epoch {checkpoint['epoch']}) on {len(test)} {what} of {test.study}")
     print_scores(result)
     print(f"wrote {out}/: metrics.json, test_scores.csv, comparison.png, code_maps.png, ssim_histogram.png,")
     shown = min(PICTURES, len(test))
-    also = f", {len(test)} NIfTI files in reconstructions/" if nifti else ""
+    also = f", {len(test)} NIfTI files in reconstructions/" if folder else ""
     print(f"  original_N.png and reconstruction_N.png of {shown} slices{also}, and {page.write(out).name}")
     return result
 

@@ -23,12 +23,11 @@ from tqdm import tqdm
 import metrics
 import nifti
 import runtime
-from dataset import Placement, StudyInfo, find_nifti, raise_bad, way_in, z_score
+from dataset import RECONSTRUCTION, Placement, StudyInfo, find_nifti, raise_bad, way_in, z_score
 from modules import VQVAE2, load_model
 from runtime import UserError, option
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-DESCRIPTION = "VQ-VAE-2 reconstruction, not for clinical use"
 SCORES = {"ssim_report": "SSIM report", "ssim_standard": "SSIM standard", "psnr": "PSNR dB"}
 
 
@@ -104,7 +103,7 @@ class Scan:
         pixels = planes.reshape(shape)
         whole = self.raw.dtype.kind in "iub" and not self.image.scaled
         pixels = _whole(pixels, self.raw.dtype) if whole else pixels.astype(np.float32)
-        nifti.write(path, pixels, None, DESCRIPTION, like=self.image.header)
+        nifti.write(path, pixels, None, RECONSTRUCTION, like=self.image.header)
         return pixels.dtype != self.raw.dtype
 
 

@@ -6,6 +6,8 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +15,13 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from skimage.transform import resize
 
 import dataset
-from dataset import SPLITS, DataConfig, open_study, parse_name
+import runtime
+from dataset import SPLITS, DataConfig, StudyInfo, open_study, parse_name
+from runtime import UserError
 
 SIZE = (32, 16)
 AFFINE = np.array([[-1.5, 0, 0, 40], [0, 0, 2, -30], [0, 1.25, 0, 7], [0, 0, 0, 1]])
@@ -241,7 +246,7 @@ def test_a_bad_file_is_named_with_its_reason_and_leaves_no_cache(study, config, 
     said = break_file(study / "keras_slices_train" / name_of(4, 5), kind)
     with pytest.raises(ValueError, match=f"(?s)1 of 16 files.*{name_of(4, 5)}: .*{said}"):
         open_study(config)
-    assert not any((tmp_path / "cache").iterdir())
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_all_bad_files_of_all_splits_are_listed_in_one_go(study, config):
@@ -362,7 +367,7 @@ def test_a_mask_with_an_unnamed_affine_or_an_extra_axis_is_welcome(study, config
 
 
 def the_cache(tmp_path):
-    (folder,) = (tmp_path / "cache").iterdir()
+    (folder,) = (tmp_path / "cache").glob("[!.]*")
     return folder
 
 
@@ -467,7 +472,7 @@ def test_another_size_has_its_own_cache(config, tmp_path):
     assert open_study(config)["train"].pixels.shape[1:] == SIZE
     assert open_study(other)["train"].pixels.shape[1:] == (16, 16)
     assert open_study(config)["train"].pixels.shape[1:] == SIZE
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "cache").glob("[!.]*"))) == 2
 
 
 def test_a_cache_that_cannot_be_written_names_the_flag(config, tmp_path):
@@ -481,6 +486,86 @@ def test_default_cache_is_outside_the_study(study, tmp_path, monkeypatch):
     before = sorted(study.rglob("*"))
     open_study(DataConfig(data=str(study), height=32, width=16))
     assert sorted(study.rglob("*")) == before and any((tmp_path / "xdg" / "vqvae2-slices").iterdir())
+
+
+def test_a_cache_is_readable_by_its_owner_alone(study, config, tmp_path):
+    assert open_study(config)
+    for folder in (tmp_path / "cache", the_cache(tmp_path)):
+        assert folder.stat().st_mode & 0o777 == 0o700, folder
+
+
+@pytest.mark.parametrize("name, offset", [("pixels.npy", 300), ("masks.npy", 300)])
+def test_one_flipped_bit_in_a_cache_is_found(masked, config, tmp_path, name, offset):
+    path = open_study(config) and the_cache(tmp_path) / name
+    status, data = path.stat(), bytearray(path.read_bytes())
+    data[offset] ^= 2
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    train = open_study(config)["train"]
+    with pytest.raises(UserError, match=r"damaged where it holds case_004.*delete that folder"):
+        train.images([0]), train.masks([0])
+    train.images([1]), train.masks([1])
+
+
+def test_first_decodes_at_once_all_succeed(study, tmp_path):
+    code = "import sys, dataset; s = dataset.open_study(dataset.DataConfig(sys.argv[1], 32, 16, cache=sys.argv[2])); "
+    code += "print(float(s['train'].images(range(12)).sum()))"
+    command = [sys.executable, "-c", code, str(study), str(tmp_path / "c")]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) for _ in range(4)]
+    outputs = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0] * 4
+    assert len({output.splitlines()[-1] for output in outputs}) == 1
+    assert sum("from the cache" in output for output in outputs) == 3
+
+
+def test_a_cache_in_a_locked_results_folder_is_no_deadlock(study, config, tmp_path):
+    with runtime.only_run_in(tmp_path / "out"):
+        assert open_study(replace(config, cache=str(tmp_path / "out")))
+
+
+def test_nothing_but_regular_files_is_opened(study, config):
+    os.mkfifo(study / "keras_slices_train" / name_of(4, 50))
+    with pytest.raises(UserError, match=r"slice_50.*not a regular file"):
+        open_study(config)
+
+
+def test_capital_extensions_folders_and_other_files(study, config, capsys):
+    train = study / "keras_slices_train"
+    (train / name_of(4, 0)).rename(train / name_of(4, 0).upper())
+    (train / "more").mkdir()
+    (train / name_of(4, 1)).rename(train / "more" / name_of(4, 1))
+    (train / "notes.txt").write_text("")
+    assert len(open_study(config)["train"]) == 12
+    assert "1 other files were passed over" in capsys.readouterr().out
+
+
+def test_a_broken_affine_is_said_when_the_study_is_opened(study, config, capsys, tmp_path):
+    path = study / "keras_slices_train" / name_of(4, 0)
+    data = bytearray(nibabel.Nifti1Image(noise(1), AFFINE).to_bytes())
+    data[280:328] = bytes(48)  # an sform of zeros
+    path.write_bytes(gzip.compress(bytes(data)))
+    train = open_study(config)["train"]
+    assert "1 slices have an affine that is none in their header" in capsys.readouterr().out
+    dataset.save_reconstruction(train, 0, np.zeros(SIZE), tmp_path / "r.nii.gz")
+    np.testing.assert_allclose(np.diag(nibabel.load(tmp_path / "r.nii.gz").affine), [1.5, 1.25, 2, 1])
+
+
+def test_the_affine_of_the_model_s_grid_covers_a_slice_of_another_size(study, config):
+    put(study, noise(8, (64, 32)), 0)
+    train = open_study(config)["train"]
+    affine = train.grid_affine(0)
+    np.testing.assert_allclose(affine[:3, :2], 2 * AFFINE[:3, :2])
+    np.testing.assert_allclose(affine @ [-0.5, -0.5, 0, 1], AFFINE @ [-0.5, -0.5, 0, 1])
+    np.testing.assert_array_equal(train.grid_affine(1), AFFINE)
+
+
+def test_a_record_of_a_study_comes_back_and_a_damaged_one_is_named(config):
+    info = StudyInfo.from_splits(open_study(config))
+    assert StudyInfo.from_checkpoint({"data": info.as_dict()}, "c.pth") == info
+    changes = [{"height": "32"}, {"fit": "squeeze"}, {"labels": ["1"]}, {"fingerprints": 3}, {"width": 0}]
+    for change in changes:
+        with pytest.raises(UserError, match=r"c\.pth"):
+            StudyInfo.from_checkpoint({"data": info.as_dict() | change}, "c.pth")
 
 
 # ---- datasets ---------------------------------------------------------------------------------------------

@@ -1,18 +1,220 @@
 """NIfTI in and out, and where voxels lie; nibabel is the reference."""
 
+import gzip
+import os
+import struct
+import tracemalloc
+import warnings
+import zlib
+
 import nibabel
 import numpy as np
+import pytest
+from nibabel.affines import apply_affine
 
 import nifti
+from runtime import UserError
+
+PIXELS = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+AFFINE = np.array([[-1.5, 0.2, 0, 40], [0.2, 0, 2, -30], [0, 1.25, 0.1, 7], [0, 0, 0, 1]])
+AT = {"dim": 40, "datatype": 70, "offset": 108, "slope": 112, "qcode": 252, "scode": 254, "quaternion": 256}
+AT |= {"sform": 280, "pixdim": 76, "magic": 344}
+
+
+def patched(image=None, **fields):
+    """The bytes of a file with fields of its header changed: name=(struct format, values...)."""
+    data = bytearray((image or nibabel.Nifti1Image(PIXELS, AFFINE)).to_bytes())
+    for name, (form, *values) in fields.items():
+        struct.pack_into("<" + form, data, AT[name], *values)
+    return bytes(data)
+
+
+def read(tmp_path, data, **limits):
+    path = tmp_path / "file.nii"
+    path.write_bytes(data)
+    return nifti.read(path, **limits)
+
+
+# ---- reading ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<i2", ">u2", "u1", "<f8"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_what_nibabel_writes_is_read(tmp_path, kind, dtype, zipped):
+    pixels = (100 * np.abs(PIXELS)).astype(dtype)
+    header = kind.header_class(endianness=dtype[0] if dtype[0] == ">" else "<")
+    image = kind(pixels, AFFINE, header)
+    data = image.to_bytes() + bytes(100)  # some programs pad
+    found = read(tmp_path, gzip.compress(data) if zipped else data)
+    np.testing.assert_array_equal(found.values(), pixels)
+    np.testing.assert_allclose(found.affine, AFFINE, atol=1e-6)
+    assert found.oriented and not found.broken and not found.scaled
+
+
+def test_gzip_members_and_their_sums(tmp_path):
+    data = patched()
+    parts = gzip.compress(data[:400]) + gzip.compress(data[400:])
+    np.testing.assert_array_equal(read(tmp_path, parts).values(), PIXELS)
+    wrong = bytearray(gzip.compress(data))
+    wrong[-6] ^= 1  # of the checksum
+    with pytest.raises(UserError, match="not a whole NIfTI file"):
+        read(tmp_path, bytes(wrong))
+
+
+CLAIMS = {
+    "header": patched(dim=("8h", 3, 256, 128, 8000, 1, 1, 1, 1)),
+    "zipped header": gzip.compress(patched(dim=("8h", 3, 256, 128, 8000, 1, 1, 1, 1))),
+    "largest header": gzip.compress(patched(dim=("8h", 7, *[32767] * 7))),
+    "stream": zlib.compress(patched(), wbits=31)[:-8],
+    "offset": patched(offset=("f", 1e11)),
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_memory_follows_the_file(tmp_path, claim):
+    tracemalloc.start()
+    with pytest.raises(UserError):
+        read(tmp_path, CLAIMS[claim])
+    assert tracemalloc.get_traced_memory()[1] < 3e6
+    tracemalloc.stop()
+
+
+def test_a_stream_is_unpacked_no_further_than_its_array(tmp_path):
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    data = packer.compress(patched()) + b"".join(packer.compress(bytes(1 << 20)) for _ in range(64))
+    tracemalloc.start()
+    with pytest.raises(UserError, match="more data than its header describes, an array of 6x4"):
+        read(tmp_path, data + packer.flush())
+    assert tracemalloc.get_traced_memory()[1] < 3e6
+    tracemalloc.stop()
+
+
+def test_a_volume_is_refused_where_a_slice_is_expected_before_it_is_unpacked(tmp_path):
+    with pytest.raises(UserError, match=r"a volume of 6x4x3; expected a 2-D slice.*volumes\.py"):
+        read(tmp_path, patched(nibabel.Nifti1Image(np.zeros((6, 4, 3)), None)), max_axes=2)
+    with pytest.raises(UserError, match="expected at most 20 pixels"):
+        read(tmp_path, patched(), max_pixels=20)
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.nii")
+    with pytest.raises(UserError, match="not a regular file"):
+        nifti.read(tmp_path / "pipe.nii")
+
+
+DAMAGES = {
+    "no magic": ({"magic": ("4s", b"\0\0\0\0")}, "ANALYZE"),
+    "pair": ({"magic": ("4s", b"ni1\0")}, "an .img"),
+    "axes": ({"dim": ("8h", 9, 6, 4, 1, 1, 1, 1, 1)}, "damaged header"),
+    "length": ({"dim": ("8h", 2, 6, -4, 1, 1, 1, 1, 1)}, "damaged header"),
+    "empty": ({"dim": ("8h", 2, 6, 0, 1, 1, 1, 1, 1)}, "damaged header"),
+    "type": ({"datatype": ("h", 77)}, "damaged header"),
+    "complex": ({"datatype": ("h", 32)}, "complex64"),
+    "intercept": ({"slope": ("2f", 1.0, float("nan"))}, "damaged header"),
+    "early": ({"offset": ("f", 100.0)}, "begins at byte 100"),
+    "NaN offset": ({"offset": ("f", float("nan"))}, "begins at byte nan"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_header_is_named(tmp_path, damage):
+    fields, message = DAMAGES[damage]
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, patched(**fields))
+
+
+def test_random_damage_is_read_or_named_and_nothing_else(tmp_path):
+    rng, named = np.random.default_rng(1), 0
+    images = [kind(PIXELS, AFFINE).to_bytes() for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for turn in range(600):
+            data = bytearray(images[turn % 2])
+            for at in rng.integers(0, len(data) - 100, rng.integers(1, 8)):
+                data[at] = rng.integers(256)
+            if turn % 5 == 0:
+                data = data[: rng.integers(len(data))]
+            try:
+                image = read(tmp_path, gzip.compress(data) if turn % 3 == 0 else bytes(data))
+                nifti.finite(image.values())
+            except UserError:
+                named += 1
+            else:
+                assert nifti.usable(image.affine)
+                if image.oriented:
+                    nifti.plane_axes(image.affine, "axial")
+                nifti.write(tmp_path / "back.nii", PIXELS, image.affine)
+    assert 80 < named < 520
+
+
+# ---- affines ----------------------------------------------------------------------------------------------
+
+
+def test_a_quaternion_a_little_longer_than_one_is_shortened(tmp_path):
+    half = 0.5**0.5
+    image = nibabel.Nifti1Image(PIXELS, None)
+    image.set_qform(np.diag([2.0, 3, 4, 1]), 1)
+    found = read(tmp_path, patched(image, scode=("h", 0), quaternion=("3f", 0, half, half + 1e-4)))
+    expected = nibabel.quaternions.quat2mat((0, 0, half, half)) * (2, 3, 4)
+    np.testing.assert_allclose(found.affine[:3, :3], expected, atol=2e-3)
+    assert found.oriented and not found.broken
+    found = read(tmp_path, patched(image, scode=("h", 0), quaternion=("3f", 0, 2, 2)))
+    assert found.broken and not found.oriented
+
+
+@pytest.mark.parametrize("row", [[0.0] * 12, [float("nan")] * 12, [1e30] * 12, [1.0, 0, 0, 0] * 3])
+def test_a_broken_sform_gives_way_to_the_qform_then_to_voxel_sizes(tmp_path, row):
+    image = nibabel.Nifti1Image(PIXELS, None)
+    image.set_qform(np.diag([2.0, 3, 4, 1]), 1)
+    for code, oriented in ((1, True), (0, False)):
+        found = read(tmp_path, patched(image, scode=("h", 2), qcode=("h", code), sform=("12f", *row)))
+        assert found.broken and found.oriented == oriented
+        np.testing.assert_allclose(found.affine, np.diag([2, 3, 4, 1]))
+
+
+def test_a_plane_s_affine_needs_no_third_axis(tmp_path):
+    row = [2.0, 0, 0, 5, 0, 0, 0, 6, 0, 3, 0, 7]
+    found = read(tmp_path, patched(scode=("h", 2), sform=("12f", *row)))
+    assert found.oriented and nifti.usable(found.affine)
+    np.testing.assert_allclose(found.affine[:3, :2], [[2, 0], [0, 0], [0, 3]])
+
+
+def test_odd_voxel_sizes_are_said_by_nobody(tmp_path, caplog, capfd):
+    assert read(tmp_path, patched(pixdim=("4f", 1, -1.5, 0, float("nan")))).oriented
+    assert not caplog.records and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("plane", nifti.PLANES)
+@pytest.mark.parametrize("codes", ["RAS", "LPI", "PIR", "SLA", "ILP", "ARS"])
+def test_turning_keeps_every_voxel_in_its_place(plane, codes):
+    shape = (3, 4, 5)
+    affine = nibabel.orientations.inv_ornt_aff(nibabel.orientations.axcodes2ornt(codes), shape)
+    volume = np.arange(60).reshape(shape)
+    axes, reverse = nifti.plane_axes(affine, plane)
+    turned, there = nifti.turn(volume, axes, reverse), nifti.turn_affine(affine, shape, axes, reverse)
+    assert "".join(nibabel.aff2axcodes(there)) == nifti.PLANES[plane]
+    for index in ((0, 0, 0), (2, 1, 3), tuple(np.subtract(turned.shape, 1))):
+        index = tuple(np.minimum(index, np.subtract(turned.shape, 1)))
+        (old,) = np.argwhere(volume == turned[index])
+        np.testing.assert_allclose(apply_affine(affine, old), apply_affine(there, index))
+    np.testing.assert_array_equal(nifti.turn_back(turned, axes, reverse), volume)
+
+
+# ---- writing ----------------------------------------------------------------------------------------------
 
 
 def test_nifti_keeps_pixels_affine_and_bytes(tmp_path):
-    pixels = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
-    affine = np.diag([1.5, 2.0, 3.0, 1.0])
     for name in ("a.nii.gz", "b.nii.gz", "c.nii"):
-        nifti.write(tmp_path / name, pixels, affine, "synthetic")
+        nifti.write(tmp_path / name, PIXELS, AFFINE, "synthetic")
         image = nibabel.load(tmp_path / name)
-        assert np.array_equal(image.get_fdata(dtype=np.float32), pixels)
-        np.testing.assert_allclose(image.affine, affine)
+        assert np.array_equal(image.get_fdata(dtype=np.float32), PIXELS)
+        np.testing.assert_allclose(image.affine, AFFINE, atol=1e-6)
+        np.testing.assert_allclose(
+            image.header.get_zooms(), np.linalg.norm(AFFINE[:3, :2], axis=0), rtol=1e-6
+        )
         assert bytes(image.header["descrip"]).startswith(b"synthetic")
+        assert image.header.get_xyzt_units()[0] == "mm" and image.header["sform_code"] == 2
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
+    nifti.write(tmp_path / "d.nii", PIXELS, None)
+    assert nibabel.load(tmp_path / "d.nii").header["sform_code"] == 0

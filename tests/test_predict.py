@@ -12,7 +12,9 @@ import torch
 from conftest import run
 from PIL import Image
 
+import dataset
 import metrics
+import nifti
 import predict
 import runtime
 from benchmarks import rate_distortion
@@ -31,8 +33,8 @@ def write_checkpoint(path, study, **changes):
     model(split.images(range(4)))
     for parameter in model.decoder[-1].parameters():
         parameter.data *= 20  # the values of slices, far beyond +-1
-    data = {"study": str(study), "height": 64, "width": 32, "synthetic": False}
-    data["fingerprints"] = {"test": split.fingerprint}
+    data = {"study": str(study), "height": 64, "width": 32, "synthetic": False, "labels": [], "fit": "auto"}
+    data |= {"fingerprints": {"test": split.fingerprint}, "allow_patient_overlap": False}
     kept = {"kind": "vqvae2", "model_config": asdict(SMALL), "model": model.state_dict(), "data": data}
     runtime.save_checkpoint(path, {**kept, "train_config": {}, "epoch": 2, "step": 8, "best": 0.5, **changes})
     return path
@@ -146,6 +148,16 @@ def test_nifti_reconstructions_lie_on_their_originals(scored, test_split, checkp
         np.testing.assert_allclose(written.get_fdata(), units, rtol=1e-4, atol=1e-2)
 
 
+def test_only_old_reconstructions_are_deleted(study, checkpoint, tmp_path):
+    folder = tmp_path / "reconstructions"
+    for number, description in ((1, dataset.RECONSTRUCTION), (2, "my own")):
+        nifti.write(folder / f"case_09{number}.nii.gz", np.ones((4, 4), np.float32), np.eye(4), description)
+    (folder / "notes.txt").write_text("mine")
+    predict_with(checkpoint, out=str(tmp_path), nifti=True)
+    found = {path.name for path in folder.iterdir()}
+    assert "case_091.nii.gz" not in found and {"case_092.nii.gz", "notes.txt"} < found and len(found) == 8
+
+
 def test_another_study_one_patient_and_synthetic(study, checkpoint, tmp_path, capsys):
     """A copy without patient 041 and with a phantom's mark: scored, with three things said."""
     other = tmp_path / "other"
@@ -233,7 +245,8 @@ def test_checkpoints_that_cannot_be_used_are_named(study, checkpoint, tmp_path):
     config = {**asdict(SMALL), "D": 4}
     with pytest.raises(ValueError, match=r"shape\.pth: weights of another network"):
         predict_with(write_checkpoint(tmp_path / "shape.pth", study, model_config=config))
-    data = {"study": str(study), "height": 60, "width": 32, "fingerprints": {"test": ""}}
+    data = {"study": str(study), "height": 60, "width": 32, "fingerprints": {"test": ""}, "labels": []}
+    data |= {"synthetic": False, "allow_patient_overlap": False, "fit": "auto"}
     with pytest.raises(ValueError, match="60x32; expected both to be multiples of 8"):
         predict_with(write_checkpoint(tmp_path / "size.pth", study, data=data))
     data = {**data, "height": 64, "study": str(tmp_path / "gone")}
