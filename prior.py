@@ -287,7 +287,7 @@ class Prior(nn.Module):
                 ends = f"{codes.min()} to {codes.max()}"
                 raise ValueError(f"{name} codes from {ends}; expected 0 to {self.config.K - 1}")
         check_positions(position, len(top))
-        generator = torch.Generator(top.device).manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         # masks of one slice are neighbours in the batch, whose numbers of hidden codes are spread evenly
         repeated = [x.repeat_interleave(masks, 0) for x in (top, bottom, position)]
         nats = self(*repeated, self.as_it_is(len(repeated[0])), generator)
@@ -336,20 +336,24 @@ def random_masks(codes: Tensor, generator: torch.Generator | None = None) -> Ten
     The numbers of a batch are spread evenly over that range (stratified), which makes the loss less noisy.
     """
     B, codes_of_a_map = len(codes), codes[0].numel()
-    random = {"generator": generator, "device": codes.device}
-    share = (torch.arange(B, device=codes.device) + torch.rand(B, **random)) / B
+    share = (torch.arange(B, device=codes.device) + uniform((B,), codes.device, generator)) / B
     number = (share * codes_of_a_map).long() + 1  # 1 .. h*w
-    rank = torch.rand(B, codes_of_a_map, **random).argsort(1).argsort(1)
+    rank = uniform((B, codes_of_a_map), codes.device, generator).argsort(1).argsort(1)
     return (rank < number[:, None]).view_as(codes)
+
+
+def uniform(shape: Sequence[int], device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """Random numbers in [0, 1) on `device`; those of a CPU's generator are the same on every device."""
+    source = generator.device if generator else device
+    return torch.rand(shape, generator=generator, device=source).to(device, non_blocking=True)
 
 
 def replace_at_random(codes: Tensor, share: float, K: int, generator: torch.Generator | None) -> Tensor:
     """The codes, a random `share` of them replaced by any other code."""
     if not share:
         return codes
-    random = {"generator": generator, "device": codes.device}
-    hit = torch.rand(codes.shape, **random) < share
-    return torch.where(hit, torch.randint(K, codes.shape, **random), codes)
+    hit, other = (uniform(codes.shape, codes.device, generator) for _ in range(2))
+    return torch.where(hit < share, (other * K).long(), codes)
 
 
 def unmask(
@@ -368,15 +372,15 @@ def unmask(
     device = level.rows.device
     codes = torch.full((B, N), K, device=device)
 
-    def uniform() -> Tensor:  # (B, N) in (0, 1), from each slice's own generator
+    def own_uniform() -> Tensor:  # (B, N) in (0, 1), from each slice's own generator
         rows = [torch.rand(N, generator=generator) for generator in generators]
         return torch.stack(rows).to(device).clamp_(1e-7, 1 - 1e-7)
 
     for i in range(1, T + 1):
         logits = level(codes.view(B, *level.shape), *known).float().flatten(1, 2)  # (B, N, K)
-        sampled = sample_codes(logits, uniform(), sampling.temperature, sampling.top_p)
+        sampled = sample_codes(logits, own_uniform(), sampling.temperature, sampling.top_p)
         log_p = logits.gather(2, sampled[..., None])[..., 0] - logits.logsumexp(2)
-        gumbel = -(-uniform().log()).log()
+        gumbel = -(-own_uniform().log()).log()
         certainty = log_p + sampling.spread * (1 - i / T) * gumbel
         shown = codes != K
         stay_hidden = int(N * math.cos(math.pi / 2 * i / T)) if i < T else 0

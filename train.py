@@ -363,7 +363,7 @@ class CodePriors(Stage):
             random = {"generator": None, "noise": self.codes.noise}
             bottoms = math.ceil(len(indices) / self.codes.bottom_every)
         else:  # the same masks in every epoch
-            random = {"generator": torch.Generator(self.device).manual_seed(0)}
+            random = {"generator": torch.Generator().manual_seed(0)}
             bottoms = len(indices)
         top = self.maps[f"{split}_top"][variant, indices].long()
         bottom = self.maps[f"{split}_bottom"][variant[:bottoms], indices[:bottoms]].long()

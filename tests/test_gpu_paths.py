@@ -34,7 +34,7 @@ TRAIN = {
 LOSS = {"mse": 0.0, "l1": 0.2, "ssim": 1.0, "flip": True}
 PRIOR = {"stage": "prior", "prior_channels": 16, "bottom_every": 7, **TRAIN}
 # a wait once a run (whether the codebooks have started), once an epoch (sums and counts), or in a checkpoint
-MEANT = r"if self.updates == 0|self.sums.tolist|sums / count|count_nonzero|histogram.cpu|torch.stack\(sides\)"
+MEANT = r"if self.updates == 0|self.sums.tolist|sums / count|count_nonzero|histogram.cpu|found.cpu\(\)"
 
 
 def autoencoder(study, out, **changes):
@@ -120,7 +120,7 @@ def test_scoring_and_sampling_mix_no_devices(trained):
     with stand_in.device():
         predict.predict(predict.PredictConfig(**files))
         files |= {"prior": str(out / "prior_best.pth"), "out": str(out / "generated")}
-        generate.generate(generate.GenerateConfig(n=2, top_k=5, top_p=0.9, **files))
+        generate.generate(generate.GenerateConfig(n=2, nucleus=0.9, **files))
 
 
 # The faults that these tests are to find.
