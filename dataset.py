@@ -139,18 +139,21 @@ def find_study(data: str = "") -> Path | None:
     return next((path for path in map(Path, [data] if data else STUDY_NAMES) if path.is_dir()), None)
 
 
-def find_nifti(folder: Path | str, others: list[str]) -> Iterator[os.DirEntry]:
+def find_nifti(folder: Path | str, others: list[str], above: tuple[str, ...] = ()) -> Iterator[os.DirEntry]:
     """All NIfTI entries under a folder in order of name; the paths of other files go into `others`.
 
-    Hidden files and folders are passed over: macOS leaves some beside every file that it copies.
+    Hidden files and folders are passed over: macOS leaves some beside every file that it copies. So is a link to
+    one of the folders `above`.
     """
+    above = (*above, os.path.realpath(folder))
     with os.scandir(folder) as found:
         entries = sorted(found, key=lambda entry: entry.name)
     for entry in entries:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from find_nifti(entry.path, others)
+            if not (entry.is_symlink() and os.path.realpath(entry.path) in above):
+                yield from find_nifti(entry.path, others, above)
         elif nifti.is_nifti(entry.name):
             yield entry
         else:
@@ -166,7 +169,11 @@ def scan(folder: Path | str, bad: dict[str, str], others: list[str]) -> list[Sou
     for entry in find_nifti(folder, others):
         try:
             if not entry.is_file():
-                raise UserError("not a regular file")
+                raise UserError(
+                    "not a regular file"
+                    if os.path.exists(entry.path)
+                    else "a link to a file that is not there"
+                )
             name, status = (
                 parse_name(os.path.relpath(entry.path, folder)),
                 entry.stat(),

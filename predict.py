@@ -106,12 +106,15 @@ def open_test(checkpoint: dict, config: PredictConfig) -> SliceDataset:
 def reconstruct(
     model: VQVAE2, test: SliceDataset, indices: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Slices of a split and what the model makes of them, z-scored: originals and reconstructions
-    (B, H, W) float32, top codes (B, H/8, W/8) and bottom codes (B, H/4, W/4) int64 in [0, K)."""
+    """Slices of a split, their reconstructions and their codes.
+
+    Originals and reconstructions (B, H, W) float32, z-scored; top codes (B, H/8, W/8) and bottom codes
+    (B, H/4, W/4), int64 in [0, K).
+    """
     x = test.images(indices)
     output = model(x.to(next(model.parameters()).device))
-    found = x[:, 0], output.reconstruction[:, 0], output.top.codes, output.bottom.codes
-    return tuple(tensor.cpu().numpy() for tensor in found)
+    tensors = x[:, 0], output.reconstruction[:, 0], output.top.codes, output.bottom.codes
+    return tuple(tensor.cpu().numpy() for tensor in tensors)
 
 
 # ---- scores --------------------------------------------------------------------------------------
@@ -145,7 +148,7 @@ def score_split(
             originals, reconstructions, *maps = reconstruct(model, test, indices)
             for level, batch in zip(LEVELS, maps, strict=True):
                 codes[level].append(batch.astype(np.int32))
-            # threads will do: NumPy and SciPy release the GIL while they compute
+            # Threads are enough: NumPy and SciPy release the GIL while they compute.
             for score in pool.map(finish, indices, originals, reconstructions):
                 scores.append(score)
                 bar.update()
@@ -169,13 +172,13 @@ def summarise(scores: list[dict[str, float]], patients: list[str]) -> dict[str, 
     for name in scores[0]:
         values = np.array([score[name] for score in scores])
         low, high = metrics.bootstrap_interval(values, patients, SEED, DRAWS)
-        per_patient = {str(one): values[patients == one].mean() for one in np.unique(patients)}
+        per_patient = {str(number): values[patients == number].mean() for number in np.unique(patients)}
         summary[name] = {"mean": values.mean(), "low": low, "high": high, "per_patient": per_patient}
     return summary
 
 
 def rates(model: VQVAE2, codes: dict[str, np.ndarray], height: int, width: int) -> dict[str, dict]:
-    """What codes (N, h, w) of slices of height x width pixels cost, and how much of each codebook is in use."""
+    """The bits that code maps (N, h, w) of slices of height x width pixels take, and each codebook's use."""
     counts = {level: np.bincount(codes[level].ravel(), minlength=model.config.K) for level in LEVELS}
     entropy = {level: metrics.code_entropy(counts[level]) for level in LEVELS}
     lengths = [codes[level][0].size for level in LEVELS]
@@ -191,7 +194,7 @@ def rates(model: VQVAE2, codes: dict[str, np.ndarray], height: int, width: int) 
 
 
 def rounded(value):
-    """`value` with every float in it to six decimals, which is more than any of them is worth."""
+    """`value` with every float in it rounded to six decimals; the scores are not more precise than that."""
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -225,15 +228,15 @@ def write_pictures(
     picked = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
     originals, reconstructions, top, bottom = reconstruct(model, test, list(picked.values()))
     titles = []
-    for rank, i in picked.items():
+    for title, i in picked.items():
         name = test.names[i]
         titles.append(
-            f"{rank}: patient {patients[i]}, week {name.week}, slice {name.slice}\nSSIM {ssim[i]:.4f}"
+            f"{title}: patient {patients[i]}, week {name.week}, slice {name.slice}\nSSIM {ssim[i]:.4f}"
         )
     rows = list(zip(titles, originals, reconstructions, strict=True))
     figures.comparison_sheet(out / "comparison.png", rows, note)
     figures.code_maps(out / "code_maps.png", originals[1], top[1], bottom[1], f"{titles[1]}\n{note}".strip())
-    by_patient = {one: ssim[np.array(patients) == one] for one in dict.fromkeys(patients)}
+    by_patient = {patient: ssim[np.array(patients) == patient] for patient in dict.fromkeys(patients)}
     figures.ssim_histogram(out / "ssim_histogram.png", by_patient, note)
 
 

@@ -26,6 +26,7 @@ import runtime
 from dataset import RECONSTRUCTION, Placement, StudyInfo, find_nifti, raise_bad, way_in, z_score
 from modules import VQVAE2, load_model
 from runtime import UserError, option
+from volumes import is_mask
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 SCORES = {"ssim_report": "SSIM report", "ssim_standard": "SSIM standard", "psnr": "PSNR dB"}
@@ -119,13 +120,15 @@ def find_files(inputs: list[str]) -> dict[str, str]:
 
     FileNotFoundError for an input that is not there, or a folder without any; UserError for one name of two files.
     """
-    found, others = [], []
+    found, others, masks = [], [], []
     for given in inputs:
         if os.path.isdir(given):
             below = []
             paths = [entry.path for entry in find_nifti(given, below)]
             paths += [path for path in below if path.lower().endswith(PICTURES)]
-            found += [(path, os.path.relpath(path, given)) for path in sorted(paths)]
+            named = [(path, os.path.relpath(path, given)) for path in sorted(paths)]
+            masks += [path for path, name in named if is_mask(name)]
+            found += [(path, name) for path, name in named if not is_mask(name)]
             others += [path for path in below if not path.lower().endswith(PICTURES)]
         elif os.path.exists(given):
             if not given.lower().endswith((*nifti.SUFFIXES, *PICTURES)):
@@ -136,8 +139,9 @@ def find_files(inputs: list[str]) -> dict[str, str]:
             raise FileNotFoundError(f"{given}: no such file or folder. Fix: check its path.")
     if not found:
         raise FileNotFoundError(f"{', '.join(inputs)}: no NIfTI files or pictures.{way_in(others)}")
-    if others:
-        print(f"{len(others)} other files were passed over, such as {others[0]}")
+    for kind, paths in (("other files", others), ("masks", masks)):
+        if paths:
+            print(f"{len(paths)} {kind} were passed over, such as {paths[0]}")
     names: dict[str, str] = {}
     for path, name in found:
         name = os.path.splitext(name)[0] + ".png" if name.lower().endswith(PICTURES) else name

@@ -100,7 +100,8 @@ def _numbers(labels: set[str]) -> dict[str, int]:
     return {label: place for place, label in enumerate(sorted(labels), 1)}
 
 
-def _is_mask(path: str) -> bool:
+def is_mask(path: str) -> bool:
+    """Whether a path, from the folder that is searched, is named as masks are."""
     *folders, name = Path(path).parts
     return bool(MASK_NAME.search(name)) or any(map(MASK_FOLDER.fullmatch, folders))
 
@@ -126,8 +127,8 @@ def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, dic
         apart = {os.path.realpath(path) for path, _ in masks}
         images = [pair for pair in found if os.path.realpath(pair[0]) not in apart]
     else:
-        masks = [pair for pair in found if _is_mask(pair[1])]
-        images = [pair for pair in found if not _is_mask(pair[1])]
+        masks = [pair for pair in found if is_mask(pair[1])]
+        images = [pair for pair in found if not is_mask(pair[1])]
     wanted = [
         (path, short)
         for path, short in images

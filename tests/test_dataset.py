@@ -539,6 +539,15 @@ def test_capital_extensions_folders_and_other_files(study, config, capsys):
     assert "1 other files were passed over" in capsys.readouterr().out
 
 
+def test_links_in_a_circle_and_to_nothing(study, config):
+    train = study / "keras_slices_train"
+    (train / "round").symlink_to(train)
+    assert len(open_study(config)["train"]) == 12
+    (train / name_of(4, 60)).symlink_to("not there")
+    with pytest.raises(UserError, match=r"slice_60.*a link to a file that is not there"):
+        open_study(config)
+
+
 def test_a_broken_affine_is_said_when_the_study_is_opened(study, config, capsys, tmp_path):
     path = study / "keras_slices_train" / name_of(4, 0)
     data = bytearray(nibabel.Nifti1Image(noise(1), AFFINE).to_bytes())

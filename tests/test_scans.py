@@ -158,6 +158,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_done(checkpoint, tmp_path):
     (tmp_path / "bad.nii.gz").write_bytes(b"no")
     (tmp_path / "bad.png").write_bytes(b"no")
     (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "good_seg.nii.gz").write_bytes(b"a mask is not looked at")
     with pytest.raises(
         UserError, match=r"(?s)2 of 3 files.*bad\.nii\.gz: not a NIfTI.*bad\.png: not a whole"
     ):
