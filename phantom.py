@@ -23,7 +23,7 @@ SHAPE, PLANES, SPACING = (256, 128), 60, 1.6  # left-right and foot-head; anteri
 AFFINE = np.array([[SPACING, 0, 0, 0], [0, 0, -SPACING, 0], [0, SPACING, 0, 0], [0, 0, 0, 1]])  # to RAS+
 # The patient numbers of each split in the real study. A larger phantom goes on with FREE, whichever the split.
 NUMBERS, FREE = {"train": range(4, 36), "validate": range(36, 40), "test": range(40, 43)}, 43
-VERSION = 1  # raised when the same config gives other pictures
+VERSION = 2  # raised when the same config gives other pictures
 NOISE = 0.017  # of the real and the imaginary channel each, where the signal of subcutaneous fat is about 1
 BODY, BONE, BLADDER, RECTUM, PROSTATE, MUSCLE, FAT = range(1, 8)  # 0 is air; masks count the last two as body
 FAR = np.float32(99)  # mm: a shape that does not come near the plane
@@ -79,11 +79,11 @@ BETWEEN_THIGHS = (0, 0, -93, 0, 0, -160, 1, 20, 0.0, 0)
 class PhantomConfig:
     """How large a phantom study is; patients are numbered from 4, 36 and 40, as in the real one, then from 43."""
 
-    train_patients: int = option(32, "patients to train on")
-    validate_patients: int = option(4, "patients to validate on")
-    test_patients: int = option(3, "patients to test on")
-    weeks: int = option(2, "volumes of each patient")
-    slices: int = option(16, "slices of a volume, spread evenly over 60 planes")
+    train_patients: int = option(200, "patients to train on")
+    validate_patients: int = option(24, "patients to validate on")
+    test_patients: int = option(24, "patients to test on")
+    weeks: int = option(1, "volumes of each patient")
+    slices: int = option(5, "slices of a volume: its two ends of 60 planes, and random planes between them")
     seed: int = option(0, "another seed gives other patients")
 
     def __post_init__(self):
@@ -261,6 +261,18 @@ class Man:
             tissues[organ < 0] = label
 
 
+def planes(config: PhantomConfig, patient: int, week: int) -> list[int]:
+    """Which planes of [0, 60) a volume's slices are: the two ends, and one of each of equal stretches between them.
+
+    The same planes in every patient would leave the priors blind to all that lies between them.
+    """
+    if config.slices < 3:
+        return np.linspace(0, PLANES - 1, config.slices).round().astype(int).tolist()
+    rng = np.random.default_rng([config.seed, patient, week, PLANES + 2])  # a stream that no slice has
+    ends = np.linspace(1, PLANES - 1, config.slices - 1).round().astype(int)
+    return [0, *rng.integers(ends[:-1], ends[1:]).tolist(), PLANES - 1]
+
+
 def write_phantom(out: Path | str, config: PhantomConfig = PhantomConfig()) -> Path:
     """Write the study of `config` into the folder `out`, unless it is there whole already; return `out`.
 
@@ -270,7 +282,6 @@ def write_phantom(out: Path | str, config: PhantomConfig = PhantomConfig()) -> P
         UserError: `out` exists and is not a phantom, or holds other files too; it is left alone.
     """
     out, about = Path(out), ABOUT + json.dumps({"version": VERSION, **asdict(config)}) + "\n"
-    numbers = np.linspace(0, PLANES - 1, config.slices).round().astype(int).tolist()
     cases = {}  # (patient, week) -> its files' names, images then masks, with %d for the slice
     free = itertools.count(FREE)
     for split, own in NUMBERS.items():
@@ -289,7 +300,12 @@ def write_phantom(out: Path | str, config: PhantomConfig = PhantomConfig()) -> P
         raise UserError(
             f"{out}: holds files of others, such as {foreign[0]}. Fix: move them, or another --out."
         )
-    files = [out / (name % number) for names in cases.values() for name in names for number in numbers]
+    files = [
+        out / (name % number)
+        for case, names in cases.items()
+        for name in names
+        for number in planes(config, *case)
+    ]
     if marker.is_file() and marker.read_text() == about and all(file.is_file() for file in files):
         print(f"{out}: synthetic phantom of this config, already whole; reused")
         return out
@@ -299,7 +315,7 @@ def write_phantom(out: Path | str, config: PhantomConfig = PhantomConfig()) -> P
 
         def write(case: tuple[int, int]) -> None:
             man = Man(config.seed, *case)
-            for number in numbers:
+            for number in planes(config, *case):
                 _, pixels, tissues = man.cut(number)
                 mask = np.where(tissues > PROSTATE, BODY, tissues).astype(np.uint8)
                 for name, array in zip(cases[case], (pixels, mask), strict=True):

@@ -10,7 +10,7 @@ from skimage.measure import label, regionprops
 from skimage.metrics import structural_similarity
 
 import phantom
-from phantom import BLADDER, BONE, FAT, MUSCLE, Man, PhantomConfig, write_phantom
+from phantom import BLADDER, BONE, FAT, MUSCLE, Man, PhantomConfig, planes, write_phantom
 
 TINY = PhantomConfig(train_patients=2, validate_patients=1, test_patients=1, weeks=1, slices=2)
 PATIENTS = (4, 5, 36, 40)
@@ -43,7 +43,7 @@ def test_layout_of_the_real_study(study):
                 assert image.header["descrip"].item() == b"synthetic phantom, not a patient"
                 assert nibabel.aff2axcodes(image.affine) == ("R", "S", "P")
     text = (study / "SYNTHETIC.txt").read_text()
-    assert "SYNTHETIC" in text and json.loads(text.splitlines()[-1]) == {"version": 1, **asdict(TINY)}
+    assert "SYNTHETIC" in text and json.loads(text.splitlines()[-1]) == {"version": 2, **asdict(TINY)}
 
 
 def test_same_config_gives_same_bytes_and_another_seed_others(study, tmp_path):
@@ -87,7 +87,7 @@ def test_default_study_has_disjoint_patients(monkeypatch, tmp_path):
     patients = [{p.name[5:8] for p in written if p.parent.name == f"keras_slices_{s}"} for s in splits]
     assert [min(numbers) for numbers in patients] == ["004", "036", "040"] and len(patients[2]) >= 3
     assert not patients[0] & patients[1] and not (patients[0] | patients[1]) & patients[2]
-    assert len(written) == len(set(written)) == 2 * 1248
+    assert len(written) == len(set(written)) == 2 * 1240
 
 
 def test_many_patients_keep_their_splits_apart(monkeypatch, tmp_path):
@@ -139,3 +139,11 @@ def test_noise_leaves_room_for_a_model():
     pairs = [(z_score(clean), z_score(noisy)) for clean, noisy in slices]
     scores = [structural_similarity(clean, noisy, data_range=np.ptp(noisy)) for clean, noisy in pairs]
     assert 0.95 <= np.mean(scores) <= 0.97 and min(scores) > 0.92
+
+
+def test_planes_are_the_ends_and_one_of_each_stretch_between():
+    assert planes(PhantomConfig(slices=60), 4, 0) == list(range(60))
+    few = np.array([planes(PhantomConfig(), patient, 0) for patient in range(4, 304)])
+    assert (few[:, 0] == 0).all() and (few[:, 4] == 59).all() and (np.diff(few) > 0).all()
+    assert set(few[:, 1:4].ravel()) == set(range(1, 59))  # all planes are seen in some patient
+    assert not np.array_equal(few[0], few[1])
