@@ -19,6 +19,7 @@ import sys
 import time
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -37,7 +38,7 @@ from runtime import UserError, in_parallel, option, run_cli, write_json
 
 SPLITS = ("train", "validate", "test")
 STUDY_NAMES = ("keras_slices_data", "HipMRI_study_keras_slices_data")  # looked for in the working directory
-CACHE_VERSION = 4  # raised when what is cached changes meaning: older caches are then rebuilt
+CACHE_VERSION = 5  # raised when what is cached changes meaning: older caches are then rebuilt
 ARRAYS = ("pixels.npy", "masks.npy", "table.npz")  # of a cache, all splits one after another
 NO_MASK = 255  # every pixel of a slice that has no mask; no class has this index
 LARGEST = 2**26  # pixels of a slice
@@ -293,7 +294,10 @@ class Placement:
     @property
     def verb(self) -> str:
         """What happens to the slice, for a message."""
-        return "stretched" if self.scaled == self.size else "cropped" if min(self.offset) < 0 else "padded"
+        if self.scaled != self.size:
+            return "cropped" if min(self.offset) < 0 else "padded"
+        ratios = np.divide(self.size, self.shape)
+        return "resized" if abs(ratios[0] / ratios[1] - 1) < 0.01 else "stretched"
 
     def _windows(self) -> tuple[tuple, tuple]:
         """Where the two grids overlap: in the model's, and in the scaled slice."""
@@ -401,7 +405,8 @@ def _decode(
                 raise UserError(f"its mask {mask_path}: {error}") from error
     except (UserError, OSError) as error:
         return str(error)
-    row = {"affines": image.affine, "shapes": pixels.shape, "broken": image.broken}
+    row = {"affines": image.affine, "shapes": pixels.shape}
+    row |= {"broken": image.broken, "oriented": image.oriented}
     pixels = placement.place(pixels, fill=pixels.min())
     row["mean"], row["std"], row["constant"] = z_score(pixels)
     row["crc32"] = zlib.crc32(np.ascontiguousarray(pixels))
@@ -493,6 +498,12 @@ def _write_cache(folder: Path, key: dict, jobs: list[tuple], config: DataConfig,
         hit, verb = (table["shapes"] == shape).all(axis=1), Placement.make(shape, size, config.fit).verb
         what = f"slices of {shape[0]}x{shape[1]} were {verb} to {size[0]}x{size[1]} (--fit {config.fit})"
         notes.append(f"{hit.sum()} {what}, such as {paths[hit.argmax()]}")
+    runs = Counter(nifti.directions(table["affines"][table["oriented"]]))
+    if len(runs) > 1:
+        listing = ", ".join(f"{count} {letters}" for letters, count in runs.most_common())
+        notes.insert(
+            0, f"warning: by their affines, rows and columns of slices run in different directions: {listing}"
+        )
     notes = notes if len(notes) <= 8 else [*notes[:8], f"... and {len(notes) - 8} more sizes of slices"]
     index = {"listings": key, "arrays": _stamps(folder), "notes": notes}
     write_json(folder / "index.json", index)

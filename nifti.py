@@ -202,9 +202,9 @@ def _qform(header: nibabel.Nifti1Header) -> np.ndarray:
 def _full(affine: np.ndarray) -> np.ndarray:
     """`affine` with a third axis of 1 mm across the other two, where it has none: a slice needs none."""
     affine = np.array(affine, np.float64)
-    across = np.cross(affine[:3, 0], affine[:3, 1])
-    if not affine[:3, 2].any() and (length := np.linalg.norm(across)) > 0:
-        affine[:3, 2] = across / length
+    if not affine[:3, 2].any():
+        across = np.cross(affine[:3, 0], affine[:3, 1])
+        affine[:3, 2] = across / (np.linalg.norm(across) or 1)
     return affine
 
 
@@ -276,6 +276,17 @@ def turn_to(image: Image, array: np.ndarray, target: np.ndarray) -> tuple[np.nda
     axes = tuple(int(axis) for axis in np.argsort(change[:, 0]))
     reverse = tuple(bool(change[axis, 1] < 0) for axis in axes)
     return turn(array, axes, reverse), turn_affine(image.affine, array.shape, axes, reverse)
+
+
+def directions(affines: np.ndarray) -> list[str]:
+    """Where rows and columns of slices run, of affines (N, 4, 4): "RS" is to the patient's right and head."""
+    axes = affines[:, :3, :2]
+    nearest = np.abs(axes).argmax(axis=1)  # (N, 2)
+    back = np.take_along_axis(axes, nearest[:, None], axis=1)[:, 0] < 0
+    return [
+        "".join(letters)
+        for letters in np.array([["R", "A", "S"], ["L", "P", "I"]])[back.astype(int), nearest]
+    ]
 
 
 def obliquity(affine: np.ndarray) -> float:

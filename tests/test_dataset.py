@@ -559,6 +559,15 @@ def test_a_broken_affine_is_said_when_the_study_is_opened(study, config, capsys,
     np.testing.assert_allclose(np.diag(nibabel.load(tmp_path / "r.nii.gz").affine), [1.5, 1.25, 2, 1])
 
 
+def test_slices_that_run_in_different_directions_are_said(study, config, capsys):
+    open_study(config)
+    assert "different directions" not in capsys.readouterr().out
+    save(study / "keras_slices_train" / name_of(4, 0), noise(1), AFFINE @ np.diag([-1, 1, 1, 1]))
+    save(study / "keras_slices_train" / name_of(4, 1), noise(1), None)  # says none
+    open_study(config)
+    assert "different directions: 14 LS, 1 RS" in capsys.readouterr().out
+
+
 def test_the_affine_of_the_model_s_grid_covers_a_slice_of_another_size(study, config):
     put(study, noise(8, (64, 32)), 0)
     train = open_study(config)["train"]
