@@ -666,29 +666,29 @@ class SliceDataset(torch.utils.data.Dataset):
 
         A GPU with room for it holds the whole split from now on, in half precision.
         """
-        if device.type == "cpu":
-            return self.images
-        if 2 * self.pixels.size > torch.cuda.mem_get_info(device)[0] / 3:
-            return lambda indices: self.images(indices).pin_memory().to(device, non_blocking=True)
-        return self.resident(device)
-
-    def resident(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-        """`on` for a device that holds the split: no batch crosses over, and none is waited for."""
-        images = torch.empty(len(self), 1, *self.pixels.shape[1:], dtype=torch.float16, device=device)
-        for indices in torch.arange(len(self)).split(256):
-            images[indices[0] : indices[-1] + 1] = self.images(indices)
-        return lambda indices: images[indices.to(device, non_blocking=True)].float()
+        return self._on(device, self.images, torch.float16)
 
     def masks_on(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-        """`masks` for a training loop, as `on` is `images`: a GPU with room for them holds them all."""
+        """`masks` for a training loop, as `on` is `images`."""
+        return self._on(device, self.masks, torch.uint8)
+
+    def _on(self, device: torch.device, batch: Callable, dtype: torch.dtype) -> Callable:
         if device.type == "cpu":
-            return self.masks
-        if self.pixels.size > torch.cuda.mem_get_info(device)[0] / 3:
-            return lambda indices: self.masks(indices).pin_memory().to(device, non_blocking=True)
-        masks = torch.empty(len(self), *self.pixels.shape[1:], dtype=torch.uint8, device=device)
+            return batch
+        if dtype.itemsize * self.pixels.size > torch.cuda.mem_get_info(device)[0] / 3:
+            return lambda indices: batch(indices).pin_memory().to(device, non_blocking=True)
+        return self.resident(device, batch, dtype)
+
+    def resident(
+        self, device: torch.device, batch: Callable | None = None, dtype: torch.dtype = torch.float16
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`on` for a device that holds the split: no batch crosses over, and none is waited for."""
+        batch = batch or self.images
+        one = batch([0])
+        held = torch.empty(len(self), *one.shape[1:], dtype=dtype, device=device)
         for indices in torch.arange(len(self)).split(256):
-            masks[indices[0] : indices[-1] + 1] = self.masks(indices)
-        return lambda indices: masks[indices.to(device, non_blocking=True)]
+            held[indices[0] : indices[-1] + 1] = batch(indices)
+        return lambda indices: held[indices.to(device, non_blocking=True)].to(one.dtype)
 
     def placement(self, index: int) -> Placement:
         """How the source slice `index` lies in the model's grid."""

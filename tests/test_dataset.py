@@ -302,6 +302,8 @@ def test_masks_are_class_indices_of_the_study_s_labels(masked, config, capsys):
         indices = torch.tensor([4, 1])
         on_cpu = splits["train"].masks_on(torch.device("cpu"))
         torch.testing.assert_close(on_cpu(indices), splits["train"].masks(indices))
+        held = splits["train"].resident(torch.device("cpu"), splits["train"].masks, torch.uint8)
+        torch.testing.assert_close(held(indices), splits["train"].masks(indices))
     pickled = pickle.loads(pickle.dumps(splits["test"]))
     torch.testing.assert_close(pickled.masks([0, 1]), splits["test"].masks([0, 1]))
 
