@@ -590,6 +590,7 @@ class SliceDataset(torch.utils.data.Dataset):
         mean, std: (N,) float32, scanner units; std is 1 for a constant slice.
         positions: (N,) float32 in [0, 1], where in its volume a slice lies; NaN if it is the volume's only one.
         affines, shapes: (N, 4, 4) float64 and (N, 2) int, of the source files.
+        oriented: (N,) bool, whether the source file gives directions; else its affine holds voxel sizes alone.
         labels: the values in the masks of the whole study, sorted, 0 among them; () where it has no masks.
         has_mask: (N,) bool.
         fingerprint: hex digest of the slices' names, pixels and masks: a copy of a study has the same.
@@ -609,6 +610,7 @@ class SliceDataset(torch.utils.data.Dataset):
         with np.load(cache / ARRAYS[2]) as table:
             self.mean, self.std = table["mean"][rows], table["std"][rows]
             self.affines, self.shapes = table["affines"][rows], table["shapes"][rows]
+            self.oriented = table["oriented"][rows]
             self._sums, self._mask_sums = table["crc32"][rows], table["mask_crc32"][rows]
             self.has_mask, self._values = table["has_mask"][rows], table["labels"]
         self.labels = tuple(sorted(self._values.tolist()))
@@ -823,7 +825,8 @@ def save_reconstruction(dataset: SliceDataset, index: int, image: np.ndarray, pa
         raise ValueError(f"an image of shape {pixels.shape}; expected {dataset.pixels.shape[1:]}")
     pixels = (pixels * dataset.std[index] + dataset.mean[index]).astype(np.float32)
     pixels = dataset.placement(index).restore(pixels)
-    nifti.write(path, pixels, dataset.affines[index], RECONSTRUCTION)
+    oriented = bool(dataset.oriented[index])
+    nifti.write(path, pixels, dataset.affines[index], RECONSTRUCTION, oriented=oriented)
 
 
 def main() -> None:

@@ -304,12 +304,14 @@ def write(
     affine: np.ndarray | None,
     description: str = "",
     like: nibabel.Nifti1Header | None = None,
+    oriented: bool = True,
 ) -> None:
     """Write a NIfTI file of `pixels` with their dtype; gzipped if `path` ends in .gz.
 
-    With a header `like`, that header's affines, their codes and units are kept as they are, and `affine` is
-    not looked at. The same pixels give the same bytes: the gzip header carries no time. `description` (at most
-    79 ASCII characters) goes into the header, where viewers show it.
+    Of an affine that is not `oriented`, see `Image`, the file tells the voxel sizes alone. With a header `like`, that
+    header's affines, their codes and units are kept as they are, and `affine` is not looked at. The same pixels give
+    the same bytes: the gzip header carries no time. `description` (at most 79 ASCII characters) goes into the header,
+    where viewers show it.
     """
     if like is None:
         header = nibabel.Nifti1Header()
@@ -320,7 +322,8 @@ def write(
     header.set_data_shape(pixels.shape)
     if like is None and affine is not None:
         header.set_qform(affine, 0, strip_shears=True)  # sets the voxel sizes too
-        header.set_sform(affine, 2)
+        if oriented:
+            header.set_sform(affine, 2)
     header.set_slope_inter(1, 0)
     header["vox_offset"] = int(header["sizeof_hdr"]) + 4  # four bytes say that no extension follows
     header["descrip"] = description.encode("ascii")

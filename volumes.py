@@ -313,7 +313,7 @@ def _slice_volume(job: tuple[Volume, str], config: SliceConfig) -> dict | str:
             if not os.path.exists(target):
                 here = affine.copy()
                 here[:3, 3] += (first + number) * affine[:3, 2]  # column 2 is the step between planes
-                nifti.write(target, pixels[..., number], here if image.oriented else None)
+                nifti.write(target, pixels[..., number], here, oriented=image.oriented)
                 done["written"] += 1
     return done
 

@@ -216,5 +216,6 @@ def test_nifti_keeps_pixels_affine_and_bytes(tmp_path):
         assert bytes(image.header["descrip"]).startswith(b"synthetic")
         assert image.header.get_xyzt_units()[0] == "mm" and image.header["sform_code"] == 2
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
-    nifti.write(tmp_path / "d.nii", PIXELS, None)
-    assert nibabel.load(tmp_path / "d.nii").header["sform_code"] == 0
+    nifti.write(tmp_path / "d.nii", PIXELS, np.diag([2.0, 3, 4, 1]), oriented=False)
+    header = nibabel.load(tmp_path / "d.nii").header
+    assert header["sform_code"] == header["qform_code"] == 0 and header.get_zooms() == (2, 3)
