@@ -115,8 +115,8 @@ def _whole(pixels: np.ndarray, dtype: np.dtype) -> np.ndarray:
     )
 
 
-def find_files(inputs: list[str]) -> dict[str, str]:
-    """The path of every file to reconstruct by its name in the output folder.
+def find_files(inputs: list[str], out: Path) -> dict[str, str]:
+    """The path of every file to reconstruct by its name in the folder `out`, whose own files are left aside.
 
     FileNotFoundError for an input that is not there, or a folder without any; UserError for one name of two files.
     """
@@ -126,6 +126,7 @@ def find_files(inputs: list[str]) -> dict[str, str]:
             below = []
             paths = [entry.path for entry in find_nifti(given, below)]
             paths += [path for path in below if path.lower().endswith(PICTURES)]
+            paths = [path for path in paths if out.resolve() not in Path(path).resolve().parents]
             named = [(path, os.path.relpath(path, given)) for path in sorted(paths)]
             masks += [path for path, name in named if is_mask(name)]
             found += [(path, name) for path, name in named if not is_mask(name)]
@@ -212,8 +213,9 @@ def reconstruct_files(
     saved = runtime.load_checkpoint(checkpoint, "vqvae2")
     study = StudyInfo.from_checkpoint(saved, checkpoint)
     model = load_model(saved, checkpoint).to(runtime.pick_device(device))
-    names = find_files(inputs)
-    folder = runtime.writable_folder(out or Path(checkpoint).parent / "reconstructed")
+    folder = Path(out or Path(checkpoint).parent / "reconstructed")
+    names = find_files(inputs, folder)
+    runtime.writable_folder(folder)
     for name, path in names.items():
         if (folder / name).exists() and os.path.samefile(folder / name, path):
             raise UserError(f"{path}: its reconstruction would replace it. Fix: --out, another folder.")

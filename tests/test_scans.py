@@ -164,6 +164,11 @@ def test_what_cannot_be_used_is_named_and_the_rest_done(checkpoint, tmp_path):
     ):
         use(checkpoint, [tmp_path], tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good.nii.gz", "scans.json"]
+    (tmp_path / "bad.nii.gz").unlink()
+    (tmp_path / "bad.png").unlink()
+    assert (
+        len(use(checkpoint, [tmp_path], tmp_path / "out")["files"]) == 1
+    )  # and not what the first run wrote
     with pytest.raises(UserError, match="would replace it"):
         use(checkpoint, [tmp_path / "good.nii.gz"], tmp_path)
     with pytest.raises(UserError, match=r"notes\.txt: expected"):
