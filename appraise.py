@@ -1,102 +1,197 @@
-"""What samples are worth: likelihood, realism, variety and copying, beside what real slices and worthless ones score.
+"""What new slices are worth, beside real slices and worthless ones: likelihood, anatomy, variety and copying.
 
 Models, splits and samples in; a report and the arrays for its pictures out. No files; a table is printed.
 """
 
 import math
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+import anatomy
 import realism
-from codes import Samples, decode
+from anatomy import Segmenter
+from codes import LEVELS, Samples, Variants, decode
 from dataset import SliceDataset
 from modules import VQVAE2
 from prior import Prior
 
 NEAR, FEWEST = 0.1, 8  # with --position, real slices as near as this, or this many, stand beside the samples
-MOST_TRAIN = 512  # training slices whose likelihood is measured, and positive controls of the audit
-MARGIN = 1.1  # a control that is not worse than the samples by this factor scores like them
-SMALLEST = 16  # side of a slice whose realism can be measured
-CONTROLS = ("random codes", "histogram codes", "mean image")
-LOWER_IS_BETTER = ("frechet", "spectrum_db", "histogram_z")
+MOST_ROWS, MOST_REAL, MOST_COPIES, MOST_RATED = (
+    128,
+    768,
+    512,
+    64,
+)  # slices, at random, that a measure looks at
+DRAWS = 2  # of the masks that the likelihood's bound is a mean over
+FLOOR, SAMPLES, RECONSTRUCTIONS = "real validation slices", "samples", "reconstructions"
+BY_PLACE, HALVES, MIXED = "codes by place", "two patients' halves", "top and bottom of two"
+CONTROLS = (BY_PLACE, HALVES, MIXED)
+HIGHER_IS_BETTER = ("plausible", "organs_together")
 PROTOCOL = {
-    "likelihood": "exact, of the code maps given the slice's position; nominal: log2 K bits a code",
-    "realism": "n slices a row against n real test slices. encoder: the top encoder's output before "
-    "quantisation, pooled; plain: pooled intensity and gradient statistics; pixels: root mean square in dB of "
-    "mean spectra, Wasserstein-1 distance of intensities in z units. floor: real validation slices",
-    "controls": "uniform random codes; each code drawn from the training histogram of its place; the mean "
-    f"training image. Not worse than the samples by a factor of {MARGIN}: the metric tells nothing here",
+    "likelihood": "of real slices' codes given their positions: an upper bound on -log2 p under the masked priors, a "
+    f"mean over {DRAWS} draws of masks for each slice, with the standard error of those draws; at most {MOST_RATED} "
+    "slices of each split; nominal: log2 K bits a code",
+    "rows": "real slices of validation and of test patients; the validation slices' reconstructions; samples; and "
+    "controls that are wrong on purpose: codes drawn from the training histogram of their place, validation slices "
+    "with one half from a training patient at that position, validation slices' top codes with bottom codes of "
+    "others. A measure that does not score every control worse than real validation slices is left out",
+    "plausible": "the share of slices whose organs occur together in at least 1 % of the real training slices near "
+    "their position, and each organ's area, centre, pieces, holes, solidity and left-right asymmetry lie within the "
+    "central 98 % of theirs. A small U-Net, trained on real training slices, finds the organs in all of them",
+    "area, centre": "Wasserstein distances to training slices at the same positions, means over organs: area as a "
+    "share of the organ's mean area, centre in pixels",
+    "frechet": "Fréchet distance to training slices of the top encoder's output before quantisation, pooled; each "
+    "number scaled by its spread in those slices",
+    "agreement": "Dice of the mask that comes with a slice and the U-Net's on its picture, mean over organs",
     "variety": "mean pairwise MS-SSIM of the samples, and of real test slices at the same positions",
-    "copying": "the most similar of all training slices and their mirror images, by the correlation of pictures and "
-    "by the codes in common, each weighed by its bits in the training histogram of its place; flagged: nearer than "
-    "the 1st percentile of real test slices (honest; with --position those near it); margin: the share that 19 in 20 "
-    "honest sets keep to; copies: training slices against others of the same patient, or against themselves where "
-    "there are none; "
-    "reconstructions: of the test slices, flagged for no more than what decoding does to a slice; "
-    "correlation_of_flagged: median, of the pictures of samples flagged by their codes and of those training slices",
-    "bounds": "bounds the copying of these samples under these measures; no guarantee of privacy. Not for "
-    "diagnosis",
+    "copying": "similarity to the nearest of all training slices and their variants that the priors saw: correlation "
+    "of pictures, and the codes in common, each weighed by its bits in the training histogram of its place. Flagged: "
+    "nearer than the 1st percentile of real test slices (honest); margin: the share that 19 in 20 honest sets keep "
+    "to; copies: training slices beside others of the same patient, or beside themselves where there are none",
+    "bounds": "bounds the copying of these samples under these measures; no guarantee of privacy. Not for diagnosis",
 }
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is appraised, and what it is compared with.
+
+    Attributes:
+        codes: of all slices, as `codes.extract_codes` gives them.
+        positions, twins: (n,) of the samples, in [0, 1] or NaN, and the test slices at the same positions.
+        position: the one that was asked for, NaN for the test slices' own.
+        segmenter: of the study's organs; None for a study without masks.
+    """
+
+    model: VQVAE2
+    prior: Prior
+    splits: dict[str, SliceDataset]
+    codes: dict[str, np.ndarray]
+    samples: Samples
+    positions: np.ndarray
+    twins: np.ndarray
+    segmenter: Segmenter | None = None
+    position: float = math.nan
+    seed: int = 0
+
+    def codes_of(self, split: str, indices: np.ndarray, variant: int = 0) -> list[np.ndarray]:
+        """Top (n, h, w) and bottom (n, 2h, 2w) int64."""
+        return [self.codes[f"{split}_{level}"][variant, indices].astype(np.int64) for level in LEVELS]
+
+    def images(self, split: str, indices: np.ndarray) -> np.ndarray:
+        """(n, H, W) float32, z-scored."""
+        return self.splits[split].images(indices)[:, 0].numpy()
+
+    def decode(self, top: np.ndarray, bottom: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        return decode(self.model, torch.from_numpy(top), torch.from_numpy(bottom))
+
+
+class Row(NamedTuple):
+    """Slices that are measured together: images (n, H, W), positions (n,), masks (n, H, W) if they bring any."""
+
+    images: np.ndarray
+    positions: np.ndarray
+    masks: np.ndarray | None = None
 
 
 def near(split: SliceDataset, position: float) -> np.ndarray:
     """The indices of the slices at about that position; of all slices for NaN."""
-    distance = np.abs(split.positions - position)
-    some = max(FEWEST, np.count_nonzero(distance <= NEAR))
-    return np.arange(len(split)) if math.isnan(position) else np.argsort(distance, kind="stable")[:some]
+    if math.isnan(position):
+        return np.arange(len(split))
+    count = max(FEWEST, np.count_nonzero(np.abs(split.positions - position) <= NEAR))
+    return anatomy.nearest_positions(position, split.positions)[:count]
 
 
-# ---- what they are worth -------------------------------------------------------------------------
-
-
-class Encoded(NamedTuple):
-    """A split under the autoencoder: codes (2, N, ...) uint16, as it is and mirrored; `realism.thumbnails`."""
-
-    top: np.ndarray
-    bottom: np.ndarray
-    thumbnails: np.ndarray
-
-
-def encoded_splits(splits: dict[str, SliceDataset], maps: dict[str, np.ndarray]) -> dict[str, Encoded]:
-    """The splits with their code maps, which are those of `codes.extract_codes`."""
-    found = {}
-    for name, split in splits.items():
-        parts = torch.arange(len(split)).split(64)
-        thumbnails = [realism.thumbnails(split.images(part)[:, 0].numpy()) for part in parts]
-        found[name] = Encoded(maps[f"{name}_top"], maps[f"{name}_bottom"], np.concatenate(thumbnails))
-    return found
+# ---- likelihood ----------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def likelihood(prior: Prior, codes: Encoded, split: SliceDataset, indices: np.ndarray) -> dict:
-    """Exact, of the slices `indices`, all and by patient: nats and bits a code, bits a pixel."""
-    device, sums = next(prior.parameters()).device, []
-    bar = tqdm(total=len(indices), desc=f"likelihood, {split.split}", unit=" slices", disable=None)
-    for part in np.array_split(indices, math.ceil(len(indices) / 16)):
-        maps = (torch.from_numpy(of[0, part].astype(np.int64)).to(device) for of in codes[:2])
-        nats = prior.nats(*maps, torch.from_numpy(split.positions[part]).to(device))
-        sums.append(torch.stack([nats[level].double() for level in ("top", "bottom")], 1).cpu())
-        bar.update(len(part))
+def likelihood(
+    prior: Prior, maps: list[np.ndarray], positions: np.ndarray, pixels: int, seed: int = 0
+) -> dict:
+    """The bound on -log2 p of slices' codes, top (n, h, w) and bottom (n, 2h, 2w), in bits a code and a pixel."""
+    device, draws = next(prior.parameters()).device, []
+    top, bottom = (torch.from_numpy(level.astype(np.int64)) for level in maps)
+    parts = torch.arange(len(top)).split(16)
+    bar = tqdm(total=DRAWS * len(top), desc="likelihood", unit=" slices", disable=None)
+    for draw in range(DRAWS):
+        sums = []
+        for part in parts:
+            at = torch.as_tensor(positions[part.numpy()])
+            nats = prior.nats(
+                *(x.to(device) for x in (top[part], bottom[part], at)), len(parts) * draw + seed
+            )
+            sums.append(torch.stack([nats[level].double() for level in LEVELS], 1).cpu())
+            bar.update(len(part))
+            seed += 1
+        draws.append(torch.cat(sums).numpy() / math.log(2))
     bar.close()
-    nats = torch.cat(sums).numpy()  # (n, 2)
-    counts = np.array([codes.top[0, 0].size, codes.bottom[0, 0].size])
-
-    def rate(nats: np.ndarray) -> dict:
-        top, bottom = (nats.mean(0) / counts / math.log(2)).tolist()
-        total = float(nats.sum(1).mean())
-        result = {"n": len(nats), "nats_per_code": total / int(counts.sum()), "bits_top_code": top}
-        result |= {"bits_bottom_code": bottom, "bits_per_code": result["nats_per_code"] / math.log(2)}
-        return result | {"bits_per_pixel": total / math.log(2) / split.pixels[0].size}
-
-    patients = np.array([f"{split.names[i].patient:03d}" for i in indices])
-    return rate(nats) | {
-        "patients": {one: rate(nats[patients == one]) for one in np.unique(patients).tolist()}
+    bits = np.stack(draws)  # (draws, n, levels)
+    error = math.sqrt(bits.sum(2).var(0, ddof=1).sum() / DRAWS) / len(top)  # of a slice's bits
+    of_top, of_bottom = bits.mean((0, 1)).tolist()
+    counts = [level[0].numel() for level in (top, bottom)]
+    return {
+        "n": len(top),
+        "bits_per_pixel": (of_top + of_bottom) / pixels,
+        "standard_error": error / pixels,
+        "bits_per_code": (of_top + of_bottom) / sum(counts),
+        "bits_top_code": of_top / counts[0],
+        "bits_bottom_code": of_bottom / counts[1],
     }
+
+
+def score_likelihood(inputs: Inputs, rng: np.random.Generator) -> dict:
+    height, width = inputs.splits["train"].pixels.shape[1:]
+    report = {"nominal_bits_per_pixel": inputs.model.config.bits_per_pixel(height, width)}
+    for name, split in inputs.splits.items():
+        chosen = np.sort(rng.permutation(len(split))[:MOST_RATED])
+        maps, positions = inputs.codes_of(name, chosen), split.positions[chosen]
+        report[name] = likelihood(inputs.prior, maps, positions, height * width, inputs.seed)
+    return report
+
+
+# ---- anatomy and realism -------------------------------------------------------------------------
+
+
+def make_rows(inputs: Inputs, rng: np.random.Generator) -> dict[str, Row]:
+    """The rows of the table, of as many slices as there are samples, validation slices and room for."""
+    splits, samples, position = inputs.splits, inputs.samples, inputs.position
+    train, validate = splits["train"], splits["validate"]
+    real = {name: rng.permutation(near(splits[name], position)) for name in ("validate", "test")}
+    chosen = real["validate"][:MOST_ROWS]
+    n, positions = len(chosen), validate.positions[chosen]
+    images, (top, bottom) = inputs.images("validate", chosen), inputs.codes_of("validate", chosen)
+    shown = rng.permutation(len(samples.images))[:MOST_ROWS]
+
+    partners = [rng.choice(anatomy.nearest_positions(p, train.positions)[:FEWEST]) for p in positions]
+    halves, middle = images.copy(), images.shape[1] // 2
+    halves[:, :middle] = inputs.images("train", np.array(partners))[:, :middle]
+    by_place = [
+        np.take_along_axis(level[0], rng.integers(len(train), size=(n, *level.shape[2:])), 0).astype(np.int64)
+        for level in (inputs.codes[f"train_{level}"] for level in LEVELS)
+    ]
+    sampled = samples.images[shown], inputs.positions[shown]
+    return {
+        FLOOR: Row(images, positions),
+        "real test slices": Row(
+            inputs.images("test", real["test"][:MOST_ROWS]),
+            splits["test"].positions[real["test"][:MOST_ROWS]],
+        ),
+        RECONSTRUCTIONS: Row(*with_masks(positions, *inputs.decode(top, bottom))),
+        SAMPLES: Row(*sampled, None if samples.masks is None else samples.masks[shown]),
+        BY_PLACE: Row(inputs.decode(*by_place)[0], positions),
+        HALVES: Row(halves, positions),
+        MIXED: Row(inputs.decode(top, np.roll(bottom, 1 + n // 2, axis=0))[0], positions),
+    }
+
+
+def with_masks(positions: np.ndarray, images: np.ndarray, masks: np.ndarray | None) -> tuple:
+    return images, positions, masks
 
 
 @torch.inference_mode()
@@ -107,283 +202,313 @@ def encoder_features(model: VQVAE2, images: np.ndarray) -> np.ndarray:
     return np.concatenate([realism.pooled_features(each) for each in maps])
 
 
-def table_rows(
-    model: VQVAE2,
-    splits: dict,
-    encoded: dict[str, Encoded],
-    reconstructions: np.ndarray,
-    samples: np.ndarray,
-    position: float,
-    seed: int,
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Real test slices, and the slices of every row of the realism table: all (n, H, W), one n."""
-    rng = np.random.default_rng(seed)
-    test, validate = (near(splits[name], position) for name in ("test", "validate"))
-    n = min(len(samples), len(test), len(validate))
-    test, validate = rng.permutation(test)[:n], rng.permutation(validate)[:n]
-    train, levels = splits["train"], encoded["train"][:2]
+def score_anatomy(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tuple[dict, dict]:
+    """{row: {measure: value}} by the organs that the segmenter sees, and what it says of each organ.
 
-    def control(codes: list[np.ndarray]) -> np.ndarray:
-        return decode(model, *(torch.from_numpy(of.astype(np.int64)) for of in codes))[0]
+    `real` are the training slices (indices) that all are compared with.
+    """
+    train, net = inputs.splits["train"], inputs.segmenter
+    labels, names = len(train.labels), [f"label {label}" for label in train.labels[1:]]
+    bar = tqdm(
+        total=len(real) + sum(len(row.images) for row in rows.values()), desc="anatomy", unit=" slices"
+    )
 
-    uniform = [rng.integers(model.config.K, size=(n, *of.shape[2:])) for of in levels]
-    # each code is that of a training slice drawn for its place alone
-    placed = [
-        np.take_along_axis(of[0], rng.integers(len(train), size=(n, *of.shape[2:])), 0) for of in levels
+    def figures_of(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        masks = anatomy.segment(net, images)
+        figures = anatomy.measure(masks, labels)
+        bar.update(len(images))
+        return masks, figures
+
+    parts = [
+        figures_of(inputs.images("train", part))[1] for part in np.array_split(real, -(-len(real) // 64))
     ]
-    mean = sum(train.images(part)[:, 0].numpy().sum(0) for part in np.array_split(np.arange(len(train)), 64))
-    return splits["test"].images(test)[:, 0].numpy(), {
-        "floor": splits["validate"].images(validate)[:, 0].numpy(),
-        "reconstructions": reconstructions[test],
-        "samples": samples[rng.permutation(len(samples))[:n]],
-        "random codes": control(uniform),
-        "histogram codes": control(placed),
-        "mean image": np.repeat(mean[None] / len(train), n, 0),
+    real_figures, real_positions = np.concatenate(parts), train.positions[real]
+    table, organs = {}, {name: {} for name in names}
+    for name, row in rows.items():
+        masks, figures = figures_of(row.images)
+        together, fine = anatomy.plausible(figures, row.positions, real_figures, real_positions)
+        beside = np.concatenate(
+            [
+                anatomy.nearest_positions(p, real_positions)[: None if np.isnan(p) else FEWEST]
+                for p in row.positions
+            ]
+        )
+        distances = anatomy.figure_distances(figures, real_figures[beside])
+        table[name] = {"plausible": (together & fine.all(1)).mean(), "organs_together": together.mean()}
+        table[name] |= {key: np.nanmean(values) for key, values in distances.items()}
+        shown = ~np.isnan(figures[:, :, 0])
+        for i, organ in enumerate(names):
+            organs[organ][name] = {
+                "shown": shown[:, i].mean(),
+                "plausible_where_shown": fine[shown[:, i], i].mean() if shown[:, i].any() else math.nan,
+                **{key: values[i] for key, values in distances.items()},
+            }
+        if row.masks is not None:
+            _, dice = anatomy.dice_by_patient(masks, row.masks, np.zeros(len(masks)), labels)
+            table[name]["agreement"] = np.nanmean(dice)
+    bar.close()
+    return table, organs
+
+
+def score_frechet(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> dict[str, dict]:
+    features = encoder_features(inputs.model, inputs.images("train", real[: 2 * MOST_ROWS]))
+    mean, spread = features.mean(0), features.std(0)
+    spread = np.where(spread < 1e-9, 1, spread)
+
+    def distance(row: Row) -> float:
+        scaled = (encoder_features(inputs.model, row.images) - mean) / spread
+        return realism.frechet_distance((features - mean) / spread, scaled)
+
+    return {name: {"frechet": distance(row)} for name, row in rows.items()}
+
+
+def blind_measures(table: dict[str, dict]) -> list[str]:
+    """The measures by which some control is not worse than real validation slices: they say nothing."""
+    blind = []
+    for measure in table[FLOOR]:
+        sign = 1 if measure in HIGHER_IS_BETTER else -1
+        floor, *controls = (sign * table[row][measure] for row in (FLOOR, *CONTROLS))
+        if not all(control < floor for control in controls):
+            blind.append(measure)
+    return blind
+
+
+def score_realism(inputs: Inputs, rows: dict[str, Row], rng: np.random.Generator) -> dict:
+    """The table of rows and measures, without the measures that do not see the controls; and the organs."""
+    real = rng.permutation(near(inputs.splits["train"], inputs.position))[:MOST_REAL]
+    table, organs = score_frechet(inputs, rows, real), {}
+    if inputs.segmenter is not None:
+        by_anatomy, organs = score_anatomy(inputs, rows, real)
+        table = {name: by_anatomy[name] | table[name] for name in rows}
+    blind = blind_measures(table)
+    table = {
+        name: {"n": len(rows[name].images)} | {key: value for key, value in of.items() if key not in blind}
+        for name, of in table.items()
     }
+    return plain({"rows": table, "organs": organs, "left_out": blind, "training_slices": len(real)})
 
 
-def score_realism(model: VQVAE2, real: np.ndarray, rows: dict[str, np.ndarray]) -> dict[str, dict]:
-    """Of every row against real slices (n, H, W): {space: {row: {metric: value}}}."""
-    spaces = {"encoder": lambda images: encoder_features(model, images), "plain": realism.plain_features}
-    n, spectrum, table = len(real), realism.power_spectrum(real), {}
-    for space, features in spaces.items():
-        of_real = features(real)
-        table[space] = {
-            row: realism.compare(of_real, features(of), n, min(5, n - 1)) for row, of in rows.items()
-        }
-    table["pixels"] = {
-        row: {
-            "spectrum_db": realism.spectrum_distance(spectrum, realism.power_spectrum(of)),
-            "histogram_z": realism.histogram_distance(real, of),
-        }
-        for row, of in rows.items()
-    }
-    return table
+def plain(value):
+    """`value` with Python's numbers, and None for those that are not finite, as JSON wants them."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return value
 
 
-def doubts(table: dict[str, dict]) -> list[str]:
-    """Sentences that name every metric by which a negative control is not worse than the samples."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for space, rows in table.items():
-        for metric in rows["samples"]:
-            sign = 1 if metric in LOWER_IS_BETTER else -1
-            of = {row: sign * scores[metric] for row, scores in rows.items()}
-            slack = (MARGIN - 1) * abs(of["samples"])
-            alike = [row for row in CONTROLS if of[row] <= of["samples"] + slack]
-            if alike:
-                # where real slices do score better the metric is sound, and the samples are at fault
-                sound = min(of[row] for row in alike) > of["floor"]
-                why = f"{', '.join(alike)} score as well as the samples" + " (not as real slices)" * sound
-                found.setdefault((space, why), []).append(metric)
-    return [f"{space} {', '.join(of)}: tells nothing here, {why}" for (space, why), of in found.items()]
+def score_variety(inputs: Inputs) -> dict | None:
+    m = min(
+        len(inputs.samples.images), len(np.unique(inputs.twins))
+    )  # more would be the same real slices again
+    if m < 2:
+        return None
+    real = inputs.images("test", inputs.twins[:m])
+    span, report = float(np.median(np.ptp(real, (1, 2)))), {"n": m}
+    for name, images in (("samples", inputs.samples.images[:m]), ("real", real)):
+        mean, error = realism.mean_pairwise_ms_ssim(images, span, seed=inputs.seed)
+        report[name] = {"ms_ssim": mean, "standard_error": error}
+    return report
 
 
-def search(measure: Callable, queries: np.ndarray, train: np.ndarray, bar: tqdm) -> realism.Nearest:
-    """`measure`, a few queries at a time."""
-    parts = []
-    for start in range(0, len(queries), 32):
-        parts.append(measure(queries[start : start + 32], train))
-        bar.update(len(parts[-1].index))
-    return realism.Nearest(*map(np.concatenate, zip(*parts, strict=True)))
+# ---- copying -------------------------------------------------------------------------------------
 
 
-def known_copies(measure: Callable, train: np.ndarray, names: list, seed: int) -> np.ndarray:
+@dataclass(frozen=True)
+class Source:
+    """Training slices as an audit compares them with others.
+
+    Attributes:
+        take: of a variant and indices (B,), what is compared of those slices: thumbnails or codes, (B, ...).
+        similarity: `realism.nearest` or alike.
+        variants: how many of each slice there are.
+    """
+
+    split: SliceDataset
+    take: Callable[[int, np.ndarray], np.ndarray]
+    similarity: Callable[..., realism.Nearest]
+    variants: int
+
+
+@dataclass
+class Found:
+    """Each query's most similar training slice: its index, the similarity and the variant, (N,) each."""
+
+    similarity: np.ndarray
+    index: np.ndarray = field(init=False)
+    variant: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.index, self.variant = np.zeros((2, len(self.similarity)), np.int64)
+
+
+def search(source: Source, queries: dict[str, np.ndarray], label: str) -> dict[str, Found]:
+    """The nearest training slice of every query, among all variants of all of them."""
+    found = {name: Found(np.full(len(items), -np.inf)) for name, items in queries.items()}
+    bar = tqdm(
+        total=source.variants * len(source.split), desc=f"copying, {label}", unit=" slices", disable=None
+    )
+    for variant in range(source.variants):
+        for part in np.array_split(np.arange(len(source.split)), -(-len(source.split) // 512)):
+            block = source.take(variant, part)
+            for name, items in queries.items():
+                best, earlier = source.similarity(items, block), found[name]
+                better = best.similarity > earlier.similarity
+                earlier.similarity[better] = best.similarity[better]
+                earlier.index[better] = part[best.index[better]]
+                earlier.variant[better] = variant
+            bar.update(len(part))
+    bar.close()
+    return found
+
+
+def known_copies(source: Source, rng: np.random.Generator) -> np.ndarray:
     """The similarity of some training slices to the most similar other one of the same patient."""
-    chosen = np.random.default_rng(seed).permutation(len(names))[:MOST_TRAIN]
-    patients, found = np.array([name.patient for name in names]), []
+    chosen = rng.permutation(len(source.split))[:MOST_COPIES]
+    patients, found = np.array([name.patient for name in source.split.names]), []
     for patient in np.unique(patients[chosen]):
-        mine = np.flatnonzero(patients == patient)
-        asked = np.flatnonzero(np.isin(mine, chosen))
-        if len(mine) > 1:
-            found.append(measure(train[mine[asked]], train[mine], exclude=asked).similarity)
-    return np.concatenate(found) if found else measure(train[chosen], train).similarity
+        own = np.flatnonzero(patients == patient)
+        asked = np.flatnonzero(np.isin(own, chosen))
+        if len(own) > 1:
+            slices = source.take(0, own)
+            found.append(source.similarity(slices[asked], slices, exclude=asked).similarity)
+    if found:
+        return np.concatenate(found)
+    slices = source.take(0, chosen)
+    return source.similarity(slices, slices).similarity
 
 
 def verdict(audit: dict) -> str:
     samples, copies = audit["samples"], audit["copies"]
     flagged = f"{samples['flagged']} of {samples['n']} samples flagged; {audit['margin']:.1%} could be chance"
     if samples["share"] > audit["margin"]:
-        near = f"One sample in 100 is nearer than {samples['percentiles']['99']:.3f}"
-        return f"COPIES: {flagged}. {near}, half of the known copies than {copies['percentiles']['50']:.3f}"
+        nearest = f"One sample in 100 is nearer than {samples['percentiles']['99']:.3f}"
+        return (
+            f"COPIES: {flagged}. {nearest}, half of the known copies than {copies['percentiles']['50']:.3f}"
+        )
     if copies["share"] < 0.5:
         return f"cannot tell: flags only {copies['share']:.1%} of the known copies; {flagged}"
     return f"no copying beyond honest slices' own: {flagged}"
 
 
-def score_copying(
-    train: SliceDataset,
-    encoded: dict[str, Encoded],
-    reconstructions: np.ndarray,
-    samples: Samples,
-    honest: np.ndarray,
-    K: int,
-    seed: int,
-) -> tuple[dict[str, dict], dict[str, dict]]:
-    """By measure: the audit, with a verdict and every sample's nearest; and the `Nearest` of every set.
+def audit(
+    source: Source, queries: dict[str, np.ndarray], label: str, rng: np.random.Generator
+) -> tuple[dict, dict]:
+    """How near the sets in `queries`, "samples" and "honest" among them, come to training slices.
 
-    `honest` are the indices of the test slices at the samples' position; `reconstructions` are of all test slices.
+    Returns:
+        The report, with a verdict and the nearest training slice of every sample; and what `search` found.
     """
+    found, copies = search(source, queries, label), known_copies(source, rng)
+    similarity = {name: best.similarity for name, best in found.items()}
+    report = realism.audit(similarity["samples"], similarity["honest"], copies)
+    for name in similarity.keys() - report.keys():
+        report[name] = realism.audit(similarity[name], similarity["honest"], copies)["samples"]
+    report["verdict"] = verdict(report)
+    best = found["samples"]
+    report["nearest"] = [
+        {
+            "sample": i,
+            "train": source.split.paths[best.index[i]].name,
+            "variant": int(best.variant[i]),
+            "similarity": float(best.similarity[i]),
+        }
+        for i in np.argsort(-best.similarity).tolist()
+    ]
+    return report, found | {"copies": Found(copies)}
 
-    def flat(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
-        return np.concatenate([top.reshape(len(top), -1), bottom.reshape(len(bottom), -1)], 1)
 
-    codes = {name: flat(encoded[name].top[0], encoded[name].bottom[0]) for name in ("train", "test")}
-    mirrored = flat(encoded["train"].top[1], encoded["train"].bottom[1])
-    pictures = {name: encoded[name].thumbnails for name in ("train", "test")}
+def score_copying(
+    inputs: Inputs, rows: dict[str, Row], honest: np.ndarray, rng: np.random.Generator
+) -> tuple[dict, dict]:
+    """The audit by the correlation of pictures and the one by codes in common: reports, and what each found."""
+    train, samples = inputs.splits["train"], inputs.samples
+    count = len(inputs.codes["train_top"])
+    variants = Variants(count, len(train))
+
+    def pictures(variant: int, indices: np.ndarray) -> np.ndarray:
+        parts = torch.from_numpy(indices).split(16)
+        altered = (variants.images(train.images(part), variant, part)[:, 0] for part in parts)
+        return np.concatenate([realism.thumbnails(part.numpy()) for part in altered])
+
+    def flat(maps: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate([level.reshape(len(level), -1) for level in maps], 1).astype(np.uint16)
+
+    everything = [flat(inputs.codes_of("train", np.arange(len(train)), v)) for v in range(count)]
+    bits = realism.code_bits(np.concatenate(everything), inputs.model.config.K)
+
+    def in_common(queries: np.ndarray, slices: np.ndarray, exclude=None) -> realism.Nearest:
+        return realism.code_agreement(queries, slices, exclude, bits)
+
+    sources = {
+        "correlation": Source(train, pictures, realism.nearest, count),
+        "code agreement": Source(train, lambda variant, i: everything[variant][i], in_common, count),
+    }
     queries = {
         "correlation": {
             "samples": realism.thumbnails(samples.images),
-            "honest": pictures["test"][honest],
-            "reconstructions": realism.thumbnails(reconstructions[honest]),
+            "honest": realism.thumbnails(inputs.images("test", honest)),
+            "reconstructions": realism.thumbnails(rows[RECONSTRUCTIONS].images),
         },
-        "code agreement": {"samples": flat(samples.top, samples.bottom), "honest": codes["test"][honest]},
+        "code agreement": {
+            "samples": flat([samples.top, samples.bottom]),
+            "honest": flat(inputs.codes_of("test", honest)),
+        },
     }
-    everything = np.concatenate([codes["train"], mirrored])
-    by_bits = partial(realism.code_agreement, bits=realism.code_bits(everything, K))
-    sources = {  # how to measure, the training slices, and all that is searched
-        "correlation": (realism.nearest, pictures["train"], pictures["train"]),
-        "code agreement": (by_bits, codes["train"], everything),
+    audits = {name: audit(source, queries[name], name, rng) for name, source in sources.items()}
+    return {name: report for name, (report, _) in audits.items()}, {
+        name: found for name, (_, found) in audits.items()
     }
-    bar = tqdm(
-        total=sum(len(of) for sets in queries.values() for of in sets.values()), desc="copying", disable=None
-    )
-    report, found = {}, {}
-    for name, sets in queries.items():
-        by_codes = name == "code agreement"
-        measure, mine, whole = sources[name]
-        found[name] = {of: search(measure, items, whole, bar) for of, items in sets.items()}
-        if by_codes:  # the second half of `everything` holds the mirror images
-            found[name] = {
-                of: best._replace(index=best.index % len(train), mirrored=best.index >= len(train))
-                for of, best in found[name].items()
-            }
-        copies = known_copies(measure, mine, train.names, seed)
-        values = {of: best.similarity for of, best in found[name].items()}
-        result = realism.audit(values["samples"], values["honest"], copies)
-        if not by_codes:
-            result["reconstructions"] = realism.audit(values["reconstructions"], values["honest"], copies)[
-                "samples"
-            ]
-        best = found[name]["samples"]
-        result["verdict"] = verdict(result)
-        result["nearest"] = [
-            {"sample": i, "train": train.paths[best.index[i]].name, "mirrored": bool(best.mirrored[i])}
-            | {"similarity": float(best.similarity[i])}
-            for i in np.argsort(-best.similarity).tolist()
-        ]
-        report[name], found[name]["copies"] = result, copies
-    bar.close()
-    best, result = found["code agreement"]["samples"], report["code agreement"]
-    flagged = best.similarity > result["threshold"]
-    if flagged.any():  # have they more than codes in common with those slices?
-        theirs = pictures["train"][best.index[flagged]]
-        theirs = np.where(best.mirrored[flagged, None, None], theirs[:, ::-1], theirs)
-        alike = np.median((queries["correlation"]["samples"][flagged] * theirs).sum((1, 2)))
-        copies = report["correlation"]["copies"]["percentiles"]["50"]
-        result["correlation_of_flagged"] = float(alike)
-        result["verdict"] += (
-            f". Pictures of the flagged correlate with those slices by {alike:.2f} (median), known "
-        )
-        result["verdict"] += f"copies by {copies:.2f}"
-    return report, found
 
 
-def appraise(
-    model: VQVAE2,
-    prior: Prior,
-    splits: dict,
-    maps: dict[str, np.ndarray],
-    samples: Samples,
-    twins: np.ndarray,
-    position: float,
-    seed: int,
-) -> tuple[dict, dict]:
+# ---- the whole, and what is printed --------------------------------------------------------------
+
+
+def appraise(inputs: Inputs) -> tuple[dict, dict]:
     """What samples are worth, beside what real slices score: the report, and the arrays for its pictures.
 
-    `maps` are the splits' `codes.extract_codes`; `twins` (n,) are the test slices at the samples' positions. Too
-    few or too small slices leave out realism.
+    Those are "rows" (`Row` of each), "honest", the test slices (indices) that the audits compare with, and "nearest",
+    what the audits found. Fewer than two validation slices leave out realism.
     """
-    encoded = encoded_splits(splits, maps)
-    rng = np.random.default_rng(seed)
-    some = {
-        name: np.sort(rng.permutation(len(split))[: MOST_TRAIN if name == "train" else None])
-        for name, split in splits.items()
-    }
-    height, width = splits["test"].pixels.shape[1:]
-    report = {
-        "n": len(samples.images),
-        "likelihood": {"nominal_bits_per_pixel": model.config.bits_per_pixel(height, width)}
-        | {name: likelihood(prior, encoded[name], split, some[name]) for name, split in splits.items()},
-        "realism": None,
-        "variety": None,
-    }
-    test = encoded["test"]
-    maps = (torch.from_numpy(of[0].astype(np.int64)) for of in test[:2])
-    reconstructions = decode(model, *maps)[0]
-    real, rows = table_rows(model, splits, encoded, reconstructions, samples.images, position, seed)
-    drawn = {"reconstructions": reconstructions, "spectra": {}}
-    m = min(len(samples.images), len(np.unique(twins)))  # more would be the same real slices again
-    if m >= 2 and len(real) >= 2 and min(height, width) >= SMALLEST:
-        table = score_realism(model, real, rows)
-        distances = [
-            [table[s][r]["frechet"] for r in ("floor", "samples", *CONTROLS)] for s in ("encoder", "plain")
-        ]
-        ordered = all(f[0] < f[1] < min(f[2:]) for f in distances)
-        report["realism"] = {"n": len(real), **table, "ordered": ordered, "doubts": doubts(table)}
-        drawn["spectra"] = {
-            row: realism.power_spectrum(of).mean(0) for row, of in {"real test": real, **rows}.items()
-        }
-        of_real = splits["test"].images(twins[:m])[:, 0].numpy()
-        span = float(np.median(np.ptp(of_real, (1, 2))))
-        pairs = {
-            name: realism.mean_pairwise_ms_ssim(of, span, seed=seed)
-            for name, of in (("samples", samples.images[:m]), ("real", of_real))
-        }
-        report["variety"] = {"n": m} | {k: {"ms_ssim": v, "standard_error": e} for k, (v, e) in pairs.items()}
-    drawn["honest"] = near(splits["test"], position)
-    report["copying"], drawn["nearest"] = score_copying(
-        splits["train"], encoded, reconstructions, samples, drawn["honest"], model.config.K, seed
-    )
-    return report | {"protocol": PROTOCOL}, drawn
-
-
-# ---- what is written and printed -----------------------------------------------------------------
+    rng = np.random.default_rng(inputs.seed)
+    report = {"n": len(inputs.samples.images), "likelihood": score_likelihood(inputs, rng)}
+    rows = make_rows(inputs, rng)
+    enough = min(len(row.images) for row in rows.values()) >= 2
+    report["realism"] = score_realism(inputs, rows, rng) if enough else None
+    report["variety"] = score_variety(inputs)
+    honest = near(inputs.splits["test"], inputs.position)
+    report["copying"], nearest = score_copying(inputs, rows, honest, rng)
+    return report | {"protocol": PROTOCOL}, {"rows": rows, "honest": honest, "nearest": nearest}
 
 
 def print_report(report: dict) -> None:
     rates = report["likelihood"]
-    print(
-        f"\n{'likelihood':<18}{'n':>6}{'nats/code':>11}{'bits/code':>11}{'bits/pixel':>12}   of the nominal"
-    )
-    nominal = rates["nominal_bits_per_pixel"]
-    print(f"{'  nominal':<46}{nominal:>12.4f}")
-    lines = [(name, rates[name]) for name in ("train", "validate", "test")]
-    lines += [(f"  patient {patient}", of) for patient, of in rates["test"]["patients"].items()]
-    for name, of in lines:
-        bits = of["bits_per_pixel"]
+    print(f"\n{'likelihood, a bound':<24}{'n':>6}{'bits/code':>11}{'bits/pixel':>12}{'+-':>9}")
+    print(f"{'  nominal':<41}{rates['nominal_bits_per_pixel']:>12.4f}")
+    for name in ("train", "validate", "test"):
+        of = rates[name]
         print(
-            f"  {name:<16}{of['n']:>6}{of['nats_per_code']:>11.3f}{of['bits_per_code']:>11.3f}{bits:>12.4f}"
-            f"   {bits / nominal - 1:+.1%}"
+            f"  {name:<22}{of['n']:>6}{of['bits_per_code']:>11.3f}{of['bits_per_pixel']:>12.4f}"
+            f"{of['standard_error']:>9.4f}"
         )
-    if report["realism"]:
-        n = report["realism"]["n"]
-        for space in ("encoder", "plain", "pixels"):
-            rows = report["realism"][space]
-            print(f"\nrealism, {space} (n = {n})".ljust(28) + "".join(f"{m:>13}" for m in rows["samples"]))
-            for row, of in rows.items():
-                print(f"  {row:<25}" + "".join(f"{value:>#13.4g}" for value in of.values()))
-        for line in report["realism"]["doubts"]:
-            print(f"  {line}")
-        v = report["variety"]
+    if realism_report := report["realism"]:
+        rows = realism_report["rows"]
+        measures = list(rows[SAMPLES])
+        print(f"\n{'realism':<24}" + "".join(f"{measure:>17}" for measure in measures))
+        for name, of in rows.items():
+            cells = (of.get(measure) for measure in measures)
+            print(f"  {name:<22}" + "".join(f"{'-' if v is None else format(v, '.4g'):>17}" for v in cells))
+        if blind := realism_report["left_out"]:
+            print(f"  left out, because a control scores as well as real slices: {', '.join(blind)}")
+    if variety := report["variety"]:
+        samples, real = (variety[name]["ms_ssim"] for name in ("samples", "real"))
         print(
-            f"\nvariety (n = {v['n']}): mean pairwise MS-SSIM {v['samples']['ms_ssim']:.4f} of samples, "
-            f"{v['real']['ms_ssim']:.4f} of real slices at the same positions"
+            f"\nvariety (n = {variety['n']}): mean pairwise MS-SSIM {samples:.4f} of samples, {real:.4f} of real "
+            "slices at the same positions"
         )
     for name, of in report["copying"].items():
         sets = (
-            f"{k} {of[k]['flagged']}/{of[k]['n']}"
-            for k in ("samples", "honest", "copies", "reconstructions")
-            if k in of
+            f"{k} {v['flagged']}/{v['n']}" for k, v in of.items() if isinstance(v, dict) and "flagged" in v
         )
         print(f"copying by {name}: nearer than {of['threshold']:.4f} are {', '.join(sets)}. {of['verdict']}")
     print(PROTOCOL["bounds"])

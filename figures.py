@@ -24,6 +24,7 @@ from runtime import atomic_path
 DPI = 120
 PANEL = 3.0  # inches, the height of a slice in a sheet
 MOST_COLOURS = 20  # patients that a histogram tells apart
+NO_MASK = 255  # in a mask: nothing is known of this pixel
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -41,6 +42,12 @@ def _show(axes, image: np.ndarray, title: str = "", **options):
     axes.set_yticks([])
     axes.set_title(title, fontsize=9)
     return axes.imshow(image, interpolation="nearest", **{"cmap": "gray", **options})
+
+
+def draw_contours(axes, mask: np.ndarray) -> None:
+    """Outline each class above 0 of a mask (H, W), in a colour of its own, on a slice that is shown on `axes`."""
+    for k in np.unique(mask[(mask > 0) & (mask != NO_MASK)]):
+        axes.contour(mask == k, [0.5], colors=[mpl.colormaps["tab10"](int(k - 1) % 10)], linewidths=0.7)
 
 
 def save_slice(path: Path | str, image: np.ndarray, low: float, high: float) -> None:
@@ -67,7 +74,10 @@ def loss_plot(path: Path | str, train_losses: Sequence[float], val_losses: Seque
 
 
 def comparison_sheet(
-    path: Path | str, rows: Sequence[tuple[str, np.ndarray, np.ndarray]], note: str = ""
+    path: Path | str,
+    rows: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    note: str = "",
+    masks: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> None:
     """Draw original | reconstruction | absolute difference of slices side by side, with one colour bar.
 
@@ -77,6 +87,7 @@ def comparison_sheet(
     Args:
         rows: title, original (H, W) and reconstruction (H, W) of each slice.
         note: a line above it all.
+        masks: of each slice, those (H, W) whose outlines are drawn on the original and on the reconstruction.
     """
     differences = [np.abs(original - made) / (np.ptp(original) or 1) for _, original, made in rows]
     span = {"cmap": "inferno", "vmin": 0, "vmax": max(np.percentile(differences, 99.9), 1e-6)}
@@ -89,7 +100,7 @@ def comparison_sheet(
         return figure.add_axes((left / size[0], bottom / size[1], wide / size[0], PANEL / size[1]))
 
     left = group_gap / 2
-    for (title, original, made), difference in zip(rows, differences, strict=True):
+    for i, ((title, original, made), difference) in enumerate(zip(rows, differences, strict=True)):
         grey = {"vmin": original.min(), "vmax": original.max()}
         panels = (
             ("original", original, grey),
@@ -98,8 +109,11 @@ def comparison_sheet(
         )
         middle = (left + 1.5 * panel + gap) / size[0]
         figure.text(middle, (bottom + PANEL + 0.3) / size[1], title, fontsize=9, ha="center", va="bottom")
-        for name, image, options in panels:
-            shown = _show(place(left, panel), image, name, **options)
+        for j, (name, image, options) in enumerate(panels):
+            axes = place(left, panel)
+            shown = _show(axes, image, name, **options)
+            if masks and j < 2:
+                draw_contours(axes, masks[i][j])
             left += panel + gap
         left += group_gap
     percent = FuncFormatter(lambda share, _: f"{100 * share:.3g} %")
@@ -152,15 +166,16 @@ def ssim_histogram(path: Path | str, values: Mapping[str, Sequence[float]], note
 
 def slice_grid(
     path: Path | str,
-    groups: Mapping[str, Sequence[tuple[str, np.ndarray]]],
+    groups: Mapping[str, Sequence[tuple[str, np.ndarray, np.ndarray | None]]],
     columns: int,
     span: tuple[float, float],
     note: str = "",
     panel: float = 1.6,
 ) -> None:
-    """Draw groups of slices (label, (H, W)) side by side, each in rows of `columns`, `panel` inches high.
+    """Draw groups of slices side by side, each in rows of `columns`, `panel` inches high.
 
-    All share one grey scale: span[0] is black, span[1] white.
+    A slice is its label, the image (H, W) and its mask (H, W), whose outlines are drawn, or None. All share one grey
+    scale: span[0] is black, span[1] white.
     """
     height, width = next(iter(groups.values()))[0][1].shape
     top, side = round(0.13 * height), max(2, width // 32)  # pixels left free for labels, and between slices
@@ -170,15 +185,18 @@ def slice_grid(
     size = (len(groups) * (wide * scale + 0.3), tall * scale + head + 0.1)
     figure = Figure(figsize=size, dpi=DPI)
     for number, (title, slices) in enumerate(groups.items()):
-        sheet = np.full((tall, wide), np.nan)  # one picture: an axes for each slice would take seconds
+        sheet, masks = np.full((tall, wide), np.nan), np.zeros((tall, wide), np.uint8)
         left = 0.15 + number * (wide * scale + 0.3)
         place = (left / size[0], 0.1 / size[1], wide * scale / size[0], tall * scale / size[1])
-        axes = figure.add_axes(place, frameon=False)
-        for i, (label, image) in enumerate(slices):
+        axes = figure.add_axes(place, frameon=False)  # one for all: an axes for each slice would take seconds
+        for i, (label, image, mask) in enumerate(slices):
             y, x = i // columns * (height + top) + top, i % columns * (width + side) + side // 2
             sheet[y : y + height, x : x + width] = image
+            if mask is not None:
+                masks[y : y + height, x : x + width] = mask
             axes.text(x + width / 2, y - top / 4, label, fontsize=6.5, ha="center", va="bottom")
         _show(axes, sheet, vmin=span[0], vmax=span[1])
+        draw_contours(axes, masks)
         middle = (left + wide * scale / 2) / size[0]
         figure.text(middle, 1 - (head - 0.15) / size[1], title, fontsize=10, ha="center", va="center")
     figure.text(0.5, 1 - 0.14 / size[1], note, fontsize=9, ha="center", va="center")
@@ -209,28 +227,22 @@ def similarity_histograms(
     _save(figure, path)
 
 
-def realism_chart(
-    path: Path | str,
-    distances: Mapping[str, Mapping[str, float]],
-    spectra: Mapping[str, np.ndarray],
-    note: str = "",
-) -> None:
-    """Draw each row's Fréchet distance in each feature space, and its mean power spectrum (R,) in dB."""
-    figure = _figure(11, 4.2)
+def realism_chart(path: Path | str, rows: Mapping[str, Mapping[str, float | None]], note: str = "") -> None:
+    """Draw, for each measure, its value in each row; the rows' "n" is written beside their names."""
+    names = [f"{name} (n = {values['n']})" for name, values in rows.items()]
+    measures = list(dict.fromkeys(key for values in rows.values() for key in values if key != "n"))
+    if not measures:
+        return
+    figure = _figure(3 + 2.4 * len(measures), 0.9 + 0.3 * len(rows))
     figure.suptitle(note, fontsize=10)
-    bars, lines = figure.subplots(1, 2)
-    for i, (space, of) in enumerate(distances.items()):
-        bars.barh(np.arange(len(of)) + (i - 0.5) * 0.38, list(of.values()), 0.36, label=f"{space} features")
-    bars.set_yticks(range(len(of)), list(of))
-    bars.invert_yaxis()
-    bars.set(xscale="log", xlabel="Fréchet distance to real test slices")
-    bars.legend(fontsize=8)
-    for name, power in spectra.items():
-        frequency = np.arange(1, len(power) + 1) / (2 * len(power))
-        lines.plot(frequency, power, lw=2 if name in ("real test", "samples") else 1, label=name)
-    lines.set(xlabel="cycles per pixel", ylabel="mean power, dB", title="radial power spectrum")
-    lines.legend(fontsize=8)
-    lines.grid(alpha=0.3)
+    panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    for axes, measure in zip(panels, measures, strict=True):
+        values = [of.get(measure) for of in rows.values()]
+        bars = axes.barh(names, [value or 0 for value in values], color="C0")
+        axes.bar_label(bars, ["" if value is None else f"{value:.3g}" for value in values], fontsize=7)
+        axes.set_title(measure.replace("_", " "), fontsize=9)
+        axes.margins(x=0.2)
+    panels[0].invert_yaxis()
     _save(figure, path)
 
 

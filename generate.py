@@ -17,14 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import figures
 import nifti
 import page
 import runtime
-from appraise import appraise, near, print_report
-from codes import NUMBERS, Samples, decode, extract_codes
+from anatomy import segmenter_of
+from appraise import Inputs, appraise, near, print_report
+from codes import NUMBERS, Samples, Variants, decode, extract_codes
 from dataset import DataConfig, SliceDataset, StudyInfo, open_trained_study
 from modules import VQVAE2, load_model
 from prior import Prior, PriorConfig, Sampling
@@ -244,46 +246,56 @@ def label(split: SliceDataset, index: int) -> str:
     return f"{patient:03d} w{week} s{number}"
 
 
+def with_masks(labels: list[str], images: np.ndarray, masks: np.ndarray | None) -> list[tuple]:
+    """What `figures.slice_grid` draws of slices (n, H, W) and their masks, if there are any."""
+    return list(zip(labels, images, [None] * len(images) if masks is None else masks, strict=True))
+
+
+def real_slices(split: SliceDataset, indices: np.ndarray, labels: list[str]) -> list[tuple]:
+    masks = split.masks(indices).numpy() if split.labels else None
+    return with_masks(labels, split.images(indices)[:, 0].numpy(), masks)
+
+
 def write_grid(album: Album, test: SliceDataset, samples: Samples, twins: np.ndarray) -> None:
     """The first samples, all of them, beside real slices at the same positions."""
     shown = range(min(SHOWN, len(twins)))
-    at = ["" if math.isnan(p) else f"at {p:.2f}" for p in album.positions]
-    real = test.images(twins[: len(shown)])[:, 0].numpy()
+    at = ["" if math.isnan(album.positions[i]) else f"at {album.positions[i]:.2f}" for i in shown]
+    masks = None if samples.masks is None else samples.masks[: len(shown)]
     groups = {
-        "real test slices": [(label(test, twins[i]), real[i]) for i in shown],
-        "generated, random and unselected": [(at[i], samples.images[i]) for i in shown],
+        "real test slices": real_slices(test, twins[: len(shown)], [label(test, twins[i]) for i in shown]),
+        "generated, random and unselected": with_masks(at, samples.images[: len(shown)], masks),
     }
     figures.slice_grid(album.out / "grid.png", groups, min(8, len(shown)), album.span, album.note)
 
 
-def write_pictures(
-    album: Album, splits: dict, samples: Samples, twins: np.ndarray, report: dict, drawn: dict
-) -> None:
-    train, test, n = splits["train"], splits["test"], f"n = {report['n']}"
-    honest = drawn["honest"]
-    some = twins[: min(4, len(twins))]
-    real = test.images(some)[:, 0].numpy()
+def write_pictures(album: Album, inputs: Inputs, report: dict, drawn: dict) -> None:
+    train, test, samples = inputs.splits["train"], inputs.splits["test"], inputs.samples
+    honest, shown = drawn["honest"], inputs.twins[: min(4, len(inputs.twins))]
+    n, blank = len(shown), [""] * len(shown)
     groups = {
-        "real": real,
-        "reconstruction": drawn["reconstructions"][some],
-        "generated": samples.images[: len(some)],
+        "real": real_slices(test, shown, blank),
+        "reconstruction": with_masks(blank, *inputs.decode(*inputs.codes_of("test", shown))),
+        "generated": with_masks(
+            blank, samples.images[:n], None if samples.masks is None else samples.masks[:n]
+        ),
     }
-    groups = {title: [("", image) for image in images] for title, images in groups.items()}
-    figures.slice_grid(album.out / "overview.png", groups, len(some), album.span, album.note, panel=2.5)
+    figures.slice_grid(album.out / "overview.png", groups, n, album.span, album.note, panel=2.5)
 
-    def pairs(which: str, images: Callable, names: Callable) -> list[tuple[str, np.ndarray]]:
+    variants = Variants(len(inputs.codes["train_top"]), len(train))
+
+    def pairs(which: str, images: Callable, names: Callable) -> list[tuple]:
         best, shown = drawn["nearest"]["correlation"][which], []
         for i in np.argsort(-best.similarity)[:PAIRS]:
-            theirs = train.images([best.index[i]])[0, 0].numpy()
-            mirrored = bool(best.mirrored[i])
-            shown.append((names(i), images(i)))
-            shown.append(
-                (f"{best.similarity[i]:.3f}{' mirrored' * mirrored}", theirs[::-1] if mirrored else theirs)
+            index, variant = torch.tensor([best.index[i]]), int(best.variant[i])
+            nearest = variants.images(train.images(index), variant, index)[0, 0].numpy()
+            title = (
+                f"{best.similarity[i]:.3f}{' mirrored' if variant == 1 else ' altered' if variant else ''}"
             )
+            shown += [(names(i), images(i), None), (title, nearest, None)]
         return shown
 
     groups = {
-        f"generated | nearest training slice ({n})": pairs(
+        f"generated | nearest training slice (n = {report['n']})": pairs(
             "samples", lambda i: samples.images[i], lambda i: f"{i:04d}"
         ),
         f"real test | nearest training slice (n = {len(honest)})": pairs(
@@ -292,26 +304,20 @@ def write_pictures(
     }
     figures.slice_grid(album.out / "nearest.png", groups, 8, album.span, album.note)
     sets = {
-        measure: {of: getattr(found, "similarity", found) for of, found in every.items()}
-        for measure, every in drawn["nearest"].items()
+        measure: {name: best.similarity for name, best in found.items()}
+        for measure, found in drawn["nearest"].items()
     }
     thresholds = {measure: report["copying"][measure]["threshold"] for measure in sets}
     figures.similarity_histograms(album.out / "copying.png", sets, thresholds, album.note)
     if report["realism"]:
-        distances = {
-            s: {r: of["frechet"] for r, of in report["realism"][s].items()} for s in ("encoder", "plain")
-        }
-        note = f"n = {report['realism']['n']} slices a row. {album.note}"
-        figures.realism_chart(album.out / "realism.png", distances, drawn["spectra"], note)
+        figures.realism_chart(album.out / "realism.png", report["realism"]["rows"], album.note)
 
 
-def account(
-    album: Album, model: VQVAE2, prior: Prior, splits: dict, maps: dict, samples: Samples, twins: np.ndarray
-) -> dict:
+def account(album: Album, inputs: Inputs) -> dict:
     """What the samples are worth, computed, written, drawn and printed."""
-    report, drawn = appraise(model, prior, splits, maps, samples, twins, album.position, album.seed)
+    report, drawn = appraise(inputs)
     runtime.write_json(album.out / "report.json", report | {"manifest": album.manifest})
-    write_pictures(album, splits, samples, twins, report, drawn)
+    write_pictures(album, inputs, report, drawn)
     print_report(report)
     return report
 
@@ -346,7 +352,14 @@ def generate(config: GenerateConfig) -> dict:
     # those that the priors were trained on, where they are at hand
     files = (folder / "codes.npz" for folder in (Path(config.prior).parent, out))
     maps = extract_codes(model, splits, variants, album.manifest["autoencoder"]["sha256"], *files)
-    report = account(album, model, prior, splits, maps, samples, twins)
+    segmenter = None
+    if splits["train"].has_mask.any():
+        kept = Path(config.checkpoint).parent / "segmenter.pth"
+        segmenter = segmenter_of(splits["train"], kept, runtime.pick_device(config.device))
+    inputs = Inputs(
+        model, prior, splits, maps, samples, positions, twins, segmenter, config.position, config.seed
+    )
+    report = account(album, inputs)
     masks = f", masks in {MASKS}/" if samples.masks is not None else ""
     print(
         f"wrote {out}/: {config.n} slices as NNNN.png and in {NIFTI}/{masks}, grid.png, overview.png, manifest.json,"

@@ -12,6 +12,7 @@ reconstructions/.
 """
 
 import csv
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +23,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import anatomy
 import figures
 import metrics
 import nifti
 import page
 import runtime
 import scans
+from codes import decode
 from dataset import (
     RECONSTRUCTION,
     DataConfig,
@@ -66,6 +69,14 @@ PROTOCOL = {
     "bits_per_pixel": "nominal: log2 K bits a code; code_entropy: the entropy of each level's code histogram "
     "over the split, no context, the histogram itself not counted",
     "perplexity": "2 to the power of that entropy",
+    "dice": "2 |A and B| / (|A| + |B|) over all slices of a patient that have a mask, by label; mean: over labels; "
+    "then means over patients, with the interval over patients. unet: a U-Net of about the autoencoder's cost "
+    "(anatomy.py), which learnt from the train split; most_frequent: the label that each place has most often there",
+}
+MASKS = {  # where a mask comes from
+    "decoded": "decoded from the codes",
+    "unet": "a U-Net of equal cost on the original slices",
+    "most_frequent": "the most frequent label of each place",
 }
 
 
@@ -90,16 +101,17 @@ class PredictConfig:
 # ---- a model and its test split ------------------------------------------------------------------
 
 
-def open_test(checkpoint: dict, config: PredictConfig) -> SliceDataset:
-    """The test split at the size the model was trained at; says where its files are not the model's own."""
+def open_splits(checkpoint: dict, config: PredictConfig) -> dict[str, SliceDataset]:
+    """The study at the size the model was trained at; says where its test files are not the model's own."""
     trained = StudyInfo.from_checkpoint(checkpoint, config.checkpoint)
     data = DataConfig(
         data=config.data, allow_patient_overlap=config.allow_patient_overlap, cache=config.cache
     )
-    test = open_trained_study(trained, data, config.checkpoint)["test"]
+    splits = open_trained_study(trained, data, config.checkpoint)
+    test = splits["test"]
     if test.fingerprint != trained.fingerprints.get("test"):
         print(f"note: {test.study}: its test slices are not those of the study that was trained on")
-    return test
+    return splits
 
 
 @torch.inference_mode()
@@ -190,6 +202,52 @@ def rates(model: VQVAE2, codes: dict[str, np.ndarray], height: int, width: int) 
     }
 
 
+def most_frequent_labels(split: SliceDataset) -> np.ndarray:
+    """(H, W) uint8: the class that each place has most often in the masks of a split."""
+    counts = np.zeros((len(split.labels), *split.pixels.shape[1:]), np.int64)
+    for indices in np.array_split(np.flatnonzero(split.has_mask), -(-len(split) // 64)):
+        masks = split.masks(indices).numpy()
+        for k, count in enumerate(counts):
+            count += (masks == k).sum(0)
+    return counts.argmax(0).astype(np.uint8)
+
+
+def score_masks(
+    model: VQVAE2, splits: dict[str, SliceDataset], codes: dict[str, np.ndarray], segmenter: Path
+) -> tuple[dict, np.ndarray]:
+    """Dice of each organ, by `MASKS`: means over patients, intervals, patients. And the decoded masks (N, H, W)."""
+    test, device = splits["test"], next(model.parameters()).device
+    chosen = np.flatnonzero(test.has_mask)
+    decoded = decode(model, *(torch.from_numpy(codes[level].astype(np.int64)) for level in LEVELS))[1]
+    net = anatomy.segmenter_of(splits["train"], segmenter, device)
+    parts = np.array_split(chosen, -(-len(chosen) // 64))
+    found = {
+        "decoded": decoded[chosen],
+        "unet": np.concatenate([anatomy.segment(net, test.images(part)[:, 0].numpy()) for part in parts]),
+        "most_frequent": np.repeat(most_frequent_labels(splits["train"])[None], len(chosen), 0),
+    }
+    truth, whose = test.masks(chosen).numpy(), [f"{test.names[i].patient:03d}" for i in chosen]
+    result = {}
+    for name, masks in found.items():
+        patients, dice = anatomy.dice_by_patient(masks, truth, whose, len(test.labels))
+        columns = {f"label_{label}": dice[:, i] for i, label in enumerate(test.labels[1:])}
+        result[name] = {}
+        for organ, values in {"mean": mean_of_known(dice), **columns}.items():
+            known = ~np.isnan(values)
+            if known.any():
+                low, high = metrics.bootstrap_interval(values[known], patients[known], SEED, DRAWS)
+                per_patient = dict(zip(patients[known].tolist(), values[known].tolist(), strict=True))
+                mean = float(values[known].mean())
+                result[name][organ] = {"mean": mean, "low": low, "high": high, "per_patient": per_patient}
+    return result, decoded
+
+
+def mean_of_known(dice: np.ndarray) -> np.ndarray:
+    """The mean of each row (P, organs) over what is not NaN; NaN where all is."""
+    known = ~np.isnan(dice)
+    return np.where(known.any(1), np.nansum(dice, 1) / known.sum(1).clip(1), np.nan)
+
+
 # ---- what is written -----------------------------------------------------------------------------
 
 
@@ -211,9 +269,17 @@ def write_scores(path: Path, test: SliceDataset, scores: list[dict[str, float]])
 
 
 def write_pictures(
-    out: Path, model: VQVAE2, test: SliceDataset, ssim: np.ndarray, patients: list[str]
+    out: Path,
+    model: VQVAE2,
+    test: SliceDataset,
+    ssim: np.ndarray,
+    patients: list[str],
+    decoded: np.ndarray | None,
 ) -> None:
-    """The pictures of the module's docstring; best, median and worst are by the report's SSIM."""
+    """The pictures of the module's docstring; best, median and worst are by the report's SSIM.
+
+    `decoded` are the masks (N, H, W) of all slices, for contours beside those of the study.
+    """
     note = SYNTHETIC * test.synthetic
     # one slice of each patient, then the rest in file order
     first = [patients.index(patient) for patient in dict.fromkeys(patients)]
@@ -234,7 +300,9 @@ def write_pictures(
             f"{title}: patient {patients[i]}, week {name.week}, slice {name.slice}\nSSIM {ssim[i]:.4f}"
         )
     rows = list(zip(titles, originals, reconstructions, strict=True))
-    figures.comparison_sheet(out / "comparison.png", rows, note)
+    indices = list(picked.values())
+    masks = None if decoded is None else list(zip(test.masks(indices).numpy(), decoded[indices], strict=True))
+    figures.comparison_sheet(out / "comparison.png", rows, note, masks)
     figures.code_maps(out / "code_maps.png", originals[1], top[1], bottom[1], f"{titles[1]}\n{note}".strip())
     by_patient = {patient: ssim[np.array(patients) == patient] for patient in dict.fromkeys(patients)}
     figures.ssim_histogram(out / "ssim_histogram.png", by_patient, note)
@@ -260,6 +328,12 @@ def print_scores(result: dict) -> None:
     print(f"bits per pixel: {rate['nominal']:.3f} nominal, {rate['code_entropy']:.3f} by code entropy")
     levels = (f"{level} {used[level]} (perplexity {perplexity[level]:.1f})" for level in LEVELS)
     print(f"codes used: {', '.join(levels)}")
+    if dice := result.get("dice"):
+        organs = list(dice["decoded"])
+        print(f"\n{'Dice, mean over patients':<46}" + "".join(f"{organ:>10}" for organ in organs))
+        for name, title in MASKS.items():
+            cells = (dice[name].get(organ, {}).get("mean", math.nan) for organ in organs)
+            print(f"  {title:<44}" + "".join(f"{cell:>10.3f}" for cell in cells))
 
 
 def predict(config: PredictConfig) -> dict:
@@ -274,12 +348,19 @@ def predict(config: PredictConfig) -> dict:
     device = runtime.pick_device(config.device)
     out = runtime.writable_folder(config.out or Path(config.checkpoint).parent)
     model = load_model(checkpoint, config.checkpoint).to(device)
-    test = open_test(checkpoint, config)
+    splits = open_splits(checkpoint, config)
+    test = splits["test"]
     patients = [f"{name.patient:03d}" for name in test.names]
     folder = out / "reconstructions" if config.nifti else None
 
     (out / "metrics.json").unlink(missing_ok=True)  # written last: while it is there, all else is of its run
     scores, codes = score_split(model, test, config.batch_size, folder)
+    dice, decoded = {}, None
+    labels = StudyInfo.from_checkpoint(checkpoint, config.checkpoint).labels
+    if model.config.labels and test.labels == labels and test.has_mask.any():
+        kept = Path(config.checkpoint).parent / "segmenter.pth"
+        scored, decoded = score_masks(model, splits, codes, kept)
+        dice = {"dice": scored}
     digest = runtime.sha256(config.checkpoint)
     data = {"study": test.study.resolve().name, "split": test.split, "fingerprint": test.fingerprint}
     model_file = {"file": Path(config.checkpoint).name, "sha256": digest, "epoch": checkpoint["epoch"]}
@@ -289,6 +370,7 @@ def predict(config: PredictConfig) -> dict:
             "patients": {patient: patients.count(patient) for patient in dict.fromkeys(patients)},
             **summarise(scores, patients),
             **rates(model, codes, *test.pixels.shape[1:]),
+            **dice,
             "data": {**data, "synthetic": test.synthetic},
             "checkpoint": model_file,
             "protocol": PROTOCOL,
@@ -296,7 +378,7 @@ def predict(config: PredictConfig) -> dict:
         }
     )
     write_scores(out / "test_scores.csv", test, scores)
-    write_pictures(out, model, test, np.array([score["ssim_report"] for score in scores]), patients)
+    write_pictures(out, model, test, np.array([score["ssim_report"] for score in scores]), patients, decoded)
     runtime.write_json(out / "metrics.json", result)
 
     what = "SYNTHETIC test slices (a phantom, not MRI)" if test.synthetic else "test slices"

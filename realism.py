@@ -3,10 +3,9 @@
 Slices are z-scored (N, H, W) arrays. No number here means anything alone: put each beside a floor (real slices
 against those of other patients) and beside negative controls that must score badly, with one N for all.
 
-Realism is measured among features (N, F) that need no download: `plain_features`, or a network's own through
-`pooled_features`. Copying: `nearest` and `code_agreement` find the most similar of all training slices, `audit`
-sets these similarities beside those of real test slices and of known copies. It bounds the copying of these
-samples under these measures; it is no guarantee of privacy.
+`nearest` and `code_agreement` find the most similar training slice; `audit` sets these similarities beside those of
+real test slices and of known copies. It bounds the copying of these samples under these measures; it is no guarantee
+of privacy.
 """
 
 import math
@@ -16,13 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.spatial.distance import cdist
 from scipy.stats import betabinom, binomtest
 from torch import Tensor
 
 BATCH = 8  # slices at a time: their maps stay in the processor's cache, which is several times faster
-DARKEST = 1e-8  # of white noise's power, -80 dB: below it lie rounding errors
-QUANTILES = (np.arange(4096) + 0.5) / 4096  # that stand for a set's intensities
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, section 3.2
 GAUSSIAN = torch.softmax(-(torch.arange(-5.0, 6) ** 2) / (2 * 1.5**2), 0).tolist()  # SSIM's, sigma 1.5
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
@@ -51,24 +47,6 @@ def pooled_features(maps: np.ndarray | Tensor, grid: tuple[int, int] = (2, 1)) -
     return torch.cat([mean, variance.clamp_min(0).sqrt()], 1).flatten(1).cpu().numpy()
 
 
-def plain_features(slices: np.ndarray) -> np.ndarray:
-    """Pooled intensity and gradient statistics of slices (N, H, W), at least 16 a side: (N, 64) float64.
-
-    Four maps: the slice, and the length of its gradient (differences of neighbours, z units a pixel) as it is
-    and after means over 2x2 and 4x4 pixels. Of each the mean and the standard deviation in the 8 cells of a
-    4x2 grid (H x W): where the body is, how bright, how rough and how sharp.
-    """
-    features = []
-    for x in map(torch.as_tensor, _batches(slices, 16)):
-        maps = [x]
-        for coarse in (F.avg_pool2d(x, scale) for scale in (1, 2, 4)):
-            corner = coarse[:, :-1, :-1]
-            down, across = coarse[:, 1:, :-1] - corner, coarse[:, :-1, 1:] - corner
-            maps.append((down.square() + across.square()).sqrt())
-        features.append(np.concatenate([pooled_features(each[:, None], (4, 2)) for each in maps], 1))
-    return np.concatenate(features)
-
-
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, F), (M, F): Heusel et al. 2017, eq. 6.
 
@@ -83,77 +61,6 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     traces = np.sum(root_a**2) + np.sum(root_b**2)
     cross = np.linalg.norm(root_a @ root_b.T, "nuc")
     return float(max(0.0, np.sum((a.mean(0) - b.mean(0)) ** 2) + traces - 2 * cross))
-
-
-def _inside(real: np.ndarray, fake: np.ndarray, k: int) -> np.ndarray:
-    """(N, M) bool: fake row j is no further from real row i than the k-th nearest other real row is."""
-    if not 1 <= k < len(real):
-        raise ValueError(f"k is {k}; expected from 1 to {len(real) - 1}, as there are {len(real)} rows")
-    radii = np.partition(cdist(real, real), k, axis=1)[:, k]  # number 0 is the row itself
-    return cdist(real, fake) <= radii[:, None]
-
-
-def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """Share of fakes inside the real set's k-nearest-neighbour balls, and of reals inside the fake set's.
-
-    Both in [0, 1]; features (N, F) and (M, F). Kynkäänniemi et al. 2019 (arXiv 1904.06991), section 2.
-    """
-    return float(_inside(real, fake, k).any(0).mean()), float(_inside(fake, real, k).any(0).mean())
-
-
-def density_coverage(real: np.ndarray, fake: np.ndarray, k: int = 5) -> tuple[float, float]:
-    """In how many real k-nearest-neighbour balls a fake is, over k, and the share of balls that hold a fake.
-
-    Density is about 1 where both sets are of one distribution, and has no upper end; coverage is in [0, 1].
-    Features (N, F) and (M, F). Naeem et al. 2020 (arXiv 2002.09797), section 3.
-    """
-    inside = _inside(real, fake, k)
-    return float(inside.sum(0).mean() / k), float(inside.any(1).mean())
-
-
-def compare(real: np.ndarray, fake: np.ndarray, n: int, k: int = 5, seed: int = 0) -> dict[str, float]:
-    """The five numbers above for fake features (M, F) against real ones (N, F), n rows drawn from each.
-
-    Features come in unlike units, so each is first scaled by the mean and the standard deviation of all of
-    `real` (one that is constant there keeps its unit). One real set and one n must serve all rows of a table.
-    Reconstructions of slices in `real` share its sampling error and can score better than real slices do.
-    """
-    if not 2 <= n <= min(len(real), len(fake)):
-        raise ValueError(f"n is {n}; expected from 2 to {min(len(real), len(fake))}, the smaller set's size")
-    mean, spread = real.mean(0), real.std(0)
-    spread = np.where(spread < 1e-9, 1, spread)
-    rng = np.random.default_rng(seed)
-    real, fake = ((x[rng.permutation(len(x))[:n]] - mean) / spread for x in (real, fake))
-    scores = frechet_distance(real, fake), *precision_recall(real, fake, k), *density_coverage(real, fake, k)
-    return dict(zip(("frechet", "precision", "recall", "density", "coverage"), scores, strict=True))
-
-
-def power_spectrum(slices: np.ndarray) -> np.ndarray:
-    """Radial power spectra of slices (N, H, W), in dB against white noise of variance 1: (N, R) float64.
-
-    R = min(H, W) // 2; ring r is the mean power around (r + 1) / 2R cycles per pixel, the last is Nyquist's. A
-    Hann window hides the jump between opposite edges. The mean's own frequency is left out.
-    """
-    height, width = slices.shape[-2:]
-    R = min(height, width) // 2
-    window = np.outer(np.hanning(height + 2)[1:-1], np.hanning(width + 2)[1:-1])
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
-    ring = np.floor(frequency * 2 * R + 0.5).astype(int).ravel()  # 0 is the mean, those over R the corners
-    spectra = (x.ravel() for batch in _batches(slices, 4) for x in np.fft.fft2(batch * window))
-    power = np.array([np.bincount(ring, np.abs(x) ** 2)[1 : R + 1] for x in spectra])
-    power /= np.bincount(ring)[1 : R + 1] * np.sum(window**2)
-    return 10 * np.log10(np.maximum(power, DARKEST))
-
-
-def spectrum_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Root mean square over the rings, in dB, of the difference of two sets' mean spectra (N, R), (M, R)."""
-    return float(np.sqrt(np.mean((a.mean(0) - b.mean(0)) ** 2)))
-
-
-def histogram_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Wasserstein-1 distance of all intensities of two sets of slices, in z units, by 4096 quantiles of each."""
-    low, high = (np.sort(x, axis=None)[(QUANTILES * x.size).astype(int)].astype(float) for x in (a, b))
-    return float(np.abs(low - high).mean())
 
 
 def _blur(x: Tensor) -> Tensor:
@@ -214,7 +121,6 @@ class Nearest(NamedTuple):
 
     index: np.ndarray  # (N,) int64, among the training slices
     similarity: np.ndarray  # (N,) float64: correlation in [-1, 1], or the share of equal codes in [0, 1]
-    mirrored: np.ndarray  # (N,) bool: it is the training slice's left-right mirror
 
 
 def thumbnails(slices: np.ndarray, pool: int = 2) -> np.ndarray:
@@ -232,15 +138,12 @@ def thumbnails(slices: np.ndarray, pool: int = 2) -> np.ndarray:
 
 
 def nearest(queries: np.ndarray, train: np.ndarray, exclude: Sequence[int] | None = None) -> Nearest:
-    """The training slice of the highest correlation with each query, among all of them and their mirrors.
+    """The training slice of the highest correlation with each query.
 
-    Thumbnails (N, h, w) and (M, h, w), of which h is left-right; `exclude` (N,) names one training slice for
-    each query that it may not match, such as itself. Holds three matrices (N, M).
+    Thumbnails (N, h, w) and (M, h, w); `exclude` (N,) names one training slice for each query that it may not match,
+    such as itself.
     """
-    flat = _flat(train, queries).T
-    # mirroring the few queries correlates as mirroring the many training slices would
-    as_is, mirrored = (_flat(few, train) @ flat for few in (queries, queries[:, ::-1]))
-    return _best(np.maximum(as_is, mirrored), mirrored > as_is, exclude)
+    return _best(_flat(queries, train) @ _flat(train, queries).T, exclude)
 
 
 def code_bits(train: np.ndarray, K: int) -> np.ndarray:
@@ -261,9 +164,8 @@ def code_agreement(
 ) -> Nearest:
     """The training slice that has the most codes in common with each query, each at its place.
 
-    Codes (N, ...) and (M, ...), int below 65536; `exclude` as in `nearest`. Codes cannot be mirrored: to find
-    mirrored copies, let `train` hold the codes of mirrored slices too. With the `code_bits` of all training slices
-    a common code counts for its bits: that two slices have air in the same corner says little.
+    Codes (N, ...) and (M, ...), int below 65536; `exclude` as in `nearest`. With the `code_bits` of all training
+    slices a common code counts for its bits: that two slices have air in the same corner says little.
     """
     few = _flat(queries, train).astype(np.uint16, copy=False)
     many = _flat(train, queries).astype(np.uint16, copy=False)
@@ -275,7 +177,7 @@ def code_agreement(
         for start in range(0, len(many), 128):  # training slices whose codes stay in the processor's cache
             equal = many[start : start + 128] == codes
             similarity[i, start : start + 128] = equal.astype(np.float32) @ worth / total
-    return _best(similarity, np.zeros(similarity.shape, bool), exclude)
+    return _best(similarity, exclude)
 
 
 def _flat(x: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -284,13 +186,13 @@ def _flat(x: np.ndarray, other: np.ndarray) -> np.ndarray:
     return x.reshape(len(x), -1)
 
 
-def _best(similarity: np.ndarray, mirrored: np.ndarray, exclude: Sequence[int] | None) -> Nearest:
+def _best(similarity: np.ndarray, exclude: Sequence[int] | None) -> Nearest:
     """The best column of each row of similarity (N, M), which `exclude` is struck from."""
     rows = np.arange(len(similarity))
     if exclude is not None:
         similarity[rows, exclude] = -np.inf
     index = similarity.argmax(1)
-    return Nearest(index, similarity[rows, index].astype(np.float64), mirrored[rows, index])
+    return Nearest(index, similarity[rows, index].astype(np.float64))
 
 
 def audit(samples: np.ndarray, honest: np.ndarray, copies: np.ndarray) -> dict[str, float | dict]:

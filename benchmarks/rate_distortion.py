@@ -4,7 +4,7 @@
     python -m benchmarks.rate_distortion low.pth middle.pth high.pth --below 100 --sets abdomen heart
 
 Each model's bits are counted in up to three ways: nominal (log2 K a code), by the entropy of its code histogram over
-the slices, and by the cross-entropy of those codes under its prior, where one is given. The sets are
+the slices, and by the bound on those codes' -log2 p under its prior, where one is given. The sets are
 per_set.py's: patients numbered below --below, and the rest; a study with one of them is one set.
 
 Writes rate_distortion.json and rate_distortion.png to --out.
@@ -65,7 +65,7 @@ def pair_up(checkpoints: list[str], priors: list[str]) -> dict[str, str]:
 
 def score(path: str, prior: str | None, test: SliceDataset, args) -> Contender:
     if prior:
-        _, model, priors = load_models(GenerateConfig(checkpoint=path, prior=prior, device=args.device))
+        *_, model, priors = load_models(GenerateConfig(checkpoint=path, prior=prior, device=args.device))
     else:
         model, priors = load_model(runtime.load_checkpoint(path, "vqvae2"), path), None
         model.to(runtime.pick_device(args.device))
@@ -81,8 +81,8 @@ def in_set(contender: Contender, test: SliceDataset, chosen: np.ndarray) -> dict
     found = predict.rates(contender.model, codes, *test.pixels.shape[1:])
     found = predict.summarise(scores, patients) | found
     if contender.prior:
-        of = appraise.Encoded(contender.codes["top"][None], contender.codes["bottom"][None], None)
-        rate = appraise.likelihood(contender.prior, of, test, np.flatnonzero(chosen))
+        pixels = test.pixels[0].size
+        rate = appraise.likelihood(contender.prior, list(codes.values()), test.positions[chosen], pixels)
         found["bits_per_pixel"]["prior"] = rate["bits_per_pixel"]
     return found
 
@@ -154,7 +154,7 @@ def main() -> None:
     for path, name in zip(args.checkpoints, labels(args.checkpoints), strict=True):
         checkpoint, data = runtime.load_checkpoint(path, "vqvae2"), args.data or (test and str(test.study))
         config = predict.PredictConfig(checkpoint=path, data=data or "", cache=args.cache)
-        mine = predict.open_test(checkpoint, config)
+        mine = predict.open_splits(checkpoint, config)["test"]
         if test and mine.pixels.shape != test.pixels.shape:
             parser.error(f"{path}: trained at another size than {args.checkpoints[0]}; expected one size")
         test, models[name] = mine, score(path, pairs.get(path), mine, args)

@@ -1,7 +1,9 @@
 """predict.py as a user runs it, on a study of a few small slices and a checkpoint made by hand."""
 
 import csv
+import dataclasses
 import json
+import shutil
 import sys
 from dataclasses import asdict
 
@@ -12,13 +14,15 @@ import torch
 from conftest import run
 from PIL import Image
 
+import anatomy
 import dataset
 import metrics
 import nifti
 import predict
 import runtime
 from benchmarks import rate_distortion
-from dataset import DataConfig, open_study
+from codes import NUMBERS
+from dataset import DataConfig, StudyInfo, open_study
 from modules import VQVAE2, VQVAE2Config
 from prior import Prior, PriorConfig
 
@@ -182,11 +186,16 @@ def test_the_scoreboard_of_models_has_every_way_of_counting_bits(
     """benchmarks/rate_distortion.py: a model with a prior and one without, on two sets of one patient each."""
     other = write_checkpoint(tmp_path / "other.pth", study, epoch=3)
     config = PriorConfig(K=16, prior_channels=8, prior_heads=1, prior_top_layers=1, prior_bottom_layers=1)
-    prior = {"kind": "prior", "model_config": asdict(config), "model": Prior(config, (8, 4)).state_dict()}
+    prior = {
+        "kind": "prior",
+        "model_config": asdict(config),
+        "model": Prior(config, (8, 4), NUMBERS).state_dict(),
+    }
     prior |= {
         "data": runtime.load_checkpoint(checkpoint, "vqvae2")["data"],
         "epoch": 1,
         "top_shape": [8, 4],
+        "codes_config": {"variants": 2},
         "autoencoder_sha256": runtime.sha256(checkpoint),
     }
     runtime.save_checkpoint(tmp_path / "prior.pth", prior)
@@ -260,3 +269,48 @@ def test_a_model_that_makes_nan_is_named_with_the_slice(study, checkpoint, tmp_p
     path = write_checkpoint(tmp_path / "nan.pth", study, model=broken)
     with pytest.raises(ValueError, match=r"case_040_week_0_slice_0\.nii\.gz: a slice holds NaN"):
         predict_with(path)
+
+
+def test_dice_of_the_decoded_masks(study, tmp_path, monkeypatch, capsys):
+    """By patient and label, beside a segmenter and the most frequent label, as by hand; one slice has no mask."""
+    folder = tmp_path / "keras_slices_data"
+    shutil.copytree(study, folder)
+    rows, columns = np.mgrid[:64, :32]
+    for path in folder.glob("keras_slices_*/case_*.nii.gz"):
+        _, patient, _, _, _, number = path.name.removesuffix(".nii.gz").split("_")
+        if (patient, number) != ("040", "1"):
+            mask = np.where(np.hypot(rows - 32, columns - 16) < 8 + int(number), 5, 0).astype(np.uint8)
+            mask[:8, :8] = 9
+            place = folder / path.parent.name.replace("slices_", "slices_seg_")
+            nifti.write(place / path.name.replace("case", "seg"), mask, np.eye(4))
+    torch.manual_seed(0)
+    splits = open_study(DataConfig(data=str(folder), height=64, width=32))
+    train, test = splits["train"], splits["test"]
+    config = dataclasses.replace(SMALL, labels=3)
+    model = VQVAE2(config)
+    model(test.images(range(4)))
+    data = StudyInfo.from_splits(splits).as_dict()
+    kept = {"kind": "vqvae2", "model_config": asdict(config), "model": model.state_dict(), "data": data}
+    runtime.save_checkpoint(tmp_path / "vqvae2_best.pth", {**kept, "epoch": 1})
+    net = anatomy.Segmenter(3).eval()
+    monkeypatch.setattr(anatomy, "segmenter_of", lambda *_: net)
+    result = predict.predict(
+        predict.PredictConfig(checkpoint=str(tmp_path / "vqvae2_best.pth"), device="cpu")
+    )
+    chosen = [i for i, name in enumerate(test.names) if name[::2] != (40, 1)]
+    truth, images = test.masks(chosen).numpy(), test.images(chosen)
+    with torch.inference_mode():
+        decoded = torch.cat([model.eval()(x[None]).mask_logits.argmax(1) for x in images]).numpy()
+    frequent = np.array([np.bincount(p, minlength=3).argmax() for p in train.masks(range(14)).view(14, -1).T])
+    found = {"decoded": decoded, "unet": anatomy.segment(net, images[:, 0].numpy())}
+    found["most_frequent"] = np.repeat(frequent.reshape(1, 64, 32), len(chosen), 0)
+    patients = np.array([test.names[i].patient for i in chosen])
+    for name, masks in found.items():
+        for patient in (40, 41):
+            a, b = masks[patients == patient], truth[patients == patient]
+            dice = [2 * ((a == k) & (b == k)).sum() / ((a == k).sum() + (b == k).sum()) for k in (1, 2)]
+            for organ, expected in zip(("label_5", "label_9", "mean"), [*dice, np.mean(dice)], strict=True):
+                per_patient = result["dice"][name][organ]["per_patient"]
+                assert per_patient[f"{patient:03d}"] == pytest.approx(expected, abs=1e-6)
+    assert result["dice"]["most_frequent"]["label_9"]["mean"] == 1
+    assert "the most frequent label of each place" in capsys.readouterr().out
