@@ -142,6 +142,13 @@ def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, dic
         )
     by_key, unnamed = _group(wanted)
     masks_by_key, _ = _group(masks)
+    folders = {short.split(os.sep)[0]: [path] for path, short in wanted if os.sep in short}
+    if (
+        len(folders) == len(wanted) > len(by_key)
+    ):  # a folder for each, as scanners export them: P0001/t2_tse.nii.gz
+        by_key, unnamed = {(name, "0"): paths for name, paths in folders.items()}, {}
+        masks_by_key = {(short.split(os.sep)[0], "0"): [path] for path, short in masks}
+        print(f"{folder}: subjects are told apart by their folders")
     if unnamed:
         raise_bad(config.volumes, unnamed, len(wanted))
     if double := [paths for paths in by_key.values() if len(paths) > 1]:

@@ -140,6 +140,7 @@ def test_a_fit_is_undone(fit, shape):
     assert back.shape == shape
     known = placement.restore(np.ones((64, 32), np.float32) * 2 - (np.indices((64, 32)).sum(0) == 0)) > 1.9
     assert np.abs(back - smooth)[known].mean() < 2
+    assert back.min() > 0.9 * smooth.min()  # also where it was cropped away
     scale = np.divide(placement.scaled, shape)
     if fit in ("pad", "crop"):
         assert abs(scale[0] - scale[1]) < 0.03  # the aspect ratio stays

@@ -270,6 +270,18 @@ def test_subjects_with_names_get_numbers_that_are_kept(tmp_path):
     assert record["subject ctl2"] == 2 and record["subject pat1"] == 3
 
 
+def test_a_folder_for_each_subject_tells_them_apart(tmp_path, capsys):
+    for patient in (1, 2, 3):
+        path = write_subject(tmp_path / "b", patient, mask_codes="RAS")
+        for file in (path, path.with_name(path.name.replace("T2w", "T2w_seg"))):
+            target = tmp_path / "export" / f"P{patient:04d}" / file.name[12:].replace("T2w", "t2_tse_3")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.rename(target)
+    run_slice(tmp_path / "export", tmp_path / "out")
+    assert "told apart by their folders" in capsys.readouterr().out
+    assert {parse_name(path).patient for path in (tmp_path / "out").rglob("seg_*")} == {1, 2, 3}
+
+
 def test_masks_of_a_folder_of_their_own(tmp_path):
     for patient in (1, 2, 3):
         path = write_subject(tmp_path / "b", patient, mask_codes="LPS")
