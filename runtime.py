@@ -515,8 +515,10 @@ def check_weights(checkpoint: dict, path: Path | str) -> None:
         if not matches(checkpoint.get(name), hint):
             raise UserError(f"{path}: a checkpoint without a usable {name}. Fix: train again.")
     weights = checkpoint["model"].values()
+    if any(w.layout != torch.strided for w in weights):
+        raise UserError(f"{path}: its weights are no plain tensors. Fix: train again.")
     stored = sum({w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in weights}.values())
-    if stored > os.path.getsize(path) or any(w.layout != torch.strided for w in weights):
+    if stored > os.path.getsize(path):
         raise UserError(f"{path}: its weights are larger than the file. Fix: train again.")
     if broken := [name for name, w in checkpoint["model"].items() if not w.isfinite().all()]:
         raise UserError(f"{path}: {broken[0]} is not finite. Fix: an earlier checkpoint, or train again.")
@@ -558,8 +560,10 @@ def matches(value, hint) -> bool:
     if kind is float:
         return type(value) in (int, float)
     if kind is dict:
-        items = [*value.items()] if isinstance(value, dict) else [(None, None)]
-        return not inner or all(matches(a, inner[0]) and matches(b, inner[1]) for a, b in items)
+        items = value.items() if inner and isinstance(value, dict) else ()
+        return isinstance(value, dict) and all(
+            matches(a, inner[0]) and matches(b, inner[1]) for a, b in items
+        )
     if kind in (list, tuple):
         return type(value) in (list, tuple) and all(matches(item, inner[0]) for item in value)
     return type(value) is kind

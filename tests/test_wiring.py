@@ -1,0 +1,194 @@
+"""Every flag of training does what it says: one step or one epoch with it and without it."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from test_train import SMALL
+from tqdm import tqdm
+
+import loop
+import runtime
+import train
+from dataset import DataConfig
+from modules import VQVAE2
+from optimiser import split_parameters
+
+BATCH = torch.tensor([3, 0, 13, 7])
+BAR = tqdm(disable=True)
+
+
+@pytest.fixture
+def make(study, tmp_path):
+    """A trainer of a new small autoencoder, ready for a step."""
+
+    def make(loss=train.LossConfig(), model=SMALL, **settings):
+        settings = {"batch_size": 4, "device": "cpu", "lr": 1e-2, "out": str(tmp_path)} | settings
+        config = loop.TrainConfig(**settings)
+        data = DataConfig(data=str(study), height=64, width=32)
+        stage = train.Autoencoder(train.Settings(data=data, train=config, model=model, loss=loss))
+        stage.start_epoch(torch.Generator().manual_seed(0))
+        stage.model.train()
+        return loop.Trainer(stage, config)
+
+    return make
+
+
+def weights(trainer):
+    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+
+
+def updates(trainer):
+    """What one step changes, by the weight's name."""
+    before = weights(trainer)
+    trainer.train_step(BATCH, BAR)
+    return {name: weight - before[name] for name, weight in weights(trainer).items()}
+
+
+def gradient_norm(trainer):
+    trainer.train_step(BATCH, BAR)
+    return torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm().item()
+
+
+def test_clip_limits_the_gradient(make):
+    free = gradient_norm(make())
+    assert free > 0.1
+    assert gradient_norm(make(clip=free / 10)) == pytest.approx(free / 10, rel=1e-4)
+    assert gradient_norm(make(clip=2 * free)) == pytest.approx(free, rel=1e-6)
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "muon"])
+def test_weight_decay_is_decoupled(make, optimiser):
+    """w - lr * decay * w beside the step without decay, for every weight (Loshchilov & Hutter 2019)."""
+    start, plain = weights(make()), updates(make(optimiser=optimiser))
+    decayed = updates(make(optimiser=optimiser, weight_decay=0.5))
+    for name, update in decayed.items():
+        torch.testing.assert_close(update - plain[name], -1e-2 * 0.5 * start[name], rtol=0.01, atol=1e-6)
+
+
+def test_muon_takes_orthogonal_steps_and_adam_does_not(make):
+    """Muon's singular values are about 0.2 lr sqrt(longer side) at the most; Adam's first step is lr everywhere."""
+    matrices, _ = split_parameters(VQVAE2(SMALL))
+    shapes = {tuple(matrix.shape) for matrix in matrices}
+    for optimiser, orthogonal in (("muon", True), ("adam", False)):
+        steps = [
+            u.flatten(1) for u in updates(make(optimiser=optimiser)).values() if tuple(u.shape) in shapes
+        ]
+        largest = [torch.linalg.matrix_norm(u, 2).item() / (1e-2 * 0.2 * max(u.shape) ** 0.5) for u in steps]
+        assert all((0.6 < value < 1.4) is orthogonal for value in largest), largest
+
+
+def test_the_learning_rate_follows_the_schedule_in_every_step(make):
+    trainer = make(schedule="cosine", warmup=0.5, epochs=2, lr=0.3)
+    rates = []
+    for seen in (0, 7, 13):
+        trainer.progress.seen = seen
+        trainer.train_step(BATCH, BAR)
+        rates.append(trainer.optimiser.param_groups[0]["lr"])
+    done = [0, 0.25, 13 / 28]  # of two epochs of 14 slices
+    expected = [0.3 * (d / 0.5) * (1 + math.cos(math.pi * d)) / 2 for d in done]
+    assert rates == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["K", "D", "stride", "channels", "top_channels", "residual_channels", "encoder_blocks"]
+    + ["top_blocks", "decoder_blocks"],
+)
+def test_every_flag_of_the_network_changes_it(field):
+    """From the command line to the shapes of the weights."""
+    changed = train.make_settings({field: 2 * getattr(SMALL, field)}).model
+    shapes = [
+        {name: tuple(w.shape) for name, w in VQVAE2(config).state_dict().items()}
+        for config in (SMALL, replace(SMALL, **{field: getattr(changed, field)}))
+    ]
+    assert shapes[0] != shapes[1]
+
+
+def images_seen(trainer, split="train"):
+    """What the model gets of `BATCH`, and whether that is each slice as it is, or its mirror image."""
+    seen = []
+    hook = trainer.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    trainer.stage.batch_losses(split, BATCH[: len(trainer.stage.splits[split])])
+    hook.remove()
+    x = trainer.stage.splits[split].images(BATCH[: len(seen[0])])
+    plain, mirrored = ((seen[0] == y).flatten(1).all(1) for y in (x, x.flip(2)))
+    return plain, mirrored
+
+
+def test_half_of_the_training_slices_are_mirrored_anew_in_every_epoch(make):
+    trainer = make(loss=train.LossConfig(flip=True))
+    drawn = []
+    for seed in range(40):
+        trainer.stage.start_epoch(torch.Generator().manual_seed(seed))
+        plain, mirrored = images_seen(trainer)
+        assert (plain ^ mirrored).all()
+        drawn.append(mirrored)
+    share = torch.stack(drawn).float().mean(0)
+    assert ((share > 0.2) & (share < 0.8)).all()
+    trainer.model.eval()  # validation sees every slice as it is
+    assert images_seen(trainer)[0].all()
+    unflipped = make()
+    assert all(images_seen(unflipped)[0].all() for _ in range(2))
+
+
+def test_the_best_checkpoint_has_the_lowest_validation_reconstruction(make, monkeypatch):
+    """Neither the training loss, nor the total with its commitment."""
+    trainer = make(epochs=3, keep=0)
+    names, validated = trainer.stage.loss_names, iter([(1.0, 3.0), (3.0, 1.0), (2.0, 2.0)])
+
+    def validate():
+        loss, reconstruction = next(validated)
+        return dict.fromkeys(names, 0.0) | {"loss": loss, "reconstruction": reconstruction}
+
+    monkeypatch.setattr(trainer, "validate", validate)
+    for _ in range(3):
+        trainer.train_epoch(BAR, [])
+        trainer.end_epoch()
+    best = runtime.load_checkpoint(trainer.checkpoints.path("best"), "vqvae2")
+    assert (best["epoch"], best["best"], best["best_epoch"]) == (2, 1.0, 2)
+    assert (trainer.progress.best, trainer.progress.best_epoch) == (1.0, 2)
+
+
+def test_every_epoch_has_another_order_and_every_step_other_noise(make, monkeypatch):
+    trainer, batches, noise = make(), [], []
+
+    def train_step(batch, bar):
+        batches.append(batch)
+        loop.Trainer.train_step(trainer, batch, bar)
+        noise.append(torch.rand(1).item())
+
+    monkeypatch.setattr(trainer, "train_step", train_step)
+    for _ in range(2):
+        trainer.train_epoch(BAR, [])
+        trainer.next_epoch()
+    orders = torch.cat(batches).view(2, 14)
+    assert (orders.sort().values == torch.arange(14)).all() and (orders[0] != orders[1]).any()
+    assert len(set(noise)) == len(noise)
+
+
+def test_beta_weighs_the_commitment_of_a_step(make):
+    one, other = (updates(make(loss=train.LossConfig(beta=beta))) for beta in (0.0, 10.0))
+    assert any((one[name] != other[name]).any() for name in one)
+
+
+def test_bf16_and_the_memory_layout_reach_the_model(make, monkeypatch):
+    for setting in (True, False):
+        trainer = make(bf16="on" if setting else "off", channels_last="on" if setting else "off")
+        seen = []
+        convolution = trainer.model.decoder[0]
+        convolution.register_forward_hook(lambda _, args, out, seen=seen: seen.append(out))
+        trainer.train_step(BATCH, BAR)
+        assert (seen[0].dtype == torch.bfloat16) is setting
+        weight = next(w for w in trainer.model.parameters() if w.ndim == 4 and min(w.shape) > 1)
+        assert weight.is_contiguous(memory_format=torch.channels_last) is setting
+
+
+def test_keep_and_save_every_choose_the_checkpoints(make, tmp_path):
+    trainer = make(save_every=2, keep=2)
+    for _ in range(9):
+        trainer.train_epoch(BAR, [])
+        trainer.end_epoch()
+    names = {path.name for path in tmp_path.glob("vqvae2_epoch_*")}
+    assert names == {"vqvae2_epoch_6.pth", "vqvae2_epoch_8.pth"}
