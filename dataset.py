@@ -10,6 +10,7 @@ keras_slices_seg_train/ and its siblings. In your own code:
 volumes.py makes a study of 3-D volumes.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -505,7 +506,8 @@ def _write_cache(folder: Path, key: dict, jobs: list[tuple], config: DataConfig,
             0, f"warning: by their affines, rows and columns of slices run in different directions: {listing}"
         )
     notes = notes if len(notes) <= 8 else [*notes[:8], f"... and {len(notes) - 8} more sizes of slices"]
-    index = {"listings": key, "arrays": _stamps(folder), "notes": notes}
+    study = Path(os.path.abspath(paths[0])).parents[1]
+    index = {"study": str(study), "listings": key, "arrays": _stamps(folder), "notes": notes}
     write_json(folder / "index.json", index)
 
 
@@ -535,11 +537,17 @@ def _one_at_a_time(root: Path) -> Iterator[bool]:
             os.close(descriptor)
 
 
+def _cache_root(cache: str) -> Path:
+    """The folder of the caches of all studies: `cache`, or the user's own."""
+    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vqvae2-slices")
+    return Path(cache) if cache else own
+
+
 def _cache_folder(study: Path, config: DataConfig) -> Path:
     """Where the decoded slices of a study are kept, at this size."""
-    root = config.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vqvae2-slices")
     place = repr((str(study.resolve()), config.height, config.width, config.fit))
-    return Path(root, f"{study.resolve().name}-{hashlib.sha256(place.encode()).hexdigest()[:12]}")
+    digest = hashlib.sha256(place.encode()).hexdigest()
+    return _cache_root(config.cache) / f"{study.resolve().name}-{digest[:12]}"
 
 
 def _fill_cache(
@@ -757,7 +765,7 @@ class StudyInfo:
     """What a checkpoint keeps of the study that it was trained on, as a dictionary under "data".
 
     Attributes:
-        study: its path.
+        study: the name of its folder, not where it lies: checkpoints are shared. See `find_trained_study`.
         height, width, fit, allow_patient_overlap: as in `DataConfig`.
         fingerprints: of each split, see `SliceDataset`.
         labels: in the masks; () for a study without masks.
@@ -779,7 +787,7 @@ class StudyInfo:
     def from_splits(cls, splits: dict[str, SliceDataset], allow_patient_overlap: bool = False) -> "StudyInfo":
         train = splits["train"]
         return cls(
-            study=str(train.study.resolve()),
+            study=train.study.resolve().name,
             height=train.pixels.shape[1],
             width=train.pixels.shape[2],
             fingerprints={name: split.fingerprint for name, split in splits.items()},
@@ -802,17 +810,30 @@ class StudyInfo:
         return asdict(self) | {"labels": list(self.labels)}
 
 
+def find_trained_study(name: str, checkpoint: str, cache: str = "") -> str:
+    """The study folder called `name` that `checkpoint` was trained on: here, or where the cache remembers it from.
+
+    FileNotFoundError where it is in neither.
+    """
+    if Path(name).is_dir():
+        return name
+    for index in _cache_root(cache).glob(f"{glob.escape(Path(name).name)}-*/index.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # of another version, or damaged
+            if Path(study := json.loads(index.read_text())["study"]).is_dir():
+                return study
+    raise FileNotFoundError(
+        f"{name}: the study that {checkpoint} was trained on is not there. Fix: --data DIR."
+    )
+
+
 def open_trained_study(trained: StudyInfo, config: DataConfig, checkpoint: str) -> dict[str, SliceDataset]:
     """The study of `config`, else the one a checkpoint was trained on; fitted as for the training.
 
     `trained` is the record of the checkpoint at the path `checkpoint`. Raises as `open_study` does.
     """
-    if not config.data and not Path(trained.study).is_dir():
-        raise FileNotFoundError(
-            f"{trained.study}: the study that {checkpoint} was trained on is not there. Fix: --data DIR."
-        )
+    data = config.data or find_trained_study(trained.study, checkpoint, config.cache)
     size = {"height": trained.height, "width": trained.width, "fit": trained.fit}
-    return open_study(replace(config, data=config.data or trained.study, **size))
+    return open_study(replace(config, data=data, **size))
 
 
 def save_reconstruction(dataset: SliceDataset, index: int, image: np.ndarray, path: Path | str) -> None:

@@ -76,6 +76,13 @@ class TrainConfig:
             raise UserError(f"--lr is {self.lr}; expected more than 0")
 
 
+def without_folders(config: TrainConfig) -> dict:
+    """The settings for logs and checkpoints, which people share: no path of this machine is among them."""
+    return dataclasses.asdict(config) | {
+        name: Path(getattr(config, name)).name for name in ("out", "weights")
+    }
+
+
 def switched(setting: str, default: bool) -> bool:
     """Whether a setting of `SWITCH` is on; `default` decides for "auto"."""
     return default if setting == "auto" else setting == "on"
@@ -205,7 +212,7 @@ class Checkpoints:
             "kind": self.stage.kind,
             "model": self.stage.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
-            "train_config": dataclasses.asdict(self.config),
+            "train_config": without_folders(self.config),
             "counts": self.stage.counts,
             "sums": self.sums,
             **self.stage.settings(),
@@ -325,9 +332,7 @@ class Trainer:
         self.clock = 0.0  # rank 0's `elapsed`, the same on every rank
         self.loss_shown_at = 0.0
         self.prefix = "" if stage.kind == "vqvae2" else f"{stage.kind}_"  # of the names of logs
-        settings = {"train": dataclasses.asdict(config), "ranks": runtime.world(), **stage.settings()}
-        # logs are shared: they name the study and not its path
-        settings["data"] = settings["data"] | {"study": Path(settings["data"]["study"]).name}
+        settings = {"train": without_folders(config), "ranks": runtime.world(), **stage.settings()}
         self.progress.history.append(
             {"run": runtime.provenance(), "device": str(self.device), "bf16": self.bf16, **settings}
         )

@@ -28,7 +28,7 @@ import metrics
 import page
 import runtime
 from codes import Variants, extract_codes
-from dataset import NO_MASK, DataConfig, StudyInfo, open_study, open_trained_study
+from dataset import NO_MASK, DataConfig, StudyInfo, find_trained_study, open_study, open_trained_study
 from loop import Stage, TrainConfig, fit, switched
 from modules import VQVAE2, Output, VQVAE2Config, load_model
 from prior import Prior, PriorConfig
@@ -268,7 +268,8 @@ class Autoencoder(Stage):
 def fit_or_resume(stage: Stage, settings: Settings) -> Path:
     """`fit`, with a note if the study has changed since the checkpoint was written."""
     checkpoint = settings.checkpoint
-    if checkpoint and checkpoint["data"]["fingerprints"]["train"] != stage.splits["train"].fingerprint:
+    train = stage.splits["train"]
+    if checkpoint and checkpoint["data"]["fingerprints"].get("train") != train.fingerprint:
         print("note: the train split's slices are not those that the checkpoint was trained on")
     best = fit(stage, settings.train, checkpoint)
     if runtime.rank() == 0:
@@ -335,7 +336,7 @@ class CodePriors(Stage):
     def settings(self) -> dict:
         return {
             "model_config": dataclasses.asdict(self.model.config),
-            "codes_config": dataclasses.asdict(self.codes),
+            "codes_config": dataclasses.asdict(self.codes) | {"checkpoint": Path(self.codes.checkpoint).name},
             "top_shape": list(self.top_shape),
             "autoencoder_sha256": self.sha256,
             "data": self.study.as_dict(),
@@ -434,11 +435,12 @@ def flags(doc: str, *configs: type, without: tuple[str, ...] = ()) -> argparse.A
     return runtime.parser(doc, StartConfig, *configs, *CONFIGS.values(), everyday=EVERYDAY, without=without)
 
 
-def study_flags(checkpoint: dict, path: str) -> dict:
-    """The flags that open the study of a checkpoint as its training did."""
+def study_flags(checkpoint: dict, path: str, given: dict) -> dict:
+    """The flags that open the study of a checkpoint as its training did, unless `given` names another."""
     study = StudyInfo.from_checkpoint(checkpoint, path)
     names = ("height", "width", "fit", "allow_patient_overlap")
-    return {"data": study.study, **{name: getattr(study, name) for name in names}}
+    data = given.get("data") or find_trained_study(study.study, path, given.get("cache", ""))
+    return {"data": data, **{name: getattr(study, name) for name in names}}
 
 
 def make_settings(given: dict, preset: str = "") -> Settings:
@@ -464,7 +466,9 @@ def make_settings(given: dict, preset: str = "") -> Settings:
             if name not in ("data", *NOT_OF_STAGE[stage]):
                 key = "model_config" if name in ("model", "prior") else f"{name}_config"
                 start |= vars(runtime.from_saved(config, checkpoint.get(key), f"{resume}: {key}"))
-        start |= {"out": str(Path(resume).parent), **study_flags(checkpoint, resume)}
+        if "checkpoint" in start:  # the autoencoder's name: checkpoints name no folders
+            start["checkpoint"] = str(Path(resume).parent / start["checkpoint"])
+        start |= {"out": str(Path(resume).parent), **study_flags(checkpoint, resume, given)}
     else:
         stage = stage or "autoencoder"
         presets = PRESETS[stage]
@@ -475,7 +479,7 @@ def make_settings(given: dict, preset: str = "") -> Settings:
             weights = runtime.load_checkpoint(given["weights"], Autoencoder.kind)
             where = f"{given['weights']}: model_config"
             model = runtime.from_saved(VQVAE2Config, weights["model_config"], where)
-            start = vars(model) | study_flags(weights, given["weights"]) | start
+            start = vars(model) | study_flags(weights, given["weights"], given) | start
     if useless := [runtime.flag(name) for name in given if name not in flags_of(stage)]:
         other = "prior" if stage == "autoencoder" else "autoencoder"
         raise UserError(f"{', '.join(useless)}: for --stage {other} alone. Fix: leave it out.")

@@ -15,7 +15,7 @@ import loop
 import runtime
 import train
 from codes import Variants, extract_codes
-from dataset import DataConfig, open_study
+from dataset import DataConfig, StudyInfo, open_trained_study
 from modules import load_model
 from prior import Prior, PriorConfig
 
@@ -38,7 +38,7 @@ def fit_prior(autoencoder, out, epochs=1, checkpoint=None, **settings):
 
 def model_and_splits(autoencoder):
     checkpoint = runtime.load_checkpoint(autoencoder, "vqvae2")
-    splits = open_study(DataConfig(data=checkpoint["data"]["study"], height=64, width=32))
+    splits = open_trained_study(StudyInfo.from_checkpoint(checkpoint, ""), DataConfig(), autoencoder)
     return load_model(checkpoint, ""), splits
 
 

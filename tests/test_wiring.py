@@ -23,10 +23,11 @@ BAR = tqdm(disable=True)
 def make(study, tmp_path):
     """A trainer of a new small autoencoder, ready for a step."""
 
-    def make(loss=train.LossConfig(), model=SMALL, **settings):
+    def make(loss=None, model=SMALL, **settings):
         settings = {"batch_size": 4, "device": "cpu", "lr": 1e-2, "out": str(tmp_path)} | settings
         config = loop.TrainConfig(**settings)
         data = DataConfig(data=str(study), height=64, width=32)
+        loss = loss or train.LossConfig()
         stage = train.Autoencoder(train.Settings(data=data, train=config, model=model, loss=loss))
         stage.start_epoch(torch.Generator().manual_seed(0))
         stage.model.train()
@@ -93,8 +94,7 @@ def test_the_learning_rate_follows_the_schedule_in_every_step(make):
 
 @pytest.mark.parametrize(
     "field",
-    ["K", "D", "stride", "channels", "top_channels", "residual_channels", "encoder_blocks"]
-    + ["top_blocks", "decoder_blocks"],
+    "K D stride channels top_channels residual_channels encoder_blocks top_blocks decoder_blocks".split(),
 )
 def test_every_flag_of_the_network_changes_it(field):
     """From the command line to the shapes of the weights."""
