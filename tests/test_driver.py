@@ -14,6 +14,7 @@ import driver
 import phantom
 import runtime
 import train
+from dataset import StudyInfo
 from modules import VQVAE2, VQVAE2Config
 
 PRIOR_FLAGS = "--prior-channels 16 --prior-minutes 0.02 --n 3".split()
@@ -81,32 +82,25 @@ def test_a_checkpoint_of_priors_is_an_error(study, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, channels, every",
+    "flags, preset, channels",
     [
-        (["--data"], 128, 1),
-        (["--preset", "quick", "--data"], 96, 4),
-        (["--preset", "quick", "--prior-channels", "16", "--data"], 16, 4),
-        (["--resume", "real.pth"], 128, 1),
-        (["--resume", "synthetic.pth"], 96, 4),
+        (["--data"], "best", 128),
+        (["--preset", "quick", "--data"], "quick", 128),
+        (["--preset", "quick", "--prior-channels", "16", "--data"], "quick", 16),
+        (["--resume", "real.pth"], "best", 128),
+        (["--resume", "synthetic.pth"], "quick", 128),
     ],
 )
 def test_the_priors_suit_the_preset_or_the_study_resumed(
-    study, tmp_path, monkeypatch, flags, channels, every
+    study, tmp_path, monkeypatch, flags, preset, channels
 ):
     monkeypatch.chdir(tmp_path)
-    data = {
-        "study": str(study),
-        "height": 64,
-        "width": 32,
-        "allow_patient_overlap": False,
-        "fingerprints": {},
-    }
     for name in ("real", "synthetic"):
         model = VQVAE2(VQVAE2Config(K=16, channels=8, top_channels=8))
         configs = {"model": model.config, "loss": train.LossConfig(), "train": train.TrainConfig()}
         checkpoint = {"kind": "vqvae2", "model": model.state_dict(), "epoch": 1}
         checkpoint |= {f"{key}_config": dataclasses.asdict(config) for key, config in configs.items()}
-        checkpoint["data"] = data | {"synthetic": name == "synthetic"}
+        checkpoint["data"] = StudyInfo(str(study), 64, 32, {}, synthetic=name == "synthetic").as_dict()
         runtime.save_checkpoint(Path(f"{name}.pth"), checkpoint)
     found = []
     for module, name in ((driver.train, "train_autoencoder"), (driver.predict, "predict")):
@@ -116,12 +110,10 @@ def test_the_priors_suit_the_preset_or_the_study_resumed(
     monkeypatch.setattr("sys.argv", ["driver.py", *flags, *([str(study)] if flags[-1] == "--data" else [])])
     driver.main()
     (used,) = found
-    assert (used.prior.prior_channels, used.codes.bottom_every) == (channels, every)
-    assert (
-        used.train.batch_size % every == 0
-        and used.data.data == str(study)
-        and not Path("phantom_slices_data").exists()
-    )
+    expected = train.make_settings({"stage": "prior", "preset": preset, "prior_channels": channels})
+    assert used.prior == expected.prior and used.codes.bottom_every == expected.codes.bottom_every
+    assert (used.train.lr, used.train.minutes) == (expected.train.lr, expected.train.minutes)
+    assert used.data.data == str(study) and not Path("phantom_slices_data").exists()
 
 
 @pytest.mark.parametrize("flag", ["--n", "--prior-minutes"])
