@@ -671,23 +671,27 @@ class SliceDataset(torch.utils.data.Dataset):
         )
         return torch.from_numpy(self._classes[batch])
 
-    def on(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    def fits_on(self, device: torch.device) -> bool:
+        """Whether `device` is a GPU with room for the images and masks of the split."""
+        return device.type != "cpu" and 3 * self.pixels.size <= torch.cuda.mem_get_info(device)[0] / 3
+
+    def on(self, device: torch.device, held: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
         """`images` for a training loop: takes indices (B,) on the CPU, gives the batch on `device`.
 
-        A GPU with room for it holds the whole split from now on, in half precision.
+        `held`: the device holds the whole split from now on, in half precision, and takes indices there too.
         """
-        return self._on(device, self.images, torch.float16)
+        return self._on(device, held, self.images, torch.float16)
 
-    def masks_on(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    def masks_on(self, device: torch.device, held: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
         """`masks` for a training loop, as `on` is `images`."""
-        return self._on(device, self.masks, torch.uint8)
+        return self._on(device, held, self.masks, torch.uint8)
 
-    def _on(self, device: torch.device, batch: Callable, dtype: torch.dtype) -> Callable:
+    def _on(self, device: torch.device, held: bool, batch: Callable, dtype: torch.dtype) -> Callable:
+        if held:
+            return self.resident(device, batch, dtype)
         if device.type == "cpu":
             return batch
-        if dtype.itemsize * self.pixels.size > torch.cuda.mem_get_info(device)[0] / 3:
-            return lambda indices: batch(indices).pin_memory().to(device, non_blocking=True)
-        return self.resident(device, batch, dtype)
+        return lambda indices: batch(indices).pin_memory().to(device, non_blocking=True)
 
     def resident(
         self, device: torch.device, batch: Callable | None = None, dtype: torch.dtype = torch.float16

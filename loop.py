@@ -27,10 +27,13 @@ from tqdm import tqdm
 
 import figures
 import runtime
+from captured import CapturedStep
 from optimiser import Muon, split_parameters
 from runtime import UserError, option
 
 SWITCH = ("auto", "on", "off")
+# Every batch but the last has one shape, so cuDNN may try its algorithms; TF32 is enough for gradients.
+TRAINING_STEPS = {"enabled": True, "benchmark": True, "allow_tf32": True}
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,11 @@ class TrainConfig:
     weights: str = option("", "begin with the weights of this checkpoint, an autoencoder of the same shape")
     channels_last: str = option("auto", "memory layout NHWC; auto: on", choices=SWITCH)
     compile: str = option("auto", "torch.compile; auto: off, as its warm-up takes minutes", choices=SWITCH)
+    cuda_graph: str = option(
+        "auto",
+        "replay training steps as a CUDA graph; auto: off, as it was not yet tried on a card",
+        choices=SWITCH,
+    )
     save_every: int = option(1, "epochs between checkpoints vqvae2_epoch_N.pth")
     keep: int = option(3, "how many of those to keep; 0 keeps all")
 
@@ -95,14 +103,19 @@ def learning_rate(config: TrainConfig, done: float) -> float:
     return config.lr * rise * fall
 
 
-def make_optimiser(model: nn.Module, config: TrainConfig) -> Muon:
-    """AdamW for all parameters, or with --optimiser muon Muon for the matrices and AdamW for the others."""
+def make_optimiser(model: nn.Module, config: TrainConfig, device: torch.device) -> Muon:
+    """AdamW for all parameters, or with --optimiser muon Muon for the matrices and AdamW for the others.
+
+    On a GPU the learning rate is a tensor, so that a CUDA graph of a step can be replayed with another one.
+    """
     matrices, others = split_parameters(model) if config.optimiser == "muon" else ([], model.parameters())
-    return Muon(matrices, others, config.lr, config.weight_decay, fused=True)
+    gpu = device.type != "cpu"
+    lr = torch.full((), config.lr, device=device) if gpu else config.lr
+    return Muon(matrices, others, lr, config.weight_decay, fused=True, capturable=gpu)
 
 
-def compile_model(model: nn.Module, device: torch.device) -> None:
-    """`torch.compile` the model in place. UserError where there is no compiler."""
+def compile_mode(device: torch.device) -> str | None:
+    """The mode for `torch.compile`. UserError where there is no compiler."""
     names = [os.environ.get("CXX"), "g++"] if device.type == "cpu" else [os.environ.get("CC"), "gcc", "clang"]
     if sys.platform == "darwin":
         names.append("clang++")
@@ -111,8 +124,7 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
             f"--compile on: no compiler ({', '.join(filter(None, names))}) on the PATH. Fix: leave out --compile, "
             "or install one."
         )
-    # CUDA graphs would replay the first step of training, which starts the codebooks, in every step.
-    model.compile(mode="max-autotune-no-cudagraphs" if device.type == "cuda" else None)
+    return "max-autotune-no-cudagraphs" if device.type == "cuda" else None  # graphs: see --cuda-graph
 
 
 class Stage:
@@ -125,6 +137,7 @@ class Stage:
         model: an nn.Module, on its device.
         splits: {"train": ..., "validate": ...}: `batch_losses` takes indices of their slices.
         counts: tensors that `batch_losses` has added to in this epoch; checkpoints keep them.
+        capturable: whether `batch_losses` reads and writes only tensors on the device that keep their place.
     """
 
     kind: str
@@ -133,6 +146,7 @@ class Stage:
     model: nn.Module
     splits: dict
     counts: dict[str, Tensor]
+    capturable: bool = False
 
     def settings(self) -> dict:
         """What checkpoints and the log say of the stage: "model_config", "data" and more."""
@@ -144,6 +158,10 @@ class Stage:
     def batch_losses(self, split: str, indices: Tensor) -> dict[str, Tensor]:
         """The means () of every loss over a batch, the slices `indices` (B,) of a split; trains on "loss"."""
         raise NotImplementedError
+
+    def compile(self, mode: str | None) -> None:
+        """`torch.compile` what a step computes."""
+        self.model.compile(mode=mode)
 
     def empty_batch(self) -> None:
         """Called in place of `batch_losses` where this rank has no slice of a batch."""
@@ -314,11 +332,9 @@ class Trainer:
         self.batch_size = config.batch_size * runtime.world()
         self.device = next(self.model.parameters()).device
         self.generator = runtime.generator_of(self.device)
-        self.bf16 = switched(config.bf16, runtime.has_fast_bf16(self.device))
-        torch.backends.cudnn.benchmark = True  # every batch but the last has one shape
-        if switched(config.compile, False):
-            compile_model(self.model, self.device)
-        self.optimiser = make_optimiser(self.model, config)
+        self.bf16 = switched(config.bf16, runtime.has_fast_bf16(self.device, config.batch_size))
+        self.compile_with = [compile_mode(self.device)] if switched(config.compile, False) else []
+        self.optimiser = make_optimiser(self.model, config, self.device)
         self.progress = Progress()
         self.sums = torch.zeros(len(stage.loss_names), dtype=torch.float64, device=self.device)
         self.checkpoints = Checkpoints(stage, config, self.optimiser, self.progress, self.sums)
@@ -328,6 +344,10 @@ class Trainer:
             if runtime.rank():
                 tensor.zero_()  # so that the sum is rank 0's: machines may round an initialisation differently
             runtime.sum_over_ranks(tensor)
+        self.lr = config.lr
+        self.step_function = self.take_step
+        if switched(config.cuda_graph, False):
+            self.step_function = self.captured_step()
         self.began = time.monotonic() - self.progress.seconds
         self.clock = 0.0  # rank 0's `elapsed`, the same on every rank
         self.loss_shown_at = 0.0
@@ -362,16 +382,31 @@ class Trainer:
 
     def train_step(self, batch: Tensor, bar: tqdm) -> None:
         """One step on `batch` (B,), indices of slices. Each rank takes its share; the step is the whole batch's."""
-        parameters, share = list(self.model.parameters()), runtime.share(batch)
+        share = runtime.share(batch)
+        self.lr = learning_rate(self.config, self.done())
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.config, self.done())
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(self.lr)
+            else:
+                group["lr"] = self.lr
         seed = (1_000_003 * self.config.seed + self.progress.step) * 1_000_003 + runtime.rank()
         self.generator.manual_seed(seed % 2**63)
+        loss = self.step_function(share) if runtime.world() == 1 else self.take_step(share, len(batch))
+        if len(share):
+            self.show_loss(loss, share, bar)
+        if (
+            self.compile_with
+        ):  # after a first step, which starts the codebooks: that would break the graph in two
+            self.stage.compile(self.compile_with.pop())
+
+    def take_step(self, share: Tensor, batch_size: int = 0) -> Tensor | None:
+        """A step on this rank's share of a batch, which may be empty; returns the loss () of the share."""
+        parameters, loss = list(self.model.parameters()), None
         self.optimiser.zero_grad()
         if len(share):
             loss = self.batch_loss("train", share, self.sums)
-            self.show_loss(loss, share, bar)
-            (loss * (len(share) / len(batch))).backward()
+            (loss * (len(share) / (batch_size or len(share)))).backward()
+            loss = loss.detach()
         else:
             self.stage.empty_batch()
             for parameter in parameters:
@@ -380,6 +415,15 @@ class Trainer:
         if self.config.clip:
             nn.utils.clip_grad_norm_(parameters, self.config.clip)
         self.optimiser.step()
+        return loss
+
+    def captured_step(self) -> CapturedStep:
+        """`take_step` as a CUDA graph; UserError where that cannot be."""
+        if self.device.type == "cpu" or runtime.world() > 1 or not self.stage.capturable:
+            raise UserError(
+                "--cuda-graph on: needs one GPU, with room for the train split. Fix: --cuda-graph off."
+            )
+        return CapturedStep(self.take_step, self.config.batch_size, self.device)
 
     def batch_loss(self, split: str, indices: Tensor, sums: Tensor) -> Tensor:
         """The loss () of a batch; adds every loss of its slices to `sums`."""
@@ -419,7 +463,8 @@ class Trainer:
         stop = False
         for start in range(progress.seen, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            self.train_step(batch, bar)
+            with torch.backends.cudnn.flags(**TRAINING_STEPS):
+                self.train_step(batch, bar)
             progress.seen += len(batch)
             progress.step += 1
             stop = self.should_stop(stopped)
@@ -451,7 +496,8 @@ class Trainer:
         """Exact means of every loss over the validate split."""
         self.model.eval()
         size, sums = self.sizes["validate"], torch.zeros_like(self.sums)
-        for indices in runtime.share(torch.arange(size)).split(self.config.batch_size):
+        batch_size = self.config.batch_size if self.device.type == "cpu" else max(64, self.config.batch_size)
+        for indices in runtime.share(torch.arange(size)).split(batch_size):
             if len(indices):
                 self.batch_loss("validate", indices, sums)
         return self.means(sums, size, "in validation")
@@ -494,7 +540,7 @@ class Trainer:
             "val_loss": validate["loss"],
             "slices_per_s": round(progress.seen / progress.epoch_seconds, 2),
             "seconds": round(self.elapsed(), 1),
-            "lr": self.optimiser.param_groups[0]["lr"],
+            "lr": self.lr,
             "train": train,
             "validate": validate,
             "codes": codes,
@@ -543,6 +589,8 @@ def fit(stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> Pa
     millions = sum(p.numel() for p in stage.model.parameters()) / 1e6
     length = f"{config.minutes:g} minutes" if config.minutes else f"{config.epochs} epochs"
     precision = "bfloat16" if trainer.bf16 else "float32"
+    if trainer.device.type == "cuda" and not trainer.bf16:
+        precision += " (convolutions of training steps in TF32)"
     where = trainer.device if runtime.world() == 1 else f"{runtime.world()} x {trainer.device.type}"
     print(f"training {millions:.2f} M parameters on {where} in {precision}, {size} slices, {length}")
     bar = tqdm(

@@ -202,7 +202,12 @@ def in_parallel(function: Callable, items: Sequence, label: str, unit: str) -> I
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU; asking for a CUDA that is not there is an error."""
+    """`auto` is CUDA where there is one, else the CPU; asking for a CUDA that is not there is an error.
+
+    From here on float32 is float32 on a GPU too. By default cuDNN computes convolutions in TF32, with 10 bits of
+    mantissa, on Ampere and later, which changes up to 0.7 % of the codes. Training steps allow it again (loop.py).
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device. Fix: --device cpu, or a CUDA build.")
     if name == "auto":
@@ -210,13 +215,14 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 convolutions are faster than float32 ones here.
+def has_fast_bf16(device: torch.device, batch_size: int) -> bool:
+    """Whether training steps on `batch_size` slices are faster in bfloat16 than in float32 here.
 
-    Of CPUs those with AMX: AVX-512's own bfloat16 was half as fast as its float32 (benchmarks/step.py).
+    On CPUs with AMX: the bfloat16 of AVX-512 was half as fast as its float32 (benchmarks/step.py). On GPUs from 16
+    slices, an estimate: with fewer, a step's time goes into launching its kernels, and autocast adds a hundred.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return batch_size >= 16 and torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
 
 

@@ -93,7 +93,7 @@ def measure(name: str, batch_size: int, seconds: float, device: torch.device) ->
     model = peer.build().to(device).train()
     adam = torch.optim.Adam(model.parameters(), 3e-4)
     x = torch.randn(batch_size, 1, *SIZE, device=device)
-    bf16 = name == "ours" and runtime.has_fast_bf16(device)
+    bf16 = name == "ours" and runtime.has_fast_bf16(device, batch_size)
 
     def step(batch: Tensor) -> None:
         with runtime.autocast(device, bf16):

@@ -66,6 +66,7 @@ class Activity:
 
 
 activity = Activity()
+recording: list | None = None  # operations, while `record` runs
 
 
 class StandInTensor(torch.Tensor):
@@ -146,7 +147,10 @@ def run(operation, args, kwargs):
     cpu_kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
     if to_here:
         cpu_kwargs["device"] = "cpu"
-    out = operation(*tree_map(unwrap, args), **tree_map(unwrap, cpu_kwargs))
+    args_on_cpu, cpu_kwargs = tree_map(unwrap, args), tree_map(unwrap, cpu_kwargs)
+    out = operation(*args_on_cpu, **cpu_kwargs)
+    if recording is not None and not operation.is_view:
+        recording.append((operation, args_on_cpu, cpu_kwargs, out))
     if leaves:
         return out.clone()
     if fills_cpu_tensor:
@@ -169,6 +173,35 @@ def count_waits(name: str, args: tuple, copies_to_cpu: bool) -> None:
                 activity.wait("index on the CPU")
 
 
+def record(step):
+    """`captured.record` for this device: keeps the operations of `step()` and what they read and write.
+
+    As a CUDA graph's replay does, the replay repeats them on the same memory: Python does not run again, and a
+    number that was a Python number stays what it was. Waiting while recording is an error. Recording runs the
+    operations, which a CUDA graph does not, so the first replay has nothing to do.
+    """
+    global recording
+    waits, recording = activity.waits.total(), []
+    step()
+    operations, recording = recording, None
+    if activity.waits.total() > waits:
+        raise RuntimeError(f"operation not permitted when stream is capturing: {activity.waits}")
+
+    replays = 0
+
+    def replay() -> None:
+        nonlocal replays
+        replays += 1
+        activity.launches["replay"] += 1
+        for operation, args, kwargs, out in operations if replays > 1 else []:
+            again = operation(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old is not new:
+                    old.copy_(new)
+
+    return replay
+
+
 class Mode(TorchDispatchMode):
     """Sees the operations that create tensors, which no argument of theirs sends to `StandInTensor`."""
 
@@ -184,6 +217,8 @@ def device(free_memory: int = 2**40):
     replacements = {
         "runtime.pick_device": lambda name: DEVICE,
         "runtime.generator_of": lambda device: torch.default_generator,
+        "captured.record": record,
+        "runtime.has_fast_bf16": lambda device, batch_size: False,
         "torch.cuda.mem_get_info": lambda device: (free_memory, free_memory),
         "torch.Tensor.pin_memory": lambda tensor: tensor,
         "torch.optim.adam._device_dtype_check_for_fused": lambda *args, **kwargs: None,

@@ -33,8 +33,11 @@ TRAIN = {
 }
 LOSS = {"mse": 0.0, "l1": 0.2, "ssim": 1.0, "flip": True}
 PRIOR = {"stage": "prior", "prior_channels": 16, "bottom_every": 7, **TRAIN}
-# a wait once a run (whether the codebooks have started), once an epoch (sums and counts), or in a checkpoint
-MEANT = r"if self.updates == 0|self.sums.tolist|sums / count|count_nonzero|histogram.cpu|found.cpu\(\)"
+# a wait once a run (have the codebooks started, AdamW's check of lr), once an epoch (sums, counts), or of code maps
+MEANT = (
+    r"if self.updates == 0|__init__\(groups, lr|self.sums.tolist|sums / count|count_nonzero|histogram.cpu"
+    r"|found.cpu"
+)
 
 
 def autoencoder(study, out, **changes):
@@ -85,6 +88,38 @@ def test_training_mixes_no_devices_and_waits_only_where_meant(trained):
 def test_a_step_waits_for_nothing(trained, stage, optimiser):
     with stand_in.device():
         assert take_steps(trainer_of(stage, trained, optimiser=optimiser)) == []
+
+
+def losses_of_run(trained, out, **changes) -> list:
+    """The training losses of every epoch, and the weights at the end."""
+    with stand_in.device(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Trainer, "show_loss", lambda *args: None)
+        settings = autoencoder(trained[1], out, epochs=2, batch_size=4, schedule="cosine", **changes)
+        trainer = loop.Trainer(train.Autoencoder(settings), settings.train)
+        for _ in range(2):
+            trainer.train_epoch(tqdm(disable=True), [])
+            trainer.end_epoch()
+        epochs = [line for line in trainer.progress.history if "epoch" in line]
+        weights = [parameter.data_on_cpu for parameter in trainer.model.parameters()]
+        return [line["train"] | line["validate"] | line["codes"] for line in epochs], weights
+
+
+def test_a_captured_step_is_the_eager_step(trained, tmp_path):
+    """14 slices in batches of 4: three eager steps, a replay after it, and an eager last batch of each epoch."""
+    eager, weights = losses_of_run(trained, tmp_path / "eager")
+    stand_in.activity.clear()
+    captured, captured_weights = losses_of_run(trained, tmp_path / "captured", cuda_graph="on")
+    assert captured == eager
+    assert all(torch.equal(a, b) for a, b in zip(weights, captured_weights, strict=True))
+    assert stand_in.activity.launches["replay"] > 0
+
+
+def test_a_learning_rate_that_a_graph_bakes_in_is_found(trained, tmp_path, monkeypatch):
+    make, cpu = loop.make_optimiser, torch.device("cpu")
+    monkeypatch.setattr(loop, "make_optimiser", lambda model, config, device: make(model, config, cpu))
+    eager, _ = losses_of_run(trained, tmp_path / "eager")
+    captured, _ = losses_of_run(trained, tmp_path / "captured", cuda_graph="on")
+    assert captured != eager
 
 
 def test_a_split_too_large_for_the_device_is_copied_batch_by_batch(trained):
