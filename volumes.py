@@ -56,7 +56,7 @@ class SliceConfig:
     split: str = option(
         "auto", "hipmri is the course's; auto takes it for HipMRI alone", choices=("auto", "random", "hipmri")
     )
-    seed: int = option(0, "of the random split by patient, 80/10/10 %")
+    seed: int = option(0, "of the random split by patient, 80/10/10 percent")
 
     def __post_init__(self) -> None:
         if not self.volumes:
