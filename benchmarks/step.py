@@ -27,7 +27,7 @@ from dataset import DataConfig
 from modules import VectorQuantiser
 
 EPOCH = 11_460  # training slices of HipMRI's sliced set
-PARTS = {  # of a step: what the profiler calls it, looked for in this order in an operation and what it is part of
+PARTS = {  # what the profiler calls a part of a step; an operation belongs to the first that it or a parent is named
     "optimiser": ("Optimizer.step", "clip_grad_norm_"),
     "quantiser": ("quantiser",),
     "data": ("data",),
@@ -47,7 +47,7 @@ def named(function, name: str):
 
 
 def prepare(args, batch_size: int) -> tuple[loop.Trainer, torch.Tensor]:
-    """A run that takes steps of `batch_size`, and the indices of its first batch."""
+    """A trainer for steps of `batch_size`, and the indices of its first batch."""
     settings = {"minutes": 1e6, "batch_size": batch_size, "compile": args.compile, "device": args.device}
     stage, config = our_stage(args.preset, runtime.from_flags(DataConfig, args), **settings)
     run = loop.Trainer(stage, config, None)
@@ -57,7 +57,7 @@ def prepare(args, batch_size: int) -> tuple[loop.Trainer, torch.Tensor]:
 
 
 def seconds(run: loop.Trainer, batch: torch.Tensor, steps: int) -> float:
-    """Of wall time for that many steps."""
+    """The wall time of that many steps."""
 
     def wait() -> None:
         if run.device.type == "cuda":
@@ -65,15 +65,16 @@ def seconds(run: loop.Trainer, batch: torch.Tensor, steps: int) -> float:
 
     wait()
     began = time.perf_counter()
-    for _ in range(steps):
-        run.train_step(batch, tqdm(disable=True))
+    with torch.backends.cudnn.flags(**loop.TRAINING_STEPS):
+        for _ in range(steps):
+            run.train_step(batch, tqdm(disable=True))
     wait()
     return time.perf_counter() - began
 
 
 def shares(run: loop.Trainer, batch: torch.Tensor, steps: int) -> dict[str, float]:
-    """The share of each of `PARTS` in the CPU's time for a step; of other operations, most of them pointwise; and of
-    what is outside operations: Python, and in part the profiler itself."""
+    """The share of each of `PARTS` in the CPU's time for a step. "pointwise" is all other operations, "Python" what
+    is outside operations, which is in part the profiler itself."""
     quantise, losses, images = VectorQuantiser.forward, train.losses, run.stage.images["train"]
     VectorQuantiser.forward, train.losses = named(quantise, "quantiser"), named(losses, "loss")
     run.stage.images["train"] = named(images, "data")
@@ -110,6 +111,8 @@ def matrix_rate(device: torch.device, n: int = 8192, rounds: int = 20) -> float:
 
 def measure(args, batch_size: int) -> dict:
     run, batch = prepare(args, batch_size)
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     seconds(run, batch, 5)  # allocations, autotuning, compilation
     with FlopCounterMode(display=False) as flops:
         seconds(run, batch, 1)
@@ -124,8 +127,10 @@ def measure(args, batch_size: int) -> dict:
     }
     if run.device.type == "cuda":
         row["seconds_per_epoch"] = round(EPOCH / rate, 3)
+        row["peak_memory_mib"] = round(
+            torch.cuda.max_memory_allocated() / 2**20
+        )  # before `matrix_rate`'s matrices
         row["share_of_bf16_matrix_rate"] = round(1e9 * row["gflop_per_s"] / matrix_rate(run.device), 4)
-        row["peak_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
     else:
         # of the whole process so far, without the profiler
         row["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
