@@ -380,7 +380,7 @@ def _read_mask(path: str, of_slice: nifti.Image) -> np.ndarray:
         raise UserError(f"its shape is {image.shape[:2]}; expected {of_slice.shape[:2]}, as of its slice")
     if image.oriented and of_slice.oriented:
         axes = [
-            given.affine[:3, :2] / np.linalg.norm(given.affine[:3, :2], axis=0) for given in (image, of_slice)
+            file.affine[:3, :2] / np.linalg.norm(file.affine[:3, :2], axis=0) for file in (image, of_slice)
         ]
         if ((axes[0] * axes[1]).sum(axis=0) < 0.5).any():
             raise UserError("its affine turns or mirrors it against its slice; expected the same directions")
@@ -517,7 +517,7 @@ def _one_at_a_time(root: Path) -> Iterator[bool]:
 
     It is not so on a file system without locks, or where `root` cannot be written.
     """
-    descriptor, said = None, False
+    descriptor, told = None, False
     with suppress(OSError):
         place = root / ".lock"  # not `root` itself, which --out may name and lock
         root.mkdir(mode=0o700, parents=True, exist_ok=True)  # a copy of patient data is its owner's alone
@@ -526,9 +526,9 @@ def _one_at_a_time(root: Path) -> Iterator[bool]:
             try:
                 descriptor = runtime.lock(place)
             except BlockingIOError:
-                if not said:
+                if not told:
                     print(f"cache {root}: another run is decoding into it; waiting for it")
-                said = True
+                told = True
                 time.sleep(0.2)
     try:
         yield descriptor is not None

@@ -130,11 +130,11 @@ def ellipsoid(p, centre, radii) -> np.ndarray:
     return (far - 1) * far / np.maximum(slope, 1e-6)
 
 
-def join(whole: np.ndarray, *parts: np.ndarray) -> np.ndarray:
+def join(shape: np.ndarray, *parts: np.ndarray) -> np.ndarray:
     """Distance from the union of shapes, with the creases between them filled as if by 6 mm of putty."""
     for part in parts:
-        whole = np.minimum(whole, part) - np.maximum(6 - np.abs(whole - part), 0) ** 2 / 24
-    return whole
+        shape = np.minimum(shape, part) - np.maximum(6 - np.abs(shape - part), 0) ** 2 / 24
+    return shape
 
 
 def paint(canvas: np.ndarray, distance: np.ndarray, signal) -> None:

@@ -92,7 +92,7 @@ class Scan:
     def write(self, path: str, planes: np.ndarray) -> bool:
         """Write what became of the planes, as the file was; returns whether its type had to become float32."""
         if self.suffix:
-            pixels = _whole(planes[0], self.raw.dtype)
+            pixels = _to_integers(planes[0], self.raw.dtype)
             with runtime.atomic_path(path) as part:
                 Image.fromarray(pixels).save(part, format="png")
             return False
@@ -102,13 +102,13 @@ class Scan:
             back = [nifti.turn_back(np.moveaxis(frame, 0, 2), *self.turning) for frame in frames]
             planes = np.stack(back, axis=-1)
         pixels = planes.reshape(shape)
-        whole = self.raw.dtype.kind in "iub" and not self.image.scaled
-        pixels = _whole(pixels, self.raw.dtype) if whole else pixels.astype(np.float32)
+        integers = self.raw.dtype.kind in "iub" and not self.image.scaled
+        pixels = _to_integers(pixels, self.raw.dtype) if integers else pixels.astype(np.float32)
         nifti.write(path, pixels, None, RECONSTRUCTION, like=self.image.header)
         return pixels.dtype != self.raw.dtype
 
 
-def _whole(pixels: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def _to_integers(pixels: np.ndarray, dtype: np.dtype) -> np.ndarray:
     limits = np.iinfo(dtype)
     return np.clip(np.round(pixels.astype(np.float64)), limits.min, limits.max).astype(
         dtype.newbyteorder("=")
@@ -121,23 +121,23 @@ def find_files(inputs: list[str], out: Path) -> dict[str, str]:
     FileNotFoundError for an input that is not there, or a folder without any; UserError for one name of two files.
     """
     found, others, masks = [], [], []
-    for given in inputs:
-        if os.path.isdir(given):
+    for source in inputs:
+        if os.path.isdir(source):
             below = []
-            paths = [entry.path for entry in find_nifti(given, below)]
+            paths = [entry.path for entry in find_nifti(source, below)]
             paths += [path for path in below if path.lower().endswith(PICTURES)]
             paths = [path for path in paths if out.resolve() not in Path(path).resolve().parents]
-            named = [(path, os.path.relpath(path, given)) for path in sorted(paths)]
+            named = [(path, os.path.relpath(path, source)) for path in sorted(paths)]
             masks += [path for path, name in named if is_mask(name)]
             found += [(path, name) for path, name in named if not is_mask(name)]
             others += [path for path in below if not path.lower().endswith(PICTURES)]
-        elif os.path.exists(given):
-            if not given.lower().endswith((*nifti.SUFFIXES, *PICTURES)):
-                hint = way_in([given])
-                raise UserError(f"{given}: expected .nii, .nii.gz or a picture such as .png.{hint}")
-            found.append((given, os.path.basename(given)))
+        elif os.path.exists(source):
+            if not source.lower().endswith((*nifti.SUFFIXES, *PICTURES)):
+                hint = way_in([source])
+                raise UserError(f"{source}: expected .nii, .nii.gz or a picture such as .png.{hint}")
+            found.append((source, os.path.basename(source)))
         else:
-            raise FileNotFoundError(f"{given}: no such file or folder. Fix: check its path.")
+            raise FileNotFoundError(f"{source}: no such file or folder. Fix: check its path.")
     if not found:
         raise FileNotFoundError(f"{', '.join(inputs)}: no NIfTI files or pictures.{way_in(others)}")
     for kind, paths in (("other files", others), ("masks", masks)):

@@ -209,7 +209,7 @@ def test_a_constant_slice_is_kept_and_said(study, config, capsys):
 
 def break_file(path, kind):
     """Make the slice at `path` unusable; returns what the message must say of it."""
-    whole = path.read_bytes()
+    data = path.read_bytes()
     odd = noise(1)
     odd[3, 4] = np.nan if kind == "nan" else np.inf
     rgb = np.zeros(SIZE, dtype=[(c, "u1") for c in "RGB"])
@@ -223,12 +223,12 @@ def break_file(path, kind):
         "plane lost": (noise(1, (32, 1, 16)), r"shape \(32, 1, 16\)"),
     }
     raw = {
-        "truncated": (whole[: len(whole) // 2], "not a whole NIfTI"),
-        "corrupt": (whole[:300] + bytes(64) + whole[364:], "not a whole NIfTI"),
+        "truncated": (data[: len(data) // 2], "not a whole NIfTI"),
+        "corrupt": (data[:300] + bytes(64) + data[364:], "not a whole NIfTI"),
         "not nifti": (gzip.compress(b"hello" * 999), "not a NIfTI"),
         "text": (b"<html>404</html>", "not a NIfTI"),
         "empty": (b"", "not a NIfTI"),
-        "short pixels": (gzip.compress(gzip.decompress(whole)[:-40]), "not a whole NIfTI"),
+        "short pixels": (gzip.compress(gzip.decompress(data)[:-40]), "not a whole NIfTI"),
     }
     if kind in raw:
         path.write_bytes(raw[kind][0])
@@ -243,8 +243,8 @@ KINDS += ["truncated", "corrupt", "not nifti", "text", "empty", "short pixels"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bad_file_is_named_with_its_reason_and_leaves_no_cache(study, config, tmp_path, kind):
-    said = break_file(study / "keras_slices_train" / name_of(4, 5), kind)
-    with pytest.raises(ValueError, match=f"(?s)1 of 16 files.*{name_of(4, 5)}: .*{said}"):
+    reason = break_file(study / "keras_slices_train" / name_of(4, 5), kind)
+    with pytest.raises(ValueError, match=f"(?s)1 of 16 files.*{name_of(4, 5)}: .*{reason}"):
         open_study(config)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
 

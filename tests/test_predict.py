@@ -113,10 +113,10 @@ def test_rates_are_those_of_the_codes(result, test_split, checkpoint):
     with torch.inference_mode():
         codes = model.eval().encode(test_split.images(range(6)))
     bits = 0.0
-    for level, of in zip(("top", "bottom"), codes, strict=True):
-        _, counts = np.unique(of.numpy(), return_counts=True)
+    for level, maps in zip(("top", "bottom"), codes, strict=True):
+        _, counts = np.unique(maps.numpy(), return_counts=True)
         entropy = -(counts / counts.sum() * np.log2(counts / counts.sum())).sum()
-        bits += entropy * of[0].numel()
+        bits += entropy * maps[0].numel()
         assert result["codes_used"][level] == len(counts)
         assert result["perplexity"][level] == pytest.approx(2**entropy, abs=1e-5)
     rate = result["bits_per_pixel"]
@@ -156,7 +156,7 @@ def test_only_old_reconstructions_are_deleted(study, checkpoint, tmp_path):
     folder = tmp_path / "reconstructions"
     for number, description in ((1, dataset.RECONSTRUCTION), (2, "my own")):
         nifti.write(folder / f"case_09{number}.nii.gz", np.ones((4, 4), np.float32), np.eye(4), description)
-    (folder / "notes.txt").write_text("mine")
+    (folder / "notes.txt").write_text("first")
     predict_with(checkpoint, out=str(tmp_path), nifti=True)
     found = {path.name for path in folder.iterdir()}
     assert "case_091.nii.gz" not in found and {"case_092.nii.gz", "notes.txt"} < found and len(found) == 8
@@ -207,21 +207,21 @@ def test_the_scoreboard_of_models_has_every_way_of_counting_bits(
         json.loads((tmp_path / "out" / "rate_distortion.json").read_text()),
         capsys.readouterr().out,
     )
-    assert {name: (of["n"], of["people"]) for name, of in result["sets"].items()} == {
+    assert {name: (entry["n"], entry["people"]) for name, entry in result["sets"].items()} == {
         "first": (4, 1),
         "second": (2, 1),
     }
     alone = predict_with(checkpoint, out=str(tmp_path))
     for title, patient in (("first", "040"), ("second", "041")):
         models = result["sets"][title]["models"]
-        mine, theirs = models.values()
-        assert mine["ssim_report"]["mean"] == pytest.approx(
+        first, second = models.values()
+        assert first["ssim_report"]["mean"] == pytest.approx(
             alone["ssim_report"]["per_patient"][patient], abs=2e-6
         )
         # a prior that has learnt nothing is uniform: its bits are the nominal ones
-        assert mine["bits_per_pixel"]["prior"] == pytest.approx(mine["bits_per_pixel"]["nominal"], abs=1e-5)
-        assert mine["bits_per_pixel"]["code_entropy"] < mine["bits_per_pixel"]["nominal"]
-        assert "prior" not in theirs["bits_per_pixel"] and mine["codecs"]["AVIF"]["at"].keys() == {
+        assert first["bits_per_pixel"]["prior"] == pytest.approx(first["bits_per_pixel"]["nominal"], abs=1e-5)
+        assert first["bits_per_pixel"]["code_entropy"] < first["bits_per_pixel"]["nominal"]
+        assert "prior" not in second["bits_per_pixel"] and first["codecs"]["AVIF"]["at"].keys() == {
             "nominal",
             "code_entropy",
             "prior",
@@ -245,8 +245,8 @@ def predict_with(path, **settings):
 def test_checkpoints_that_cannot_be_used_are_named(study, checkpoint, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.pth: no such checkpoint"):
         predict_with(tmp_path / "none.pth")
-    whole = checkpoint.read_bytes()
-    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    data = checkpoint.read_bytes()
+    (tmp_path / "cut.pth").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"cut\.pth: not a whole checkpoint"):
         predict_with(tmp_path / "cut.pth")
     with pytest.raises(ValueError, match="vqvae2"):

@@ -145,16 +145,20 @@ def test_bad_volumes_are_listed_and_the_others_done(tmp_path):
 def test_patients_are_split_as_in_the_course_or_by_seed():
     course, line = split_patients({*range(4, 34), *range(35, 43)}, seed=0, split="auto")
     assert "course" in line and len(course) == 38
-    assert [sum(split == of for of in course.values()) for split in SPLITS] == [31, 4, 3]
+    assert [sum(split == name for name in course.values()) for split in SPLITS] == [31, 4, 3]
     assert (
         course[33] == course[35] == "train"
         and course[36] == course[39] == "validate"
         and course[40] == "test"
     )
-    some, line = split_patients({1, *range(4, 33)}, seed=0)
-    assert "seed 0" in line and [sum(split == of for of in some.values()) for split in SPLITS] == [24, 3, 3]
-    assert some == split_patients({1, *range(4, 33)}, seed=0)[0]
-    assert some != split_patients({1, *range(4, 33)}, seed=1)[0]
+    chosen, line = split_patients({1, *range(4, 33)}, seed=0)
+    assert "seed 0" in line and [sum(split == name for name in chosen.values()) for split in SPLITS] == [
+        24,
+        3,
+        3,
+    ]
+    assert chosen == split_patients({1, *range(4, 33)}, seed=0)[0]
+    assert chosen != split_patients({1, *range(4, 33)}, seed=1)[0]
     with pytest.raises(ValueError, match="at least 3"):
         split_patients({100, 101}, seed=0)
 
