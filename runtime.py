@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import traceback
 import typing
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -88,14 +87,7 @@ def user_message(error: Exception) -> str | None:
         return f"not enough memory: {first_line} Fix: {fix}."
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"--compile on: torch.compile failed here ({first_line}). Fix: leave out --compile."
-    if isinstance(error, ValueError) and raised_by_us(error):  # until every file raises UserError
-        return text
     return None
-
-
-def raised_by_us(error: Exception) -> bool:
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent
-    return raised_in in (ROOT, ROOT / "benchmarks")
 
 
 def option(default, help: str, **metadata):
@@ -202,7 +194,7 @@ def in_parallel(function: Callable, items: Sequence, label: str, unit: str) -> I
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU; asking for a CUDA that is not there is an error.
+    """The device called `name`: "auto" is CUDA if there is one, else the CPU. UserError for a CUDA device that is not there.
 
     From here on float32 is float32 on a GPU too. By default cuDNN computes convolutions in TF32, with 10 bits of
     mantissa, on Ampere and later, which changes up to 0.7 % of the codes. Training steps allow it again (loop.py).
@@ -238,7 +230,7 @@ def seed_everything(seed: int) -> None:
 
 
 def generator_of(device: torch.device) -> torch.Generator:
-    """The generator that PyTorch draws from on `device` unless it is given another."""
+    """PyTorch's own generator on `device`."""
     if device.type == "cpu":
         return torch.default_generator
     return torch.cuda.default_generators[torch.cuda.current_device()]
@@ -246,9 +238,9 @@ def generator_of(device: torch.device) -> torch.Generator:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM in the list given instead of dying, so that a loop can end at a whole step.
+    """Yields a list that collects Ctrl-C and SIGTERM, so that a loop can end after a whole step.
 
-    A second signal ends the process at once.
+    A second signal raises KeyboardInterrupt at once.
     """
     received: list[int] = []
 
@@ -272,7 +264,7 @@ def stop_signals() -> Iterator[list[int]]:
 def ranks(device: str) -> Iterator[None]:
     """Join the processes that torchrun started, each with a GPU of its own; all but rank 0 print nothing.
 
-    Without torchrun this does nothing. ValueError on a node that has fewer GPUs than processes.
+    Without torchrun this does nothing. UserError on a node that has fewer GPUs than processes.
     """
     if not dist.is_torchelastic_launched():
         yield
@@ -299,14 +291,14 @@ def world() -> int:
 
 
 def share(batch: Tensor) -> Tensor:
-    """This rank's stretch of a batch; those of all ranks make up the batch, in order. It may be empty."""
+    """This rank's part of a batch, which may be empty. The parts of all ranks, in order, are the batch."""
     return batch.tensor_split(world())[rank()]
 
 
 def sum_over_ranks(*tensors: Tensor) -> None:
-    """Add up each of the tensors, of one dtype and device, over the ranks: in place, in one message.
+    """Sum each of the tensors, which share dtype and device, over the ranks: in place, in one message.
 
-    All that ranks tell each other goes this way. ConnectionError where a rank has ended, or is silent for long.
+    Ranks tell each other nothing in any other way. ConnectionError if a rank has ended, or is silent for too long.
     """
     if dist.is_initialized() and tensors:
         message = torch.cat([tensor.flatten() for tensor in tensors])
@@ -442,7 +434,7 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_json(path: Path | str, value) -> None:
-    """`value` as indented JSON; NaN and infinity, which JSON lacks, are an error of ours."""
+    """Write `value` as indented JSON. ValueError for NaN and infinity, which JSON lacks."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 

@@ -73,7 +73,7 @@ def measure(name: str, data: str, epochs: int, seed: int) -> dict:
         script = ["-m", "benchmarks.variants", *change.split()] if change else ["train.py"]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         if subprocess.run([sys.executable, *script, "--data", data, "--out", out, *flags]).returncode:
-            raise ValueError(f"no row of {name}: see above. The rows before it are kept.")
+            raise runtime.UserError(f"no row of {name}: see above. The rows before it are kept.")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         first, *_, last = map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines())
     cpu = sum(getattr(after, kind) - getattr(before, kind) for kind in ("ru_utime", "ru_stime"))
@@ -123,7 +123,7 @@ def main() -> None:
     rows = json.loads(args.out.read_text()) if args.out.is_file() else []
     if not args.table:
         if not args.data:
-            raise ValueError("no --data; expected the folder of a study")
+            raise runtime.UserError("no --data; expected the folder of a study")
         os.makedirs(args.out.parent, exist_ok=True)
         for i, name in enumerate(args.only, 1):
             print(f"{name} ({i} of {len(args.only)})")

@@ -20,6 +20,7 @@ from PIL import Image, features
 from scipy.interpolate import PchipInterpolator
 
 import metrics
+from runtime import UserError
 
 Points = dict[str, list[dict[str, float]]]  # of a slice: codec -> at each quality, rate and scores
 Curves = dict[str, dict[str, np.ndarray]]  # of many: codec -> rate and scores, each (qualities,)
@@ -73,11 +74,11 @@ def with_avif_speed(speed: int) -> dict[str, Codec]:
 
 
 def check() -> None:
-    """ValueError if this Pillow was built without one of the codecs."""
+    """UserError if this Pillow was built without one of the codecs."""
     if missing := [name for name, codec in CODECS.items() if not features.check(codec.feature)]:
-        raise ValueError(
+        raise UserError(
             f"Pillow {PIL.__version__} has no {', '.join(missing)}; expected {', '.join(CODECS)}. "
-            "Mend: pip install --upgrade 'pillow>=11.3'"
+            "Fix: pip install --upgrade 'pillow>=11.3'"
         )
 
 

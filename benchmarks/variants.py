@@ -153,7 +153,9 @@ def main() -> None:
     end = next(i for i, word in enumerate(words) if word.startswith("--"))
     change, *arguments = words[:end] or [""]
     if not callable(globals().get(change)):
-        raise ValueError(f"variants.py {change}: no function of it. Mend: one of those in the file, first.")
+        raise runtime.UserError(
+            f"variants.py {change}: no function of it. Fix: one of those in the file, first."
+        )
     globals()[change](*arguments)
     del sys.argv[1 : end + 1]
     train.main()

@@ -160,5 +160,5 @@ def test_the_scoreboard_names_versions_settings_and_headers(swept):
 def test_a_codec_that_pillow_lacks_is_named_with_the_mend(monkeypatch):
     image_codecs.check()
     monkeypatch.setattr(features, "check", lambda feature: feature != "avif")
-    with pytest.raises(ValueError, match=r"has no AVIF; expected .* Mend: pip install"):
+    with pytest.raises(ValueError, match=r"has no AVIF; expected .* Fix: pip install"):
         image_codecs.check()

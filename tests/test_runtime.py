@@ -1,11 +1,13 @@
 import argparse
 import os
+import subprocess
 import sys
+import time
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import runtime
 
@@ -21,41 +23,53 @@ KEYS = {
 @dataclass(frozen=True)
 class Config:
     name: str = runtime.option("x", "a word", choices=("x", "y"))
-    rate: float = runtime.option(0.5, "a number")
+    share: float = runtime.option(0.5, "a number")
     flip: bool = runtime.option(False, "a switch")
 
 
 def test_flags_come_from_the_dataclass():
     parser = runtime.parser("doc", Config)
     assert runtime.from_flags(Config, parser.parse_args([])) == Config()
-    args = parser.parse_args(["--name", "y", "--rate", "2", "--flip"])
+    args = parser.parse_args(["--name", "y", "--share", "2", "--flip"])
     assert runtime.from_flags(Config, args) == Config("y", 2.0, True)
     assert runtime.from_flags(Config, parser.parse_args(["--no-flip"])).flip is False
-    for bad in (["--rat", "2"], ["--name", "z"], ["--rate", "fast"]):  # no silent abbreviations
+    for bad in (["--shar", "2"], ["--name", "z"], ["--share", "fast"]):  # no silent abbreviations
         with pytest.raises(SystemExit) as exit_:
             parser.parse_args(bad)
         assert exit_.value.code == 2
 
 
-@pytest.mark.parametrize("error", [ValueError("bad slice"), FileNotFoundError("bad slice")])
-def test_users_mistakes_are_one_line_and_exit_2(error, capsys):
-    # as if raised in this repository's own files: in runtime.py itself
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (runtime.UserError("bad slice"), "error: bad slice\n"),
+        (FileNotFoundError("bad slice"), "error: bad slice\n"),
+        (MemoryError(), "--batch-size"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "--device cpu"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "--batch-size"),
+    ],
+)
+def test_what_the_user_can_fix_is_one_message_and_exit_2(error, words, capsys):
     def main():
-        with runtime.atomic_path("never"):
-            raise error
+        raise error
 
-    if isinstance(error, ValueError):
-        main = lambda: runtime.load_checkpoint(__file__, "vqvae2")  # noqa: E731
     with pytest.raises(SystemExit) as exit_:
         runtime.run_cli(main)
     assert exit_.value.code == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1
+    assert err.startswith("error: ") and words in err and err.count("\n") == 1
 
 
-def test_a_library_s_value_error_keeps_its_traceback():
-    with pytest.raises(ValueError, match="broadcast"):
-        runtime.run_cli(lambda: np.broadcast_to(np.zeros(3), (2, 2)))
+def test_a_bug_keeps_its_traceback():
+    """Also one of ours, in this folder: a ValueError is no UserError."""
+    for error in (ValueError("zip() argument 2 is longer"), RuntimeError("size mismatch"), KeyError("x")):
+
+        def main(error=error):
+            with runtime.atomic_path("never"):
+                raise error
+
+        with pytest.raises(type(error)):
+            runtime.run_cli(main)
 
 
 def test_ctrl_c_exits_with_130():
@@ -135,6 +149,104 @@ def test_cuda_asked_for_where_there_is_none():
     with pytest.raises(ValueError, match="--device cpu"):
         runtime.pick_device("cuda")
     assert runtime.pick_device("auto").type == "cpu"
+
+
+def test_a_run_needs_no_git_and_names_no_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(
+        "sys.argv", ["/home/me/train.py", "--data=/home/me/a", "--out", "/home/me/b/", "--lr", "1"]
+    )
+    found = runtime.provenance()
+    assert found["revision"] == "unknown"
+    assert found["argv"] == ["train.py", "--data=a", "--out", "b", "--lr", "1"]
+    git = tmp_path / "git"
+    git.write_text("#!/bin/sh\nexit 128\n")
+    git.chmod(0o755)
+    assert runtime.provenance()["revision"] == "unknown"
+
+
+def test_a_line_reaches_a_file_when_it_is_printed(tmp_path):
+    code = "import runtime, time; runtime.run_cli(lambda: (print('said'), time.sleep(60)))"
+    with open(tmp_path / "out", "w") as out:
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=out, cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 30
+        while (tmp_path / "out").read_text() != "said\n":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_temporary_folders_are_ours_alone_and_follow_no_link(tmp_path):
+    with runtime.atomic_path(tmp_path / "a.txt") as part:
+        assert part.parent.stat().st_mode & 0o777 == 0o700
+        assert part.name == "a.txt" and not part.exists()
+        with pytest.raises(BlockingIOError):  # held: no other run sweeps it away
+            runtime.lock(part.parent)
+        part.write_text("x")
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_only_what_nobody_holds_is_swept(tmp_path):
+    for name in ("held", "left"):
+        (tmp_path / f"{runtime.TEMPORARY}{name}").mkdir()
+    (tmp_path / f"{runtime.TEMPORARY}file").write_text("")
+    held = runtime.lock(tmp_path / f"{runtime.TEMPORARY}held")
+    runtime.write_text(tmp_path / "a.txt", "x")
+    os.close(held)
+    assert set(os.listdir(tmp_path)) == {"a.txt", f"{runtime.TEMPORARY}held", f"{runtime.TEMPORARY}file"}
+
+
+def test_one_run_holds_a_folder_at_a_time(tmp_path):
+    with runtime.only_run_in(tmp_path / "out"):
+        with pytest.raises(runtime.UserError, match=r"another run is writing there\. Fix"):
+            runtime.only_run_in(tmp_path / "out").__enter__()
+        assert not os.listdir(tmp_path / "out")
+    with runtime.only_run_in(tmp_path / "out"):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file: cannot write there"), runtime.only_run_in(tmp_path / "file"):
+        pass
+
+
+def test_a_file_replaces_no_folder(tmp_path):
+    (tmp_path / "a" / "inside").mkdir(parents=True)
+    with pytest.raises(OSError, match="a'"):
+        runtime.write_text(tmp_path / "a", "x")
+    assert (tmp_path / "a" / "inside").is_dir() and os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "value, hint, fits",
+    [
+        (1, int, True), (True, int, False), (1, float, True), ("1", float, False), (None, str, False),
+        ({"a": 1}, dict[str, int], True), ({1: 1}, dict[str, int], False), ([], dict, False), ({}, dict, True),
+        ([1, 2], tuple[int, ...], True), ([1, "2"], tuple[int, ...], False), ("12", list[str], False),
+    ],
+)  # fmt: skip
+def test_types_of_what_a_file_holds(value, hint, fits):
+    assert runtime.matches(value, hint) is fits
+
+
+def test_help_has_headings_and_the_values_that_will_be_used():
+    @dataclass(frozen=True)
+    class Other:
+        """What else there is. And more."""
+
+        lr: float = runtime.option(0.1, "how fast")
+        far: int = runtime.option(3, "how far")
+
+    parser = runtime.parser("doc", Config, Other, everyday=("lr",))
+    parser.set_defaults(lr=0.7)
+    text = parser.format_help()
+    assert text.index("everyday flags") < text.index("--lr") < text.index("--name")
+    assert "(default: 0.7)" in text and "What else there is" in text
+    assert runtime.parser("doc", Config, without=("flip",)).parse_args([]).__dict__.keys() == {
+        "name",
+        "share",
+    }
 
 
 def test_provenance_names_this_python():

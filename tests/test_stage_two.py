@@ -196,3 +196,33 @@ def test_a_step_never_waits_for_the_device(autoencoder, tmp_path, monkeypatch):
         run.train_step(torch.tensor([3, 0, 13, 7]), None)
         with pytest.raises(DataDependentOutputException):
             torch.ones(1).item()
+
+
+@pytest.mark.parametrize("forget", [0.0, 0.5, 1.0])
+def test_the_model_gets_the_drawn_variants_and_forgets_positions(autoencoder, tmp_path, monkeypatch, forget):
+    codes = train.CodesConfig(checkpoint=str(autoencoder), forget=forget)
+    config = loop.TrainConfig(out=str(tmp_path), device="cpu")
+    stage = train.CodePriors(train.Settings("prior", codes=codes, prior=TINY, train=config))
+    seen, forward = [], stage.model.forward
+    monkeypatch.setattr(
+        stage.model, "forward", lambda *args, **more: seen.append(args) or forward(*args, **more)
+    )
+    indices, hidden, variants = torch.arange(14), [], []
+    for seed in range(20):
+        stage.start_epoch(torch.Generator().manual_seed(seed))
+        stage.batch_losses("train", indices)
+        top, bottom, position = seen[-1][:3]
+        hidden.append(position.isnan())
+        known = stage.splits["train"].positions[~hidden[-1].numpy()]
+        assert np.array_equal(position[~hidden[-1]].numpy(), known)
+        variants.append(stage.variant)
+        for level, codes_ in (("top", top), ("bottom", bottom)):
+            assert torch.equal(codes_, stage.maps[f"train_{level}"][stage.variant, indices].long())
+    assert torch.stack(hidden).float().mean().item() == pytest.approx(forget, abs=0.1)
+    assert len(torch.stack(variants).unique()) == stage.codes.variants
+    assert (torch.stack(variants)[0] != torch.stack(variants)[1]).any()
+    stage.model.eval()  # nothing is hidden or altered in validation
+    stage.batch_losses("validate", torch.arange(5))
+    top, _, position = seen[-1][:3]
+    assert torch.equal(position, torch.from_numpy(stage.splits["validate"].positions))
+    assert torch.equal(top, stage.maps["validate_top"][0].long())

@@ -309,6 +309,45 @@ def test_flags_win_over_presets_and_checkpoints(study, tmp_path, monkeypatch):
         settings("--resume", tmp_path / "vqvae2_epoch_1.pth", "--preset", "best")
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--prior-channels", 64], "--prior-channels: for --stage prior alone"),
+        (["--checkpoint", "a.pth"], "--checkpoint: for --stage prior alone"),
+        (["--stage", "prior", "--beta", 1], "--beta: for --stage autoencoder alone"),
+        (["--stage", "prior", "--K", 64], "--K: for --stage autoencoder alone"),
+        (["--stage", "prior", "--height", 64], "--height: for --stage autoencoder alone"),
+        (["--stage", "prior", "--preset", "report"], "the presets of --stage prior are quick, best"),
+        (["--rate", 0.03], "is called --bit-weight now. Fix: --bit-weight 0.03"),
+    ],
+)
+def test_flags_without_effect_are_refused(flags, words, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as exit_:
+        runtime.run_cli(train.main)
+    assert exit_.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], ["--lr LR               the highest learning rate of the run (default: 0.0003)"]),
+        (["--preset", "best"], ["(default: 0.0015)", "(default: 30.0)"]),
+        (["--stage", "prior", "--preset", "best"], ["(default: 0.002)", "(default: 30.0)"]),
+        (["--lr", "0.5"], ["(default: 0.5)"]),
+    ],
+)
+def test_help_shows_the_settings_that_will_be_used(flags, words, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr("sys.argv", ["train.py", *flags, "--help"])
+    with pytest.raises(SystemExit) as exit_:
+        train.main()
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0 and all(word in out for word in words)
+    everyday = [out.index(f"  --{name} ") for name in ("data", "preset", "minutes", "out", "resume", "stage")]
+    assert everyday == sorted(everyday)
+
+
 def test_users_mistakes_exit_with_2_and_no_traceback(study, tmp_path, monkeypatch, capsys):
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 cut off")
     (tmp_path / "file").write_text("in the way")
