@@ -194,7 +194,7 @@ def in_parallel(function: Callable, items: Sequence, label: str, unit: str) -> I
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`: "auto" is CUDA if there is one, else the CPU. UserError for a CUDA device that is not there.
+    """The device `name`, where "auto" is CUDA if there is one, else the CPU. UserError for a CUDA that is missing.
 
     From here on float32 is float32 on a GPU too. By default cuDNN computes convolutions in TF32, with 10 bits of
     mantissa, on Ampere and later, which changes up to 0.7 % of the codes. Training steps allow it again (loop.py).
