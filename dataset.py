@@ -805,8 +805,9 @@ class StudyInfo:
     def from_checkpoint(cls, checkpoint: dict, path: Path | str) -> "StudyInfo":
         """The record in a checkpoint; UserError, which names `path`, where it is not one."""
         data = checkpoint.get("data")
-        if isinstance(data, dict) and isinstance(data.get("labels"), list):
-            data = data | {"labels": tuple(data["labels"])}
+        if isinstance(data, dict):  # fields with a default may be missing
+            data = {"synthetic": False, "allow_patient_overlap": False, "labels": (), "fit": "auto"} | data
+            data["labels"] = tuple(data["labels"]) if isinstance(data["labels"], list) else data["labels"]
         return runtime.from_saved(cls, data, f"{path}: data")
 
     def as_dict(self) -> dict:
