@@ -143,10 +143,7 @@ def correct(args) -> dict:
 
     straight = make_trainer(args, batch_size=2)
     take_steps(straight, 5)
-    saved = io.BytesIO()
-    torch.save(straight.checkpoints.contents(), saved)
-    saved.seek(0)
-    checkpoint = torch.load(saved, map_location="cpu", weights_only=True)
+    checkpoint = runtime.load_checkpoint(straight.checkpoints.save("half"), straight.stage.kind)
     expected = take_steps(straight, 5, 5)
     resumed = make_trainer(args, batch_size=2)
     resumed.checkpoints.restore(checkpoint)
@@ -310,9 +307,9 @@ def commands(args) -> dict:
         tail = (done.stdout + done.stderr).strip().splitlines()[-3:] if done.returncode else []
         return {"exit_code": done.returncode, "seconds": round(time.perf_counter() - began, 1), "tail": tail}
 
-    for line in lines:
-        row[" ".join(line[:3])] = run(*line)
-        print(line[0], row[" ".join(line[:3])], flush=True)
+    for number, line in enumerate(lines, 1):
+        row[f"{number}. {line[0]}"] = run(*line)
+        print(line[0], row[f"{number}. {line[0]}"], flush=True)
     stopped = f"{out}-stopped"
     process = subprocess.Popen(
         [sys.executable, *fit, "--out", stopped, "--minutes", "10", *device],
