@@ -158,6 +158,20 @@ def test_scoring_and_sampling_mix_no_devices(trained):
         generate.generate(generate.GenerateConfig(n=2, nucleus=0.9, **files))
 
 
+def test_a_compiled_step_is_one_graph(study, tmp_path, monkeypatch):
+    """On a CPU and without a compiler: Dynamo alone decides what becomes a graph."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, mode: compile(function, backend="eager"))
+    monkeypatch.setattr(loop, "compile_mode", lambda device: None)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    settings = autoencoder(study, tmp_path, compile="on", device="cpu")
+    take_steps(loop.Trainer(train.Autoencoder(settings), settings.train), count=4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+
+
 # The faults that these tests are to find.
 
 
