@@ -163,6 +163,14 @@ def test_a_quaternion_a_little_longer_than_one_is_shortened(tmp_path):
     assert found.broken and not found.oriented
 
 
+@pytest.mark.parametrize("handed", [1, -1])
+def test_a_qform_of_either_handedness(tmp_path, handed):
+    image = nibabel.Nifti1Image(PIXELS, None)
+    affine = np.array([[0, -2.0, 0, 5], [3, 0, 0, 6], [0, 0, 4.0 * handed, 7], [0, 0, 0, 1]])
+    image.set_qform(affine, 1)
+    np.testing.assert_allclose(read(tmp_path, patched(image, scode=("h", 0))).affine, affine, atol=1e-6)
+
+
 @pytest.mark.parametrize("row", [[0.0] * 12, [float("nan")] * 12, [1e30] * 12, [1.0, 0, 0, 0] * 3])
 def test_a_broken_sform_gives_way_to_the_qform_then_to_voxel_sizes(tmp_path, row):
     image = nibabel.Nifti1Image(PIXELS, None)

@@ -93,9 +93,19 @@ def test_types_axes_and_constant_planes(checkpoint, tmp_path, capsys):
         and rows["u1.nii"]["scored"] == 5
         and rows["slice.nii.gz"]["planes"] == 1
     )
+    assert rows["u1.nii"]["bits"] == 6 * rows["slice.nii.gz"]["bits"]
     with np.load(tmp_path / "out" / "codes.npz") as codes:
         assert codes["top"].shape == (19, 8, 4) and codes["bottom"].shape == (19, 16, 8)
         assert codes["name"].tolist().count("f8.nii") == 6 and codes["plane"].tolist()[:6] == [*range(6)]
+
+
+def test_a_constant_plane_stays_as_it_is(checkpoint, tmp_path):
+    pixels = np.random.default_rng(1).gamma(2, 100, (64, 3, 32)).astype(np.float32)
+    pixels[:, 1] = 7
+    nibabel.save(nibabel.Nifti1Image(pixels, np.eye(4)), tmp_path / "a.nii.gz")
+    use(checkpoint, [tmp_path / "a.nii.gz"], tmp_path / "out")
+    found = np.asarray(nibabel.load(tmp_path / "out" / "a.nii.gz").dataobj)
+    assert (found[:, 1] == 7).all() and not np.allclose(found[:, 0], pixels[:, 0], atol=1)
 
 
 def test_scores_and_bits_are_those_of_the_slice(checkpoint, tmp_path, capsys):

@@ -159,6 +159,7 @@ def test_patients_are_split_as_in_the_course_or_by_seed():
     ]
     assert chosen == split_patients({1, *range(4, 33)}, seed=0)[0]
     assert chosen != split_patients({1, *range(4, 33)}, seed=1)[0]
+    assert sorted(split_patients({1, 2, 3}, seed=0)[0].values()) == sorted(SPLITS)
     with pytest.raises(ValueError, match="at least 3"):
         split_patients({100, 101}, seed=0)
 
