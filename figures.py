@@ -1,7 +1,7 @@
 """Arrays in, pictures out: the only file that uses matplotlib.
 
 No pyplot, so that importing this file sets no backend and leaves no figure open: each function draws on a
-`Figure` of its own and writes it whole or not at all. Slices are shown as stored, rows down: (H, W).
+`Figure` of its own and writes it whole or not at all. Slices (H, W) are shown as stored, the first row on top.
 """
 
 import os
@@ -23,8 +23,9 @@ from runtime import atomic_path
 
 DPI = 120
 PANEL = 3.0  # inches, the height of a slice in a sheet
-MOST_COLOURS = 20  # patients that a histogram tells apart
+MOST_COLOURS = 20  # a histogram of more patients has one colour
 NO_MASK = 255  # in a mask: nothing is known of this pixel
+MODEL_COLOURS = ("black", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")  # no codec's
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -37,7 +38,7 @@ def _save(figure: Figure, path: Path | str) -> None:
 
 
 def _show(axes, image: np.ndarray, title: str = "", **options):
-    """Draw a slice or a map with square pixels, no ticks and no smoothing."""
+    """Draw a slice or a code map with square pixels, no ticks and no smoothing."""
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_title(title, fontsize=9)
@@ -51,9 +52,9 @@ def draw_contours(axes, mask: np.ndarray) -> None:
 
 
 def save_slice(path: Path | str, image: np.ndarray, low: float, high: float) -> None:
-    """Write (H, W) as a grey PNG of W x H pixels, one for one; `low` is black and `high` white.
+    """Write a slice (H, W) as a grey PNG of W x H pixels; `low` becomes black and `high` white.
 
-    Values outside saturate, so give both slices of a pair the original's minimum and maximum.
+    Values outside that range saturate. Give both slices of a pair the original's minimum and maximum.
     """
     grey = np.clip((np.asarray(image, np.float64) - low) / ((high - low) or 1), 0, 1)
     with atomic_path(path) as part:
@@ -81,18 +82,18 @@ def comparison_sheet(
 ) -> None:
     """Draw original | reconstruction | absolute difference of slices side by side, with one colour bar.
 
-    Each pair is shown on its original's range, and its difference as a share of that range, so that the
-    differences of all slices have one scale; it ends at the 99.9th percentile of them all.
+    Each pair is shown on its original's grey range. The difference is a share of that range, so all slices
+    share one colour scale, which ends at the 99.9th percentile of all differences.
 
     Args:
         rows: title, original (H, W) and reconstruction (H, W) of each slice.
         note: a line above it all.
         masks: of each slice, those (H, W) whose outlines are drawn on the original and on the reconstruction.
     """
-    differences = [np.abs(original - made) / (np.ptp(original) or 1) for _, original, made in rows]
+    differences = [np.abs(x - y) / (np.ptp(x) or 1) for _, x, y in rows]
     span = {"cmap": "inferno", "vmin": 0, "vmax": max(np.percentile(differences, 99.9), 1e-6)}
     height, width = rows[0][1].shape
-    panel, gap, group_gap, bottom = PANEL * width / height, 0.06, 0.3, 0.15  # inches, as all that follows
+    panel, gap, group_gap, bottom = PANEL * width / height, 0.06, 0.3, 0.15  # all lengths here are inches
     size = (len(rows) * (3 * (panel + gap) + group_gap) + 0.9, bottom + PANEL + 0.75 + 0.3 * bool(note))
     figure = Figure(figsize=size, dpi=DPI)
 
@@ -100,11 +101,11 @@ def comparison_sheet(
         return figure.add_axes((left / size[0], bottom / size[1], wide / size[0], PANEL / size[1]))
 
     left = group_gap / 2
-    for i, ((title, original, made), difference) in enumerate(zip(rows, differences, strict=True)):
+    for i, ((title, original, reconstruction), difference) in enumerate(zip(rows, differences, strict=True)):
         grey = {"vmin": original.min(), "vmax": original.max()}
         panels = (
             ("original", original, grey),
-            ("reconstruction", made, grey),
+            ("reconstruction", reconstruction, grey),
             ("|difference|", difference, span),
         )
         middle = (left + 1.5 * panel + gap) / size[0]
@@ -127,9 +128,9 @@ def comparison_sheet(
 def code_maps(
     path: Path | str, original: np.ndarray, top: np.ndarray, bottom: np.ndarray, title: str = ""
 ) -> None:
-    """Draw a slice (H, W) beside its code maps (h, w), int in [0, K), all at one height.
+    """Draw a slice (H, W) beside its code maps (h, w), int in [0, K), all of one height.
 
-    Codes have no order, so colours only tell one from another.
+    Codes have no order: colours only tell them apart.
     """
     height, width = original.shape
     figure = _figure(3 * PANEL * width / height + 2.6, PANEL + 0.9)
@@ -137,8 +138,8 @@ def code_maps(
     axes = figure.subplots(1, 3)
     _show(axes[0], original, f"original {height}x{width}")
     for panel, name, codes in ((axes[1], "top", top), (axes[2], "bottom", bottom)):
-        kinds = len(np.unique(codes))
-        image = _show(panel, codes, f"{name} {codes.shape[0]}x{codes.shape[1]}: {kinds} codes", cmap="turbo")
+        used = len(np.unique(codes))
+        image = _show(panel, codes, f"{name} {codes.shape[0]}x{codes.shape[1]}: {used} codes", cmap="turbo")
         figure.colorbar(image, ax=panel, label="code").ax.tick_params(labelsize=7)
     _save(figure, path)
 
@@ -147,10 +148,10 @@ def ssim_histogram(path: Path | str, values: Mapping[str, Sequence[float]], note
     """Draw the histogram of SSIM over slices, stacked by patient; `values` has each patient's slices."""
     figure = _figure(8, 4.5)
     axes = figure.add_subplot()
-    everything = np.concatenate([np.asarray(of, float) for of in values.values()])
+    everything = np.concatenate([np.asarray(scores, float) for scores in values.values()])
     edges = np.histogram_bin_edges(everything, bins=30)
     if len(values) <= MOST_COLOURS:
-        labels = [f"{patient} (n = {len(of)})" for patient, of in values.items()]
+        labels = [f"{patient} (n = {len(scores)})" for patient, scores in values.items()]
         colours = mpl.colormaps["tab10" if len(values) <= 10 else "tab20"].colors[: len(values)]
         axes.hist(list(values.values()), edges, stacked=True, label=labels, color=colours)
     else:
@@ -178,7 +179,10 @@ def slice_grid(
     scale: span[0] is black, span[1] white.
     """
     height, width = next(iter(groups.values()))[0][1].shape
-    top, side = round(0.13 * height), max(2, width // 32)  # pixels left free for labels, and between slices
+    top, side = (
+        round(0.13 * height),
+        max(2, width // 32),
+    )  # free pixels above a slice for its label, and beside it
     rows = max(-(-len(slices) // columns) for slices in groups.values())
     tall, wide = rows * (height + top), columns * (width + side)
     scale, head = panel / height, 0.3 + 0.25 * bool(note)  # inches a pixel, inches above the slices
@@ -209,14 +213,18 @@ def similarity_histograms(
     thresholds: Mapping[str, float],
     note: str = "",
 ) -> None:
-    """Draw, for each measure, how similar the slices of each set are to their nearest training slice."""
+    """Draw how similar the slices of each set are to their nearest training slice, a panel for each measure.
+
+    Args:
+        sets: measure -> name of a set -> similarity of each of its slices (n,).
+        thresholds: measure -> the similarity above which a slice is flagged.
+    """
     figure = _figure(5 * len(sets), 4)
     figure.suptitle(note, fontsize=10)
-    for axes, (measure, of) in zip(
-        figure.subplots(1, len(sets), squeeze=False)[0], sets.items(), strict=True
-    ):
-        edges = np.histogram_bin_edges(np.concatenate(list(of.values())), 40)
-        for name, values in of.items():
+    every_axes = figure.subplots(1, len(sets), squeeze=False)[0]
+    for axes, (measure, similarities) in zip(every_axes, sets.items(), strict=True):
+        edges = np.histogram_bin_edges(np.concatenate(list(similarities.values())), 40)
+        for name, values in similarities.items():
             shares = np.full(len(values), 1 / len(values))
             axes.hist(
                 values, edges, weights=shares, histtype="step", lw=1.5, label=f"{name} (n = {len(values)})"
@@ -253,33 +261,47 @@ def rate_distortion(
 ) -> None:
     """Draw SSIM over bits per pixel: codecs as curves, models as points, a panel for each set of slices.
 
+    A model has one point for each way of counting its bits, joined by a line of the model's colour.
+
     Args:
         panels: title -> (codec -> (bits (Q,), SSIM (Q,)), model -> way of counting its bits -> (bits, SSIM)).
     """
-    shapes, kinds, entries = {}, {}, {}
-    figure = _figure(4.6 * len(panels) + 2.2, 4.6)
+    figure = _figure(4.6 * len(panels) + 2.4, 4.6)
     figure.suptitle(note, fontsize=10)
-    for axes, (title, (codecs, models)) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
+    every_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    shapes: dict[str, str] = {}  # of the points, by the way of counting bits
+    legend: dict[str, dict[str, Line2D]] = {"image codecs": {}, "models": {}, "bits counted by": {}}
+    for axes, (title, (codecs, models)) in zip(every_axes, panels.items(), strict=True):
         for i, (name, (bits, ssim)) in enumerate(codecs.items()):
-            axes.plot(bits, ssim, color=f"C{i}", lw=1.5, label=name)
-        for i, (name, of) in enumerate(models.items()):
-            points, colour = np.array(list(of.values())), "black" if len(models) == 1 else f"C{4 + i % 6}"
-            axes.plot(*points.T, color=colour, lw=1, ls=":", label=name, zorder=3)
-            for kind, point in of.items():
-                marker = {"marker": shapes.setdefault(kind, "osD^v"[len(shapes)]), "ls": "", "label": kind}
+            (legend["image codecs"][name],) = axes.plot(bits, ssim, color=f"C{i}", lw=1.5, label=name)
+        for i, (name, counted) in enumerate(models.items()):
+            points = np.array(list(counted.values()))  # (ways of counting, 2)
+            colour = MODEL_COLOURS[i % len(MODEL_COLOURS)]
+            (legend["models"][name],) = axes.plot(*points.T, color=colour, lw=2.5, label=name, zorder=3)
+            for way, point in counted.items():
+                marker = {"marker": shapes.setdefault(way, "osD^v"[len(shapes)]), "ls": "", "label": way}
                 axes.plot(*point, color=colour, zorder=4, **marker)
-                kinds[kind] = Line2D([], [], color="black", **marker)  # in no model's colour
-        every = np.array([point for of in models.values() for point in of.values()])  # (n, 2)
-        left, right = 0.5 * every[:, 0].min(), 1.3 * every[:, 0].max()
-        seen = [np.interp((left, right), *curve) for curve in codecs.values()]  # the rest matters to nobody
-        low, high = min(every[:, 1].min(), np.min(seen)), max(every[:, 1].max(), np.max(seen))
-        margin = 0.05 * (high - low)
-        axes.set(xlim=(0.9 * left, 1.02 * right), ylim=(low - margin, high + margin), title=title)
-        axes.set(xlabel="bits per pixel", ylabel="SSIM, the report's protocol")
+                legend["bits counted by"][way] = Line2D([], [], color="black", **marker)
+        _zoom_to_models(axes, codecs, models)
+        axes.set(title=title, xlabel="bits per pixel", ylabel="SSIM, the report's protocol")
         axes.grid(alpha=0.3)
-        entries |= {line.get_label(): line for line in axes.lines}
-    entries |= kinds
-    figure.legend(list(entries.values()), list(entries), loc="outside right upper", fontsize=8)
+    handles, labels = [], []
+    for heading, entries in legend.items():
+        handles += [Line2D([], [], ls=""), *entries.values()]
+        labels += [heading, *entries]
+    drawn = figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    for text in drawn.get_texts():
+        if text.get_text() in legend:
+            text.set_weight("bold")
     _save(figure, path)
+
+
+def _zoom_to_models(axes, codecs: Mapping[str, tuple], models: Mapping[str, Mapping[str, tuple]]) -> None:
+    """Limit the axes to what can be compared: the models' points, and the curves near their rates."""
+    points = np.array([point for counted in models.values() for point in counted.values()])  # (n, 2)
+    left, right = 0.5 * points[:, 0].min(), 1.3 * points[:, 0].max()
+    at_the_ends = [np.interp((left, right), *curve) for curve in codecs.values()]
+    low = min(points[:, 1].min(), np.min(at_the_ends))
+    high = max(points[:, 1].max(), np.max(at_the_ends))
+    margin = 0.05 * (high - low)
+    axes.set(xlim=(0.9 * left, 1.02 * right), ylim=(low - margin, high + margin))

@@ -4,9 +4,9 @@
     python -m benchmarks.ablation --data keras_slices_data --only recipe --seed 1   # more seeds of a row
     python -m benchmarks.ablation --table                                           # what has been measured
 
-The recipe is that of `--preset best`, with the network of `quick`. Every run sees the same number of slices
-(--epochs), so other work on the machine changes no score; what a slice costs is given beside it, in CPU time. Rows
-are added to --out, benchmarks/results/ablation.json, one at a time.
+The recipe is that of `--preset best` with the network of `quick`. Every run sees the same number of slices
+(--epochs), so other work on the machine changes no score; the CPU time for a slice stands beside the score. Rows
+are added to --out one at a time.
 """
 
 import argparse
@@ -48,7 +48,7 @@ VARIANTS = {
     "decoder as shallow as the encoder": "--decoder-blocks 1",
     "lambda 0.01": "--bit-weight 0.01",
 }
-CHANGED = {  # by a function of variants.py and its arguments, and by flags
+CHANGED = {  # a function of variants.py with its arguments, and flags
     "ReLU": ("relu", ""),
     "GroupNorm": ("group_norm", ""),
     "cosine codes, D 16": ("cosine_codes", "--D 16"),
@@ -62,25 +62,25 @@ CHANGED = {  # by a function of variants.py and its arguments, and by flags
     "intensities": ("intensities", ""),
 }
 NAMES = [*VARIANTS, *CHANGED]
-KEY = ("name", "epochs", "seed")  # of a row; one with the same key replaces it
+KEY = ("name", "epochs", "seed")  # a new row replaces one with the same key
 
 
 def measure(name: str, data: str, epochs: int, seed: int) -> dict:
-    """Train one variant in a process of its own; its row."""
+    """Train one variant in a process of its own and return its row."""
     with tempfile.TemporaryDirectory() as out:
-        change, own = CHANGED.get(name) or ("", VARIANTS[name])
-        flags = f"--preset quick --lr 1.5e-3 --minutes 0 --epochs {epochs} --seed {seed} {own}".split()
+        change, own_flags = CHANGED.get(name) or ("", VARIANTS[name])
+        flags = f"--preset quick --lr 1.5e-3 --minutes 0 --epochs {epochs} --seed {seed} {own_flags}".split()
         script = ["-m", "benchmarks.variants", *change.split()] if change else ["train.py"]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         if subprocess.run([sys.executable, *script, "--data", data, "--out", out, *flags]).returncode:
-            raise runtime.UserError(f"no row of {name}: see above. The rows before it are kept.")
+            raise runtime.UserError(f"{name}: training failed, see above. The rows before it are kept.")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         first, *_, last = map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines())
     cpu = sum(getattr(after, kind) - getattr(before, kind) for kind in ("ru_utime", "ru_stime"))
     return {
         "name": name,
         "seed": seed,
-        "flags": f"{change} {own}".strip(),
+        "flags": f"{change} {own_flags}".strip(),
         "epochs": epochs,
         "ssim": 1 - last["validate"]["ssim"],
         "mse": last["validate"]["mse"],
@@ -92,13 +92,13 @@ def measure(name: str, data: str, epochs: int, seed: int) -> dict:
 
 
 def table(rows: list[dict]) -> None:
-    """One line a variant, best first: mean and sample standard deviation over seeds."""
+    """Print a line for each variant, best first: mean and sample standard deviation over seeds."""
     groups = {}
     for row in rows:
-        alike = row["epochs"], *row["data"]["fingerprints"].values(), row["run"]["torch"]
-        groups.setdefault(alike, {}).setdefault(row["name"], []).append(row)
+        comparable = row["epochs"], *row["data"]["fingerprints"].values(), row["run"]["torch"]
+        groups.setdefault(comparable, {}).setdefault(row["name"], []).append(row)
     for (epochs, *_, torch), found in groups.items():
-        scores = {name: [row["ssim"] for row in of] for name, of in found.items()}
+        scores = {name: [row["ssim"] for row in seeds] for name, seeds in found.items()}
         recipe = np.mean(scores.get("recipe", np.nan))
         title = f"{epochs} epochs, torch {torch}"
         print(f"{title:<36}{'seeds':>6}{'val. SSIM':>11}{'spread':>9}{'to recipe':>10}{'CPU ms a slice':>16}")
@@ -118,12 +118,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ablation.json"))
-    parser.add_argument("--table", action="store_true", help="measure nothing")
+    parser.add_argument("--table", action="store_true", help="print the rows of --out and measure nothing")
     args = parser.parse_args()
     rows = json.loads(args.out.read_text()) if args.out.is_file() else []
     if not args.table:
         if not args.data:
-            raise runtime.UserError("no --data; expected the folder of a study")
+            raise runtime.UserError("no --data. Fix: name the folder of a study.")
         os.makedirs(args.out.parent, exist_ok=True)
         for i, name in enumerate(args.only, 1):
             print(f"{name} ({i} of {len(args.only)})")

@@ -1,8 +1,8 @@
-"""What ours is measured against: the report's model, rebuilt, a single-level VQ-VAE, MONAI's (`pip install monai`).
+"""The models that ours is compared with: the report's, rebuilt; a single-level VQ-VAE; MONAI's (`pip install monai`).
 
-Every model here maps x (B, 1, H, W) to a reconstruction of that shape and its quantiser's loss (). Every
-`..._through_codes` and `through_codes` gives what its codes alone decode to, in `eval()`, and of each level the
-codes (B, ...) int64 in [0, K) and K.
+Every model maps x (B, 1, H, W) to a reconstruction of that shape and its quantiser's loss (). Every `through_codes`
+returns, for a model in `eval()`, what its codes alone decode to, and each level's codes (B, ...) int64 in [0, K)
+with their K.
 """
 
 from dataclasses import replace
@@ -32,9 +32,9 @@ class ResidualBlock(nn.Module):
 
 
 class GradientQuantiser(nn.Module):
-    """The report's quantiser: K codes learnt by gradient, on the map flattened without moving channels last.
+    """The report's quantiser: K codes learnt by gradient, on a map flattened without moving channels last.
 
-    A "vector" is therefore D neighbouring pixels of one channel, which is what streaks its pictures.
+    So a "vector" is D neighbouring pixels of one channel, which puts streaks into its pictures.
     """
 
     def __init__(self, K: int, D: int):
@@ -48,7 +48,7 @@ class GradientQuantiser(nn.Module):
         return z + (vectors - z).detach(), loss
 
     def nearest(self, z: Tensor) -> Tensor:
-        """z (B, D, h, w) -> codes (B, h * w) int64 in [0, K): as many as pixels, whatever the "vectors" are."""
+        """z (B, D, h, w) -> codes (B, h * w) int64 in [0, K)."""
         flat = z.reshape(-1, self.codebook.embedding_dim)
         return torch.cdist(flat, self.codebook.weight).argmin(1).view(len(z), -1)
 
@@ -58,7 +58,7 @@ class ReportVQVAE2(nn.Module):
 
     Residual blocks of 128 channels at full resolution; "top" and "bottom" are two parallel maps of half the
     resolution, each one stride-2 convolution with K=256: no hierarchy, 4.0 bits per pixel. Where the
-    description leaves a choice, this takes the cheaper one, so our speed over it is not flattered.
+    description leaves a choice, this takes the cheaper one, so that the comparison does not flatter us.
     """
 
     def __init__(self, channels: int = 128, D: int = 64, K: int = 256):
@@ -102,10 +102,10 @@ class ReportVQVAE2(nn.Module):
 class SingleLevelVQVAE(nn.Module):
     """A single-level VQ-VAE of the kind that reports 0.935 on HipMRI (2025): 0.66 M parameters.
 
-    Known of that peer: one level of 64x32 codes for 256x128 pixels, K=512, 0.5625 bits per pixel. The rest is
-    our choice, the usual ingredients (van den Oord et al. 2017, section 4.1): two stride-2 convolutions, 128
-    channels, two residual blocks of 32, the mirror image as decoder, D=64, beta 0.25. It has our quantiser,
-    whose EMA codebook starts from data and revives dead codes, so that no collapse of its codebook flatters us.
+    That peer has one level of 64x32 codes for 256x128 pixels and K=512, so 0.5625 bits per pixel. We chose the
+    rest, the usual ingredients (van den Oord et al. 2017, section 4.1): two stride-2 convolutions, 128 channels, two
+    residual blocks of 32 channels, the mirror image as decoder, D=64, beta 0.25. It has our quantiser, whose EMA
+    codebook starts from data and revives dead codes, so that its codebook does not collapse.
     """
 
     def __init__(self, channels: int = 128, D: int = 64, K: int = 512, beta: float = 0.25):

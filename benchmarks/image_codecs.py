@@ -1,13 +1,16 @@
-"""What image codecs make of slices: bits and scores, the yardstick for a learned code. Slices in, numbers out.
+"""What image codecs make of slices: bits and scores to compare a learned code with. Slices in, numbers out.
 
-JPEG, JPEG 2000, WebP and AVIF, as Pillow has them, get 8-bit pictures: a z-scored slice scaled by its own minimum
-and maximum to 0..255. What they give back is scaled by the same two numbers and scored against the float slice
-by `metrics.score_slice`, as the model's reconstruction is. Each codec has the settings that served it best on real
-MR slices, but for AVIF, whose last few per cent take minutes: see `with_avif_speed`.
+JPEG, JPEG 2000, WebP and AVIF, as Pillow has them, get 8-bit pictures: a z-scored slice, scaled from its own
+minimum and maximum to 0..255. What they return is scaled back by the same two numbers and scored against the float
+slice by `metrics.score_slice`, as the model's reconstruction is. Each codec has the settings that did best on real
+MR slices, except AVIF, whose last few per cent take minutes: see `with_avif_speed`.
 
-A rate is the whole file's, headers too; in pictures as small as these they weigh, and `overhead` says how much.
+A rate is that of the whole file, headers included. In pictures this small they count, and `overhead` says how much.
+A curve's rate is the mean over slices at one quality, so a codec may spend more on harder slices. Between qualities
+a curve is a monotone cubic (PCHIP) in dB over the logarithm of the rate, as for Bjontegaard's differences. SSIM in
+dB is -10 log10(1 - SSIM). None stands for a rate or score outside the sweep.
 
-    sweep_slice of every slice --> mean_curves of some of them --> score_at a rate, bits_at a score
+    sweep_slice of each slice --> mean_curves over slices --> score_at a rate, bits_at a score
 """
 
 from collections.abc import Sequence
@@ -22,17 +25,17 @@ from scipy.interpolate import PchipInterpolator
 import metrics
 from runtime import UserError
 
-Points = dict[str, list[dict[str, float]]]  # of a slice: codec -> at each quality, rate and scores
-Curves = dict[str, dict[str, np.ndarray]]  # of many: codec -> rate and scores, each (qualities,)
+Points = dict[str, list[dict[str, float]]]  # one slice: codec -> rate and scores at each quality
+Curves = dict[str, dict[str, np.ndarray]]  # many slices: codec -> rate and scores, each (qualities,)
 
 
 class Codec(NamedTuple):
-    """A codec and how it is asked for: of the files that `settings` make, the smallest counts."""
+    """A codec and how it is called. Where there are several `settings`, the smallest file counts."""
 
-    format: str  # Pillow's name of it
-    feature: str  # and of the library, in PIL.features
+    format: str  # as Pillow calls it
+    feature: str  # as PIL.features calls its library
     library: str
-    qualities: tuple[float, ...]  # rising: Pillow's, of JPEG 2000 bits per pixel
+    qualities: tuple[float, ...]  # rising; Pillow's own, but bits per pixel for JPEG 2000
     settings: tuple[dict, ...]
 
 
@@ -49,7 +52,7 @@ CODECS = {
         "jpg_2000",
         "OpenJPEG",
         (0.12, 0.2, 0.32, 0.5, 0.72, 1.0, 1.4),
-        # neither the boxes of a .jp2 nor the encoder's name: 117 bytes less
+        # without the boxes of a .jp2 and the encoder's name, which save 117 bytes
         ({"irreversible": True, "num_resolutions": 4, "no_jp2": True, "comment": " "},),
     ),
     "WebP": Codec("WEBP", "webp", "libwebp", (1, 12, 30, 52, 74, 86), ({"method": 6},)),
@@ -64,17 +67,18 @@ CODECS = {
 
 
 def with_avif_speed(speed: int) -> dict[str, Codec]:
-    """`CODECS` with AVIF at a speed from 10 down to 0, the best; Pillow's own is 6.
+    """`CODECS` with AVIF at a speed from 10 (fastest) to 0 (smallest files); Pillow's default is 6.
 
-    On the slices that chose the settings, 4 took 6 % fewer bits than 6 for the same SSIM, and five times as long;
-    2 took 3 % fewer than 4, three times as long; 0 another 1 %, again three times as long.
+    On the slices on which the settings were chosen, speed 4 needed 6 % fewer bits than 6 for the same SSIM and took
+    five times as long. Speed 2 needed 3 % fewer than 4 and took three times as long; speed 0 saved another 1 % for
+    three times the time of 2.
     """
     avif = CODECS["AVIF"]
     return CODECS | {"AVIF": avif._replace(settings=({**avif.settings[0], "speed": speed},))}
 
 
 def check() -> None:
-    """UserError if this Pillow was built without one of the codecs."""
+    """Raise UserError if this Pillow was built without one of the codecs."""
     if missing := [name for name, codec in CODECS.items() if not features.check(codec.feature)]:
         raise UserError(
             f"Pillow {PIL.__version__} has no {', '.join(missing)}; expected {', '.join(CODECS)}. "
@@ -83,7 +87,7 @@ def check() -> None:
 
 
 def version(codec: Codec) -> str:
-    turbo = codec.feature == "jpg"  # PIL.features knows "jpg" by the version of its interface alone
+    turbo = codec.feature == "jpg"  # for "jpg", PIL.features knows only the version of the interface
     found = features.version_feature("libjpeg_turbo") if turbo else features.version(codec.feature)
     return f"{codec.library} {found or 'of unknown version'}"
 
@@ -92,35 +96,35 @@ def version(codec: Codec) -> str:
 
 
 def to_bytes(original: np.ndarray) -> np.ndarray:
-    """(H, W) float -> uint8; the slice's minimum is 0 and its maximum 255. A slice of one value is 0."""
+    """(H, W) float -> uint8, from 0 at the slice's minimum to 255 at its maximum; 0 for a slice of one value."""
     low, span = float(original.min()), metrics.value_range(original)
     return np.round(255 * ((original.astype(np.float64) - low) / span)).astype(np.uint8)
 
 
 def from_bytes(grey: np.ndarray, original: np.ndarray) -> np.ndarray:
-    """What `to_bytes(original)` became, back on the scale of `original`: (H, W) float64."""
+    """Undo `to_bytes(original)` for a decoded picture (H, W): float64 on the scale of `original`."""
     return grey * (metrics.value_range(original) / 255) + float(original.min())
 
 
 def encode(codec: Codec, grey: np.ndarray, quality: float) -> bytes:
-    """The file of an (H, W) uint8 picture."""
-    # JPEG 2000 takes a compression ratio, and 8 bits a pixel are 1
-    asked = {"quality_layers": [8 / quality]} if codec.format == "JPEG2000" else {"quality": quality}
+    """The file of a picture (H, W) uint8."""
+    # JPEG 2000 takes a compression ratio; 8 bits per pixel are a ratio of 1
+    quality_option = {"quality_layers": [8 / quality]} if codec.format == "JPEG2000" else {"quality": quality}
     files = []
     for settings in codec.settings:
-        Image.fromarray(grey).save(file := BytesIO(), codec.format, **asked, **settings)
+        Image.fromarray(grey).save(file := BytesIO(), codec.format, **quality_option, **settings)
         files.append(file.getvalue())
     return min(files, key=len)
 
 
 def decode(file: bytes) -> np.ndarray:
-    """The (H, W) uint8 picture in a file; WebP has no grey, and its three channels differ by a rounding."""
+    """The picture (H, W) uint8 in a file. WebP has no grey pictures; its three channels differ by rounding."""
     with Image.open(BytesIO(file)) as picture:
         return np.asarray(picture.convert("L"))
 
 
 def sweep_slice(original: np.ndarray, codecs: dict[str, Codec] = CODECS) -> Points:
-    """A z-scored slice (H, W) through every codec at every quality: "bits_per_pixel", `metrics.score_slice`."""
+    """Send a z-scored slice (H, W) through every codec at every quality: its "bits_per_pixel" and scores."""
     grey, points = to_bytes(original), {}
     for name, codec in codecs.items():
         points[name] = []
@@ -132,7 +136,7 @@ def sweep_slice(original: np.ndarray, codecs: dict[str, Codec] = CODECS) -> Poin
 
 
 def overhead(codec: Codec, height: int, width: int) -> int:
-    """Bytes of the smallest file of a slice of one value: mid-grey is 0 to codecs that subtract it."""
+    """Bytes of a file that holds next to no picture: a slice of mid-grey, which codecs subtract first."""
     return len(encode(codec, np.full((height, width), 128, np.uint8), codec.qualities[0]))
 
 
@@ -140,7 +144,7 @@ def overhead(codec: Codec, height: int, width: int) -> int:
 
 
 def mean_curves(slices: Sequence[Points]) -> Curves:
-    """The rate and every score of each codec, means over slices."""
+    """The rate and the scores of each codec at each quality, averaged over slices."""
     return {
         codec: {
             name: np.mean([[point[name] for point in points[codec]] for points in slices], 0)
@@ -151,17 +155,17 @@ def mean_curves(slices: Sequence[Points]) -> Curves:
 
 
 def _decibels(score: str, values):
-    """SSIM as its distance from 1, which over the logarithm of the rate is as nearly straight as PSNR is."""
+    """Scores in dB. SSIM becomes its distance from 1, nearly straight over the logarithm of the rate, as PSNR is."""
     return values if score.startswith("psnr") else -10 * np.log10(np.maximum(1 - np.asarray(values), 1e-10))
 
 
 def _fit(curve: dict[str, np.ndarray], score: str) -> PchipInterpolator | None:
-    """Decibels over log bits, monotone so that it can be read both ways; None where bits gain nothing at all.
+    """Decibels over log bits, monotone so that it can be read both ways; None if more bits gain nothing.
 
     Straight lines between qualities would cut the corners of a concave curve and cost a codec 0.01 of SSIM.
     """
     rates, scores = curve["bits_per_pixel"], np.maximum.accumulate(curve[score])
-    # where more bits gained nothing fewer would do, and where none were added there is one point
+    # drop a quality that needs more bits for no gain, or no more bits than the one before
     keep = np.append(True, (np.diff(scores) > 0) & (np.diff(rates) > 0))
     if keep.sum() < 2:
         return None
@@ -184,16 +188,16 @@ def bits_at(curve: dict[str, np.ndarray], score: str, value: float) -> float | N
     return float(np.exp(found[0])) if len(found) else None
 
 
-def drawn(curve: dict[str, np.ndarray], score: str) -> tuple[list[float], list[float]]:
-    """One codec's curve as `score_at` reads it, bits per pixel and score, at 60 rates."""
+def curve_points(curve: dict[str, np.ndarray], score: str) -> tuple[list[float], list[float]]:
+    """One codec's curve for a plot: bits per pixel and `score_at` for 60 rates within the sweep."""
     rates = curve["bits_per_pixel"]
     read = [(bits, score_at(curve, score, bits)) for bits in np.geomspace(rates[0], rates[-1], 60)]
     read = [(bits, found) for bits, found in read if found is not None]
     return [bits for bits, _ in read], [found for _, found in read]
 
 
-def beside(curves: Curves, rates: dict[str, float], scores: dict[str, float]) -> dict[str, dict]:
-    """By codec: its scores at each of a model's `rates` (named), and its bits for each of the model's `scores`."""
+def compare(curves: Curves, rates: dict[str, float], scores: dict[str, float]) -> dict[str, dict]:
+    """Each codec's scores at a model's `rates` (by name), and the bits it needs for the model's `scores`."""
     return {
         codec: {
             "at": {
@@ -207,7 +211,7 @@ def beside(curves: Curves, rates: dict[str, float], scores: dict[str, float]) ->
 
 
 def scoreboard(curves: Curves, height: int, width: int, codecs: dict[str, Codec] = CODECS) -> dict[str, dict]:
-    """By codec, for JSON: library, settings, headers, and a row for every quality."""
+    """For JSON, each codec's library, settings, overhead and curve with a row for each quality."""
     board = {}
     for name, codec in codecs.items():
         size = overhead(codec, height, width)

@@ -11,8 +11,8 @@
 
 Every model takes the same step: a batch of slices forward, the mean squared error and the quantiser's loss,
 backward, Adam. Each round times every model in turn, so that a machine that slows down slows them all; the table
-has medians over rounds. Every timing has a process of its own, whose peak memory includes the libraries. How well the
-models reconstruct is not compared: the peers would need hours to converge.
+has medians over rounds. Every timing has a process of its own, whose peak memory includes the libraries. How well
+the models reconstruct is not compared: the peers would need hours to converge.
 """
 
 import importlib.util

@@ -1,8 +1,8 @@
-"""Mean scores of several sets in one test split, from predict.py's test_scores.csv.
+"""Mean scores of two sets that share a test split, from predict.py's test_scores.csv.
 
     python -m benchmarks.per_set Results/test_scores.csv --below 100
 
-Patients numbered below that are one set, the rest the other. Intervals: 95 %, bootstrap over patients.
+Patients numbered below --below are one set, the others the second. Intervals are 95 % bootstraps over patients.
 """
 
 import csv
@@ -17,7 +17,7 @@ SCORES = ("ssim_report", "ssim_standard", "ssim_report_body", "psnr")
 
 
 def study_sets(patients: np.ndarray, below: int) -> dict[str, np.ndarray]:
-    """The slices (N,) bool of each set that has any, by the numbers of their patients (N,)."""
+    """Which slices (N,) bool belong to each set, by the numbers of their patients (N,); no empty set."""
     sets = {f"patients < {below}": patients < below, f"patients >= {below}": patients >= below}
     return {name: chosen for name, chosen in sets.items() if chosen.any()}
 

@@ -3,9 +3,9 @@
     python -m benchmarks.rate_distortion Results/vqvae2_best.pth --prior Results/prior_best.pth
     python -m benchmarks.rate_distortion low.pth middle.pth high.pth --below 100 --sets abdomen heart
 
-Each model's bits are counted in up to three ways: nominal (log2 K a code), by the entropy of its code histogram over
-the slices, and by the bound on those codes' -log2 p under its prior, where one is given. The sets are
-per_set.py's: patients numbered below --below, and the rest; a study with one of them is one set.
+A model's bits are counted in up to three ways: nominal (log2 K for each code), by the entropy of its code histogram
+over the slices, and by the bound on -log2 p of those codes under its prior, if one is given. Patients numbered below
+--below are one set and the others the second, as in per_set.py; a study with only one of them is one set.
 
 Writes rate_distortion.json and rate_distortion.png to --out.
 """
@@ -31,7 +31,7 @@ SCORES = {"ssim_report": "SSIM report", "ssim_standard": "SSIM standard", "psnr"
 
 
 class Contender(NamedTuple):
-    """A model, its prior if there is one, the scores of every slice and the codes of each level (N, h, w)."""
+    """A model, its prior if there is one, the scores of every slice, and each level's codes (N, h, w)."""
 
     model: VQVAE2
     prior: Prior | None
@@ -40,7 +40,7 @@ class Contender(NamedTuple):
 
 
 def named_sets(patients: np.ndarray, below: int, names: list[str]) -> dict[str, np.ndarray]:
-    """per_set.py's sets, under `names` where they are given; a study of one set is "all"."""
+    """The sets of per_set.py, under `names` if given; a study of one set is "all"."""
     sets = study_sets(patients, below)
     if len(sets) == 1:
         return {"all": np.ones(len(patients), bool)}
@@ -48,13 +48,13 @@ def named_sets(patients: np.ndarray, below: int, names: list[str]) -> dict[str, 
 
 
 def labels(checkpoints: list[str]) -> list[str]:
-    """Names of the models: folder and file where that tells them apart, else the whole path."""
+    """Short names of the models: folder and file where that tells them apart, else the path as given."""
     short = ["/".join(Path(path).with_suffix("").parts[-2:]) for path in checkpoints]
     return short if len(set(short)) == len(short) else checkpoints
 
 
 def pair_up(checkpoints: list[str], priors: list[str]) -> dict[str, str]:
-    """Which prior belongs to which checkpoint; one that belongs to none is an error of `load_models`."""
+    """checkpoint -> its prior. A prior that belongs to none goes to the first, where `load_models` refuses it."""
     digests = {runtime.sha256(path): path for path in checkpoints if Path(path).is_file()}
     pairs = {}
     for prior in priors:
@@ -74,10 +74,10 @@ def score(path: str, prior: str | None, test: SliceDataset, args) -> Contender:
 
 
 def in_set(contender: Contender, test: SliceDataset, chosen: np.ndarray) -> dict:
-    """A model on the slices `chosen` (N,) bool: scores with intervals and patients, rates, codes used."""
+    """Score a model on the slices `chosen` (N,) bool: intervals, patients, rates and codes used."""
     patients = [f"{test.names[i].patient:03d}" for i in np.flatnonzero(chosen)]
-    scores = [score for score, mine in zip(contender.scores, chosen, strict=True) if mine]
-    codes = {level: of[chosen] for level, of in contender.codes.items()}
+    scores = [scores for scores, wanted in zip(contender.scores, chosen, strict=True) if wanted]
+    codes = {level: maps[chosen] for level, maps in contender.codes.items()}
     found = predict.rates(contender.model, codes, *test.pixels.shape[1:])
     found = predict.summarise(scores, patients) | found
     if contender.prior:
@@ -98,7 +98,7 @@ def sweep(test: SliceDataset, codecs: dict[str, image_codecs.Codec]) -> list[ima
 
 def rate_panel(curves: image_codecs.Curves, models: dict[str, dict]) -> tuple[dict, dict]:
     """One panel of figures.rate_distortion: the codecs' curves and the models' points, by name."""
-    lines = {codec: image_codecs.drawn(curve, "ssim_report") for codec, curve in curves.items()}
+    lines = {codec: image_codecs.curve_points(curve, "ssim_report") for codec, curve in curves.items()}
     points = {}
     for name, found in models.items():
         ssim = found["ssim_report"]["mean"]
@@ -125,7 +125,7 @@ def print_set(title: str, board: dict, curves: image_codecs.Curves, rates: list[
     print(f"{'for the same SSIM, report':<34}{'bits per pixel':>16}" + "".join(f"{c:>16}" for c in curves))
     for name, model in board["models"].items():
         for kind, bits in model["bits_per_pixel"].items():
-            needs = (of["bits_per_pixel_for"]["ssim_report"] for of in model["codecs"].values())
+            needs = (codec["bits_per_pixel_for"]["ssim_report"] for codec in model["codecs"].values())
             cells = ("-" if need is None else f"{need:.3f} ({need / bits - 1:+.0%})" for need in needs)
             print(f"{f'{name}, {kind}':<34}{bits:>16.3f}" + "".join(f"{cell:>16}" for cell in cells))
 
@@ -154,10 +154,10 @@ def main() -> None:
     for path, name in zip(args.checkpoints, labels(args.checkpoints), strict=True):
         checkpoint, data = runtime.load_checkpoint(path, "vqvae2"), args.data or (test and str(test.study))
         config = predict.PredictConfig(checkpoint=path, data=data or "", cache=args.cache)
-        mine = predict.open_splits(checkpoint, config)["test"]
-        if test and mine.pixels.shape != test.pixels.shape:
+        own = predict.open_splits(checkpoint, config)["test"]
+        if test and own.pixels.shape != test.pixels.shape:
             parser.error(f"{path}: trained at another size than {args.checkpoints[0]}; expected one size")
-        test, models[name] = mine, score(path, pairs.get(path), mine, args)
+        test, models[name] = own, score(path, pairs.get(path), own, args)
     codecs, size = image_codecs.with_avif_speed(args.avif_speed), test.pixels.shape[1:]
     points, patients = sweep(test, codecs), np.array([name.patient for name in test.names])
 
@@ -169,7 +169,7 @@ def main() -> None:
         for name, contender in models.items():
             found = in_set(contender, test, chosen)
             means = {score: found[score]["mean"] for score in SCORES}
-            beside = image_codecs.beside(curves, found["bits_per_pixel"], means)
+            beside = image_codecs.compare(curves, found["bits_per_pixel"], means)
             board["models"][name] = found | {"codecs": beside}
         print_set(title, board, curves, args.rates)
         result["sets"][title] = board

@@ -1,9 +1,9 @@
-"""New slices a second: the priors' sampling of both code maps, with the default network, by batch size.
+"""New slices per second: how fast the default priors sample both code maps, by batch size.
 
     python -m benchmarks.sampling                              # 16 slices, on this machine's CPU
     python -m benchmarks.sampling --batch-size 256 1024 2048   # on a GPU
 
-The weights are random: what a step costs does not depend on them. Decoding, about a hundredth, is left out.
+The weights are random, because a step's cost does not depend on them. Decoding, about 1 %, is left out.
 """
 
 import math
@@ -19,7 +19,7 @@ from prior import Prior, PriorConfig
 def main() -> None:
     parser = runtime.parser(__doc__, PriorConfig)
     parser.add_argument("--batch-size", type=int, nargs="+", default=[16], help="slices at a time")
-    parser.add_argument("--rounds", type=int, default=2, help="timings of each; the best is kept")
+    parser.add_argument("--rounds", type=int, default=2, help="timings of each batch size; the best counts")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--out", default="benchmarks/results/sampling.json", help="file to write")
     args = parser.parse_args()

@@ -2,9 +2,9 @@
 
     python -m benchmarks.startup --data keras_slices_data --slices 12660
 
-Makes a study of that many slices, as many as HipMRI's sliced set has, in a temporary folder: links to the files of
---data, over and over. Beside the two starts stands what zlib alone takes for the same bytes, already in memory, on
-one core and on all: a first start cannot be quicker. The files have been read before, so no disk is measured.
+Makes a study of --slices slices (HipMRI's sliced set has 12,660) in a temporary folder, from links to the files of
+--data. For comparison it times zlib alone on the same bytes in memory, on one core and on all: a first start cannot
+be quicker. The files have been read before, so the disk is not measured.
 """
 
 import gzip
@@ -26,7 +26,7 @@ def seconds(function, *args) -> float:
 
 
 def link(files: list[Path], study: Path, slices: int) -> list[Path]:
-    """A study of `slices` slices, 60 a patient, in the course's shares; its files."""
+    """Make a study of `slices` slices, 60 for each patient, split as the course did; return its files."""
     made, patients = [], range(1, 2 + slices // 60)
     sources = itertools.cycle(files)
     for patient in patients:
@@ -42,12 +42,12 @@ def link(files: list[Path], study: Path, slices: int) -> list[Path]:
 
 def main() -> None:
     parser = runtime.parser(__doc__)
-    parser.add_argument("--data", default="", help="study whose files are linked")
+    parser.add_argument("--data", default="", help="study to link the files of")
     parser.add_argument("--slices", type=int, default=12_660)
     parser.add_argument("--out", default="benchmarks/results/startup.json")
     args = parser.parse_args()
     if (study := find_study(args.data)) is None:
-        raise FileNotFoundError("no study here. Mend: --data DIR.")
+        raise runtime.UserError("no study here. Fix: --data FOLDER.")
     files = sorted(study.glob("keras_slices_[tv]*/*.nii.gz"))
     with tempfile.TemporaryDirectory() as work:
         made = link(files, Path(work, "study"), args.slices)

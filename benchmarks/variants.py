@@ -1,8 +1,8 @@
-"""Rows of ablation.py that no flag makes: each function here changes what train.py then runs.
+"""Variants for ablation.py that no flag makes: a function here changes the code that train.py then runs.
 
     python -m benchmarks.variants relu --data keras_slices_data --preset quick
 
-What lost is here and not in the scripts.
+They live here because they lost: the scripts hold only what is used. For studies without masks.
 """
 
 import sys
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import loop
+import metrics
 import modules
 import runtime
 import train
@@ -23,7 +24,7 @@ def relu() -> None:
 
 
 def group_norm() -> None:
-    """GroupNorm of 8 groups first in every residual block."""
+    """Put a GroupNorm of 8 groups at the start of every residual block."""
 
     class Normalised(ResidualBlock):
         def __init__(self, channels: int, hidden: int):
@@ -37,7 +38,7 @@ def group_norm() -> None:
 
 
 def cosine_codes() -> None:
-    """Vectors and codes of length 1 (Yu et al. 2022, "Improved VQGAN", section 3.2)."""
+    """Normalise vectors and codes to length 1 (Yu et al. 2022, "Improved VQGAN", section 3.2)."""
     quantise, update = VectorQuantiser.forward, VectorQuantiser.update
 
     def unit_update(self, flat: Tensor, codes: Tensor) -> None:
@@ -49,7 +50,7 @@ def cosine_codes() -> None:
 
 
 def rotation_trick() -> None:
-    """Gradients turned and scaled as the encoder's output is onto its code (Fifty et al. 2024, equation 4)."""
+    """Rotate and scale gradients as the encoder's output is rotated onto its code (Fifty et al. 2024, equation 4)."""
     quantise = VectorQuantiser.forward
 
     def forward(self, z: Tensor):
@@ -65,7 +66,7 @@ def rotation_trick() -> None:
 
 
 def small_codebook(level: str, K: str) -> None:
-    """A codebook of K codes, fewer than --K, at one level: quantiser_top or quantiser_bottom."""
+    """Give one level, quantiser_top or quantiser_bottom, a codebook of K codes, fewer than --K."""
     build = modules.VQVAE2.__init__
 
     def init(self, config) -> None:
@@ -78,26 +79,26 @@ def small_codebook(level: str, K: str) -> None:
 
 
 def ssim_of_scales() -> None:
-    """In the loss, the mean SSIM of the slice at full, half and quarter size in place of that at full size."""
-    plain = train.ssim
+    """In the loss, average the SSIM of the slice at full, half and quarter size."""
+    plain = metrics.ssim
 
     def several(x: Tensor, y: Tensor) -> Tensor:
-        if not y.requires_grad:  # validation keeps its measure
+        if not y.requires_grad:  # validation still measures SSIM at full size
             return plain(x, y)
         return sum(plain(F.avg_pool2d(x, n), F.avg_pool2d(y, n)) for n in (1, 2, 4)) / 3
 
-    train.ssim = several
+    metrics.ssim = several
 
 
 def patch_gan(weight: str = "0.02") -> None:
-    """Against a discriminator of patches of 22 pixels (Isola et al. 2017), trained beside it on hinge losses."""
+    """Train against a discriminator of 22-pixel patches (Isola et al. 2017) with hinge losses."""
     layers = [nn.Conv2d(1, 32, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(32, 64, 4, 2, 1), nn.LeakyReLU(0.2)]
     critic = nn.Sequential(*layers, nn.Conv2d(64, 1, 4, 1, 1))
     optimiser = torch.optim.Adam(critic.parameters(), 1e-3, (0.5, 0.9))
     plain = train.losses
 
-    def losses(x: Tensor, output: modules.Output, config: train.LossConfig, masks=None) -> dict[str, Tensor]:
-        terms, y = plain(x, output, config, masks), output.reconstruction
+    def losses(x: Tensor, output: modules.Output, *more) -> dict[str, Tensor]:
+        terms, y = plain(x, output, *more), output.reconstruction
         if y.requires_grad:  # not in validation
             critic.to(x.device).requires_grad_(True)
             (F.relu(1 - critic(x)).mean() + F.relu(1 + critic(y.detach())).mean()).backward()
@@ -111,7 +112,7 @@ def patch_gan(weight: str = "0.02") -> None:
 
 
 def weight_averaging(decay: float = 0.998) -> None:
-    """Validates moving averages of the weights over about 500 steps."""
+    """Validate moving averages of the weights over about 500 steps."""
     step, validate = loop.Trainer.train_step, loop.Trainer.validate
 
     def train_step(self, batch: Tensor, bar) -> None:
@@ -134,12 +135,12 @@ def weight_averaging(decay: float = 0.998) -> None:
 
 
 def shifts(most: int = 4) -> None:
-    """Training slices moved by up to 4 pixels along each axis, edges wrapped round."""
+    """Move training slices by up to 4 pixels along each axis, wrapping at the edges."""
     augment(lambda x: x.roll(torch.randint(-most, most + 1, (2,)).tolist(), (2, 3)))
 
 
 def intensities() -> None:
-    """Training slices scaled and shifted at random, by about a tenth of their standard deviation."""
+    """Scale and shift the intensities of training slices by about a tenth of their standard deviation."""
     augment(lambda x: x * (1 + 0.1 * torch.randn(())) + 0.1 * torch.randn(()))
 
 
@@ -154,7 +155,7 @@ def main() -> None:
     change, *arguments = words[:end] or [""]
     if not callable(globals().get(change)):
         raise runtime.UserError(
-            f"variants.py {change}: no function of it. Fix: one of those in the file, first."
+            f"variants.py has no variant {change!r}. Fix: name one of its functions first."
         )
     globals()[change](*arguments)
     del sys.argv[1 : end + 1]

@@ -4,9 +4,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from test_train import SHAPE_FLAGS
 
+import loop
+import metrics
+import modules
+import runtime
 import train
-from benchmarks import baselines, peers, startup, variants
+from benchmarks import ablation, baselines, peers, startup, variants
 from dataset import DataConfig, open_study
 from modules import VQVAE2, Output, VectorQuantiser, VQVAE2Config
 
@@ -138,6 +143,50 @@ def test_patch_gan_learns_to_tell_and_moves_the_loss(monkeypatch):
     assert not torch.allclose(y.grad, 2 * (y - x) / x.numel())
     output = Output(y.detach(), quantity, quantity)
     assert train.losses(x, output, train.LossConfig())["loss"] == plain(x, output, train.LossConfig())["loss"]
+
+
+PATCHED = (
+    *(
+        (torch.nn, "SiLU"),
+        (torch.nn.functional, "silu"),
+        (modules, "ResidualBlock"),
+        (modules.VQVAE2, "__init__"),
+    ),
+    *((VectorQuantiser, "forward"), (VectorQuantiser, "update"), (metrics, "ssim"), (train, "losses")),
+    *((train, "flip_left_right"), (loop.Trainer, "train_step"), (loop.Trainer, "validate")),
+)
+
+
+def epochs_of(study, out, *words) -> list[dict]:
+    """The validation of each of two epochs, trained through variants.py, or through train.py without `words`."""
+    flags = ["--preset", "quick", "--minutes", "0", "--epochs", "2", "--data", study, "--out", out]
+    with pytest.MonkeyPatch.context() as patch:
+        for place, attribute in PATCHED:  # what a variant changes is put back
+            patch.setattr(place, attribute, getattr(place, attribute))
+        patch.setattr("sys.argv", ["variants.py", *map(str, (*words, *flags, *SHAPE_FLAGS))])
+        (variants if words else train).main()
+    return [json.loads(line)["validate"] for line in (out / "log.jsonl").read_text().splitlines()[1:]]
+
+
+@pytest.fixture(scope="module")
+def recipe(study, tmp_path_factory):
+    return epochs_of(study, tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.mark.parametrize("name", ablation.CHANGED)
+def test_every_variant_changes_the_training(name, study, tmp_path, recipe):
+    """A variant that patches a name which nobody reads any more would leave the run as it was."""
+    words = ablation.CHANGED[name][0].split()
+    if words[0] == "small_codebook":
+        words[-1] = "8"  # of the 16 codes here
+    changed = epochs_of(study, tmp_path, *words)
+    assert changed[-1] != recipe[-1]
+
+
+def test_the_recipe_repeats_and_an_unknown_variant_is_refused(study, tmp_path, recipe):
+    assert epochs_of(study, tmp_path) == recipe
+    with pytest.raises(runtime.UserError, match="no variant 'nothing'"):
+        epochs_of(study, tmp_path, "nothing")
 
 
 def test_cosine_codes_have_length_1(monkeypatch):

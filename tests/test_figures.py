@@ -135,5 +135,11 @@ def test_rate_distortion_draws_every_curve_and_point(tmp_path, drawn, models):
             assert left < xy[0] < right and low < xy[1] < high
     shown = texts(drawn[0])
     assert {"JPEG", "AVIF", "nominal", "prior", *points, *panels, "synthetic phantom, not MRI"} <= shown
-    assert len(drawn[0].legends[0].get_texts()) == 2 + 2 + models  # each once
+    assert len(drawn[0].legends[0].get_texts()) == 3 + 2 + 2 + models  # headings, and each entry once
+    for axes in drawn[0].axes:  # a model's line and points have its colour, and no codec's
+        lines = {line.get_label(): line.get_color() for line in axes.lines}
+        colours = [lines[name] for name in points]
+        assert len({*colours, lines["JPEG"], lines["AVIF"]}) == models + 2
+        nominal = [line for line in axes.lines if line.get_label() == "nominal"]
+        assert [line.get_color() for line in nominal] == colours
     assert_nothing_cut(drawn[0])

@@ -105,7 +105,7 @@ def test_between_qualities_curves_are_read_in_dB_over_the_logarithm_of_the_rate(
             assert image_codecs.bits_at(CURVE, score, value) == pytest.approx(bits, rel=1e-9)
     for bits, value in zip(BITS, CURVE["psnr"], strict=True):
         assert image_codecs.score_at(CURVE, "psnr", bits) == pytest.approx(value)
-    bits, scores = image_codecs.drawn(CURVE, "ssim_report")
+    bits, scores = image_codecs.curve_points(CURVE, "ssim_report")
     np.testing.assert_allclose(scores, 1 - 0.02 / np.array(bits))
     assert bits[0] < 0.11 and bits[-1] > 0.9
 
@@ -137,7 +137,7 @@ def test_interpolation_finds_a_quality_that_the_sweep_left_out(swept):
 
 def test_beside_reads_each_codec_at_the_model_s_rates_and_scores():
     curves = {"A": CURVE, "B": {**CURVE, "psnr": CURVE["psnr"] + 1}}
-    found = image_codecs.beside(curves, {"nominal": 0.5, "prior": 0.05}, {"ssim_report": 0.92, "psnr": 26.5})
+    found = image_codecs.compare(curves, {"nominal": 0.5, "prior": 0.05}, {"ssim_report": 0.92, "psnr": 26.5})
     assert found["A"]["at"]["nominal"] == pytest.approx({"ssim_report": 0.96, "psnr": 31.0})
     assert found["B"]["at"]["prior"] == {"ssim_report": None, "psnr": None}
     assert found["A"]["bits_per_pixel_for"]["ssim_report"] == pytest.approx(0.25)
@@ -157,7 +157,7 @@ def test_the_scoreboard_names_versions_settings_and_headers(swept):
         assert board[name]["overhead_bits_per_pixel"] == 8 * board[name]["overhead_bytes"] / (SLICE.size)
 
 
-def test_a_codec_that_pillow_lacks_is_named_with_the_mend(monkeypatch):
+def test_a_codec_that_pillow_lacks_is_named_with_the_fix(monkeypatch):
     image_codecs.check()
     monkeypatch.setattr(features, "check", lambda feature: feature != "avif")
     with pytest.raises(ValueError, match=r"has no AVIF; expected .* Fix: pip install"):
