@@ -122,7 +122,7 @@ def parser(
             if "help" not in field.metadata:  # set by the program, never by the user
                 continue
             shown = "" if field.default == "" else " (default: %(default)s)"
-            options = {"default": field.default, "help": field.metadata["help"] + shown}
+            options = {"default": field.default, "help": field.metadata["help"].replace("%", "%%") + shown}
             if hints[field.name] is bool:
                 options["action"] = argparse.BooleanOptionalAction
             else:
