@@ -159,7 +159,7 @@ def score_likelihood(inputs: Inputs, rng: np.random.Generator) -> dict:
 
 
 def make_rows(inputs: Inputs, rng: np.random.Generator) -> dict[str, Row]:
-    """The rows of the table, of as many slices as there are samples, validation slices and room for."""
+    """The rows of the table, of up to 96 slices each."""
     splits, samples, position = inputs.splits, inputs.samples, inputs.position
     train, validate = splits["train"], splits["validate"]
     real = {name: rng.permutation(near(splits[name], position)) for name in ("validate", "test")}
@@ -210,7 +210,10 @@ def score_anatomy(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tup
     train, net = inputs.splits["train"], inputs.segmenter
     labels, names = len(train.labels), [f"label {label}" for label in train.labels[1:]]
     bar = tqdm(
-        total=len(real) + sum(len(row.images) for row in rows.values()), desc="anatomy", unit=" slices"
+        total=len(real) + sum(len(row.images) for row in rows.values()),
+        desc="anatomy",
+        unit=" slices",
+        disable=None,
     )
 
     def figures_of(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

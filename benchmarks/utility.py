@@ -1,0 +1,187 @@
+"""What generated slices are good for: a segmentation network that learnt from them, tested on real test patients.
+
+    python -m benchmarks.utility Results/generated --data phantom_slices_data
+    python -m benchmarks.utility Results/generated --data DIR --patients 4 8 16 --below 100   # sets, never pooled
+
+One network and one recipe (anatomy.py's U-Net) learn from real slices, from the generated slices alone, and from
+both; with --patients also from the slices of a few real patients, with and without the generated ones. Every network
+takes the same number of steps. In a mixture half of each batch is real. The generated folder must hold masks, as
+generate.py writes them for a study that has masks.
+
+Prints and writes to --out the mean Dice over organs and test patients, with 95 % intervals over patients, and each
+organ's. With --below, patients numbered below that are one set and the rest another: each is tested, and trained
+where real slices are used, apart; a generated slice belongs to the set that has its organs.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import anatomy
+import metrics
+import nifti
+import runtime
+from benchmarks.per_set import study_sets
+from dataset import NO_MASK, DataConfig, SliceDataset, open_study, read_slice, z_score
+from runtime import UserError
+
+
+class Pairs(NamedTuple):
+    """Slices (N, 1, H, W) and masks (N, H, W), behind a function of indices (B,)."""
+
+    of: Callable[[np.ndarray], tuple[Tensor, Tensor]]
+    count: int
+
+
+def real_pairs(split: SliceDataset, chosen: np.ndarray) -> Pairs:
+    return Pairs(lambda i: (split.images(chosen[i]), split.masks(chosen[i])), len(chosen))
+
+
+def read_generated(folder: Path, labels: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The slices (N, 1, H, W) of a folder that generate.py wrote, z-scored, and their masks (N, H, W)."""
+    images, masks = [], []
+    for path in sorted((folder / "keras_slices_synthetic").glob("case_*.nii.gz")):
+        mask_path = folder / "keras_slices_seg_synthetic" / path.name.replace("case_", "seg_", 1)
+        if not mask_path.is_file():
+            raise UserError(f"{mask_path}: no mask. Fix: generate.py with models of a study that has masks.")
+        pixels = read_slice(str(path))[0].astype(np.float32)
+        mean, std, _ = z_score(pixels)
+        values = nifti.read(mask_path).raw
+        if not np.isin(values, labels).all():
+            raise UserError(f"{mask_path}: labels that the study does not have. Fix: --data, its own study.")
+        images.append((pixels - mean) / std)
+        masks.append(np.searchsorted(labels, values).astype(np.uint8))
+    if not images:
+        raise UserError(f"{folder}: no slices in keras_slices_synthetic/. Fix: generate.py --out {folder}")
+    return torch.from_numpy(np.stack(images))[:, None], torch.from_numpy(np.stack(masks))
+
+
+def mixture(real: Pairs, synthetic: Pairs) -> Pairs:
+    """Every second slice of a batch is real, however many there are of each."""
+
+    def of(indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        half = len(indices) // 2
+        both = real.of(indices[:half] % real.count), synthetic.of(indices[half:] % synthetic.count)
+        images, masks = zip(*both, strict=True)
+        return torch.cat(images), torch.cat(masks)
+
+    return Pairs(of, real.count * synthetic.count)
+
+
+def score(net: anatomy.Segmenter, test: SliceDataset, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The patients (P,) and the Dice (P, organs) of the test slices `chosen`."""
+    masks = anatomy.segment(net, test.images(chosen)[:, 0].numpy())
+    patients = np.array([test.names[i].patient for i in chosen])
+    return anatomy.dice_by_patient(masks, test.masks(chosen).numpy(), patients, len(test.labels))
+
+
+def summarise(runs: list[np.ndarray], patients: np.ndarray, labels: tuple[int, ...]) -> dict:
+    """Of Dice (P, organs), one array a seed: the mean, its interval over patients, each organ's and each seed's."""
+    dice = np.mean(runs, 0)  # (P, organs); NaN where a patient lacks the organ and some network sees none
+    by_patient = np.nanmean(dice, 1)
+    known = ~np.isnan(by_patient)
+    low, high = metrics.bootstrap_interval(by_patient[known], patients[known])
+    organs = {
+        f"label {label}": float(np.nanmean(dice[:, i]))
+        for i, label in enumerate(labels[1:])
+        if not np.isnan(dice[:, i]).all()
+    }
+    seeds = [float(np.nanmean(np.nanmean(run, 1))) for run in runs]
+    return {
+        "dice": float(by_patient[known].mean()),
+        "low": low,
+        "high": high,
+        "organs": organs,
+        "seeds": seeds,
+    }
+
+
+def few_patients(split: SliceDataset, chosen: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Those of the slices `chosen` that belong to `count` random patients."""
+    patients = np.array([split.names[i].patient for i in chosen])
+    names = np.random.default_rng(seed).permutation(np.unique(patients))[:count]
+    return chosen[np.isin(patients, names)]
+
+
+def masked(split: SliceDataset, below: int | None) -> dict[str, np.ndarray]:
+    """The slices (indices) with a mask of each set of a split."""
+    if below is None:
+        return {"all": np.flatnonzero(split.has_mask)}
+    sets = study_sets(np.array([name.patient for name in split.names]), below)
+    return {name: np.flatnonzero(of & split.has_mask) for name, of in sets.items()}
+
+
+def of_the_set(masks: Tensor, train: SliceDataset, chosen: np.ndarray) -> np.ndarray:
+    """The generated slices (indices) whose organs are those of the real slices `chosen`, or that show none."""
+    own = np.unique(train.masks(chosen).numpy())
+    shown = [np.unique(mask) for mask in masks.numpy()]
+    return np.flatnonzero([np.isin(organs, [0, *own[own != NO_MASK]]).all() for organs in shown])
+
+
+def main() -> None:
+    parser = runtime.parser(__doc__)
+    parser.add_argument("generated", type=Path, help="folder that generate.py wrote")
+    parser.add_argument("--data", default="", help="study folder")
+    parser.add_argument("--patients", type=int, nargs="*", default=[], help="few real patients: how many")
+    parser.add_argument(
+        "--below", type=int, default=None, help="patients below are one set, the rest another"
+    )
+    parser.add_argument("--steps", type=int, default=0, help="of each network; 0 is anatomy.py's own")
+    parser.add_argument("--seeds", type=int, default=3, help="networks of each kind")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--out", default="benchmarks/results/utility.json", help="file to write")
+    args = parser.parse_args()
+    device = runtime.pick_device(args.device)
+    first = next((args.generated / "keras_slices_synthetic").glob("case_*.nii.gz"), None)
+    if first is None:
+        raise UserError(f"{args.generated}: no generated slices. Fix: generate.py --out {args.generated}")
+    height, width = read_slice(str(first))[0].shape
+    splits = open_study(DataConfig(data=args.data, height=height, width=width))
+    train, test = splits["train"], splits["test"]
+    if not train.labels:
+        raise UserError(
+            f"{train.study}: a study without masks. Fix: --data, one with keras_slices_seg_train."
+        )
+    images, masks = read_generated(args.generated, train.labels)
+    result = {"sets": {}, "generated": len(images), "steps": args.steps or "anatomy.train_segmenter's own"}
+    for name, chosen in masked(train, args.below).items():
+        tested = masked(test, args.below).get(name, np.array([], int))
+        own = of_the_set(masks, train, chosen)
+        if not len(tested) or not len(own):
+            print(f"{name}: {len(tested)} real test slices and {len(own)} generated ones; left out")
+            continue
+        synthetic = Pairs(lambda i, own=own: (images[own[i]], masks[own[i]]), len(own))
+        runs = {}
+        for seed in range(args.seeds):
+            kinds = {"real": real_pairs(train, chosen), "synthetic alone": synthetic}
+            kinds["real and synthetic"] = mixture(kinds["real"], synthetic)
+            for count in args.patients:
+                few = real_pairs(train, few_patients(train, chosen, count, seed))
+                kinds[f"{count} real patients"] = few
+                kinds[f"{count} real patients and synthetic"] = mixture(few, synthetic)
+            for kind, pairs in kinds.items():
+                net = anatomy.train_segmenter(
+                    pairs.of, pairs.count, len(train.labels), args.steps, device=device, seed=seed
+                )
+                patients, dice = score(net, test, tested)
+                runs.setdefault(kind, []).append(dice)
+        rows = {kind: summarise(of, patients, train.labels) for kind, of in runs.items()}
+        result["sets"][name] = {"test_patients": len(patients), "generated": len(own), "rows": rows}
+        print(
+            f"\n{name}: Dice on {len(tested)} slices of {len(patients)} real test patients, {len(own)} generated"
+        )
+        for kind, row in rows.items():
+            interval = "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
+            organs = "  ".join(f"{organ} {value:.3f}" for organ, value in row["organs"].items())
+            print(f"  {kind:<36}{row['dice']:.3f}{interval}  {organs}")
+    result["data"] = {"study": train.study.resolve().name, "fingerprint": train.fingerprint}
+    runtime.write_json(args.out, result | {"provenance": runtime.provenance()})
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    runtime.run_cli(main)

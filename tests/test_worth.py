@@ -1,0 +1,137 @@
+"""benchmarks/features.py and benchmarks/utility.py: their measures by hand, and a run of each on a small folder."""
+
+import importlib.util
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import anatomy
+import nifti
+from benchmarks import features, utility
+from dataset import DataConfig, open_study
+
+needs_efficientnet = pytest.mark.skipif(
+    not importlib.util.find_spec("efficientnet_lite_pytorch"), reason="EfficientNet-Lite is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A study with masks, and a folder as generate.py writes it: a bright disc is label 4."""
+    out = tmp_path_factory.mktemp("worth")
+    rows, columns = np.mgrid[:64, :32]
+
+    def write(folder, split, patient, number):
+        rng = np.random.default_rng([patient, number])
+        disc = np.hypot(rows - rng.integers(20, 44), columns - 16) < 9
+        pixels = (100 * disc + 5 * rng.normal(size=disc.shape)).astype(np.float32)
+        name = f"{patient:03d}_week_0_slice_{number}.nii.gz"
+        nifti.write(folder / f"keras_slices_{split}" / f"case_{name}", pixels, np.eye(4))
+        nifti.write(
+            folder / f"keras_slices_seg_{split}" / f"seg_{name}", (4 * disc).astype(np.uint8), np.eye(4)
+        )
+
+    for split, patients in {"train": (4, 5, 104), "validate": (36,), "test": (40, 41, 140)}.items():
+        for patient in patients:
+            for number in range(6):
+                write(out / "study", split, patient, number)
+    for i in range(8):
+        write(out / "generated", "synthetic", 900 + i, 0)
+    return out
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_and_recall_by_brute_force(k):
+    rng = np.random.default_rng(k)
+    real, fake = rng.normal(size=(25, 2)), 0.7 * rng.normal(size=(18, 2)) + 0.4
+
+    def within(points, others):
+        """Of each of the points whether it lies in the ball of some of the others."""
+        balls = [
+            sorted(np.linalg.norm(c - o) for j, o in enumerate(others) if j != i)[k - 1]
+            for i, c in enumerate(others)
+        ]
+        return [any(np.linalg.norm(p - c) <= r for c, r in zip(others, balls, strict=True)) for p in points]
+
+    expected = np.mean(within(fake, real)), np.mean(within(real, fake))
+    assert features.precision_recall(real, fake, k) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="from 1 to 24"):
+        features.precision_recall(real, fake, 25)
+
+
+def test_the_linear_test_tells_sets_apart_and_patients_not():
+    """Chance for one distribution, even where rows of one patient are alike; near 1 for a shift."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(20), 5)
+    real, fake = (rng.normal(size=(20, 30))[groups] + 0.1 * rng.normal(size=(100, 30)) for _ in range(2))
+    assert features.linear_auc(real, rng.normal(size=(100, 30)), groups) == pytest.approx(0.5, abs=0.15)
+    assert features.linear_auc(real, fake + 1.5, groups) > 0.95
+
+
+def test_half_of_a_mixed_batch_is_real():
+    one, two = (
+        utility.Pairs(lambda i, k=k: (torch.full((len(i), 1), k), torch.tensor(i)), n)
+        for k, n in ((1, 3), (2, 5))
+    )
+    mixed = utility.mixture(one, two)
+    assert mixed.count == 15
+    kinds, indices = mixed.of(np.array([14, 7, 9, 4]))
+    assert kinds.flatten().tolist() == [1, 1, 2, 2] and indices.tolist() == [2, 1, 4, 4]
+
+
+def test_generated_slices_and_masks_are_paired(folders):
+    images, masks = utility.read_generated(folders / "generated", (0, 4))
+    assert images.shape == (8, 1, 64, 32) and masks.shape == (8, 64, 32) and masks.max() == 1
+    torch.testing.assert_close(images.mean((1, 2, 3)), torch.zeros(8), atol=1e-5, rtol=0)
+    assert images[:, 0][masks == 1].mean() > 1
+    with pytest.raises(ValueError, match="labels that the study does not have"):
+        utility.read_generated(folders / "generated", (0, 1))
+
+
+def test_a_summary_by_hand():
+    runs = [np.array([[0.5, np.nan], [0.7, 0.9]]), np.array([[0.7, np.nan], [0.7, 0.9]])]
+    found = utility.summarise(runs, np.array([1, 2]), (0, 3, 8))
+    assert found["dice"] == pytest.approx((0.6 + 0.8) / 2)
+    assert found["organs"] == pytest.approx({"label 3": 0.65, "label 8": 0.9})
+    assert found["seeds"] == pytest.approx([(0.5 + 0.8) / 2, (0.7 + 0.8) / 2])
+    assert found["low"] <= found["dice"] <= found["high"]
+
+
+def test_utility_of_slices_as_good_as_real(folders, tmp_path, monkeypatch, capsys):
+    """Both sets are tested apart, and a network that saw one real patient is among the rows."""
+    arguments = [folders / "generated", "--data", folders / "study", "--below", 100, "--patients", 1]
+    arguments += ["--steps", 40, "--seeds", 1, "--device", "cpu", "--out", tmp_path / "utility.json"]
+    monkeypatch.setattr(sys, "argv", ["utility.py", *map(str, arguments)])
+    small = anatomy.Segmenter.__init__
+    monkeypatch.setattr(anatomy.Segmenter, "__init__", lambda self, labels: small(self, labels, 8))
+    utility.main()
+    sets = json.loads((tmp_path / "utility.json").read_text())["sets"]
+    assert {name: of["test_patients"] for name, of in sets.items()} == {
+        "patients < 100": 2,
+        "patients >= 100": 1,
+    }
+    for of in sets.values():
+        assert of["rows"].keys() == {
+            "real", "synthetic alone", "real and synthetic", "1 real patients", "1 real patients and synthetic"
+        }  # fmt: skip
+        assert of["rows"]["synthetic alone"]["dice"] > 0.7 and of["rows"]["real"]["dice"] > 0.7
+    assert "synthetic alone" in capsys.readouterr().out
+
+
+@needs_efficientnet
+def test_features_of_a_folder(folders, tmp_path, monkeypatch):
+    arguments = [folders / "generated", "--data", folders / "study", "--out", tmp_path / "features.json"]
+    monkeypatch.setattr(sys, "argv", ["features.py", *map(str, arguments)])
+    features.main()
+    rows = json.loads((tmp_path / "features.json").read_text())["rows"]
+    assert [row["n"] for row in rows.values()] == [6, 6] and "real validation slices" in rows
+    assert all(np.isfinite(list(row.values())).all() and 0 <= row["auc"] <= 1 for row in rows.values())
+    test = open_study(DataConfig(data=str(folders / "study"), height=64, width=32))["test"]
+    x = test.images(range(3))[:, 0].numpy()
+    network = features.load_network()
+    np.testing.assert_allclose(
+        features.features(network, 7 * x - 3, ""), features.features(network, x, ""), atol=1e-4
+    )
