@@ -253,37 +253,43 @@ class Checkpoints:
                 self.path(f"epoch_{epoch - self.config.keep * every}").unlink(missing_ok=True)
 
     def restore(self, checkpoint: dict) -> None:
-        """Set the model, the optimiser and the progress to those of `checkpoint`; UserError if it does not fit."""
+        """Go on from `checkpoint`. UserError, with nothing changed, where anything in it does not fit this run."""
         path, model = checkpoint["path"], self.stage.model
         if checkpoint["model_config"] != self.stage.settings()["model_config"]:
             raise UserError(f"{path}: a network of another shape. Fix: leave out the flags of the network.")
         if (optimiser := checkpoint["train_config"]["optimiser"]) != self.config.optimiser:
             raise UserError(f"{path}: trained with --optimiser {optimiser}. Fix: leave out --optimiser.")
-        progress = runtime.from_saved(Progress, checkpoint, f"{path}: the progress of the run")
-        if progress.seen > (size := len(self.stage.splits["train"])):
-            raise UserError(
-                f"{path}: {progress.seen} slices of its epoch are done, the study has {size}. Fix: its own --data."
-            )
         runtime.check_tensors(model.state_dict(), checkpoint["model"], path)
-        sums = {"sums": self.sums, **self.stage.counts}
-        saved_counts = checkpoint.get("counts")
-        saved_sums = {
-            "sums": checkpoint.get("sums"),
-            **(saved_counts if isinstance(saved_counts, dict) else {}),
-        }
-        runtime.check_tensors(sums, saved_sums, path)
+        progress, sums = self.checked_progress(checkpoint), self.checked_sums(checkpoint)
         state = self.checked_optimiser_state(checkpoint)
 
         vars(self.progress).update(vars(progress))
         model.load_state_dict(checkpoint["model"])
-        # The groups are this run's: those of the checkpoint hold the settings of another one, as its learning rate.
+        # The groups are this run's: those of the checkpoint hold another run's settings, as the learning rate.
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
-        if runtime.rank() == 0:  # what all ranks have summed up in this epoch: one of them takes it
-            for name, tensor in sums.items():
-                tensor.copy_(saved_sums[name])
+        if runtime.rank() == 0:  # these are the sums of all ranks, and one rank goes on with them
+            self.sums.copy_(sums["sums"])
+            for name, counts in self.stage.counts.items():
+                counts.copy_(sums[name])
         if self.best_is_missing():  # the next epoch becomes the best one
             self.progress.best, self.progress.best_epoch = math.inf, self.progress.epoch
+
+    def checked_progress(self, checkpoint: dict) -> Progress:
+        path, size = checkpoint["path"], len(self.stage.splits["train"])
+        progress = runtime.from_saved(Progress, checkpoint, f"{path}: the progress of the run")
+        if progress.seen > size:
+            raise UserError(
+                f"{path}: {progress.seen} slices of its epoch are done, the study has {size}. Fix: its own --data."
+            )
+        return progress
+
+    def checked_sums(self, checkpoint: dict) -> dict[str, Tensor]:
+        """What the epoch has summed up so far: the losses as "sums", and the stage's `counts`."""
+        counts = checkpoint.get("counts")
+        sums = {"sums": checkpoint.get("sums"), **(counts if isinstance(counts, dict) else {})}
+        runtime.check_tensors({"sums": self.sums, **self.stage.counts}, sums, checkpoint["path"])
+        return sums
 
     def checked_optimiser_state(self, checkpoint: dict) -> dict[int, dict[str, Tensor]]:
         """The optimiser's state of a checkpoint, by the number of the parameter. UserError if it does not fit."""
