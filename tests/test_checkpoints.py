@@ -4,13 +4,11 @@ import copy
 import math
 import os
 import random
-import signal
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run, start
 from test_train import SHAPE_FLAGS, fit
 
 import loop
@@ -163,22 +161,13 @@ def test_a_broken_best_checkpoint_stops_no_resume(saved, tmp_path):
     assert runtime.load_checkpoint(best, "vqvae2")["epoch"] == 2
 
 
-def test_two_runs_into_one_folder_are_refused_and_a_killed_one_frees_it(study, tmp_path):
-    flags = ["--data", study, *SHAPE_FLAGS, "--minutes", 5, "--out", tmp_path / "out"]
-    first = start("train.py", *flags)
-    try:
-        while not list((tmp_path / "out").glob("*.pth")):
-            assert first.poll() is None, first.communicate()
-        code, _, err = run(
-            "train.py", "--data", study, *SHAPE_FLAGS, "--epochs", 1, "--out", tmp_path / "out"
-        )
-        assert code == 2 and "another run is writing there. Fix:" in err and "Traceback" not in err
-    finally:
-        first.send_signal(signal.SIGKILL)
-        first.communicate()
-    (tmp_path / "out" / f"{runtime.TEMPORARY}left").mkdir()  # as if killed while it wrote
-    fit(study, tmp_path / "out", epochs=1)
-    assert not list((tmp_path / "out").glob(f"{runtime.TEMPORARY}*"))
+def test_two_runs_into_one_folder_are_refused(study, tmp_path):
+    with (
+        runtime.only_run_in(tmp_path / "out"),
+        pytest.raises(UserError, match="another run is writing there"),
+    ):
+        fit(study, tmp_path / "out", epochs=1)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_progress_is_all_of_a_run_that_is_kept():
@@ -188,11 +177,10 @@ def test_progress_is_all_of_a_run_that_is_kept():
     }  # fmt: skip
 
 
-def test_checkpoints_and_logs_name_no_folder(study, tmp_path):
-    code, _, err = run(
-        "train.py", f"--data={study}", *SHAPE_FLAGS, "--epochs", 1, "--out", tmp_path / "out", cwd=tmp_path
-    )
-    assert code == 0, err
+def test_checkpoints_and_logs_name_no_folder(study, tmp_path, monkeypatch):
+    flags = [f"--data={study}", *SHAPE_FLAGS, "--epochs", 1, "--out", tmp_path / "out"]
+    monkeypatch.setattr("sys.argv", [str(Path(train.__file__)), *map(str, flags)])
+    train.main()
     for path in (tmp_path / "out").iterdir():
         text = path.read_bytes()
         for folder in (tmp_path, study.parent, Path.home()):
