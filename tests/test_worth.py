@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import anatomy
+import appraise
 import nifti
+import runtime
 from benchmarks import features, utility
 from dataset import DataConfig, open_study
 
@@ -135,3 +137,29 @@ def test_features_of_a_folder(folders, tmp_path, monkeypatch):
     np.testing.assert_allclose(
         features.features(network, 7 * x - 3, ""), features.features(network, x, ""), atol=1e-4
     )
+
+
+def test_an_appraisal_by_anatomy_sees_what_is_broken(folders):
+    """Slices in two pieces, or with the disc elsewhere, are less plausible than real ones; masks are compared."""
+    splits = open_study(DataConfig(data=str(folders / "study"), height=64, width=32))
+    train, validate = splits["train"], splits["validate"]
+
+    def pairs(indices):
+        return train.images(indices), train.masks(indices)
+
+    net = anatomy.train_segmenter(pairs, len(train), 2, steps=60)
+    inputs = appraise.Inputs(None, None, splits, {}, None, np.zeros(6), np.arange(6), net)
+    real = validate.images(range(6))[:, 0].numpy()
+    split, moved = real.copy(), np.roll(real, 12, axis=2)
+    split[:, :, 14:18] = real.min()
+    positions = validate.positions
+    rows = {
+        name: appraise.Row(x, positions) for name, x in (("real", real), ("split", split), ("moved", moved))
+    }
+    rows["real"] = rows["real"]._replace(masks=validate.masks(range(6)).numpy())
+    table, organs = appraise.score_anatomy(inputs, rows, np.arange(len(train)))
+    assert table["real"]["plausible"] > 0.5 > max(table[name]["plausible"] for name in ("split", "moved"))
+    assert table["real"]["agreement"] > 0.8 and "agreement" not in table["split"]
+    assert table["moved"]["centre"] > 1 + table["real"]["centre"]
+    assert organs["label 4"]["real"]["shown"] == 1
+    runtime.write_json(folders / "report.json", appraise.plain({"rows": table, "organs": organs}))
