@@ -4,6 +4,7 @@ bfloat16 matrix rate that its convolutions reach, and the time of an epoch.
     python -m benchmarks.step --data keras_slices_data                                   # --preset report
     python -m benchmarks.step --data keras_slices_data --preset best --batch-size 1
     python -m benchmarks.step --data keras_slices_data --batch-size 64 256 --compile on  # on a GPU
+    python -m benchmarks.step --data keras_slices_data --preset best --batch-size 1 --against ../before
 
 Takes the very steps of loop.py, data included, and writes --out, benchmarks/results/step.json: one entry a preset.
 """
@@ -11,6 +12,9 @@ Takes the very steps of loop.py, data included, and writes --out, benchmarks/res
 import collections
 import json
 import resource
+import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -138,6 +142,50 @@ def measure(args, batch_size: int) -> dict:
     return row
 
 
+CHILD = """
+import argparse, dataclasses, sys
+sys.path[:0] = ["", "benchmarks"]
+preset, batch_size, data = sys.argv[1:]
+sys.argv = ["step.py"]
+from benchmarks import step
+fields = {field.name: field.default for field in dataclasses.fields(step.DataConfig)} | {"data": data}
+run, batch = step.prepare(argparse.Namespace(**fields, preset=preset, compile="off", device="cpu"), int(batch_size))
+step.seconds(run, batch, 6)
+print("ready", flush=True)
+for steps in sys.stdin:
+    print(step.seconds(run, batch, int(steps)), flush=True)
+"""
+
+
+def compare(args, batch_size: int, rounds: int = 24, steps: int = 4) -> dict:
+    """CPU steps of this checkout and of the one at `args.against`, in turns, so that both meet the same load."""
+    words = [args.preset, str(batch_size), str(Path(args.data).resolve())]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    children = [
+        subprocess.Popen([sys.executable, "-c", CHILD, *words], cwd=folder, **pipes)
+        for folder in (args.against, runtime.ROOT)
+    ]
+    for child in children:
+        while child.stdout.readline() not in ("ready\n", ""):
+            pass
+    times = [[], []]
+    for _ in range(rounds):
+        for child, of_child in zip(children, times, strict=True):
+            print(steps, file=child.stdin, flush=True)
+            of_child.append(float(child.stdout.readline()) / steps)
+    for child in children:
+        child.communicate()
+    ratios = sorted(after / before for before, after in zip(*times, strict=True))
+    return {
+        "ms_before": round(1e3 * statistics.median(times[0]), 1),
+        "ms_after": round(1e3 * statistics.median(times[1]), 1),
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_quartiles": [round(ratios[rounds // 4], 3), round(ratios[-rounds // 4], 3)],
+        "rounds": rounds,
+        "steps": steps,
+    }
+
+
 def main() -> None:
     parser = runtime.parser(__doc__, DataConfig)
     parser.add_argument("--preset", default="report", choices=train.PRESETS["autoencoder"])
@@ -145,16 +193,21 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=320, help="to time, in steps of --batch-size; 3 to 200")
     parser.add_argument("--compile", default="auto", choices=loop.SWITCH)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--against", type=Path, help="another checkout: only the ratio of its CPU steps to these"
+    )
     parser.add_argument("--out", default="benchmarks/results/step.json")
     args = parser.parse_args()
     rows = {}
     for batch_size in args.batch_size:
-        row = rows[f"batch {batch_size}"] = measure(args, batch_size)
+        row = compare(args, batch_size) if args.against else measure(args, batch_size)
+        rows[f"batch {batch_size}"] = row
         print(f"{args.preset}, batch {batch_size}:", ", ".join(f"{k} {v}" for k, v in row.items()))
     out = Path(args.out)
     known = json.loads(out.read_text()) if out.is_file() else {}
     entry = {"threads": torch.get_num_threads(), "compile": args.compile, **rows, **runtime.provenance()}
-    runtime.write_json(out, known | {args.preset: entry})
+    name = f"{args.preset}, against {args.against.name}" if args.against else args.preset
+    runtime.write_json(out, known | {name: entry})
     print(f"wrote {out}")
 
 

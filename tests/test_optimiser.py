@@ -66,7 +66,7 @@ def test_split_leaves_embeddings_and_heads():
     prior = Prior(PriorConfig(K=32, prior_channels=32), (4, 2))
     matrices = {id(weight) for weight in split_parameters(prior)[0]}
     names = {name for name, parameter in prior.named_parameters() if id(parameter) in matrices}
-    assert "bottom.blocks.0.qkv.weight" in names and "condition.near.weight" in names
+    assert "bottom.blocks.0.qkv.weight" in names and "bottom.merge.weight" in names
     assert not any("embed" in name or "head" in name or "place" in name for name in names)
 
 
