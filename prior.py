@@ -149,7 +149,7 @@ class MaskedPrior(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(layers))
         self.norm = nn.LayerNorm(C)
         self.split = nn.Linear(C, P * P * C)  # a token -> its codes
-        self.local = nn.Conv2d(C, C, 3, padding=1)  # what the codes next to a code say of it
+        self.local = nn.Conv2d(C, C, 5, padding=2, groups=C)  # what the codes next to a code say of it
         self.head_norm, self.head = nn.LayerNorm(C), nn.Linear(C, config.K)
         self.start()
 
