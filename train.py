@@ -27,8 +27,9 @@ from torch import Tensor
 import metrics
 import page
 import runtime
+from anatomy import mask_losses
 from codes import Variants, extract_codes
-from dataset import NO_MASK, DataConfig, StudyInfo, find_trained_study, open_study, open_trained_study
+from dataset import DataConfig, StudyInfo, find_trained_study, open_study, open_trained_study
 from loop import Stage, TrainConfig, fit, switched
 from modules import VQVAE2, Output, VQVAE2Config, load_model
 from prior import Prior, PriorConfig
@@ -152,25 +153,6 @@ def losses(x: Tensor, output: Output, config: LossConfig, masks: Tensor | None =
         terms |= mask_losses(output.mask_logits, masks)
         loss = loss + config.mask * (terms["mask_cross_entropy"] + terms["mask_dice"])
     return {"loss": loss, "reconstruction": reconstruction, **terms}
-
-
-def mask_losses(logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy, and 1 - Dice averaged over the labels but the background, over the slices with a mask.
-
-    logits (B, L, H, W); masks (B, H, W) uint8 classes below L, 255 all over a slice without one. Dice is the soft one
-    of Milletari et al. 2016 (arXiv 1606.04797), over all the batch's pixels; 1 is added above and below, so that a
-    label which is nowhere and is drawn nowhere costs nothing.
-    """
-    known = (masks != NO_MASK).unsqueeze(1)  # (B, 1, H, W)
-    target = masks.long().masked_fill(~known[:, 0], 0)
-    log_p = logits.log_softmax(1)
-    pixels = known.sum().clamp_min(1)
-    cross_entropy = -(log_p.gather(1, target.unsqueeze(1)) * known).sum() / pixels
-    p = log_p.exp() * known
-    truth = torch.zeros_like(p).scatter_(1, target.unsqueeze(1), 1) * known
-    both, either = (p * truth).sum((0, 2, 3)), (p + truth).sum((0, 2, 3))
-    dice = (2 * both[1:] + 1) / (either[1:] + 1)
-    return {"mask_cross_entropy": cross_entropy, "mask_dice": 1 - dice.mean()}
 
 
 def flip_left_right(x: Tensor, mirrored: Tensor) -> Tensor:
