@@ -21,12 +21,8 @@ from modules import VQVAE2
 from prior import Prior
 
 NEAR, FEWEST = 0.1, 8  # with --position, real slices as near as this, or this many, stand beside the samples
-MOST_ROWS, MOST_REAL, MOST_COPIES, MOST_RATED = (
-    128,
-    768,
-    512,
-    64,
-)  # slices, at random, that a measure looks at
+# slices, at random, that a measure looks at
+MOST_ROWS, MOST_REAL, MOST_COPIES, MOST_RATED = 96, 768, 512, 32
 DRAWS = 2  # of the masks that the likelihood's bound is a mean over
 FLOOR, SAMPLES, RECONSTRUCTIONS = "real validation slices", "samples", "reconstructions"
 BY_PLACE, HALVES, MIXED = "codes by place", "two patients' halves", "top and bottom of two"
@@ -159,14 +155,15 @@ def score_likelihood(inputs: Inputs, rng: np.random.Generator) -> dict:
 
 
 def make_rows(inputs: Inputs, rng: np.random.Generator) -> dict[str, Row]:
-    """The rows of the table, of up to 96 slices each."""
+    """The rows of the table, all of one number of slices, at most 96."""
     splits, samples, position = inputs.splits, inputs.samples, inputs.position
     train, validate = splits["train"], splits["validate"]
     real = {name: rng.permutation(near(splits[name], position)) for name in ("validate", "test")}
-    chosen = real["validate"][:MOST_ROWS]
-    n, positions = len(chosen), validate.positions[chosen]
+    n = min(MOST_ROWS, len(samples.images), *map(len, real.values()))  # one n: Fréchet distances fall with it
+    chosen, tested = real["validate"][:n], real["test"][:n]
+    positions = validate.positions[chosen]
     images, (top, bottom) = inputs.images("validate", chosen), inputs.codes_of("validate", chosen)
-    shown = rng.permutation(len(samples.images))[:MOST_ROWS]
+    shown = rng.permutation(len(samples.images))[:n]
 
     partners = [rng.choice(anatomy.nearest_positions(p, train.positions)[:FEWEST]) for p in positions]
     halves, middle = images.copy(), images.shape[1] // 2
@@ -178,10 +175,7 @@ def make_rows(inputs: Inputs, rng: np.random.Generator) -> dict[str, Row]:
     sampled = samples.images[shown], inputs.positions[shown]
     return {
         FLOOR: Row(images, positions),
-        "real test slices": Row(
-            inputs.images("test", real["test"][:MOST_ROWS]),
-            splits["test"].positions[real["test"][:MOST_ROWS]],
-        ),
+        "real test slices": Row(inputs.images("test", tested), splits["test"].positions[tested]),
         RECONSTRUCTIONS: Row(*with_masks(positions, *inputs.decode(top, bottom))),
         SAMPLES: Row(*sampled, None if samples.masks is None else samples.masks[shown]),
         BY_PLACE: Row(inputs.decode(*by_place)[0], positions),
