@@ -22,7 +22,7 @@ from prior import Prior
 
 NEAR, FEWEST = 0.1, 8  # with --position, real slices as near as this, or this many, stand beside the samples
 # slices, at random, that a measure looks at
-MOST_ROWS, MOST_REAL, MOST_COPIES, MOST_RATED = 96, 768, 512, 32
+MOST_ROWS, MOST_REAL, MOST_RATED = 96, 768, 32
 DRAWS = 2  # of the masks that the likelihood's bound is a mean over
 FLOOR, SAMPLES, RECONSTRUCTIONS = "real validation slices", "samples", "reconstructions"
 BY_PLACE, HALVES, MIXED = "codes by place", "two patients' halves", "top and bottom of two"
@@ -48,7 +48,7 @@ PROTOCOL = {
     "copying": "similarity to the nearest of all training slices and their variants that the priors saw: correlation "
     "of pictures, and the codes in common, each weighed by its bits in the training histogram of its place. Flagged: "
     "nearer than the 1st percentile of real test slices (honest); margin: the share that 19 in 20 honest sets keep "
-    "to; copies: training slices beside others of the same patient, or beside themselves where there are none",
+    "to; copies: training slices decoded from their own codes, half of the bottom ones redrawn",
     "bounds": "bounds the copying of these samples under these measures; no guarantee of privacy. Not for diagnosis",
 }
 
@@ -359,22 +359,6 @@ def search(source: Source, queries: dict[str, np.ndarray], label: str) -> dict[s
     return found
 
 
-def known_copies(source: Source, rng: np.random.Generator) -> np.ndarray:
-    """The similarity of some training slices to the most similar other one of the same patient."""
-    chosen = rng.permutation(len(source.split))[:MOST_COPIES]
-    patients, found = np.array([name.patient for name in source.split.names]), []
-    for patient in np.unique(patients[chosen]):
-        own = np.flatnonzero(patients == patient)
-        asked = np.flatnonzero(np.isin(own, chosen))
-        if len(own) > 1:
-            slices = source.take(0, own)
-            found.append(source.similarity(slices[asked], slices, exclude=asked).similarity)
-    if found:
-        return np.concatenate(found)
-    slices = source.take(0, chosen)
-    return source.similarity(slices, slices).similarity
-
-
 def verdict(audit: dict) -> str:
     samples, copies = audit["samples"], audit["copies"]
     flagged = f"{samples['flagged']} of {samples['n']} samples flagged; {audit['margin']:.1%} could be chance"
@@ -388,19 +372,18 @@ def verdict(audit: dict) -> str:
     return f"no copying beyond honest slices' own: {flagged}"
 
 
-def audit(
-    source: Source, queries: dict[str, np.ndarray], label: str, rng: np.random.Generator
-) -> tuple[dict, dict]:
-    """How near the sets in `queries`, "samples" and "honest" among them, come to training slices.
+def audit(source: Source, queries: dict[str, np.ndarray], label: str) -> tuple[dict, dict[str, Found]]:
+    """How near the sets in `queries`, "samples", "honest" and "copies" among them, come to training slices.
 
     Returns:
         The report, with a verdict and the nearest training slice of every sample; and what `search` found.
     """
-    found, copies = search(source, queries, label), known_copies(source, rng)
+    found = search(source, queries, label)
     similarity = {name: best.similarity for name, best in found.items()}
-    report = realism.audit(similarity["samples"], similarity["honest"], copies)
-    for name in similarity.keys() - report.keys():
-        report[name] = realism.audit(similarity[name], similarity["honest"], copies)["samples"]
+    report = realism.audit(similarity["samples"], similarity["honest"], similarity["copies"])
+    if "reconstructions" in found:
+        others = realism.audit(*(similarity[name] for name in ("reconstructions", "honest", "copies")))
+        report["reconstructions"] = others["samples"]
     report["verdict"] = verdict(report)
     best = found["samples"]
     report["nearest"] = [
@@ -412,7 +395,21 @@ def audit(
         }
         for i in np.argsort(-best.similarity).tolist()
     ]
-    return report, found | {"copies": Found(copies)}
+    return report, found
+
+
+def make_copies(inputs: Inputs, rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
+    """What an audit must find: the codes of training slices, half of the bottom ones redrawn, and their pictures.
+
+    A redrawn code is that of another training slice at its place: a copy with another texture.
+    """
+    size = len(inputs.splits["train"])
+    chosen = rng.permutation(size)[:MOST_ROWS]
+    top, bottom = inputs.codes_of("train", chosen)
+    others = inputs.codes["train_bottom"][0]
+    redrawn = np.take_along_axis(others, rng.integers(size, size=bottom.shape), 0).astype(np.int64)
+    bottom = np.where(rng.random(bottom.shape) < 0.5, redrawn, bottom)
+    return [top, bottom], inputs.decode(top, bottom)[0]
 
 
 def score_copying(
@@ -434,25 +431,28 @@ def score_copying(
     everything = [flat(inputs.codes_of("train", np.arange(len(train)), v)) for v in range(count)]
     bits = realism.code_bits(np.concatenate(everything), inputs.model.config.K)
 
-    def in_common(queries: np.ndarray, slices: np.ndarray, exclude=None) -> realism.Nearest:
-        return realism.code_agreement(queries, slices, exclude, bits)
+    def in_common(queries: np.ndarray, slices: np.ndarray) -> realism.Nearest:
+        return realism.code_agreement(queries, slices, bits)
 
     sources = {
         "correlation": Source(train, pictures, realism.nearest, count),
         "code agreement": Source(train, lambda variant, i: everything[variant][i], in_common, count),
     }
+    copies, copied = make_copies(inputs, rng)
     queries = {
         "correlation": {
             "samples": realism.thumbnails(samples.images),
+            "copies": realism.thumbnails(copied),
             "honest": realism.thumbnails(inputs.images("test", honest)),
             "reconstructions": realism.thumbnails(rows[RECONSTRUCTIONS].images),
         },
         "code agreement": {
             "samples": flat([samples.top, samples.bottom]),
+            "copies": flat(copies),
             "honest": flat(inputs.codes_of("test", honest)),
         },
     }
-    audits = {name: audit(source, queries[name], name, rng) for name, source in sources.items()}
+    audits = {name: audit(source, queries[name], name) for name, source in sources.items()}
     return {name: report for name, (report, _) in audits.items()}, {
         name: found for name, (_, found) in audits.items()
     }

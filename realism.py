@@ -9,7 +9,7 @@ of privacy.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -137,13 +137,9 @@ def thumbnails(slices: np.ndarray, pool: int = 2) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def nearest(queries: np.ndarray, train: np.ndarray, exclude: Sequence[int] | None = None) -> Nearest:
-    """The training slice of the highest correlation with each query.
-
-    Thumbnails (N, h, w) and (M, h, w); `exclude` (N,) names one training slice for each query that it may not match,
-    such as itself.
-    """
-    return _best(_flat(queries, train) @ _flat(train, queries).T, exclude)
+def nearest(queries: np.ndarray, train: np.ndarray) -> Nearest:
+    """The training slice of the highest correlation with each query; thumbnails (N, h, w) and (M, h, w)."""
+    return _best(_flat(queries, train) @ _flat(train, queries).T)
 
 
 def code_bits(train: np.ndarray, K: int) -> np.ndarray:
@@ -156,16 +152,11 @@ def code_bits(train: np.ndarray, K: int) -> np.ndarray:
     return np.log2((len(flat) + 1) / (counts + 0.5)).astype(np.float32)
 
 
-def code_agreement(
-    queries: np.ndarray,
-    train: np.ndarray,
-    exclude: Sequence[int] | None = None,
-    bits: np.ndarray | None = None,
-) -> Nearest:
+def code_agreement(queries: np.ndarray, train: np.ndarray, bits: np.ndarray | None = None) -> Nearest:
     """The training slice that has the most codes in common with each query, each at its place.
 
-    Codes (N, ...) and (M, ...), int below 65536; `exclude` as in `nearest`. With the `code_bits` of all training
-    slices a common code counts for its bits: that two slices have air in the same corner says little.
+    Codes (N, ...) and (M, ...), int below 65536. With the `code_bits` of all training slices a common code counts for
+    its bits: that two slices have air in the same corner says little.
     """
     few = _flat(queries, train).astype(np.uint16, copy=False)
     many = _flat(train, queries).astype(np.uint16, copy=False)
@@ -177,7 +168,7 @@ def code_agreement(
         for start in range(0, len(many), 128):  # training slices whose codes stay in the processor's cache
             equal = many[start : start + 128] == codes
             similarity[i, start : start + 128] = equal.astype(np.float32) @ worth / total
-    return _best(similarity, exclude)
+    return _best(similarity)
 
 
 def _flat(x: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -186,20 +177,17 @@ def _flat(x: np.ndarray, other: np.ndarray) -> np.ndarray:
     return x.reshape(len(x), -1)
 
 
-def _best(similarity: np.ndarray, exclude: Sequence[int] | None) -> Nearest:
-    """The best column of each row of similarity (N, M), which `exclude` is struck from."""
-    rows = np.arange(len(similarity))
-    if exclude is not None:
-        similarity[rows, exclude] = -np.inf
+def _best(similarity: np.ndarray) -> Nearest:
+    """The best column of each row of similarity (N, M)."""
     index = similarity.argmax(1)
-    return Nearest(index, similarity[rows, index].astype(np.float64))
+    return Nearest(index, similarity.max(1).astype(np.float64))
 
 
 def audit(samples: np.ndarray, honest: np.ndarray, copies: np.ndarray) -> dict[str, float | dict]:
     """How near samples are to the training slices, beside honest novelty and beside known copies.
 
     Each is (N,) `Nearest.similarity`: of generated slices, of real slices of patients outside the training
-    split, and of positive controls, such as training slices against all the others. A slice is flagged if it is
+    split, and of positive controls, such as altered training slices. A slice is flagged if it is
     nearer than the honest 1st percentile: more similar than all but n // 100 of the n honest slices. At most
     1 % of these are flagged then, and of fewer than 100 none: coarse, and more copies pass.
 
