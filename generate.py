@@ -48,15 +48,16 @@ class GenerateConfig:
     n: int = option(64, "slices to sample")
     position: float = option(math.nan, "where in its volume each lies, 0 to 1; nan: as real test slices do")
     top_temperature: float = option(
-        0.8, "divides the logits of the top codes, which place organs; 0 takes the likeliest code every time"
+        0.6, "divides the logits of the top codes, which place organs; 0 takes the likeliest code every time"
     )
-    bottom_temperature: float = option(0.5, "the same of the bottom codes, which add detail and texture")
+    bottom_temperature: float = option(0.4, "the same of the bottom codes, which add detail and texture")
     nucleus: float = option(
         1.0, "sample among the likeliest codes that hold this probability (top-p), in (0, 1]"
     )
     top_passes: int = option(16, "passes of the top prior over its map; each shows more codes")
     bottom_passes: int = option(8, "passes of the bottom prior")
-    spread: float = option(4.0, "chance in which codes a pass shows; 0 shows the most certain ones")
+    top_spread: float = option(8.0, "chance in which top codes a pass shows; 0 shows the most certain ones")
+    bottom_spread: float = option(1.0, "the same of the bottom codes")
     seed: int = option(0, "seed of the samples")
     checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder, as train.py wrote it")
     prior: str = option(
@@ -82,8 +83,8 @@ class GenerateConfig:
     def sampling(self) -> tuple[Sampling, Sampling]:
         """How the top level is sampled, and the bottom level."""
         return (
-            Sampling(self.top_passes, self.top_temperature, self.nucleus, self.spread),
-            Sampling(self.bottom_passes, self.bottom_temperature, self.nucleus, self.spread),
+            Sampling(self.top_passes, self.top_temperature, self.nucleus, self.top_spread),
+            Sampling(self.bottom_passes, self.bottom_temperature, self.nucleus, self.bottom_spread),
         )
 
 
