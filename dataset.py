@@ -748,13 +748,17 @@ def open_study(config: DataConfig) -> dict[str, SliceDataset]:
         for split in SPLITS:
             splits[split] = SliceDataset(study, split, files[split], cache, start, config.fit)
             start += len(files[split])
-        notes = json.loads((cache / "index.json").read_text())["notes"]
+        index = json.loads((cache / "index.json").read_text())
+        fingerprints = {name: split.fingerprint for name, split in splits.items()}
+        if index.get("fingerprints") != fingerprints:
+            with suppress(OSError):  # in a cache that may only be read
+                write_json(cache / "index.json", index | {"fingerprints": fingerprints})
     for split in SPLITS:
         patients = len({file.name.patient for file in files[split]})
         print(f"{study}: {split:<8} {len(files[split]):>6} slices of {patients} patients")
     if labels := splits["train"].labels:
         print(f"{study}: masks with the labels {', '.join(map(str, labels))}")
-    for note in notes:
+    for note in index["notes"]:
         print(note)
     if splits["train"].synthetic:
         print(f"{study}: SYNTHETIC, a phantom drawn by a program and not MRI")
@@ -815,17 +819,23 @@ class StudyInfo:
         return asdict(self) | {"labels": list(self.labels)}
 
 
-def find_trained_study(name: str, checkpoint: str, cache: str = "") -> str:
-    """The study folder called `name` that `checkpoint` was trained on: here, or where the cache remembers it from.
+def find_trained_study(trained: StudyInfo, checkpoint: str, cache: str = "") -> str:
+    """The study folder that `checkpoint` was trained on: of its name here, or where the cache remembers it from.
 
-    FileNotFoundError where it is in neither.
+    Of several studies of that name in the cache, the one with the slices of the training is taken.
+    FileNotFoundError where there is none.
     """
+    name = trained.study
     if Path(name).is_dir():
         return name
-    for index in _cache_root(cache).glob(f"{glob.escape(Path(name).name)}-*/index.json"):
+    found = []
+    for path in _cache_root(cache).glob(f"{glob.escape(Path(name).name)}-*/index.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):  # of another version, or damaged
-            if Path(study := json.loads(index.read_text())["study"]).is_dir():
-                return study
+            index = json.loads(path.read_text())
+            if Path(index["study"]).is_dir():
+                found.append((index.get("fingerprints") == trained.fingerprints, index["study"]))
+    if found:
+        return max(found)[1]
     raise FileNotFoundError(
         f"{name}: the study that {checkpoint} was trained on is not there. Fix: --data DIR."
     )
@@ -836,7 +846,7 @@ def open_trained_study(trained: StudyInfo, config: DataConfig, checkpoint: str) 
 
     `trained` is the record of the checkpoint at the path `checkpoint`. Raises as `open_study` does.
     """
-    data = config.data or find_trained_study(trained.study, checkpoint, config.cache)
+    data = config.data or find_trained_study(trained, checkpoint, config.cache)
     size = {"height": trained.height, "width": trained.width, "fit": trained.fit}
     return open_study(replace(config, data=data, **size))
 

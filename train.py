@@ -437,7 +437,7 @@ def study_flags(checkpoint: dict, path: str, given: dict) -> dict:
     """The flags that open the study of a checkpoint as its training did, unless `given` names another."""
     study = StudyInfo.from_checkpoint(checkpoint, path)
     names = ("height", "width", "fit", "allow_patient_overlap")
-    data = given.get("data") or find_trained_study(study.study, path, given.get("cache", ""))
+    data = given.get("data") or find_trained_study(study, path, given.get("cache", ""))
     return {"data": data, **{name: getattr(study, name) for name in names}}
 
 

@@ -642,3 +642,19 @@ def test_a_reconstruction_goes_back_to_scanner_units_and_place(study, config, tm
         assert image.get_data_dtype() == np.float32 and image.shape == source.shape
     with pytest.raises(ValueError, match=r"expected \(32, 16\)"):
         dataset.save_reconstruction(train, 0, smooth, tmp_path / "r.nii.gz")
+
+
+def test_of_studies_of_one_name_that_of_the_training_is_found(study, tmp_path, monkeypatch):
+    cache, made = str(tmp_path / "cache"), {}
+    for place in ("a", "b", "c"):
+        copy = shutil.copytree(study, tmp_path / place / "keras_slices_data")
+        put(copy, noise(len(made) + 100))
+        splits = open_study(DataConfig(data=str(copy), height=64, width=32, cache=cache))
+        made[copy] = StudyInfo.from_splits(splits)
+    monkeypatch.chdir(tmp_path)
+    for copy, info in made.items():
+        assert dataset.find_trained_study(replace(info, study="keras_slices_data"), "x.pth", cache) == str(
+            copy
+        )
+    with pytest.raises(FileNotFoundError, match=r"x\.pth was trained on is not there"):
+        dataset.find_trained_study(info, "x.pth", str(tmp_path / "empty"))

@@ -77,7 +77,8 @@ def test_every_snippet_of_the_readme_runs_as_pasted(study, tmp_path, monkeypatch
         importlib.import_module(script).main()
         ran.append(script)
     assert {"driver", "train", "predict", "generate"} == set(ran) and len(ran) >= 9
-    for file in ("Results/index.html", "Results/reconstructions", "Results/fewer-bits/generated/report.json"):
+    files = ("index.html", "reconstructions", "generated/report.json", "fewer-bits/vqvae2_best.pth")
+    for file in (f"Results/{name}" for name in files):
         assert (tmp_path / file).exists(), file
 
     for snippet in PYTHON:
