@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument(
         "--below", type=int, default=None, help="patients below are one set, the rest another"
     )
-    parser.add_argument("--steps", type=int, default=0, help="of each network; 0 is anatomy.py's own")
+    parser.add_argument("--steps", type=int, default=3000, help="of each network; 300 do for the phantom")
     parser.add_argument("--seeds", type=int, default=3, help="networks of each kind")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--out", default="benchmarks/results/utility.json", help="file to write")
@@ -147,7 +147,7 @@ def main() -> None:
             f"{train.study}: a study without masks. Fix: --data, one with keras_slices_seg_train."
         )
     images, masks = read_generated(args.generated, train.labels)
-    result = {"sets": {}, "generated": len(images), "steps": args.steps or "anatomy.train_segmenter's own"}
+    result = {"sets": {}, "generated": len(images), "steps": args.steps}
     for name, chosen in masked(train, args.below).items():
         tested = masked(test, args.below).get(name, np.array([], int))
         own = of_the_set(masks, train, chosen)

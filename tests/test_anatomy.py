@@ -123,6 +123,8 @@ def test_dice_by_hand():
 class Split:
     """What `segmenter_of` reads of a dataset: bright discs of two kinds, some slices without a mask."""
 
+    synthetic = True
+
     labels, fingerprint = (0, 3, 7), "abc"
 
     def __init__(self, n=64, seed=0):
@@ -146,7 +148,7 @@ class Split:
 def test_a_segmenter_learns_and_is_kept(tmp_path, monkeypatch):
     split, test = Split(), Split(seed=1)
     train = anatomy.train_segmenter
-    monkeypatch.setattr(anatomy, "train_segmenter", lambda *a, **k: train(*a, **k, steps=120))
+    monkeypatch.setattr(anatomy, "train_segmenter", lambda *a, **k: train(*a, **k | {"steps": 120}))
     drawn = torch.random.get_rng_state()
     net = anatomy.segmenter_of(split, tmp_path / "segmenter.pth")
     assert torch.equal(torch.random.get_rng_state(), drawn)
