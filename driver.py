@@ -1,6 +1,6 @@
 """The whole story in order: a study, the autoencoder and its scores, the priors over its codes and new slices.
 
-    python driver.py                              # no data: makes a synthetic study first; about 5 minutes
+    python driver.py                              # no data: makes a synthetic study first; 6 minutes
     python driver.py --data keras_slices_data     # a real study: the report's settings, then 30 minutes of priors
     python driver.py --data keras_slices_data --preset best
     python driver.py --prior-minutes 0            # reconstruction only
