@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import runtime
+from dataset import NO_MASK, flip_left_right
 
-NO_MASK = 255  # in a mask: nothing is known of this pixel
-SMALLEST_PIECE = (
-    8  # pixels: smaller pieces and smaller holes are noise of the segmentation and are not counted
-)
+SMALLEST_PIECE = 8  # pixels: smaller pieces and holes are noise of the segmentation and are not counted
 NEAREST = 128  # real training slices, nearest in position, that a slice is compared with
 RAREST = 0.01  # the share of those that must show the same organs
 TAILS = (0.01, 0.99)  # between these quantiles of theirs lies every figure of a plausible slice
@@ -38,10 +36,8 @@ class Segmenter(nn.Module):
     at the output, so no layer works on whole resolution.
     """
 
-    BLOCK, COARSEST = (
-        4,
-        16,
-    )  # pixels: side of a block; both sides of a slice are padded to multiples of COARSEST
+    BLOCK = 4  # pixels, side of a block
+    COARSEST = 16  # pixels: both sides of a slice are padded to multiples of it
 
     def __init__(self, labels: int, channels: int = 32):
         super().__init__()
@@ -112,19 +108,17 @@ def train_segmenter(
         steps, batch_size: how long to train; 300 steps take half a minute on two cores. Half of the slices are
             mirrored left to right (axis H), all get another gain, offset and noise.
     """
-    torch_state, rng = torch.random.get_rng_state(), np.random.default_rng(seed)
-    torch.manual_seed(seed)
-    net = Segmenter(labels).to(device)
-    generator = torch.Generator().manual_seed(seed)
-    torch.random.set_rng_state(torch_state)  # whoever calls draws what it would have drawn
+    with torch.random.fork_rng(devices=[]):  # whoever calls draws what it would have drawn
+        torch.manual_seed(seed)
+        net = Segmenter(labels).to(device)
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=steps + 1, pct_start=0.2)
     order = np.concatenate([rng.permutation(count) for _ in range(1 + steps * batch_size // count)])
     for step in tqdm(range(steps), desc="segmenter", unit=" steps", disable=None):
         images, masks = pairs(order[step * batch_size : (step + 1) * batch_size])
         mirrored = torch.rand(len(images), generator=generator) < 0.5
-        images = torch.where(mirrored[:, None, None, None], images.flip(2), images)
-        masks = torch.where(mirrored[:, None, None], masks.flip(1), masks)
+        images, masks = (flip_left_right(x, mirrored) for x in (images, masks))
         gain, offset = 0.2 * torch.randn(2, len(images), 1, 1, 1, generator=generator)
         noise = torch.randn(images.shape, generator=generator)
         images = (

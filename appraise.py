@@ -163,6 +163,7 @@ def make_rows(inputs: Inputs, rng: np.random.Generator) -> dict[str, Row]:
     chosen, tested = real["validate"][:n], real["test"][:n]
     positions = validate.positions[chosen]
     images, (top, bottom) = inputs.images("validate", chosen), inputs.codes_of("validate", chosen)
+    decoded, masks = inputs.decode(top, bottom)
     shown = rng.permutation(len(samples.images))[:n]
 
     partners = [rng.choice(anatomy.nearest_positions(p, train.positions)[:FEWEST]) for p in positions]
@@ -176,16 +177,12 @@ def make_rows(inputs: Inputs, rng: np.random.Generator) -> dict[str, Row]:
     return {
         FLOOR: Row(images, positions),
         "real test slices": Row(inputs.images("test", tested), splits["test"].positions[tested]),
-        RECONSTRUCTIONS: Row(*with_masks(positions, *inputs.decode(top, bottom))),
+        RECONSTRUCTIONS: Row(decoded, positions, masks),
         SAMPLES: Row(*sampled, None if samples.masks is None else samples.masks[shown]),
         BY_PLACE: Row(inputs.decode(*by_place)[0], positions),
         HALVES: Row(halves, positions),
         MIXED: Row(inputs.decode(top, np.roll(bottom, 1 + n // 2, axis=0))[0], positions),
     }
-
-
-def with_masks(positions: np.ndarray, images: np.ndarray, masks: np.ndarray | None) -> tuple:
-    return images, positions, masks
 
 
 @torch.inference_mode()
@@ -295,9 +292,8 @@ def plain(value):
 
 
 def score_variety(inputs: Inputs) -> dict | None:
-    m = min(
-        len(inputs.samples.images), len(np.unique(inputs.twins))
-    )  # more would be the same real slices again
+    # more would be the same real slices again
+    m = min(len(inputs.samples.images), len(np.unique(inputs.twins)))
     if m < 2:
         return None
     real = inputs.images("test", inputs.twins[:m])

@@ -16,18 +16,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runtime
-from dataset import SPLITS, SliceDataset
+from dataset import SPLITS, SliceDataset, flip_left_right
 from modules import VQVAE2
 
 LEVELS = ("top", "bottom")
-NUMBERS = (
-    7  # that describe a variant: mirrored, altered, shift (rows, columns), turn, stretch (rows, columns)
-)
+# A variant is described by: mirrored, altered, shift (rows, columns), turn, stretch (rows, columns).
+NUMBERS = 7
 SHIFT, TURN, STRETCH = 8.0, 0.06, 0.08  # the most of each: pixels, radians, share
-BEND, SHADE = (
-    2.0,
-    0.15,
-)  # standard deviations: of the elastic displacement in pixels, of the log of the shading
+BEND = 2.0  # pixels, standard deviation of the elastic displacement
+SHADE = 0.15  # standard deviation of the log of the shading
 KNOTS = (5, 4)  # of the smooth random fields that bend and shade
 
 
@@ -83,7 +80,7 @@ class Variants:
     def images(self, x: Tensor, variant: int, indices: Tensor) -> Tensor:
         """Slices x (B, 1, H, W), those of `indices` (B,), altered as `variant` says and z-scored again."""
         numbers = self.numbers[variant, indices].to(x.device)
-        x = torch.where(numbers[:, 0].view(-1, 1, 1, 1) > 0, x.flip(2), x)
+        x = flip_left_right(x, numbers[:, 0] > 0)
         if variant < 2:
             return x
         height, width = x.shape[2:]

@@ -176,10 +176,8 @@ def scan(folder: Path | str, bad: dict[str, str], others: list[str]) -> list[Sou
                     if os.path.exists(entry.path)
                     else "a link to a file that is not there"
                 )
-            name, status = (
-                parse_name(os.path.relpath(entry.path, folder)),
-                entry.stat(),
-            )  # one stat for a file
+            name = parse_name(os.path.relpath(entry.path, folder))
+            status = entry.stat()  # one stat for a file
             if name in files:
                 patient, week, number = name
                 raise UserError(
@@ -457,11 +455,8 @@ def _to_indices(mask: np.ndarray | None, indices: dict[int, int], size: tuple[in
 def _write_cache(folder: Path, key: dict, jobs: list[tuple], config: DataConfig, bad: dict) -> None:
     """Decode all slices, and their masks, into `folder`; UserError at the end if any file is bad."""
     paths, size = [path for path, _ in jobs], (config.height, config.width)
-    rows, total, indices = (
-        [],
-        len(paths) + len(bad),
-        {0: 0},
-    )  # the index of each label, in order of appearance
+    rows, total = [], len(paths) + len(bad)
+    indices = {0: 0}  # of each label, in order of appearance
     any_masks = any(mask for _, mask in jobs)
     # Arrays go into plain files: written through a memory map, a full disk is a SIGBUS and not an OSError.
     with open(folder / ARRAYS[0], "wb") as out, open(folder / ARRAYS[1], "wb") as masks_out:
@@ -577,6 +572,11 @@ def _fill_cache(
 
 
 # ---- datasets ---------------------------------------------------------------------------------------------
+
+
+def flip_left_right(x: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
+    """Mirror along axis H, the patient's left-right, the slices of x (B, ..., H, W) where (B,) is True."""
+    return torch.where(mirrored.view(-1, *[1] * (x.ndim - 1)), x.flip(-2), x)
 
 
 def relative_positions(names: Sequence[SliceName]) -> np.ndarray:

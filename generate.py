@@ -115,13 +115,8 @@ def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, VQVAE2, Prior]:
             f"{config.prior}: priors over top maps of {shape} and {K} codes; "
             f"{config.checkpoint} makes {makes} and {model.config.K}. {fix}"
         )
-    try:
-        prior = Prior(PriorConfig(**saved["model_config"]), shape, NUMBERS)
-        prior.load_state_dict(saved["model"])
-    except (TypeError, RuntimeError) as error:  # a field or a weight that prior.py does not have
-        raise UserError(
-            f"{config.prior}: weights of other priors than prior.py has. Fix: train again."
-        ) from error
+    shapes = runtime.from_saved(PriorConfig, saved["model_config"], f"{config.prior}: model_config")
+    prior = runtime.load_weights(lambda: Prior(shapes, shape, NUMBERS), saved, config.prior)
     return study, saved["codes_config"]["variants"], model, prior.to(device).eval()
 
 

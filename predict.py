@@ -30,7 +30,7 @@ import nifti
 import page
 import runtime
 import scans
-from codes import decode
+from codes import LEVELS, decode
 from dataset import (
     RECONSTRUCTION,
     DataConfig,
@@ -45,7 +45,6 @@ from runtime import UserError, option
 PICTURES = 4  # originals and reconstructions written slice by slice
 DRAWS, SEED = 10_000, 0  # of the bootstrap
 SYNTHETIC = "synthetic phantom, not MRI"  # a picture's note
-LEVELS = ("top", "bottom")
 COLUMNS = {  # of the terminal's table
     "ssim_report": "SSIM report",
     "ssim_standard": "SSIM standard",

@@ -26,7 +26,6 @@ from runtime import UserError, option
 
 EXPAND = 2  # hidden channels of an MLP over its own
 OCTAVES = 5  # sines and cosines of the slice position
-LEVELS = ("top", "bottom")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ import page
 import runtime
 from anatomy import mask_losses
 from codes import Variants, extract_codes
-from dataset import DataConfig, StudyInfo, find_trained_study, open_study, open_trained_study
+from dataset import DataConfig, StudyInfo, find_trained_study, flip_left_right, open_study, open_trained_study
 from loop import Stage, TrainConfig, fit, switched
 from modules import VQVAE2, Output, VQVAE2Config, load_model
 from prior import Prior, PriorConfig
@@ -153,11 +153,6 @@ def losses(x: Tensor, output: Output, config: LossConfig, masks: Tensor | None =
         terms |= mask_losses(output.mask_logits, masks)
         loss = loss + config.mask * (terms["mask_cross_entropy"] + terms["mask_dice"])
     return {"loss": loss, "reconstruction": reconstruction, **terms}
-
-
-def flip_left_right(x: Tensor, mirrored: Tensor) -> Tensor:
-    """Mirror along axis H, the patient's left-right, the slices of x (B, ..., H, W) where (B,) is True."""
-    return torch.where(mirrored.view(-1, *[1] * (x.ndim - 1)), x.flip(-2), x)
 
 
 class Autoencoder(Stage):

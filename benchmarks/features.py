@@ -29,10 +29,8 @@ from dataset import DataConfig, open_study, read_slice
 from modules import load_model
 from runtime import UserError
 
-FOLDS, RIDGE = (
-    5,
-    1.0,
-)  # of the classifier; the penalty's weight, a share of the mean squared length of the features
+FOLDS = 5  # of the classifier
+RIDGE = 1.0  # weight of its penalty, as a share of the mean squared length of the features
 
 
 def load_network() -> torch.nn.Module:
