@@ -60,7 +60,7 @@ NEW_NAME = "Fix: rename it to case_004_week_0_slice_0.nii.gz, with its own numbe
 class DataConfig:
     """Which study, and the size of the slices that the model sees."""
 
-    data: str = option("", f"study folder; empty looks for {STUDY_NAMES[0]}/ here")
+    data: str = option("", f"study folder; empty is that of the checkpoint, else {STUDY_NAMES[0]}/ here")
     height: int = option(256, "rows of a slice")
     width: int = option(128, "columns of a slice")
     fit: str = option(
@@ -77,6 +77,9 @@ class DataConfig:
             raise UserError(f"--height {self.height} --width {self.width}: expected at least 2 of each")
         if self.fit not in FITS:
             raise UserError(f"--fit is {self.fit}; expected one of {', '.join(FITS)}")
+
+
+SIZE = ("height", "width", "fit")  # fields of `DataConfig` that a trained model decides
 
 
 class SliceName(NamedTuple):
@@ -847,8 +850,7 @@ def open_trained_study(trained: StudyInfo, config: DataConfig, checkpoint: str) 
     `trained` is the record of the checkpoint at the path `checkpoint`. Raises as `open_study` does.
     """
     data = config.data or find_trained_study(trained, checkpoint, config.cache)
-    size = {"height": trained.height, "width": trained.width, "fit": trained.fit}
-    return open_study(replace(config, data=data, **size))
+    return open_study(replace(config, data=data, **{name: getattr(trained, name) for name in SIZE}))
 
 
 def save_reconstruction(dataset: SliceDataset, index: int, image: np.ndarray, path: Path | str) -> None:

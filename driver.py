@@ -72,16 +72,15 @@ def main() -> None:
         data = replace(data, data=str(phantom.write_phantom(PHANTOM)))
 
     best = train.train_autoencoder(replace(first, data=data))
-    shared = {name: getattr(data, name) for name in ("data", "cache", "allow_patient_overlap")}
-    shared |= {"checkpoint": str(best), "device": first.train.device}
+    shared = {"checkpoint": str(best), "device": first.train.device}
     out = Path(first.train.out)
-    predict.predict(predict.PredictConfig(out=str(out), nifti=config.nifti, **shared))
+    predict.predict(predict.PredictConfig(out=str(out), nifti=config.nifti, **shared), data)
     if config.prior_minutes:
         print("\nnow the priors over its codes, for new slices")
         codes = replace(second.codes, checkpoint=str(best))
         priors = train.train_prior(replace(second, data=data, codes=codes))
         new = out / "generated"
-        generate.generate(replace(generated, prior=str(priors), out=str(new), **shared))
+        generate.generate(replace(generated, prior=str(priors), out=str(new), **shared), data)
     print(f"open {out / page.NAME}")
 
 

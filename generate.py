@@ -27,7 +27,7 @@ import runtime
 from anatomy import segmenter_of
 from appraise import Inputs, appraise, near, print_report
 from codes import NUMBERS, Samples, Variants, decode, extract_codes
-from dataset import DataConfig, SliceDataset, StudyInfo, open_trained_study
+from dataset import SIZE, DataConfig, SliceDataset, StudyInfo, open_trained_study
 from modules import VQVAE2, load_model
 from prior import Prior, PriorConfig, Sampling
 from runtime import UserError, option
@@ -63,12 +63,9 @@ class GenerateConfig:
     prior: str = option(
         "Results/prior_best.pth", "the priors over its codes, as train.py --stage prior wrote them"
     )
-    data: str = option("", "study folder; empty is the study that the priors were trained on")
     out: str = option("Results/generated", "folder to write to")
     batch_size: int = option(16, "slices at a time; changes no sample")
     device: str = option("auto", "where the models run", choices=("auto", "cpu", "cuda"))
-    allow_patient_overlap: bool = option(False, "let splits share a patient")
-    cache: str = option("", "decoded slices; empty is ~/.cache/vqvae2-slices")
 
     def __post_init__(self) -> None:
         for name in ("n", "batch_size"):
@@ -120,11 +117,8 @@ def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, VQVAE2, Prior]:
     return study, saved["codes_config"]["variants"], model, prior.to(device).eval()
 
 
-def open_splits(config: GenerateConfig, trained: StudyInfo) -> dict[str, SliceDataset]:
+def open_splits(config: GenerateConfig, data: DataConfig, trained: StudyInfo) -> dict[str, SliceDataset]:
     """The study at the models' size; `trained` is the record in the priors' checkpoint."""
-    data = DataConfig(
-        data=config.data, allow_patient_overlap=config.allow_patient_overlap, cache=config.cache
-    )
     splits = open_trained_study(trained, data, config.prior)
     if any(split.fingerprint != trained.fingerprints[name] for name, split in splits.items()):
         print(f"note: {splits['train'].study}: its slices are not those that the models were trained on")
@@ -318,7 +312,7 @@ def account(album: Album, inputs: Inputs) -> dict:
     return report
 
 
-def generate(config: GenerateConfig) -> dict:
+def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     """Sample, write everything to the out folder, and return what report.json holds.
 
     Raises:
@@ -328,7 +322,7 @@ def generate(config: GenerateConfig) -> dict:
         KeyboardInterrupt: after Ctrl-C or SIGTERM; what is finished stays, and the manifest says how many.
     """
     study, variants, model, prior = load_models(config)
-    splits = open_splits(config, study)
+    splits = open_splits(config, data, study)
     out, test = runtime.writable_folder(config.out), splits["test"]
     pool, rng = near(test, config.position), np.random.default_rng(config.seed)
     # real slices in a random order, over and over: what sample i stands beside does not depend on n
@@ -365,7 +359,8 @@ def generate(config: GenerateConfig) -> dict:
 
 
 def main() -> None:
-    generate(runtime.from_flags(GenerateConfig, runtime.parser(__doc__, GenerateConfig).parse_args()))
+    args = runtime.parser(__doc__, GenerateConfig, DataConfig, without=SIZE).parse_args()
+    generate(*(runtime.from_flags(each, args) for each in (GenerateConfig, DataConfig)))
 
 
 if __name__ == "__main__":

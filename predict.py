@@ -33,6 +33,7 @@ import scans
 from codes import LEVELS, decode
 from dataset import (
     RECONSTRUCTION,
+    SIZE,
     DataConfig,
     SliceDataset,
     StudyInfo,
@@ -84,13 +85,10 @@ class PredictConfig:
     """What to score, and where to write. The size of the slices is the checkpoint's."""
 
     checkpoint: str = option("Results/vqvae2_best.pth", "the model, as train.py wrote it")
-    data: str = option("", "study folder; empty is the study that the model was trained on")
     out: str = option("", "folder to write to; empty is the checkpoint's")
     nifti: bool = option(False, "write the reconstructions as NIfTI, with their originals' affine and units")
     batch_size: int = option(32, "slices at a time")
     device: str = option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
-    allow_patient_overlap: bool = option(False, "let splits share a patient")
-    cache: str = option("", "decoded slices; empty is ~/.cache/vqvae2-slices")
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -100,13 +98,10 @@ class PredictConfig:
 # ---- a model and its test split ------------------------------------------------------------------
 
 
-def open_splits(checkpoint: dict, config: PredictConfig) -> dict[str, SliceDataset]:
+def open_splits(checkpoint: dict, path: str, data: DataConfig) -> dict[str, SliceDataset]:
     """The study at the size the model was trained at; says where its test files are not the model's own."""
-    trained = StudyInfo.from_checkpoint(checkpoint, config.checkpoint)
-    data = DataConfig(
-        data=config.data, allow_patient_overlap=config.allow_patient_overlap, cache=config.cache
-    )
-    splits = open_trained_study(trained, data, config.checkpoint)
+    trained = StudyInfo.from_checkpoint(checkpoint, path)
+    splits = open_trained_study(trained, data, path)
     test = splits["test"]
     if test.fingerprint != trained.fingerprints.get("test"):
         print(f"note: {test.study}: its test slices are not those of the study that was trained on")
@@ -335,7 +330,7 @@ def print_scores(result: dict) -> None:
             print(f"  {title:<44}" + "".join(f"{cell:>10.3f}" for cell in cells))
 
 
-def predict(config: PredictConfig) -> dict:
+def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
     """Score the test split, write everything to the out folder, and return what metrics.json holds.
 
     Raises:
@@ -347,7 +342,7 @@ def predict(config: PredictConfig) -> dict:
     device = runtime.pick_device(config.device)
     out = runtime.writable_folder(config.out or Path(config.checkpoint).parent)
     model = load_model(checkpoint, config.checkpoint).to(device)
-    splits = open_splits(checkpoint, config)
+    splits = open_splits(checkpoint, config.checkpoint, data)
     test = splits["test"]
     patients = [f"{name.patient:03d}" for name in test.names]
     folder = out / "reconstructions" if config.nifti else None
@@ -361,7 +356,7 @@ def predict(config: PredictConfig) -> dict:
         scored, decoded = score_masks(model, splits, codes, kept)
         dice = {"dice": scored}
     digest = runtime.sha256(config.checkpoint)
-    data = {"study": test.study.resolve().name, "split": test.split, "fingerprint": test.fingerprint}
+    study = {"study": test.study.resolve().name, "split": test.split, "fingerprint": test.fingerprint}
     model_file = {"file": Path(config.checkpoint).name, "sha256": digest, "epoch": checkpoint["epoch"]}
     result = rounded(
         {
@@ -370,7 +365,7 @@ def predict(config: PredictConfig) -> dict:
             **summarise(scores, patients),
             **rates(model, codes, *test.pixels.shape[1:]),
             **dice,
-            "data": {**data, "synthetic": test.synthetic},
+            "data": {**study, "synthetic": test.synthetic},
             "checkpoint": model_file,
             "protocol": PROTOCOL,
             "provenance": runtime.provenance(),
@@ -391,21 +386,23 @@ def predict(config: PredictConfig) -> dict:
 
 
 def main() -> None:
-    flags = runtime.parser(__doc__, PredictConfig, scans.ScanConfig)
+    flags = runtime.parser(__doc__, PredictConfig, DataConfig, scans.ScanConfig, without=SIZE)
     flags.usage = "%(prog)s [files or folders] [flags]"
     flags.add_argument(
         "inputs", nargs="*", help="slices, volumes or pictures to reconstruct in place of a study"
     )
     args = flags.parse_args()
-    config, of_scans = (runtime.from_flags(each, args) for each in (PredictConfig, scans.ScanConfig))
+    config, data, of_scans = (
+        runtime.from_flags(each, args) for each in (PredictConfig, DataConfig, scans.ScanConfig)
+    )
     if not args.inputs:
         if of_scans != scans.ScanConfig():
             raise UserError(
                 "--plane and --codes are for files of your own. Fix: name them, or leave these out."
             )
-        predict(config)
+        predict(config, data)
         return
-    if config.data or config.nifti or config.allow_patient_overlap:
+    if data.data or config.nifti or data.allow_patient_overlap:
         raise UserError(
             "--data, --nifti and --allow-patient-overlap are for a study. Fix: leave them out, or the files."
         )

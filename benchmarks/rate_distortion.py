@@ -22,7 +22,7 @@ import predict
 import runtime
 from benchmarks import image_codecs
 from benchmarks.per_set import study_sets
-from dataset import SliceDataset, in_parallel
+from dataset import DataConfig, SliceDataset, in_parallel
 from generate import GenerateConfig, load_models
 from modules import VQVAE2, load_model
 from prior import Prior
@@ -153,8 +153,7 @@ def main() -> None:
     models, test = {}, None
     for path, name in zip(args.checkpoints, labels(args.checkpoints), strict=True):
         checkpoint, data = runtime.load_checkpoint(path, "vqvae2"), args.data or (test and str(test.study))
-        config = predict.PredictConfig(checkpoint=path, data=data or "", cache=args.cache)
-        own = predict.open_splits(checkpoint, config)["test"]
+        own = predict.open_splits(checkpoint, path, DataConfig(data=data or "", cache=args.cache))["test"]
         if test and own.pixels.shape != test.pixels.shape:
             parser.error(f"{path}: trained at another size than {args.checkpoints[0]}; expected one size")
         test, models[name] = own, score(path, pairs.get(path), own, args)

@@ -170,10 +170,8 @@ def test_another_study_one_patient_and_synthetic(study, checkpoint, tmp_path, ca
             (other / path.parent.name).mkdir(parents=True, exist_ok=True)
             (other / path.parent.name / path.name).write_bytes(path.read_bytes())
     (other / "SYNTHETIC.txt").touch()
-    config = predict.PredictConfig(
-        checkpoint=str(checkpoint), data=str(other), out=str(tmp_path), device="cpu"
-    )
-    result, stdout = predict.predict(config), capsys.readouterr().out
+    config = predict.PredictConfig(checkpoint=str(checkpoint), out=str(tmp_path), device="cpu")
+    result, stdout = predict.predict(config, DataConfig(data=str(other))), capsys.readouterr().out
     assert result == json.loads((tmp_path / "metrics.json").read_text())
     assert result["n"] == 4 and result["psnr"]["low"] is None and result["data"]["synthetic"]
     assert "SYNTHETIC test slices" in stdout and "no interval" in stdout and stdout.count("note:") == 1
