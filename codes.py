@@ -22,6 +22,7 @@ from modules import VQVAE2
 LEVELS = ("top", "bottom")
 # A variant is described by: mirrored, altered, shift (rows, columns), turn, stretch (rows, columns).
 NUMBERS = 7
+MOST_VARIANTS = 1000  # of a slice
 SHIFT, TURN, STRETCH = 8.0, 0.06, 0.08  # the most of each: pixels, radians, share
 BEND = 2.0  # pixels, standard deviation of the elastic displacement
 SHADE = 0.15  # standard deviation of the log of the shading

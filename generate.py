@@ -26,10 +26,10 @@ import page
 import runtime
 from anatomy import segmenter_of
 from appraise import Inputs, appraise, near, print_report
-from codes import NUMBERS, Samples, Variants, decode, extract_codes
+from codes import MOST_VARIANTS, NUMBERS, Samples, Variants, decode, extract_codes
 from dataset import SIZE, DataConfig, SliceDataset, StudyInfo, open_trained_study
 from modules import VQVAE2, load_model
-from prior import Prior, PriorConfig, Sampling
+from prior import BOTTOM_SAMPLING, TOP_SAMPLING, Prior, PriorConfig, Sampling
 from runtime import UserError, option
 
 SHOWN = 32  # samples in grid.png
@@ -48,29 +48,36 @@ class GenerateConfig:
     n: int = option(64, "slices to sample")
     position: float = option(math.nan, "where in its volume each lies, 0 to 1; nan: as real test slices do")
     top_temperature: float = option(
-        0.6, "divides the logits of the top codes, which place organs; 0 takes the likeliest code every time"
+        TOP_SAMPLING.temperature,
+        "divides the logits of the top codes, which place organs; 0 takes the likeliest code every time",
     )
-    bottom_temperature: float = option(0.4, "the same of the bottom codes, which add detail and texture")
+    bottom_temperature: float = option(
+        BOTTOM_SAMPLING.temperature, "the same of the bottom codes, which add detail and texture"
+    )
     nucleus: float = option(
         1.0, "sample among the likeliest codes that hold this probability (top-p), in (0, 1]"
     )
-    top_passes: int = option(16, "passes of the top prior over its map; each shows more codes")
-    bottom_passes: int = option(8, "passes of the bottom prior")
-    top_spread: float = option(8.0, "chance in which top codes a pass shows; 0 shows the most certain ones")
-    bottom_spread: float = option(1.0, "the same of the bottom codes")
+    top_passes: int = option(
+        TOP_SAMPLING.passes, "passes of the top prior over its map; each shows more codes"
+    )
+    bottom_passes: int = option(BOTTOM_SAMPLING.passes, "passes of the bottom prior")
+    top_spread: float = option(
+        TOP_SAMPLING.spread, "chance in which top codes a pass shows; 0 shows the most certain ones"
+    )
+    bottom_spread: float = option(BOTTOM_SAMPLING.spread, "the same of the bottom codes")
     seed: int = option(0, "seed of the samples")
     checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder, as train.py wrote it")
     prior: str = option(
         "Results/prior_best.pth", "the priors over its codes, as train.py --stage prior wrote them"
     )
     out: str = option("Results/generated", "folder to write to")
-    batch_size: int = option(16, "slices at a time; changes no sample")
+    batch_size: int = option(0, "slices at a time, which changes no sample; 0: 4 on a CPU, 256 on a GPU")
     device: str = option("auto", "where the models run", choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self) -> None:
-        for name in ("n", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
+        for name, least in {"n": 1, "batch_size": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{runtime.flag(name)} is {getattr(self, name)}; expected at least {least}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed is {self.seed}; expected 0 to {2**32 - 1}")
         if not (0 <= self.position <= 1 or math.isnan(self.position)):
@@ -96,25 +103,27 @@ def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, VQVAE2, Prior]:
     checkpoint = runtime.load_checkpoint(config.checkpoint, "vqvae2")
     saved = runtime.load_checkpoint(config.prior, "prior")
     study = StudyInfo.from_checkpoint(saved, config.prior)
-    digest, learnt = runtime.sha256(config.checkpoint), saved["autoencoder_sha256"]
+    digest, expected = runtime.sha256(config.checkpoint), saved["autoencoder_sha256"]
     fix = "Fix: the pair that was trained together, or train.py --stage prior --checkpoint FILE."
-    if digest != learnt:
+    if digest != expected:
         raise UserError(
-            f"{config.prior}: priors over the codes of the autoencoder with SHA-256 {learnt[:12]}...; "
+            f"{config.prior}: priors over the codes of the autoencoder with SHA-256 {expected[:12]}...; "
             f"{config.checkpoint} has {digest[:12]}... {fix}"
         )
     device = runtime.pick_device(config.device)
     model = load_model(checkpoint, config.checkpoint).to(device)
     makes = model.config.code_shapes(study.height, study.width)[0]
-    shape, K = tuple(saved["top_shape"]), saved["model_config"]["K"]
-    if (shape, K) != (makes, model.config.K):
+    learnt = runtime.from_saved(PriorConfig, saved["model_config"], f"{config.prior}: model_config")
+    shape, variants = tuple(saved["top_shape"]), saved["codes_config"].get("variants")
+    if (shape, learnt.K) != (makes, model.config.K):
         raise UserError(
-            f"{config.prior}: priors over top maps of {shape} and {K} codes; "
+            f"{config.prior}: priors over top maps of {shape} and {learnt.K} codes; "
             f"{config.checkpoint} makes {makes} and {model.config.K}. {fix}"
         )
-    shapes = runtime.from_saved(PriorConfig, saved["model_config"], f"{config.prior}: model_config")
-    prior = runtime.load_weights(lambda: Prior(shapes, shape, NUMBERS), saved, config.prior)
-    return study, saved["codes_config"]["variants"], model, prior.to(device).eval()
+    if type(variants) is not int or not 1 <= variants <= MOST_VARIANTS:
+        raise UserError(f"{config.prior}: variants is {variants!r}; expected 1 to {MOST_VARIANTS}. {fix}")
+    prior = runtime.load_weights(lambda: Prior(learnt, shape, NUMBERS), saved, config.prior)
+    return study, variants, model, prior.to(device).eval()
 
 
 def open_splits(config: GenerateConfig, data: DataConfig, trained: StudyInfo) -> dict[str, SliceDataset]:
@@ -143,6 +152,7 @@ def sample(
     form = "{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
     bar = tqdm(total=config.n, desc="sampling", unit=" slices", bar_format=form, disable=None)
     parts = []
+    size = config.batch_size or (4 if next(model.parameters()).device.type == "cpu" else 256)
     with runtime.stop_signals() as stopped, bar:
 
         def progress() -> None:
@@ -150,8 +160,8 @@ def sample(
             if stopped:
                 raise KeyboardInterrupt
 
-        for first in range(0, config.n, config.batch_size):
-            batch = range(first, min(first + config.batch_size, config.n))
+        for first in range(0, config.n, size):
+            batch = range(first, min(first + size, config.n))
             seeds = [config.seed * SEED_STEP + i for i in batch]
             codes = prior.sample(positions[batch], seeds, top, bottom, progress=progress)
             images, masks = decode(model, *codes)

@@ -84,7 +84,7 @@ class TrainConfig:
             raise UserError(f"--lr is {self.lr}; expected more than 0")
 
 
-def without_folders(config: TrainConfig) -> dict:
+def shareable(config: TrainConfig) -> dict:
     """The settings for logs and checkpoints, which people share: no path of this machine is among them."""
     return dataclasses.asdict(config) | {
         name: Path(getattr(config, name)).name for name in ("out", "weights")
@@ -230,7 +230,7 @@ class Checkpoints:
             "kind": self.stage.kind,
             "model": self.stage.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
-            "train_config": without_folders(self.config),
+            "train_config": shareable(self.config),
             "counts": self.stage.counts,
             "sums": self.sums,
             **self.stage.settings(),
@@ -358,7 +358,7 @@ class Trainer:
         self.clock = 0.0  # rank 0's `elapsed`, the same on every rank
         self.loss_shown_at = 0.0
         self.prefix = "" if stage.kind == "vqvae2" else f"{stage.kind}_"  # of the names of logs
-        settings = {"train": without_folders(config), "ranks": runtime.world(), **stage.settings()}
+        settings = {"train": shareable(config), "ranks": runtime.world(), **stage.settings()}
         self.progress.history.append(
             {"run": runtime.provenance(), "device": str(self.device), "bf16": self.bf16, **settings}
         )

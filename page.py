@@ -64,7 +64,7 @@ code { font-size: .9em; overflow-wrap: anywhere } summary { cursor: pointer; col
 # ---- pieces of HTML ------------------------------------------------------------------------------
 
 
-def without_folders(text: str) -> str:
+def hide_folders(text: str) -> str:
     """The text with each absolute path cut down to its last name: a page that is sent tells nothing of a disk."""
     path = r"(?<![\w.~])(?:~|[A-Za-z]:)?[/\\]"
     if found := re.fullmatch(
@@ -82,7 +82,7 @@ def cell(value, decimals: str = "#.4g") -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:{decimals}}"
-    return escape(without_folders(str(value)))
+    return escape(hide_folders(str(value)))
 
 
 def label(name: str) -> str:
@@ -192,7 +192,7 @@ def changed(folder: Path, made_with: dict) -> bool:
 
 
 def command(provenance: dict) -> str:
-    return " ".join(["python", *map(without_folders, provenance.get("argv", []))])
+    return " ".join(["python", *map(hide_folders, provenance.get("argv", []))])
 
 
 # ---- the parts of the page -----------------------------------------------------------------------
@@ -354,7 +354,7 @@ def write(folder: Path | str) -> Path:
     }
     parts = {title: html for title, html in parts.items() if html}
     data = stage_one.get("data") or metrics.get("data") or manifest.get("data") or {}
-    title = escape(without_folders(f"VQ-VAE-2 on {data.get('study', folder.resolve().name)}"))
+    title = escape(hide_folders(f"VQ-VAE-2 on {data.get('study', folder.resolve().name)}"))
     links = "".join(f'<a href="#{anchor(part)}">{part}</a>' for part in parts)
     body = "".join(f'<h2 id="{anchor(part)}">{part}</h2>{html}' for part, html in parts.items())
     page = (

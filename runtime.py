@@ -509,6 +509,8 @@ def check_weights(checkpoint: dict, path: Path | str) -> None:
     larger than the weights allow.
     """
     hints = {"model_config": dict, "model": dict[str, Tensor], "data": dict, "epoch": int}
+    if checkpoint["kind"] == "prior":
+        hints |= {"top_shape": list[int], "autoencoder_sha256": str, "codes_config": dict}
     for name, hint in hints.items():
         if not matches(checkpoint.get(name), hint):
             raise UserError(f"{path}: a checkpoint without a usable {name}. Fix: train again.")

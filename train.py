@@ -28,7 +28,7 @@ import metrics
 import page
 import runtime
 from anatomy import mask_losses
-from codes import Variants, extract_codes
+from codes import MOST_VARIANTS, Variants, extract_codes
 from dataset import DataConfig, StudyInfo, find_trained_study, flip_left_right, open_study, open_trained_study
 from loop import Stage, TrainConfig, fit, switched
 from modules import VQVAE2, Output, VQVAE2Config, load_model
@@ -102,9 +102,10 @@ class CodesConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("bottom_every", "variants"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{runtime.flag(name)} is {getattr(self, name)}; expected at least 1")
+        if self.bottom_every < 1:
+            raise UserError(f"--bottom-every is {self.bottom_every}; expected at least 1")
+        if not 1 <= self.variants <= MOST_VARIANTS:
+            raise UserError(f"--variants is {self.variants}; expected 1 to {MOST_VARIANTS}")
         for name in ("forget", "noise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; expected 0 to 1")

@@ -279,7 +279,7 @@ def test_a_position_is_asked_of_the_prior_and_of_the_real_slices(trained, tmp_pa
             {"top_spread": -1.0},
             {"position": 1.1},
             {"position": -0.1},
-            {"batch_size": 0},
+            {"batch_size": -1},
         ),
     ],
 )
@@ -299,5 +299,16 @@ def test_models_that_are_not_a_pair(trained, tmp_path):
     files = ("--checkpoint", tmp_path / "vqvae2_best.pth", "--prior", tmp_path / "prior_best.pth")
     code, _, err = run("generate.py", *files, "--out", tmp_path / "out")
     assert code == 2 and "prior_best.pth" in err and "vqvae2_best.pth" in err and "000000000000" in err
+    hostile = [
+        {"top_shape": "8x4"},
+        {"autoencoder_sha256": None},
+        {"codes_config": {}},
+        {"codes_config": {"variants": 10**9}},
+        {"model_config": {}},
+    ]
+    for keys in hostile:
+        runtime.save_checkpoint(tmp_path / "keys.pth", saved | keys)
+        with pytest.raises(runtime.UserError, match=r"keys\.pth"):
+            generate.generate(config(trained, tmp_path / "out", prior=str(tmp_path / "keys.pth")))
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         generate.generate(config((tmp_path / "none",), tmp_path / "out"))

@@ -198,7 +198,7 @@ def test_a_folder_with_little_or_broken_files_has_a_page(results):
     ],
 )
 def test_absolute_paths_are_cut_to_their_last_name(text, shown):
-    assert page.without_folders(text) == shown
+    assert page.hide_folders(text) == shown
 
 
 def test_the_command_line(results):

@@ -264,7 +264,7 @@ def test_training_learns_what_follows_from_the_rest():
         sum(loss.mean() for loss in losses.values()).backward()
         optimiser.step()
     model.eval()
-    top, bottom = model.sample([math.nan] * 8, range(8), Sampling(passes=16, temperature=0.2))
+    top, bottom = model.sample([math.nan] * 8, range(8), Sampling(passes=16, temperature=0.2, spread=4))
     assert (top == top.flip(2)).double().mean() > 0.8  # 0.2 by chance
     assert (bottom == top.repeat_interleave(2, 1).repeat_interleave(2, 2)).double().mean() > 0.95
     assert len({tuple(codes.flatten().tolist()) for codes in top}) > 4  # and they are not all one map
