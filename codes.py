@@ -132,6 +132,9 @@ def extract_codes(
     counts = {name: variants if name == "train" else 1 for name in SPLITS}
     total = sum(counts[name] * len(splits[name]) for name in SPLITS)
     device = next(model.parameters()).device
+    size = sum(h * w for h, w in model.config.code_shapes(*splits["train"].pixels.shape[1:])) * 2 * total
+    for room in (None, files[-1].parent):
+        runtime.check_room(f"the codes of {total} slices and variants", size, "fewer --variants", room)
     bar = tqdm(total=total, desc="codes", unit=" slices", disable=None)
     maps = {}
     for name, split in splits.items():

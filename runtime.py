@@ -190,6 +190,22 @@ def in_parallel(function: Callable, items: Sequence, label: str, unit: str) -> I
                 yield result
 
 
+def check_room(what: str, size: float, fix: str, folder: Path | None = None) -> None:
+    """UserError if `size` bytes are more than the free space of a folder's disk or, without one, than the memory."""
+    if folder:
+        room, where = shutil.disk_usage(folder).free, f"{folder} has"
+    else:
+        room, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory is"
+    if size > room:
+        raise UserError(f"{what} take {size / 1e9:.1f} GB; {where} {room / 1e9:.1f} GB. Fix: {fix}.")
+
+
+def note_if_long(what: str, seconds: float) -> None:
+    """Say how long `what` will take if it is more than a day."""
+    if seconds > 86_400 and rank() == 0:
+        tqdm.write(f"note: at this speed {what} take {seconds / 86_400:.1f} days")
+
+
 # ---- device, seeds -------------------------------------------------------------------------------
 
 
