@@ -5,8 +5,8 @@ order. A slice sampled so is finished on the left before anything is known of th
 and bidirectional (MaskGIT, Chang et al. 2022, arXiv 2202.04200): some codes are hidden, and a transformer that sees
 all the others at once predicts them. A new map starts with every code hidden and shows more of them in each pass.
 
-    codes, some hidden --> one token for each patch of codes --+--> blocks --> logits of every code of the map
-    row, column and slice position --> MLP --------------------+
+    codes, some hidden --> one token for each patch of codes --+--> transformer --> convolutions --> logits of every
+    row, column and slice position --> MLP --------------------+    over tokens     over codes       code of the map
     top codes (bottom level only) -----------------------------+
 
 The number of hidden codes is uniform in training, which makes the loss the bound of Hoogeboom et al. 2022
@@ -35,14 +35,15 @@ class PriorConfig:
     K: int = option(512, "codes in each codebook")
     prior_channels: int = option(128, "channels of the priors")
     prior_heads: int = option(4, "attention heads of the priors")
-    prior_top_layers: int = option(4, "blocks of p(top)")
-    prior_bottom_layers: int = option(2, "blocks of p(bottom | top)")
+    prior_top_layers: int = option(3, "transformer blocks of p(top)")
+    prior_bottom_layers: int = option(1, "transformer blocks of p(bottom | top)")
+    prior_refine_blocks: int = option(2, "convolutional blocks of both, at the resolution of codes")
     prior_patch: int = option(2, "codes of a token along each axis")
     prior_dropout: float = option(0.1, "dropout after every sublayer of the priors")
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            least = 0 if name == "prior_dropout" else 1
+            least = 0 if name in ("prior_dropout", "prior_refine_blocks") else 1
             if not value >= least:
                 raise UserError(f"{name} is {value}; expected at least {least}")
         if self.prior_channels % self.prior_heads:
@@ -120,11 +121,25 @@ class Block(nn.Module):
         return x.mT.unflatten(2, (h, w))  # (B, h*w, C) -> (B, C, h, w)
 
 
+class Refine(nn.Module):
+    """A ConvNeXt block (Liu et al. 2022, arXiv 2201.03545): every code looks at the 5x5 codes around it."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 5, padding=2, groups=channels)
+        self.mlp = MLP(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, h, w) -> (B, C, h, w)."""
+        return x + self.mlp(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class MaskedPrior(nn.Module):
     """One level: the distribution of every code of a map given those that are not hidden.
 
     `shape` is the map's height and width. A token stands for patch x patch codes, so that attention, whose cost
-    grows with the square of the tokens, stays cheap. `variants` numbers describe how a slice was altered before it
+    grows with the square of the tokens, stays cheap: tokens decide what lies where. Convolutions over single codes
+    then join the edges, without which walls are ragged. `variants` numbers describe how a slice was altered before it
     was coded (see `codes.py`); a `conditioned` level also sees the top map, of a token for each top code.
     """
 
@@ -154,6 +169,7 @@ class MaskedPrior(nn.Module):
         self.norm = nn.LayerNorm(C)
         self.split = nn.Linear(C, P * P * C)  # a token -> its codes
         self.local = nn.Conv2d(C, C, 5, padding=2, groups=C)  # what the codes next to a code say of it
+        self.refine = nn.Sequential(*(Refine(C) for _ in range(config.prior_refine_blocks)))
         self.head_norm, self.head = nn.LayerNorm(C), nn.Linear(C, config.K)
         self.start()
 
@@ -187,8 +203,8 @@ class MaskedPrior(nn.Module):
             x = block(x)
         x = self.split(self.norm(x.permute(0, 2, 3, 1)))  # (B, grid, C) -> (B, grid, P*P*C)
         x = F.pixel_shuffle(x.permute(0, 3, 1, 2), self.patch)[..., :h, :w]
-        x = (x + self.local(embedded)).permute(0, 2, 3, 1)  # -> (B, h, w, C)
-        return self.head(self.head_norm(x))
+        x = self.refine(x + self.local(embedded))  # (B, C, h, w)
+        return self.head(self.head_norm(x.permute(0, 2, 3, 1)))
 
     def place(self, position: Tensor, variant: Tensor) -> Tensor:
         """What is known before any code is: place in the map, slice position and variant, (B, C, grid)."""
