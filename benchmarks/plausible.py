@@ -1,0 +1,145 @@
+"""Plausible slices by set: studies that mix, say, hearts and abdomens are never pooled.
+
+    python -m benchmarks.plausible Results/generated --data DIR --checkpoint Results/vqvae2_best.pth --below 100
+
+Real validation slices, their reconstructions, real test slices and the slices that generate.py wrote, each beside
+the real training slices of its own set. A real slice belongs to a set by its patient's number, a generated one by the
+organs that the U-Net (anatomy.py) sees most of in it. "both sets" counts slices in which the U-Net sees organs of
+both, such as half a heart in an abdomen; slices without an organ are counted and belong to no set. Prints and writes
+to --out the shares of plausible slices, with standard errors over slices.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import anatomy
+import runtime
+from benchmarks.per_set import study_sets
+from benchmarks.utility import read_generated
+from codes import decode
+from dataset import NO_MASK, DataConfig, SliceDataset, StudyInfo, open_trained_study
+from modules import load_model
+
+MOST_REAL = 768  # training slices of each set that are compared with
+
+
+class Measured(NamedTuple):
+    """Slices as the U-Net sees them: their `anatomy.measure` (n, O, 7), positions (n,) and set names (n,)."""
+
+    figures: np.ndarray
+    positions: np.ndarray
+    sets: np.ndarray
+
+
+def sets_of(split: SliceDataset, below: int) -> np.ndarray:
+    """The name of every slice's set."""
+    named = study_sets(np.array([name.patient for name in split.names]), below)
+    return np.select(list(named.values()), list(named), default="")
+
+
+def organs_of(train: SliceDataset, sets: np.ndarray) -> dict[str, np.ndarray]:
+    """(O,) bool by set: which organs its training masks show."""
+    shown = {}
+    for name in np.unique(sets):
+        masks = train.masks(np.flatnonzero((sets == name) & train.has_mask)).numpy()
+        shown[str(name)] = np.bincount(masks[masks != NO_MASK], minlength=len(train.labels))[1:] > 0
+    return shown
+
+
+def by_organs(figures: np.ndarray, organs: dict[str, np.ndarray]) -> tuple[np.ndarray, int]:
+    """The set (n,) whose organs fill most of each slice, "" where there is no organ; and how many show both sets'."""
+    area = np.nan_to_num(figures[:, :, 0])  # (n, O)
+    filled = np.stack([area[:, own].sum(1) for own in organs.values()], 1)  # (n, sets)
+    names = np.where(filled.max(1) > 0, np.array(list(organs))[filled.argmax(1)], "")
+    return names, int(((filled > 0).sum(1) > 1).sum())
+
+
+def main() -> None:
+    parser = runtime.parser(__doc__)
+    parser.add_argument("generated", type=Path, help="folder that generate.py wrote")
+    parser.add_argument("--data", default="", help="study folder")
+    parser.add_argument("--checkpoint", default="Results/vqvae2_best.pth", help="the autoencoder")
+    parser.add_argument(
+        "--below", type=int, required=True, help="patients below are one set, the rest another"
+    )
+    parser.add_argument("--cache", default="", help="decoded slices; empty is ~/.cache/vqvae2-slices")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--out", default="benchmarks/results/plausible.json", help="file to write")
+    args = parser.parse_args()
+    device = runtime.pick_device(args.device)
+    checkpoint = runtime.load_checkpoint(args.checkpoint, "vqvae2")
+    study = StudyInfo.from_checkpoint(checkpoint, args.checkpoint)
+    splits = open_trained_study(study, DataConfig(data=args.data, cache=args.cache), args.checkpoint)
+    train, labels = splits["train"], len(splits["train"].labels)
+    model = load_model(checkpoint, args.checkpoint).to(device)
+    net = anatomy.segmenter_of(train, Path(args.checkpoint).parent / "segmenter.pth", device)
+    images, _ = read_generated(args.generated, train.labels)
+    positions = json.loads((args.generated / "manifest.json").read_text())["positions"][: len(images)]
+
+    def figures_of(images: np.ndarray) -> np.ndarray:
+        parts = np.array_split(images, -(-len(images) // 64))
+        return np.concatenate([anatomy.measure(anatomy.segment(net, part), labels) for part in parts])
+
+    def measured(
+        split: SliceDataset, chosen: np.ndarray, sets: np.ndarray, reconstruct: bool = False
+    ) -> Measured:
+        found = []
+        for part in np.array_split(chosen, -(-len(chosen) // 64)):
+            x = split.images(part)
+            if reconstruct:
+                with torch.inference_mode():
+                    x = torch.from_numpy(decode(model, *model.encode(x.to(device)))[0])[:, None]
+            found.append(figures_of(x[:, 0].numpy()))
+        return Measured(np.concatenate(found), split.positions[chosen], sets[chosen])
+
+    rng, sets = np.random.default_rng(0), {name: sets_of(split, args.below) for name, split in splits.items()}
+    organs = organs_of(train, sets["train"])
+    real = {
+        name: measured(
+            train, rng.permutation(np.flatnonzero(sets["train"] == name))[:MOST_REAL], sets["train"]
+        )
+        for name in organs
+    }
+    everything = {name: np.arange(len(split)) for name, split in splits.items()}
+    rows = {
+        "real validation slices": measured(splits["validate"], everything["validate"], sets["validate"]),
+        "real test slices": measured(splits["test"], everything["test"], sets["test"]),
+        "reconstructions": measured(splits["validate"], everything["validate"], sets["validate"], True),
+    }
+    figures = figures_of(images[:, 0].numpy())
+    rows["generated"] = Measured(figures, np.array(positions, float), by_organs(figures, organs)[0])
+    result = {}
+    for row, of_row in rows.items():
+        found, both = by_organs(of_row.figures, organs)
+        result[row] = {"n": len(found), "no organ": int((found == "").sum()), "both sets": both}
+        for name in organs:
+            mine = of_row.sets == name
+            shown = mine & (found != "")  # a slice without an organ is always plausible
+            together, fine = anatomy.plausible(
+                of_row.figures[shown], of_row.positions[shown], real[name].figures, real[name].positions
+            )
+            n, share = (
+                int(shown.sum()),
+                float((together & fine.all(1)).mean()) if shown.any() else float("nan"),
+            )
+            error = (share * (1 - share) / n) ** 0.5 if n else float("nan")
+            result[row][name] = {"n": n, "plausible": share, "standard_error": error}
+    print(f"{'':<26}{'n':>6}{'no organ':>10}{'both sets':>11}" + "".join(f"{name:>26}" for name in organs))
+    for row, of_row in result.items():
+        cells = (of_row[name] for name in organs)
+        text = (f"{c['plausible']:.3f} +- {c['standard_error']:.3f} (n {c['n']})" for c in cells)
+        print(
+            f"{row:<26}{of_row['n']:>6}{of_row['no organ']:>10}{of_row['both sets']:>11}"
+            + "".join(f"{t:>26}" for t in text)
+        )
+    data = {"study": train.study.resolve().name, "fingerprint": train.fingerprint}
+    runtime.write_json(args.out, {"rows": result, "data": data, "provenance": runtime.provenance()})
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    runtime.run_cli(main)
