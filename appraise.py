@@ -115,13 +115,11 @@ def likelihood(
     top, bottom = (torch.from_numpy(level.astype(np.int64)) for level in maps)
     parts = torch.arange(len(top)).split(16)
     bar = tqdm(total=DRAWS * len(top), desc="likelihood", unit=" slices", disable=None)
-    for draw in range(DRAWS):
+    for _ in range(DRAWS):
         sums = []
         for part in parts:
             at = torch.as_tensor(positions[part.numpy()])
-            nats = prior.nats(
-                *(x.to(device) for x in (top[part], bottom[part], at)), len(parts) * draw + seed
-            )
+            nats = prior.nats(*(x.to(device) for x in (top[part], bottom[part], at)), seed)
             sums.append(torch.stack([nats[level].double() for level in LEVELS], 1).cpu())
             bar.update(len(part))
             seed += 1

@@ -291,7 +291,7 @@ class Prior(nn.Module):
 
     @torch.inference_mode()
     def nats(
-        self, top: Tensor, bottom: Tensor, position: Tensor, seed: int = 0, masks: int = 4
+        self, top: Tensor, bottom: Tensor, position: Tensor, seed: int = 0, masks: int = 2
     ) -> dict[str, Tensor]:
         """The bound on -log p of slices in nats, "top" (B,) and "bottom" (B,): a mean over `masks` random masks.
 

@@ -66,7 +66,7 @@ PRESETS = {
         "low-rate": RECIPE | WIDER | {"epochs": 5, "K": 1024, "stride": 8},
     },
     "prior": {
-        "quick": PRIOR_RECIPE | LIGHT | {"minutes": 2.25},
+        "quick": PRIOR_RECIPE | LIGHT | {"minutes": 2.5},
         "best": PRIOR_RECIPE | DEEPER | {"minutes": 30.0},
     },
 }

@@ -11,7 +11,7 @@ import metrics
 import modules
 import runtime
 import train
-from benchmarks import ablation, baselines, peers, startup, variants
+from benchmarks import ablation, baselines, peers, plausible, startup, variants
 from dataset import DataConfig, open_study
 from modules import VQVAE2, Output, VectorQuantiser, VQVAE2Config
 
@@ -206,3 +206,12 @@ def test_startup_makes_a_study_of_as_many_slices(study, tmp_path):
     config = DataConfig(str(tmp_path / "study"), 64, 32, cache=str(tmp_path / "cache"))
     sizes = [len(split) for split in open_study(config).values()]
     assert sum(sizes) == 1300 and sizes[0] > 0.8 * 1300 and min(sizes) > 0
+
+
+def test_a_slice_belongs_to_the_set_whose_organs_fill_it():
+    figures = np.full((4, 3, 7), np.nan)
+    figures[0, 0, 0], figures[1, 2, 0] = 50, 60
+    figures[2, :, 0] = 40, 30, 20  # organs of both sets, the second's are larger together
+    organs = {"a": np.array([True, False, False]), "b": np.array([False, True, True])}
+    names, both = plausible.by_organs(figures, organs)
+    assert names.tolist() == ["a", "b", "b", ""] and both == 1
