@@ -181,19 +181,19 @@ def measure(masks: np.ndarray, labels: int) -> np.ndarray:
     """
     figures = np.full((len(masks), labels - 1, len(FIGURES)), np.nan)
     for mask, row in zip(masks, figures, strict=True):
-        for whole in regionprops(np.where(mask == NO_MASK, 0, mask)):
-            pieces = label(whole.image, connectivity=2)
+        for region in regionprops(np.where(mask == NO_MASK, 0, mask)):
+            pieces = label(region.image, connectivity=2)
             small = np.bincount(pieces.ravel())[1:] < SMALLEST_PIECE
             if small.all():
                 continue
-            kept = whole.image & ~np.isin(pieces, 1 + np.flatnonzero(small))
+            kept = region.image & ~np.isin(pieces, 1 + np.flatnonzero(small))
             (organ,) = regionprops(kept.astype(np.uint8))
             image = organ.image
             gaps = np.bincount(label(np.pad(~image, 1, constant_values=True), connectivity=1).ravel())[2:]
-            row[whole.label - 1] = (
+            row[region.label - 1] = (
                 organ.area,
-                whole.bbox[0] + organ.centroid[0],
-                whole.bbox[1] + organ.centroid[1],
+                region.bbox[0] + organ.centroid[0],
+                region.bbox[1] + organ.centroid[1],
                 np.count_nonzero(~small),
                 np.count_nonzero(gaps >= SMALLEST_PIECE),
                 organ.solidity,
@@ -232,9 +232,9 @@ def plausible(
         alike = (real_shown[order[:most]] == shown[i]).all(1)
         together[i] = alike.mean() >= RAREST
         for organ in np.flatnonzero(shown[i]):
-            theirs = real[order[real_shown[order, organ]][:most], organ]
-            if len(theirs):
-                low, high = np.quantile(theirs, TAILS, axis=0, method="inverted_cdf")
+            others = real[order[real_shown[order, organ]][:most], organ]
+            if len(others):
+                low, high = np.quantile(others, TAILS, axis=0, method="inverted_cdf")
                 organs[i, organ] = ((low <= figures[i, organ]) & (figures[i, organ] <= high)).all()
             else:
                 organs[i, organ] = False

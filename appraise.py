@@ -274,8 +274,8 @@ def score_realism(inputs: Inputs, rows: dict[str, Row], rng: np.random.Generator
         table = {name: by_anatomy[name] | table[name] for name in rows}
     blind = blind_measures(table)
     table = {
-        name: {"n": len(rows[name].images)} | {key: value for key, value in of.items() if key not in blind}
-        for name, of in table.items()
+        name: {"n": len(rows[name].images)} | {key: value for key, value in row.items() if key not in blind}
+        for name, row in table.items()
     }
     return plain({"rows": table, "organs": organs, "left_out": blind, "training_slices": len(real)})
 
@@ -477,17 +477,17 @@ def print_report(report: dict) -> None:
     print(f"\n{'likelihood, a bound':<24}{'n':>6}{'bits/code':>11}{'bits/pixel':>12}{'+-':>9}")
     print(f"{'  nominal':<41}{rates['nominal_bits_per_pixel']:>12.4f}")
     for name in ("train", "validate", "test"):
-        of = rates[name]
+        rate = rates[name]
         print(
-            f"  {name:<22}{of['n']:>6}{of['bits_per_code']:>11.3f}{of['bits_per_pixel']:>12.4f}"
-            f"{of['standard_error']:>9.4f}"
+            f"  {name:<22}{rate['n']:>6}{rate['bits_per_code']:>11.3f}{rate['bits_per_pixel']:>12.4f}"
+            f"{rate['standard_error']:>9.4f}"
         )
     if realism_report := report["realism"]:
         rows = realism_report["rows"]
         measures = list(rows[SAMPLES])
         print(f"\n{'realism':<24}" + "".join(f"{measure:>17}" for measure in measures))
-        for name, of in rows.items():
-            cells = (of.get(measure) for measure in measures)
+        for name, row in rows.items():
+            cells = (row.get(measure) for measure in measures)
             print(f"  {name:<22}" + "".join(f"{'-' if v is None else format(v, '.4g'):>17}" for v in cells))
         if blind := realism_report["left_out"]:
             print(f"  left out, because a control scores as well as real slices: {', '.join(blind)}")
@@ -497,9 +497,13 @@ def print_report(report: dict) -> None:
             f"\nvariety (n = {variety['n']}): mean pairwise MS-SSIM {samples:.4f} of samples, {real:.4f} of real "
             "slices at the same positions"
         )
-    for name, of in report["copying"].items():
+    for name, copying in report["copying"].items():
         sets = (
-            f"{k} {v['flagged']}/{v['n']}" for k, v in of.items() if isinstance(v, dict) and "flagged" in v
+            f"{k} {v['flagged']}/{v['n']}"
+            for k, v in copying.items()
+            if isinstance(v, dict) and "flagged" in v
         )
-        print(f"copying by {name}: nearer than {of['threshold']:.4f} are {', '.join(sets)}. {of['verdict']}")
+        print(
+            f"copying by {name}: nearer than {copying['threshold']:.4f} are {', '.join(sets)}. {copying['verdict']}"
+        )
     print(PROTOCOL["bounds"])

@@ -245,7 +245,7 @@ def realism_chart(path: Path | str, rows: Mapping[str, Mapping[str, float | None
     figure.suptitle(note, fontsize=10)
     panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for axes, measure in zip(panels, measures, strict=True):
-        values = [of.get(measure) for of in rows.values()]
+        values = [row.get(measure) for row in rows.values()]
         bars = axes.barh(names, [value or 0 for value in values], color="C0")
         axes.bar_label(bars, ["" if value is None else f"{value:.3g}" for value in values], fontsize=7)
         axes.set_title(measure.replace("_", " "), fontsize=9)

@@ -190,8 +190,8 @@ class Album:
             config.seed,
         )
         train, test = splits["train"], splits["test"]
-        some = test.images(np.linspace(0, len(test) - 1, min(64, len(test))).astype(int)).numpy()
-        self.span = tuple(np.median(end((1, 2, 3))) for end in (some.min, some.max))  # black and white
+        shown = test.images(np.linspace(0, len(test) - 1, min(64, len(test))).astype(int)).numpy()
+        self.span = tuple(np.median(end((1, 2, 3))) for end in (shown.min, shown.max))  # black and white
         self.note = "priors trained on a synthetic phantom, not MRI" if train.synthetic else ""
         self.mean, self.std = float(np.median(train.mean)), float(np.median(train.std))
         like = int((train.shapes == train.pixels.shape[1:]).all(1).argmax())  # the first that was not resized

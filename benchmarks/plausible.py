@@ -10,6 +10,7 @@ to --out the shares of plausible slices, with standard errors over slices.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import torch
 
 import anatomy
 import runtime
+from appraise import plain
 from benchmarks.per_set import study_sets
 from benchmarks.utility import read_generated
 from codes import decode
@@ -56,6 +58,22 @@ def by_organs(figures: np.ndarray, organs: dict[str, np.ndarray]) -> tuple[np.nd
     filled = np.stack([area[:, own].sum(1) for own in organs.values()], 1)  # (n, sets)
     names = np.where(filled.max(1) > 0, np.array(list(organs))[filled.argmax(1)], "")
     return names, int(((filled > 0).sum(1) > 1).sum())
+
+
+def shares(row: Measured, real: dict[str, Measured], organs: dict[str, np.ndarray]) -> dict:
+    """How many slices show no organ and organs of both sets, and the share of each set's that are plausible."""
+    found, both = by_organs(row.figures, organs)
+    result = {"n": len(found), "no organ": int((found == "").sum()), "both sets": both}
+    for name, others in real.items():
+        shown = (row.sets == name) & (found != "")  # a slice without an organ is always plausible
+        together, fine = anatomy.plausible(
+            row.figures[shown], row.positions[shown], others.figures, others.positions
+        )
+        n = int(shown.sum())
+        share = float((together & fine.all(1)).mean()) if n else math.nan
+        error = math.sqrt(share * (1 - share) / n) if n else math.nan
+        result[name] = {"n": n, "plausible": share, "standard_error": error}
+    return result
 
 
 def main() -> None:
@@ -112,32 +130,17 @@ def main() -> None:
     }
     figures = figures_of(images[:, 0].numpy())
     rows["generated"] = Measured(figures, np.array(positions, float), by_organs(figures, organs)[0])
-    result = {}
-    for row, of_row in rows.items():
-        found, both = by_organs(of_row.figures, organs)
-        result[row] = {"n": len(found), "no organ": int((found == "").sum()), "both sets": both}
-        for name in organs:
-            mine = of_row.sets == name
-            shown = mine & (found != "")  # a slice without an organ is always plausible
-            together, fine = anatomy.plausible(
-                of_row.figures[shown], of_row.positions[shown], real[name].figures, real[name].positions
-            )
-            n, share = (
-                int(shown.sum()),
-                float((together & fine.all(1)).mean()) if shown.any() else float("nan"),
-            )
-            error = (share * (1 - share) / n) ** 0.5 if n else float("nan")
-            result[row][name] = {"n": n, "plausible": share, "standard_error": error}
+    result = {name: shares(row, real, organs) for name, row in rows.items()}
     print(f"{'':<26}{'n':>6}{'no organ':>10}{'both sets':>11}" + "".join(f"{name:>26}" for name in organs))
-    for row, of_row in result.items():
-        cells = (of_row[name] for name in organs)
+    for row, scores in result.items():
+        cells = (scores[name] for name in organs)
         text = (f"{c['plausible']:.3f} +- {c['standard_error']:.3f} (n {c['n']})" for c in cells)
         print(
-            f"{row:<26}{of_row['n']:>6}{of_row['no organ']:>10}{of_row['both sets']:>11}"
+            f"{row:<26}{scores['n']:>6}{scores['no organ']:>10}{scores['both sets']:>11}"
             + "".join(f"{t:>26}" for t in text)
         )
     data = {"study": train.study.resolve().name, "fingerprint": train.fingerprint}
-    runtime.write_json(args.out, {"rows": result, "data": data, "provenance": runtime.provenance()})
+    runtime.write_json(args.out, {"rows": plain(result), "data": data, "provenance": runtime.provenance()})
     print(f"wrote {args.out}")
 
 

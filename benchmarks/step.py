@@ -94,7 +94,8 @@ def shares(run: loop.Trainer, batch: torch.Tensor, steps: int) -> dict[str, floa
             names.append(above.name)
             above = above.cpu_parent
         part = next(
-            (part for part, of in PARTS.items() if any(key in n for n in names for key in of)), "pointwise"
+            (part for part, keys in PARTS.items() if any(key in n for n in names for key in keys)),
+            "pointwise",
         )
         spent[part] += event.self_cpu_time_total
     spent["Python"] = whole - spent.total()

@@ -33,7 +33,7 @@ from runtime import UserError
 class Pairs(NamedTuple):
     """Slices (N, 1, H, W) and masks (N, H, W), behind a function of indices (B,)."""
 
-    of: Callable[[np.ndarray], tuple[Tensor, Tensor]]
+    take: Callable[[np.ndarray], tuple[Tensor, Tensor]]
     count: int
 
 
@@ -63,13 +63,13 @@ def read_generated(folder: Path, labels: tuple[int, ...]) -> tuple[Tensor, Tenso
 def mixture(real: Pairs, synthetic: Pairs) -> Pairs:
     """Every second slice of a batch is real, however many there are of each."""
 
-    def of(indices: np.ndarray) -> tuple[Tensor, Tensor]:
+    def take(indices: np.ndarray) -> tuple[Tensor, Tensor]:
         half = len(indices) // 2
-        both = real.of(indices[:half] % real.count), synthetic.of(indices[half:] % synthetic.count)
+        both = real.take(indices[:half] % real.count), synthetic.take(indices[half:] % synthetic.count)
         images, masks = zip(*both, strict=True)
         return torch.cat(images), torch.cat(masks)
 
-    return Pairs(of, real.count * synthetic.count)
+    return Pairs(take, real.count * synthetic.count)
 
 
 def score(net: anatomy.Segmenter, test: SliceDataset, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +112,7 @@ def masked(split: SliceDataset, below: int | None) -> dict[str, np.ndarray]:
     if below is None:
         return {"all": np.flatnonzero(split.has_mask)}
     sets = study_sets(np.array([name.patient for name in split.names]), below)
-    return {name: np.flatnonzero(of & split.has_mask) for name, of in sets.items()}
+    return {name: np.flatnonzero(inside & split.has_mask) for name, inside in sets.items()}
 
 
 def of_the_set(masks: Tensor, train: SliceDataset, chosen: np.ndarray) -> np.ndarray:
@@ -165,11 +165,11 @@ def main() -> None:
                 kinds[f"{count} real patients and synthetic"] = mixture(few, synthetic)
             for kind, pairs in kinds.items():
                 net = anatomy.train_segmenter(
-                    pairs.of, pairs.count, len(train.labels), args.steps, device=device, seed=seed
+                    pairs.take, pairs.count, len(train.labels), args.steps, device=device, seed=seed
                 )
                 patients, dice = score(net, test, tested)
                 runs.setdefault(kind, []).append(dice)
-        rows = {kind: summarise(of, patients, train.labels) for kind, of in runs.items()}
+        rows = {kind: summarise(dice, patients, train.labels) for kind, dice in runs.items()}
         result["sets"][name] = {"test_patients": len(patients), "generated": len(own), "rows": rows}
         print(
             f"\n{name}: Dice on {len(tested)} slices of {len(patients)} real test patients, {len(own)} generated"

@@ -80,7 +80,7 @@ def test_half_of_a_mixed_batch_is_real():
     )
     mixed = utility.mixture(one, two)
     assert mixed.count == 15
-    kinds, indices = mixed.of(np.array([14, 7, 9, 4]))
+    kinds, indices = mixed.take(np.array([14, 7, 9, 4]))
     assert kinds.flatten().tolist() == [1, 1, 2, 2] and indices.tolist() == [2, 1, 4, 4]
 
 
