@@ -56,10 +56,18 @@ class Scan:
     def _read_picture(self) -> None:
         try:
             with Image.open(self.path) as picture:
-                if picture.mode not in ("L", "I;16"):
-                    self.note = "pictures were turned grey"
-                    picture = picture.convert("L")
-                self.raw = np.asarray(picture)
+                if (pages := getattr(picture, "n_frames", 1)) > 1:
+                    raise UserError(f"{pages} pages; expected one. Fix: a file for each, or a NIfTI volume")
+                if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+                    self.raw = np.asarray(picture)
+                    if not np.array_equal(self.raw, self.raw.astype(np.uint16)):
+                        raise UserError("pixels that 16 bits do not hold. Fix: a 16-bit PNG, or NIfTI")
+                    self.raw = self.raw.astype(np.uint16)
+                else:
+                    self.note = "" if picture.mode == "L" else "pictures were turned grey"
+                    self.raw = np.asarray(picture.convert("L"))
+        except UserError:
+            raise
         except (
             OSError,
             SyntaxError,

@@ -138,6 +138,26 @@ def test_pictures_come_back_as_pictures(checkpoint, tmp_path):
         np.testing.assert_array_equal(np.asarray(found), pixels)
 
 
+@pytest.mark.usefixtures("identity")
+@pytest.mark.parametrize("mode", ["I", "I;16B", "F"])
+def test_pictures_of_more_than_8_bits_keep_their_values(checkpoint, tmp_path, mode):
+    pixels = np.random.default_rng(2).integers(0, 2**16, (64, 32), dtype=np.uint16)
+    like = {"I": pixels.astype(np.int32), "F": pixels.astype(np.float32), "I;16B": pixels.astype(">u2")}[mode]
+    Image.fromarray(like).save(tmp_path / "p.tif")
+    use(checkpoint, [tmp_path / "p.tif"], tmp_path / "out")
+    with Image.open(tmp_path / "out" / "p.png") as found:
+        np.testing.assert_allclose(np.asarray(found), pixels, atol=1)
+
+
+def test_pictures_that_would_lose_values_or_pages_are_refused(checkpoint, tmp_path):
+    Image.fromarray(np.full((64, 32), 0.5, np.float32)).save(tmp_path / "half.tif")
+    page = Image.fromarray(np.zeros((64, 32), np.uint8))
+    page.save(tmp_path / "pages.tif", save_all=True, append_images=[page, page])
+    for name, why in {"half.tif": "16 bits do not hold", "pages.tif": "3 pages; expected one"}.items():
+        with pytest.raises(UserError, match=f"(?s){name}: .*{why}"):
+            use(checkpoint, [tmp_path / name], tmp_path / "out")
+
+
 @pytest.mark.parametrize("fit", ["pad", "crop", "stretch", "auto"])
 @pytest.mark.parametrize("shape", [(320, 320), (40, 90), (256, 144), (64, 32)])
 def test_a_fit_is_undone(fit, shape):
