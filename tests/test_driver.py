@@ -10,6 +10,7 @@ import pytest
 from conftest import run
 from test_train import SHAPE_FLAGS
 
+import anatomy
 import driver
 import phantom
 import runtime
@@ -55,6 +56,12 @@ def test_without_data_it_makes_a_phantom_and_says_so(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     tiny = phantom.PhantomConfig(train_patients=1, validate_patients=1, test_patients=1, weeks=1, slices=2)
     monkeypatch.setattr(phantom.write_phantom, "__defaults__", (tiny,))
+    train_segmenter = anatomy.train_segmenter
+    monkeypatch.setattr(
+        anatomy,
+        "train_segmenter",
+        lambda *args, steps, **settings: train_segmenter(*args, steps=2, **settings),
+    )
     flags = "--K 16 --D 8 --channels 8 --top-channels 8 --minutes 0 --epochs 1 --device cpu --prior-minutes 0".split()
     monkeypatch.setattr("sys.argv", ["driver.py", *flags])
     driver.main()
@@ -76,7 +83,8 @@ def test_a_missing_study_is_an_error_and_no_phantom(tmp_path):
 def test_a_checkpoint_of_priors_is_an_error(study, tmp_path):
     checkpoint = {"kind": "prior", "model": {}, "model_config": {"K": 16}, "epoch": 1}
     data = {"study": str(study), "height": 64, "width": 32, "allow_patient_overlap": False}
-    runtime.save_checkpoint(tmp_path / "prior_best.pth", checkpoint | {"data": data})
+    learnt = {"top_shape": [8, 4], "autoencoder_sha256": "", "codes_config": {}}
+    runtime.save_checkpoint(tmp_path / "prior_best.pth", checkpoint | learnt | {"data": data})
     code, _, err = run("driver.py", "--resume", "prior_best.pth", cwd=tmp_path)
     assert code == 2 and "train.py --resume" in err and "Traceback" not in err
 
