@@ -54,8 +54,8 @@ class VQVAE2Config:
         if self.K > 2**16:
             raise UserError(f"K is {self.K}; expected at most {2**16}: code maps are stored in 16 bits")
         for name in ("encoder_blocks", "top_blocks", "decoder_blocks"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; expected 0 or more")
+            if not 0 <= getattr(self, name) <= 1000:
+                raise UserError(f"{name} is {getattr(self, name)}; expected 0 to 1000")
         if self.stride % 2:
             raise UserError(f"stride is {self.stride}; expected an even number")
         for name in ("bit_weight", "revive"):

@@ -46,6 +46,8 @@ class PriorConfig:
             least = 0 if name in ("prior_dropout", "prior_refine_blocks") else 1
             if not value >= least:
                 raise UserError(f"{name} is {value}; expected at least {least}")
+            if name.endswith(("layers", "blocks")) and value > 1000:
+                raise UserError(f"{name} is {value}; expected at most 1000")
         if self.prior_channels % self.prior_heads:
             raise UserError(f"prior_channels is {self.prior_channels}; expected a multiple of prior_heads")
         if self.prior_dropout >= 1:
@@ -69,8 +71,8 @@ class Sampling:
     spread: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.passes < 1:
-            raise UserError(f"passes is {self.passes}; expected at least 1")
+        if not 1 <= self.passes <= 10_000:
+            raise UserError(f"passes is {self.passes}; expected 1 to 10000")
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature is {self.temperature}; expected 0 (the likeliest code) or more")
         if not 0 < self.top_p <= 1:

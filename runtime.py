@@ -126,7 +126,8 @@ def parser(
             if hints[field.name] is bool:
                 options["action"] = argparse.BooleanOptionalAction
             else:
-                options |= {"type": hints[field.name], "choices": field.metadata.get("choices")}
+                kind = integer if hints[field.name] is int else hints[field.name]
+                options |= {"type": kind, "choices": field.metadata.get("choices")}
             if field.name not in without:
                 flags.setdefault(field.name, (config, options))
     for name in everyday:
@@ -143,6 +144,14 @@ def parser(
                 flag(old), type=partial(_refuse, new), default=argparse.SUPPRESS, help=argparse.SUPPRESS
             )
     return built
+
+
+def integer(text: str) -> int:
+    """The integer of a flag; PyTorch cannot count further than this one may be."""
+    value = int(text)
+    if abs(value) >= 2**31:
+        raise argparse.ArgumentTypeError(f"is {value}; expected less than {2**31}")
+    return value
 
 
 def _refuse(new: str, value: str) -> None:

@@ -62,6 +62,13 @@ def test_it_is_a_hierarchy():
         assert not torch.equal(bottom, model.encode(x)[1])
 
 
+@pytest.mark.parametrize("name", ["encoder_blocks", "top_blocks", "decoder_blocks"])
+def test_networks_that_take_hours_to_build_are_refused(name):
+    for blocks in (-1, 10**6):
+        with pytest.raises(ValueError, match=f"{name} is {blocks}; expected 0 to 1000"):
+            VQVAE2Config(**{name: blocks})
+
+
 @pytest.mark.parametrize("size", [(256, 129), (250, 128), (4, 8), (0, 8)])
 def test_sizes_that_do_not_divide_are_refused(size):
     with pytest.raises(ValueError, match="multiples of 8"):

@@ -305,7 +305,10 @@ def test_bad_arguments_say_what_was_expected():
         model.sample([], [])
     with pytest.raises(ValueError, match=r"expected \(2,\)"):
         model.sample([0.5], [1, 2])
-    for bad in ({"passes": 0}, {"temperature": -1}, {"top_p": 0}, {"spread": math.inf}):
+    for name in ("prior_top_layers", "prior_refine_blocks"):  # a network that takes hours to build
+        with pytest.raises(ValueError, match=f"{name} is 1000000; expected at most"):
+            PriorConfig(**{name: 10**6})
+    for bad in ({"passes": 0}, {"passes": 10**6}, {"temperature": -1}, {"top_p": 0}, {"spread": math.inf}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             Sampling(**bad)
     with pytest.raises(ValueError, match="multiple of prior_heads"):

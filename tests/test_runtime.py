@@ -37,6 +37,10 @@ def test_flags_come_from_the_dataclass():
         with pytest.raises(SystemExit) as exit_:
             parser.parse_args(bad)
         assert exit_.value.code == 2
+    assert runtime.integer("2147483647") == 2**31 - 1
+    for text in ("2147483648", "-9223372036854775808"):  # more than PyTorch counts
+        with pytest.raises(argparse.ArgumentTypeError, match="expected less than"):
+            runtime.integer(text)
 
 
 @pytest.mark.parametrize(
