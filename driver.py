@@ -22,6 +22,9 @@ from dataset import StudyInfo, find_study
 from runtime import UserError, option
 
 PHANTOM = Path("phantom_slices_data")  # made where there is no study
+# Priors that trained for less than this are unsure of much, and their less likely codes are mostly wrong.
+FEW_MINUTES = 10
+CAUTIOUS = {"top_temperature": 0.6, "top_spread": 8.0, "bottom_temperature": 0.4}
 OF_THE_PRIORS = train.flags_of("prior") - train.flags_of("autoencoder")
 
 
@@ -63,9 +66,10 @@ def main() -> None:
     first, second, config = make_settings(given)
     if help_wanted:
         runtime.print_help(parser, *first.configs(), second.codes, second.prior, config)
+    sampling = CAUTIOUS if second.train.minutes < FEW_MINUTES else {}
     generated = generate.GenerateConfig(
-        n=config.n, seed=first.train.seed
-    )  # checked before anything is trained
+        n=config.n, seed=first.train.seed, **sampling
+    )  # checked before training
     data = first.data
     if find_study(data.data) is None:
         print("no study here and no --data: making a synthetic one")

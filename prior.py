@@ -81,9 +81,10 @@ class Sampling:
             raise UserError(f"spread is {self.spread}; expected 0 or more")
 
 
-# What gave the best slices (Results/README.md). The top codes place organs; the bottom codes add detail and texture.
-TOP_SAMPLING = Sampling(passes=16, temperature=0.6, spread=8.0)
-BOTTOM_SAMPLING = Sampling(passes=8, temperature=0.4, spread=1.0)
+# What gave the best slices of priors that trained for an hour (Results/README.md). The top codes place organs; the
+# bottom codes add detail and texture.
+TOP_SAMPLING = Sampling(passes=16, temperature=1.0, spread=100.0)
+BOTTOM_SAMPLING = Sampling(passes=8, temperature=1.0, spread=1.0)
 
 
 class MLP(nn.Sequential):
