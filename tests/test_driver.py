@@ -28,6 +28,7 @@ def test_data_training_scores_and_new_slices_in_one_command(study, tmp_path):
     results = tmp_path / "Results"
     manifest = json.loads((results / "generated" / "manifest.json").read_text())
     assert (manifest["done"], manifest["seed"], manifest["data"]["study"]) == (3, 1, study.name)
+    assert driver.CAUTIOUS.items() <= manifest["settings"].items()  # priors of a few minutes
     for which, file in (("autoencoder", "vqvae2_best.pth"), ("prior", "prior_best.pth")):
         assert manifest[which]["sha256"] == runtime.sha256(results / file)
     assert json.loads((results / "generated" / "report.json").read_text())["n"] == 3
