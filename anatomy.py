@@ -103,10 +103,11 @@ def train_segmenter(
     """A segmenter, in `eval()`, that has learnt the masks of `count` slices.
 
     Args:
-        pairs: of indices (B,) below `count`, z-scored slices (B, 1, H, W) and their masks (B, H, W).
+        pairs: from indices (B,) below `count` to z-scored slices (B, 1, H, W) and their masks (B, H, W) uint8.
         labels: how many there are, the background among them.
-        steps, batch_size: how long to train; 300 steps take half a minute on two cores. Half of the slices are
-            mirrored left to right (axis H), all get another gain, offset and noise.
+        steps, batch_size: how long to train, and the slices of a step; 300 steps take half a minute on two cores.
+
+    Every slice is mirrored left to right (along H) with probability 0.5, and gets a random gain, offset and noise.
     """
     with torch.random.fork_rng(devices=[]):  # whoever calls draws what it would have drawn
         torch.manual_seed(seed)

@@ -21,8 +21,8 @@ from modules import VQVAE2
 from prior import Prior
 
 NEAR, FEWEST = 0.1, 8  # with --position, real slices as near as this, or this many, stand beside the samples
-# slices, at random, that a measure looks at
-MOST_ROWS, MOST_REAL, MOST_RATED = 96, 768, 32
+# slices, at random: in a row of the table; of training that anatomy is compared with; whose likelihood is bounded
+MOST_PER_ROW, MOST_REAL, MOST_RATED = 96, 768, 32
 DRAWS = 2  # of the masks that the likelihood's bound is a mean over
 FLOOR, SAMPLES, RECONSTRUCTIONS = "real validation slices", "samples", "reconstructions"
 BY_PLACE, HALVES, MIXED = "codes by place", "two patients' halves", "top and bottom of two"
@@ -59,7 +59,8 @@ class Inputs:
 
     Attributes:
         codes: of all slices, as `codes.extract_codes` gives them.
-        positions, twins: (n,) of the samples, in [0, 1] or NaN, and the test slices at the same positions.
+        positions: (n,) of the samples, in [0, 1] or NaN.
+        twins: (n,) the test slices that stand beside them: at the same positions, or near `position`.
         position: the one that was asked for, NaN for the test slices' own.
         segmenter: of the study's organs; None for a study without masks.
     """
@@ -157,7 +158,9 @@ def make_rows(inputs: Inputs, rng: np.random.Generator) -> dict[str, Row]:
     splits, samples, position = inputs.splits, inputs.samples, inputs.position
     train, validate = splits["train"], splits["validate"]
     real = {name: rng.permutation(near(splits[name], position)) for name in ("validate", "test")}
-    n = min(MOST_ROWS, len(samples.images), *map(len, real.values()))  # one n: Fréchet distances fall with it
+    n = min(
+        MOST_PER_ROW, len(samples.images), *map(len, real.values())
+    )  # one n: Fréchet distances fall with it
     chosen, tested = real["validate"][:n], real["test"][:n]
     positions = validate.positions[chosen]
     images, (top, bottom) = inputs.images("validate", chosen), inputs.codes_of("validate", chosen)
@@ -243,7 +246,7 @@ def score_anatomy(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tup
 
 
 def score_frechet(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> dict[str, dict]:
-    features = encoder_features(inputs.model, inputs.images("train", real[: 2 * MOST_ROWS]))
+    features = encoder_features(inputs.model, inputs.images("train", real[: 2 * MOST_PER_ROW]))
     mean, spread = features.mean(0), features.std(0)
     spread = np.where(spread < 1e-9, 1, spread)
 
@@ -398,7 +401,7 @@ def make_copies(inputs: Inputs, rng: np.random.Generator) -> tuple[list[np.ndarr
     A redrawn code is that of another training slice at its place: a copy with another texture.
     """
     size = len(inputs.splits["train"])
-    chosen = rng.permutation(size)[:MOST_ROWS]
+    chosen = rng.permutation(size)[:MOST_PER_ROW]
     top, bottom = inputs.codes_of("train", chosen)
     others = inputs.codes["train_bottom"][0]
     redrawn = np.take_along_axis(others, rng.integers(size, size=bottom.shape), 0).astype(np.int64)

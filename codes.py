@@ -2,7 +2,8 @@
 
 The priors learn from few patients, so they also see altered copies of every training slice, its variants: mirrored,
 shifted, turned, stretched, bent and shaded (`Variants`). Each is altered as a picture and then coded. The priors are
-told how (`Variants.numbers`) and are asked for unaltered slices in sampling.
+told how (`Variants.numbers`), though of bending and shading only that there is some. In sampling they are asked for
+unaltered slices.
 """
 
 import zipfile
@@ -112,14 +113,17 @@ class Variants:
 def extract_codes(
     model: VQVAE2, splits: dict[str, SliceDataset], variants: int, sha256: str, *files: Path
 ) -> dict[str, np.ndarray]:
-    """The code maps of every slice: of the train split in so many variants (see `Variants`), of the others as it is.
+    """The code maps of every slice: those of the train split in `variants` variants, the others unaltered.
 
     Read from the first of the `files` that was made with this autoencoder, whose checkpoint has the SHA-256
     `sha256`, of these splits; else made, and written to the last.
 
     Returns:
-        "train_top" (variants, N, H/8, W/8), "train_bottom" (variants, N, H/4, W/4), "validate_top" (1, N, H/8, W/8),
-        ... uint16.
+        "train_top" (variants, N, h, w), "train_bottom" (variants, N, 2h, 2w), "validate_top" (1, N, h, w), ...
+        uint16.
+
+    Raises:
+        UserError: more than the memory or the disk holds.
     """
     key = " ".join([sha256, str(variants), *(splits[name].fingerprint for name in SPLITS)])
     for file in files:

@@ -72,7 +72,9 @@ class GenerateConfig:
         "Results/prior_best.pth", "the priors over its codes, as train.py --stage prior wrote them"
     )
     out: str = option("Results/generated", "folder to write to")
-    batch_size: int = option(0, "slices at a time, which changes no sample; 0: 4 on a CPU, 256 on a GPU")
+    batch_size: int = option(
+        0, "slices at a time, which changes samples by rounding alone; 0: 4 on a CPU, 256 on a GPU"
+    )
     device: str = option("auto", "where the models run", choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self) -> None:
@@ -147,7 +149,7 @@ def sample(
 ) -> Samples:
     """Sample slices at positions (n,); `keep(first, samples)` is called with every batch that is done.
 
-    KeyboardInterrupt after Ctrl-C or SIGTERM: at once, and never inside `keep`.
+    KeyboardInterrupt after Ctrl-C or SIGTERM: when the running pass ends, or when `keep` has returned.
     """
     top, bottom = config.sampling()
     form = "{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
@@ -330,6 +332,9 @@ def account(album: Album, inputs: Inputs) -> dict:
 
 def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     """Sample, write everything to the out folder, and return what report.json holds.
+
+    `data` names the study and the cache; without a name it is the study of the priors. The size of the slices is the
+    models' own.
 
     Raises:
         FileNotFoundError: no checkpoint, or no study.

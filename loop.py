@@ -211,7 +211,7 @@ class Checkpoints:
     A checkpoint holds the model, the optimiser, the settings, the `Progress` and what the epoch has summed up so
     far. The order of an epoch's slices and what is drawn for them depend on the seed and the epoch alone; every
     other random number depends on the seed, the step and the rank. So a run goes on in the middle of an epoch, on
-    any number of ranks, and one process ends with the same weights bit for bit.
+    any number of ranks, and a run by --epochs in one process on a CPU ends with the same weights bit for bit.
     """
 
     def __init__(

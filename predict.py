@@ -333,6 +333,9 @@ def print_scores(result: dict) -> None:
 def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
     """Score the test split, write everything to the out folder, and return what metrics.json holds.
 
+    `data` names the study and the cache; without a name it is the study that the model was trained on. The size of
+    the slices is the model's own.
+
     Raises:
         FileNotFoundError: no checkpoint, or no study.
         UserError: a checkpoint or slices that cannot be used.

@@ -3,7 +3,8 @@
 Razavi, van den Oord & Vinyals 2019 (arXiv 1906.00446), section 3.2, model both levels by autoregression in raster
 order. A slice sampled so is finished on the left before anything is known of the right. Here both priors are masked
 and bidirectional (MaskGIT, Chang et al. 2022, arXiv 2202.04200): some codes are hidden, and a transformer that sees
-all the others at once predicts them. A new map starts with every code hidden and shows more of them in each pass.
+all the others at once, and convolutions after it, predict them. A new map starts with every code hidden and shows
+more of them in each pass.
 
     codes, some hidden --> one token for each patch of codes --+--> transformer --> convolutions --> logits of every
     row, column and slice position --> MLP --------------------+    over tokens     over codes       code of the map
@@ -39,7 +40,9 @@ class PriorConfig:
     prior_bottom_layers: int = option(1, "transformer blocks of p(bottom | top)")
     prior_refine_blocks: int = option(2, "convolutional blocks of both, at the resolution of codes")
     prior_patch: int = option(2, "codes of a token along each axis")
-    prior_dropout: float = option(0.1, "dropout after every sublayer of the priors")
+    prior_dropout: float = option(
+        0.1, "dropout of the tokens, and after attention and MLP in the transformer blocks"
+    )
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -141,9 +144,10 @@ class MaskedPrior(nn.Module):
     """One level: the distribution of every code of a map given those that are not hidden.
 
     `shape` is the map's height and width. A token stands for patch x patch codes, so that attention, whose cost
-    grows with the square of the tokens, stays cheap: tokens decide what lies where. Convolutions over single codes
-    then join the edges, without which walls are ragged. `variants` numbers describe how a slice was altered before it
-    was coded (see `codes.py`); a `conditioned` level also sees the top map, of a token for each top code.
+    grows with the square of the tokens, stays cheap: the transformer decides what lies where. The `Refine`
+    blocks then convolve over single codes, so that walls go on from one token to the next. `variants` numbers
+    describe how a slice was altered before it was coded (see `codes.py`); a `conditioned` level also
+    sees the top map, of a token for each top code.
     """
 
     def __init__(
@@ -264,7 +268,7 @@ class Prior(nn.Module):
         generator: torch.Generator | None = None,
         noise: float = 0.0,
     ) -> dict[str, Tensor]:
-        """An unbiased estimate of the bound on -log p in nats a code: "top" (B,), "bottom" (n,), float32.
+        """An estimate of the bound on -log p in nats a code, unbiased without noise: "top" (B,), "bottom" (n,).
 
         top (B, h, w) and bottom (n, 2h, 2w) are int64 in [0, K), and bottom may be that of the first n slices alone.
         In training a share `noise` of the codes that the network sees, and of the top codes that the bottom level
@@ -296,7 +300,7 @@ class Prior(nn.Module):
     def nats(
         self, top: Tensor, bottom: Tensor, position: Tensor, seed: int = 0, masks: int = 2
     ) -> dict[str, Tensor]:
-        """The bound on -log p of slices in nats, "top" (B,) and "bottom" (B,): a mean over `masks` random masks.
+        """The bound on -log p of whole maps in nats, "top" (B,) and "bottom" (B,): a mean over `masks` random masks.
 
         top (B, h, w) and bottom (B, 2h, 2w) are int64 in [0, K), position (B,) in [0, 1] or NaN for unknown;
         ValueError if not.
@@ -372,7 +376,7 @@ def uniform(shape: Sequence[int], device: torch.device, generator: torch.Generat
 
 
 def replace_at_random(codes: Tensor, share: float, K: int, generator: torch.Generator | None) -> Tensor:
-    """The codes, a random `share` of them replaced by any other code."""
+    """Codes (B, h, w) in [0, K), each replaced with probability `share` by one drawn from all K."""
     if not share:
         return codes
     hit, other = (uniform(codes.shape, codes.device, generator) for _ in range(2))

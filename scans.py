@@ -4,9 +4,10 @@
     python predict.py FOLDER --out reconstructed --codes       # all files in it and below, with their codes
     python predict.py SLICE.png --out reconstructed
 
-Each reconstruction has its file's name, shape, affines and units; whole numbers stay whole numbers of their type,
-all else is float32. Also written: scans.json with SSIM, PSNR and bits of every file, and with --codes the file
-codes.npz: "top" (N, h, w) and "bottom" (N, 2h, 2w), uint16, of the plane "plane" (N,) of the file "name" (N,).
+A reconstruction has its file's name, shape, affines and units; integer types stay, all others become float32. A
+picture becomes a grey PNG of 8 or 16 bits. Also written: scans.json with SSIM, PSNR and bits of every file, and with
+--codes the file codes.npz: "top" (N, h, w) and "bottom" (N, 2h, 2w), uint16, of the plane "plane" (N,) of the file
+"name" (N,).
 """
 
 import os

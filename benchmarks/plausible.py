@@ -65,7 +65,7 @@ def shares(row: Measured, real: dict[str, Measured], organs: dict[str, np.ndarra
     found, both = by_organs(row.figures, organs)
     result = {"n": len(found), "no organ": int((found == "").sum()), "both sets": both}
     for name, others in real.items():
-        shown = (row.sets == name) & (found != "")  # a slice without an organ is always plausible
+        shown = (row.sets == name) & (found != "")  # without an organ there is no place or shape to judge
         together, fine = anatomy.plausible(
             row.figures[shown], row.positions[shown], others.figures, others.positions
         )

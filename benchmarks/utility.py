@@ -9,8 +9,8 @@ takes the same number of steps. In a mixture half of each batch is real. The gen
 generate.py writes them for a study that has masks.
 
 Prints and writes to --out the mean Dice over organs and test patients, with 95 % intervals over patients, and each
-organ's. With --below, patients numbered below that are one set and the rest another: each is tested, and trained
-where real slices are used, apart; a generated slice belongs to the set that has its organs.
+organ's. With --below, patients numbered below that are one set and the rest another. Every network learns and is
+tested within one set. A generated slice is used for a set that has all its organs, one without organs for both.
 """
 
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def read_generated(folder: Path, labels: tuple[int, ...]) -> tuple[Tensor, Tenso
 
 
 def mixture(real: Pairs, synthetic: Pairs) -> Pairs:
-    """Every second slice of a batch is real, however many there are of each."""
+    """The first half of a batch is real, the second generated, however many there are of each."""
 
     def take(indices: np.ndarray) -> tuple[Tensor, Tensor]:
         half = len(indices) // 2
