@@ -158,9 +158,8 @@ def make_rows(inputs: Inputs, rng: np.random.Generator) -> dict[str, Row]:
     splits, samples, position = inputs.splits, inputs.samples, inputs.position
     train, validate = splits["train"], splits["validate"]
     real = {name: rng.permutation(near(splits[name], position)) for name in ("validate", "test")}
-    n = min(
-        MOST_PER_ROW, len(samples.images), *map(len, real.values())
-    )  # one n: Fréchet distances fall with it
+    # one n, because Fréchet distances fall with it
+    n = min(MOST_PER_ROW, len(samples.images), *map(len, real.values()))
     chosen, tested = real["validate"][:n], real["test"][:n]
     positions = validate.positions[chosen]
     images, (top, bottom) = inputs.images("validate", chosen), inputs.codes_of("validate", chosen)

@@ -185,12 +185,7 @@ class Album:
     """What a run leaves in its folder: pictures and NIfTI of every finished slice, and the manifest."""
 
     def __init__(self, config: GenerateConfig, splits: dict[str, SliceDataset], positions: np.ndarray):
-        self.out, self.positions, self.position, self.seed = (
-            Path(config.out),
-            positions,
-            config.position,
-            config.seed,
-        )
+        self.out, self.positions = Path(config.out), positions
         train, test = splits["train"], splits["test"]
         shown = test.images(np.linspace(0, len(test) - 1, min(64, len(test))).astype(int)).numpy()
         self.span = tuple(np.median(end((1, 2, 3))) for end in (shown.min, shown.max))  # black and white

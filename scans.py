@@ -57,18 +57,9 @@ class Scan:
     def _read_picture(self) -> None:
         try:
             with Image.open(self.path) as picture:
-                if (pages := getattr(picture, "n_frames", 1)) > 1:
-                    raise UserError(f"{pages} pages; expected one. Fix: a file for each, or a NIfTI volume")
-                if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-                    self.raw = np.asarray(picture)
-                    if not np.array_equal(self.raw, self.raw.astype(np.uint16)):
-                        raise UserError("pixels that 16 bits do not hold. Fix: a 16-bit PNG, or NIfTI")
-                    self.raw = self.raw.astype(np.uint16)
-                else:
-                    self.note = "" if picture.mode == "L" else "pictures were turned grey"
-                    self.raw = np.asarray(picture.convert("L"))
-        except UserError:
-            raise
+                pages, grey = getattr(picture, "n_frames", 1), picture.mode == "L"
+                deep = picture.mode in ("I", "F") or picture.mode.startswith("I;16")
+                self.raw = np.asarray(picture if deep else picture.convert("L"))
         except (
             OSError,
             SyntaxError,
@@ -77,6 +68,16 @@ class Scan:
             Image.DecompressionBombError,
         ) as error:
             raise UserError(f"not a whole picture ({error})") from error
+        if pages > 1:
+            raise UserError(f"{pages} pages; expected one. Fix: a file for each, or a NIfTI volume")
+        if deep:
+            with np.errstate(invalid="ignore"):
+                shallow = self.raw.astype(np.uint16)
+            if not np.array_equal(self.raw, shallow):
+                raise UserError("pixels that 16 bits do not hold. Fix: a 16-bit PNG, or NIfTI")
+            self.raw = shallow
+        elif not grey:
+            self.note = "pictures were turned grey"
         self.planes = self.raw[None].astype(np.float32)
         self.suffix = ".png"
 

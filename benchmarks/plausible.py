@@ -19,14 +19,13 @@ import torch
 
 import anatomy
 import runtime
-from appraise import plain
+from appraise import MOST_REAL, plain
 from benchmarks.per_set import study_sets
 from benchmarks.utility import read_generated
 from codes import decode
-from dataset import NO_MASK, DataConfig, SliceDataset, StudyInfo, open_trained_study
+from dataset import NO_MASK, DataConfig, SliceDataset
 from modules import load_model
-
-MOST_REAL = 768  # training slices of each set that are compared with
+from predict import open_splits
 
 
 class Measured(NamedTuple):
@@ -90,8 +89,7 @@ def main() -> None:
     args = parser.parse_args()
     device = runtime.pick_device(args.device)
     checkpoint = runtime.load_checkpoint(args.checkpoint, "vqvae2")
-    study = StudyInfo.from_checkpoint(checkpoint, args.checkpoint)
-    splits = open_trained_study(study, DataConfig(data=args.data, cache=args.cache), args.checkpoint)
+    splits = open_splits(checkpoint, args.checkpoint, DataConfig(data=args.data, cache=args.cache))
     train, labels = splits["train"], len(splits["train"].labels)
     model = load_model(checkpoint, args.checkpoint).to(device)
     net = anatomy.segmenter_of(train, Path(args.checkpoint).parent / "segmenter.pth", device)
@@ -99,8 +97,7 @@ def main() -> None:
     positions = json.loads((args.generated / "manifest.json").read_text())["positions"][: len(images)]
 
     def figures_of(images: np.ndarray) -> np.ndarray:
-        parts = np.array_split(images, -(-len(images) // 64))
-        return np.concatenate([anatomy.measure(anatomy.segment(net, part), labels) for part in parts])
+        return anatomy.measure(anatomy.segment(net, images), labels)
 
     def measured(
         split: SliceDataset, chosen: np.ndarray, sets: np.ndarray, reconstruct: bool = False
