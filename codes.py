@@ -1,4 +1,5 @@
 """Code maps: those of a study's slices under one autoencoder, made once and kept in a file, and those of new slices.
+Layouts (layouts.py) of the same slices lie beside them.
 
 The priors learn from few patients, so they also see altered copies of every training slice, its variants: mirrored,
 shifted, turned, stretched, bent and shaded (`Variants`). Each is altered as a picture and then coded. The priors are
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 import runtime
 from dataset import SPLITS, SliceDataset, flip_left_right
+from layouts import layouts_of
 from modules import VQVAE2
 
 LEVELS = ("top", "bottom")
@@ -81,14 +83,34 @@ class Variants:
 
     def images(self, x: Tensor, variant: int, indices: Tensor) -> Tensor:
         """Slices x (B, 1, H, W), those of `indices` (B,), altered as `variant` says and z-scored again."""
+        if variant < 2:
+            return flip_left_right(x, self.numbers[variant, indices, 0].to(x.device) > 0)
+        smooth = self.smooth(x, variant, indices)
+        low = x.amin((2, 3), keepdim=True)
+        x = self.moved(x - low, variant, indices, smooth, "bilinear")
+        x = x * (SHADE * smooth[:, 2:]).exp()
+        std, mean = torch.std_mean(x, (2, 3), correction=0, keepdim=True)
+        return (x - mean) / std.clamp_min(1e-6)
+
+    def masks(self, masks: Tensor, variant: int, indices: Tensor) -> Tensor:
+        """Their masks (B, H, W) uint8, altered alike."""
+        if variant < 2:
+            return flip_left_right(masks, self.numbers[variant, indices, 0].to(masks.device) > 0)
+        x = masks[:, None].float()
+        return self.moved(x, variant, indices, self.smooth(x, variant, indices), "nearest")[:, 0].to(
+            torch.uint8
+        )
+
+    def smooth(self, x: Tensor, variant: int, indices: Tensor) -> Tensor:
+        """The random fields (B, 3, H, W) of bending, along rows and columns, and of shading."""
+        fields = self.fields[variant, indices].to(x.device)
+        return F.interpolate(fields, x.shape[2:], mode="bicubic", align_corners=True)
+
+    def moved(self, x: Tensor, variant: int, indices: Tensor, smooth: Tensor, mode: str) -> Tensor:
+        """x (B, 1, H, W) mirrored, shifted, turned, stretched and bent."""
         numbers = self.numbers[variant, indices].to(x.device)
         x = flip_left_right(x, numbers[:, 0] > 0)
-        if variant < 2:
-            return x
         height, width = x.shape[2:]
-        smooth = F.interpolate(
-            self.fields[variant, indices].to(x.device), (height, width), mode="bicubic", align_corners=True
-        )
         rows = torch.arange(height, device=x.device)[:, None] - (height - 1) / 2  # pixels from the centre
         columns = torch.arange(width, device=x.device) - (width - 1) / 2
         shift_r, shift_c, turn, stretch_r, stretch_c = numbers[:, 2:].T[:, :, None, None]
@@ -102,30 +124,26 @@ class Variants:
             ],
             -1,
         )
-        low = x.amin((2, 3), keepdim=True)
-        x = F.grid_sample(x - low, source, padding_mode="border", align_corners=False)
-        x = x * (SHADE * smooth[:, 2:]).exp()
-        std, mean = torch.std_mean(x, (2, 3), correction=0, keepdim=True)
-        return (x - mean) / std.clamp_min(1e-6)
+        return F.grid_sample(x, source, mode, padding_mode="border", align_corners=False)
 
 
 @torch.inference_mode()
 def extract_codes(
     model: VQVAE2, splits: dict[str, SliceDataset], variants: int, sha256: str, *files: Path
 ) -> dict[str, np.ndarray]:
-    """The code maps of every slice: those of the train split in `variants` variants, the others unaltered.
+    """The code maps and layouts of every slice: of the train split in `variants` variants, of the others unaltered.
 
     Read from the first of the `files` that was made with this autoencoder, whose checkpoint has the SHA-256
     `sha256`, of these splits; else made, and written to the last.
 
     Returns:
         "train_top" (variants, N, h, w), "train_bottom" (variants, N, 2h, 2w), "validate_top" (1, N, h, w), ...
-        uint16.
+        uint16; and "train_layout" (variants, N, 2h, 2w), ... of a study with masks.
 
     Raises:
         UserError: more than the memory or the disk holds.
     """
-    key = " ".join([sha256, str(variants), *(splits[name].fingerprint for name in SPLITS)])
+    key = " ".join(["2", sha256, str(variants), *(splits[name].fingerprint for name in SPLITS)])
     for file in files:
         try:
             with np.load(file) as saved:
@@ -146,9 +164,15 @@ def extract_codes(
         shapes = model.config.code_shapes(*split.pixels.shape[1:])
         for level, shape in zip(LEVELS, shapes, strict=True):
             maps[f"{name}_{level}"] = np.empty((counts[name], len(split), *shape), np.uint16)
+        if split.labels:
+            maps[f"{name}_layout"] = np.empty((counts[name], len(split), *shapes[1]), np.uint16)
         for indices in torch.arange(len(split)).split(16 if device.type == "cpu" else 64):
             x = split.images(indices).to(device)
+            masks = split.masks(indices) if split.labels else None
             for variant in range(counts[name]):
+                if masks is not None:
+                    layouts = layouts_of(altered.masks(masks, variant, indices), shapes[1], len(split.labels))
+                    maps[f"{name}_layout"][variant, indices] = layouts.numpy()
                 codes = model.encode(altered.images(x, variant, indices))
                 for level, found in zip(LEVELS, codes, strict=True):
                     maps[f"{name}_{level}"][variant, indices] = found.cpu().numpy()

@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 import figures
+import layouts
 import nifti
 import page
 import runtime
@@ -118,10 +119,10 @@ def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, VQVAE2, Prior]:
     makes = model.config.code_shapes(study.height, study.width)[0]
     learnt = runtime.from_saved(PriorConfig, saved["model_config"], f"{config.prior}: model_config")
     shape, variants = tuple(saved["top_shape"]), saved["codes_config"].get("variants")
-    if (shape, learnt.K) != (makes, model.config.K):
+    if (shape, learnt.K) != (makes, model.config.K) or learnt.labels not in (0, model.config.labels):
         raise UserError(
-            f"{config.prior}: priors over top maps of {shape} and {learnt.K} codes; "
-            f"{config.checkpoint} makes {makes} and {model.config.K}. {fix}"
+            f"{config.prior}: priors over top maps of {shape}, {learnt.K} codes and {learnt.labels} labels; "
+            f"{config.checkpoint} makes {makes}, {model.config.K} and {model.config.labels}. {fix}"
         )
     if type(variants) is not int or not 1 <= variants <= MOST_VARIANTS:
         raise UserError(f"{config.prior}: variants is {variants!r}; expected 1 to {MOST_VARIANTS}. {fix}")
@@ -144,14 +145,38 @@ def open_splits(config: GenerateConfig, data: DataConfig, trained: StudyInfo) ->
     return splits
 
 
+def seeds_of(config: GenerateConfig) -> list[int]:
+    return [config.seed * SEED_STEP + i for i in range(config.n)]
+
+
+def draw_layouts(
+    config: GenerateConfig, prior: Prior, train: SliceDataset, maps: dict, positions: np.ndarray
+) -> layouts.Drawn | None:
+    """A layout for every sample, at its position; None where the priors know none or the study has no such masks."""
+    labels = prior.config.labels
+    if not labels:
+        return None
+    if labels != len(train.labels) or not train.has_mask.any():
+        print(f"{train.study}: it has no masks such as the priors learnt: sampling without layouts")
+        return None
+    patients = np.array([name.patient for name in train.names])
+    known = maps["train_layout"][0].astype(np.int64)
+    return layouts.draw(known, train.positions, patients, labels, positions, seeds_of(config))
+
+
 def sample(
-    config: GenerateConfig, model: VQVAE2, prior: Prior, positions: np.ndarray, keep: Callable
+    config: GenerateConfig,
+    model: VQVAE2,
+    prior: Prior,
+    positions: np.ndarray,
+    drawn: layouts.Drawn | None,
+    keep: Callable,
 ) -> Samples:
     """Sample slices at positions (n,); `keep(first, samples)` is called with every batch that is done.
 
     KeyboardInterrupt after Ctrl-C or SIGTERM: when the running pass ends, or when `keep` has returned.
     """
-    top, bottom = config.sampling()
+    (top, bottom), seeds = config.sampling(), seeds_of(config)
     form = "{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
     bar = tqdm(total=config.n, desc="sampling", unit=" slices", bar_format=form, disable=None)
     parts = []
@@ -168,8 +193,15 @@ def sample(
 
         for first in range(0, config.n, size):
             batch = range(first, min(first + size, config.n))
-            seeds = [config.seed * SEED_STEP + i for i in batch]
-            codes = prior.sample(positions[batch], seeds, top, bottom, progress=progress)
+            given = None if drawn is None else torch.from_numpy(drawn.layouts[batch])
+            codes = prior.sample(
+                positions[batch],
+                seeds[batch.start : batch.stop],
+                top,
+                bottom,
+                progress=progress,
+                layouts=given,
+            )
             images, masks = decode(model, *codes)
             samples = Samples(images, *(level.cpu().numpy() for level in codes), masks)
             keep(first, samples)
@@ -184,7 +216,14 @@ def sample(
 class Album:
     """What a run leaves in its folder: pictures and NIfTI of every finished slice, and the manifest."""
 
-    def __init__(self, config: GenerateConfig, splits: dict[str, SliceDataset], positions: np.ndarray):
+    def __init__(
+        self,
+        config: GenerateConfig,
+        splits: dict[str, SliceDataset],
+        positions: np.ndarray,
+        labels: tuple[int, ...],
+        drawn: layouts.Drawn | None,
+    ):
         self.out, self.positions = Path(config.out), positions
         train, test = splits["train"], splits["test"]
         shown = test.images(np.linspace(0, len(test) - 1, min(64, len(test))).astype(int)).numpy()
@@ -193,7 +232,7 @@ class Album:
         self.mean, self.std = float(np.median(train.mean)), float(np.median(train.std))
         like = int((train.shapes == train.pixels.shape[1:]).all(1).argmax())  # the first that was not resized
         self.affine = train.grid_affine(like)
-        self.labels = np.array(train.labels, np.uint8 if max(train.labels, default=0) < 256 else np.int32)
+        self.labels = np.array(labels, np.uint8 if max(labels, default=0) < 256 else np.int32)
         earlier = self.out / "manifest.json"
         if earlier.is_file():  # no file of an earlier run may pass for one of ours
             if DESCRIPTION not in earlier.read_text(errors="replace"):
@@ -213,6 +252,7 @@ class Album:
             "nifti": f"z-scores rescaled by the median mean {self.mean:.6g} and standard deviation {self.std:.6g} "
             f"of the training slices, with the affine of {train.paths[like].name}; each slice is its own case, "
             "its slice number the position on a scale of 0 to 59",
+            "layouts": drawn and self.parents_of(train, drawn),
             "autoencoder": {
                 "file": Path(config.checkpoint).name,
                 "sha256": runtime.sha256(config.checkpoint),
@@ -222,6 +262,14 @@ class Album:
             "provenance": runtime.provenance(),
         }
         self.write_manifest()
+
+    @staticmethod
+    def parents_of(train: SliceDataset, drawn: layouts.Drawn) -> list[dict]:
+        """Between which two training slices every sample's layout lies."""
+        return [
+            {"between": [train.paths[i].name for i in pair], "share_of_the_first": round(float(share), 4)}
+            for pair, share in zip(drawn.parents, drawn.shares, strict=True)
+        ]
 
     def write_manifest(self) -> None:
         runtime.write_json(self.out / "manifest.json", self.manifest)
@@ -349,18 +397,19 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     twins = np.concatenate([rng.permutation(pool) for _ in range(rounds)])[: config.n]
     given = np.full(config.n, config.position)
     positions = test.positions[twins].astype(np.float64) if math.isnan(config.position) else given
-    album = Album(config, splits, positions)
+    # those that the priors were trained on, where they are at hand
+    files = (folder / "codes.npz" for folder in (Path(config.prior).parent, out))
+    maps = extract_codes(model, splits, variants, runtime.sha256(config.checkpoint), *files)
+    drawn = draw_layouts(config, prior, splits["train"], maps, positions)
+    album = Album(config, splits, positions, study.labels, drawn)
     page.write(out)  # the slices that were there are gone from it, even if this run is stopped
     try:
-        samples = sample(config, model, prior, positions, album.keep)
+        samples = sample(config, model, prior, positions, drawn, album.keep)
     except KeyboardInterrupt:
         done = album.manifest["done"]
         print(f"stopped: {done} of {config.n} slices are in {out}/, without grid and report")
         raise
     write_grid(album, test, samples, twins)
-    # those that the priors were trained on, where they are at hand
-    files = (folder / "codes.npz" for folder in (Path(config.prior).parent, out))
-    maps = extract_codes(model, splits, variants, album.manifest["autoencoder"]["sha256"], *files)
     segmenter = None
     if splits["train"].has_mask.any():
         kept = Path(config.checkpoint).parent / "segmenter.pth"

@@ -100,7 +100,9 @@ class CodesConfig:
     noise: float = option(
         0.0, "share of the codes that the prior sees which is replaced at random in training"
     )
-    forget: float = option(0.1, "share of training slices whose position is hidden from the prior")
+    forget: float = option(
+        0.1, "share of training slices whose position is hidden from the priors, and of layouts"
+    )
     bottom_every: int = option(
         1, "the bottom prior, which has four times the codes, learns from one slice of a batch in this many"
     )
@@ -326,7 +328,9 @@ class CodePriors(Stage):
         runtime.seed_everything(config.seed)
         self.top_shape = model.config.code_shapes(*size)[0]
         self.numbers = Variants(codes.variants, len(self.splits["train"])).numbers.to(self.device)
-        shape = replace(settings.prior, K=model.config.K)
+        labels = len(self.splits["train"].labels)  # layouts, where the autoencoder knows these masks too
+        labels = labels if labels == model.config.labels else 0
+        shape = replace(settings.prior, K=model.config.K, labels=labels)
         self.model = Prior(shape, self.top_shape, self.numbers.shape[2]).to(self.device)
         self.model.start_from(model.quantiser_top.codebook, model.quantiser_bottom.codebook)
         self.counts = {}
@@ -343,13 +347,13 @@ class CodePriors(Stage):
     def start_epoch(self, generator: torch.Generator) -> None:
         size = len(self.splits["train"])
         self.variant = torch.randint(self.codes.variants, (size,), generator=generator).to(self.device)
-        self.forgotten = (torch.rand(size, generator=generator) < self.codes.forget).to(self.device)
+        self.forgotten = (torch.rand(2, size, generator=generator) < self.codes.forget).to(self.device)
 
     def batch_losses(self, split: str, indices: Tensor) -> dict[str, Tensor]:
         indices = indices.to(self.device, non_blocking=True)
         position, variant = self.positions[split][indices], torch.zeros_like(indices)
         if self.model.training:
-            position = position.masked_fill(self.forgotten[indices], math.nan)
+            position = position.masked_fill(self.forgotten[0, indices], math.nan)
             variant = self.variant[indices]
             random = {"generator": None, "noise": self.codes.noise}
             bottoms = math.ceil(len(indices) / self.codes.bottom_every)
@@ -358,8 +362,13 @@ class CodePriors(Stage):
             bottoms = len(indices)
         top = self.maps[f"{split}_top"][variant, indices].long()
         bottom = self.maps[f"{split}_bottom"][variant[:bottoms], indices[:bottoms]].long()
+        layout = None
+        if labels := self.model.config.labels:
+            layout = self.maps[f"{split}_layout"][variant, indices].long()
+            if self.model.training:
+                layout = layout.masked_fill(self.forgotten[1, indices, None, None], labels)
         altered = self.numbers[variant, indices] if split == "train" else self.numbers[variant, 0]
-        nats = self.model(top, bottom, position, altered, **random)
+        nats = self.model(top, bottom, position, altered, layout, **random)
         nats_top, nats_bottom = nats["top"].mean(), nats["bottom"].mean()  # of a code
         codes_top, codes_bottom = top[0].numel(), bottom[0].numel()
         nats_slice = codes_top * nats_top + codes_bottom * nats_bottom

@@ -1,6 +1,7 @@
 """What several test files share: a study of a few small slices, and scripts run as a user runs them."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,19 @@ def study(tmp_path_factory) -> Path:
                 pixels = 100 * (2 + disc + 0.1 * rng.normal(size=disc.shape)) * (np.abs(rows - 32) < 28)
                 name = f"case_{patient:03d}_week_0_slice_{number}.nii.gz"
                 nifti.write(folder / f"keras_slices_{split}" / name, pixels.astype(np.float32), np.eye(4))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def masked_study(study, tmp_path_factory) -> Path:
+    """The same with masks: the label 7 is the disc. One training slice and the validation slices have none."""
+    folder = tmp_path_factory.mktemp("masked") / "keras_slices_data"
+    shutil.copytree(study, folder)
+    for path in sorted(folder.glob("keras_slices_t*/*.nii.gz")):
+        mask = (nifti.read(path).raw > 250).astype(np.uint8) * 7
+        if path.name != "case_005_week_0_slice_6.nii.gz":
+            name = path.name.replace("case_", "seg_")
+            nifti.write(folder / path.parent.name.replace("slices_", "slices_seg_") / name, mask, np.eye(4))
     return folder
 
 

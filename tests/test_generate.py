@@ -183,7 +183,7 @@ def test_likelihood_is_that_of_the_prior_by_hand(made, trained):
 def test_a_prior_that_repeats_its_training_slices_is_caught(trained, tmp_path, monkeypatch, split, mirrored):
     splits, copied = trained[3], split == "train"
 
-    def repeat(config, model, prior, positions, keep):
+    def repeat(config, model, prior, positions, drawn, keep):
         x = splits[split].images(range(config.n))
         x = x.flip(2) if mirrored else x
         with torch.inference_mode():

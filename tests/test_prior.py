@@ -287,7 +287,7 @@ def test_branches_start_small_and_a_codebook_starts_the_embeddings():
         > 0.99
     )
     assert embedded.std().item() == pytest.approx(0.02, rel=1e-4)
-    assert model.bottom.top.weight.equal(embedded)
+    assert model.bottom.given.weight[:-1].equal(embedded)
     with pytest.raises(ValueError, match="codebook of shape"):
         model.start_from(codebook[:5], codebook)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +12,13 @@ from test_train import assert_same, fit
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import codes
+import generate
 import loop
 import runtime
 import train
 from codes import Variants, extract_codes
-from dataset import DataConfig, StudyInfo, open_trained_study
+from dataset import DataConfig, StudyInfo, open_study, open_trained_study
+from layouts import layouts_of
 from modules import load_model
 from prior import Prior, PriorConfig
 
@@ -102,6 +105,72 @@ def test_the_prior_is_told_the_variant_it_sees(autoencoder, tmp_path):
     stage.model.eval()
     stage.batch_losses("validate", torch.arange(3))
     assert not seen[1][3].any()
+
+
+def test_the_top_prior_is_told_the_layout_of_the_variant_it_sees(masked_study, tmp_path):
+    autoencoder = fit(masked_study, tmp_path / "one", epochs=1)
+    config = loop.TrainConfig(out=str(tmp_path), device="cpu", batch_size=4)
+    settings = train.CodesConfig(checkpoint=str(autoencoder), variants=4, forget=0.5)
+    stage = train.CodePriors(train.Settings("prior", codes=settings, prior=TINY, train=config))
+    train_split, variants = stage.splits["train"], Variants(4, 14)
+    assert stage.model.config.labels == 2
+    seen, indices = [], torch.arange(14)
+    stage.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    hidden = []
+    for seed in range(20):
+        stage.start_epoch(torch.Generator().manual_seed(seed))
+        stage.batch_losses("train", indices)
+        position, layout = seen[-1][2], seen[-1][4]
+        unknown = (layout == 2).all((1, 2))
+        assert unknown[13]  # it has no mask
+        hidden.append(unknown[:13])
+        assert not unknown[:13].equal(position[:13].isnan())  # each by a chance of its own
+        for i in np.flatnonzero(~unknown):
+            altered = variants.masks(train_split.masks([i]), int(stage.variant[i]), torch.tensor([i]))
+            assert layout[i].equal(layouts_of(altered, (16, 8), 2)[0].long())
+    assert torch.stack(hidden).float().mean().item() == pytest.approx(0.5, abs=0.1)
+    stage.model.eval()
+    stage.batch_losses("validate", torch.arange(5))
+    assert (seen[-1][4] == 2).all()  # validation slices have no masks here
+
+
+def test_new_slices_start_from_layouts_of_the_study(masked_study, tmp_path, monkeypatch, capsys):
+    autoencoder = fit(masked_study, tmp_path, epochs=1)
+    prior = fit_prior(autoencoder, tmp_path)
+    given, whole = [], Prior.sample
+    monkeypatch.setattr(
+        Prior,
+        "sample",
+        lambda self, *a, layouts, **k: given.append(layouts) or whole(self, *a, layouts=layouts, **k),
+    )
+    monkeypatch.setattr(generate, "account", lambda *_: {})
+    monkeypatch.setattr(generate, "segmenter_of", lambda *_: None)
+    files = {"checkpoint": str(autoencoder), "prior": str(prior), "out": str(tmp_path / "new")}
+    generate.generate(generate.GenerateConfig(n=5, batch_size=3, device="cpu", **files))
+    manifest = json.loads((tmp_path / "new" / "manifest.json").read_text())
+    (found,) = torch.cat(given)[None]
+    assert found.shape == (5, 16, 8) and set(found.unique().tolist()) == {0, 1}
+    assert len(list((tmp_path / "new" / "keras_slices_seg_synthetic").iterdir())) == 5
+    with np.load(tmp_path / "codes.npz") as maps:
+        known = maps["train_layout"][0]
+    assert (known[13] == 2).all() and known[:13].max() == 1
+    names = [path.name for path in open_study(DataConfig(str(masked_study), 64, 32))["train"].paths]
+    for layout, source in zip(found.numpy(), manifest["layouts"], strict=True):
+        a, b = (known[names.index(name)] for name in source["between"])
+        assert names[13] not in source["between"]
+        assert source["between"][0][:8] != source["between"][1][:8]  # two patients
+        assert ((layout == 1) <= ((a == 1) | (b == 1))).all() and (
+            (layout == 1) >= ((a == 1) & (b == 1))
+        ).all()
+    # the study's masks are gone: the priors' own way without them
+    shutil.rmtree(masked_study.parent / "bare", ignore_errors=True)
+    bare = shutil.copytree(masked_study, masked_study.parent / "bare")
+    for folder in bare.glob("keras_slices_seg_*"):
+        shutil.rmtree(folder)
+    files["out"] = str(tmp_path / "bare")
+    generate.generate(generate.GenerateConfig(n=2, device="cpu", **files), DataConfig(data=str(bare)))
+    assert "sampling without layouts" in capsys.readouterr().out
+    assert json.loads((tmp_path / "bare" / "manifest.json").read_text())["layouts"] is None
 
 
 def test_validation_repeats_and_agrees_with_the_likelihood(autoencoder, tmp_path):

@@ -1,0 +1,96 @@
+"""Layouts: which organ lies where, at the resolution of the bottom codes; and new ones, between two patients'.
+
+A layout is a mask with one class index for each bottom code. The top prior is told it (prior.py), and so learns how a
+slice with these organs looks. A new slice starts with a new layout: the masks of two patients who are much alike,
+with their signed distances averaged (shape-based interpolation, Raya & Udupa 1990). What is new in it lies between
+those two; the rest of the slice is the priors' own.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.ndimage import distance_transform_edt
+from torch import Tensor
+
+from dataset import NO_MASK
+
+NEARBY = 0.1  # the share of the training slices, nearest in position, that a layout starts from
+ALIKE = 8  # slices of other patients, the most alike, of which one is its partner
+
+
+def layouts_of(masks: Tensor, shape: tuple[int, int], labels: int) -> Tensor:
+    """Masks (B, H, W) uint8 -> layouts (B, *shape) int32: the class in the middle of each cell.
+
+    `labels`, one more than the last class, stands for an unknown one.
+    """
+    rows, columns = masks.shape[1] // shape[0], masks.shape[2] // shape[1]
+    found = masks[:, rows // 2 :: rows, columns // 2 :: columns]
+    return torch.where(found == NO_MASK, labels, found.int())
+
+
+def signed_distances(layout: np.ndarray, labels: int) -> np.ndarray:
+    """How deep inside each class every cell lies, in cells; negative outside. (h, w) -> (labels, h, w).
+
+    A class that is nowhere lies as far away as the layout is long, one that is everywhere as deep.
+    """
+    distances = np.empty((labels, *layout.shape))
+    for label, distance in enumerate(distances):
+        inside = layout == label
+        if inside.all() or not inside.any():
+            distance[:] = sum(layout.shape) * (1 if inside.all() else -1)
+        else:
+            distance[:] = distance_transform_edt(inside) - distance_transform_edt(~inside)
+    return distances
+
+
+def blend(a: np.ndarray, b: np.ndarray, share: float, labels: int) -> np.ndarray:
+    """The layout (h, w) at `share`, in [0, 1], of the way from b to a, which show the same classes."""
+    return (share * signed_distances(a, labels) + (1 - share) * signed_distances(b, labels)).argmax(0)
+
+
+class Drawn(NamedTuple):
+    """New layouts (n, h, w) int64; the two training slices (n, 2) each lies between; the share (n,) of the first."""
+
+    layouts: np.ndarray
+    parents: np.ndarray
+    shares: np.ndarray
+
+
+def draw(
+    layouts: np.ndarray,
+    positions: np.ndarray,
+    patients: np.ndarray,
+    labels: int,
+    at: Sequence[float],
+    seeds: Sequence[int],
+) -> Drawn:
+    """New layouts at the positions `at` (n,), in [0, 1] or NaN for any, each with random numbers of its own seed.
+
+    The first parent is a random one of the nearest tenth in position. The second is one of the eight slices of other
+    patients that show the same organs and overlap it most; where there is none, the layout is the first one's own.
+
+    Args:
+        layouts (N, h, w), positions (N,), patients (N,): of the training slices; those without a mask are not used.
+    """
+    usable = np.flatnonzero((layouts < labels).all((1, 2)))
+    layouts, positions, patients = layouts[usable], positions[usable], patients[usable]
+    shown = np.stack([(layouts == label).any((1, 2)) for label in range(labels)], 1)  # (N, labels)
+    nearby = max(ALIKE, round(NEARBY * len(layouts)))
+    found, parents, shares = [], [], []
+    for position, seed in zip(at, seeds, strict=True):
+        rng = np.random.default_rng(seed)
+        order = np.argsort(np.abs(positions - position), kind="stable")
+        first = rng.choice(order if np.isnan(position) else order[:nearby])
+        others = np.flatnonzero((shown == shown[first]).all(1) & (patients != patients[first]))
+        second, share = first, 1.0
+        if len(others):
+            overlap = ((layouts[others] == layouts[first]) & (layouts[first] > 0)).sum((1, 2))
+            sizes = np.count_nonzero(layouts[first]) + np.count_nonzero(layouts[others], axis=(1, 2))
+            alike = others[np.argsort(-overlap / np.maximum(sizes, 1), kind="stable")]
+            second, share = rng.choice(alike[:ALIKE]), rng.random()
+        found.append(blend(layouts[first], layouts[second], share, labels))
+        parents.append(usable[[first, second]])
+        shares.append(share)
+    return Drawn(np.stack(found), np.stack(parents), np.array(shares))

@@ -1,0 +1,127 @@
+"""Layouts by brute force, and what the priors make of them."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_prior import TINY, make_prior, random_maps
+
+import layouts
+from codes import Variants
+from dataset import NO_MASK
+from prior import Sampling
+
+ROWS, COLUMNS = np.mgrid[:24, :16]
+
+
+def disc(radius: float, row: float = 12, column: float = 8) -> np.ndarray:
+    return (np.hypot(ROWS - row, COLUMNS - column) < radius).astype(np.int64)
+
+
+def test_a_layout_is_the_class_in_the_middle_of_each_cell():
+    masks = torch.randint(0, 3, (2, 16, 8), dtype=torch.uint8)
+    masks[1] = NO_MASK
+    found = layouts.layouts_of(masks, (4, 2), 3)
+    assert found.shape == (2, 4, 2) and (found[1] == 3).all()
+    for row in range(4):
+        for column in range(2):
+            assert found[0, row, column] == masks[0, 4 * row + 2, 4 * column + 2]
+
+
+def test_signed_distances_by_brute_force():
+    layout = np.random.default_rng(0).integers(0, 3, (6, 5))
+    found = layouts.signed_distances(layout, 4)
+    places = np.argwhere(np.ones_like(layout))
+    for label in range(3):
+        for place in places:
+            inside = layout[tuple(place)] == label
+            others = places[(layout[tuple(places.T)] == label) != inside]
+            nearest = np.linalg.norm(others - place, axis=1).min()
+            assert found[label][tuple(place)] == pytest.approx(nearest if inside else -nearest)
+    assert (found[3] == -11).all()  # it is nowhere
+
+
+def test_between_two_discs_lies_a_disc_of_the_radius_between():
+    small, large = disc(3), disc(7)
+    assert np.array_equal(layouts.blend(small, large, 1, 2), small)
+    assert np.array_equal(layouts.blend(small, large, 0, 2), large)
+    between = layouts.blend(small, large, 0.5, 2)
+    assert np.count_nonzero(between != disc(5)) <= 4
+    nothing = np.zeros_like(small)
+    assert not layouts.blend(nothing, nothing, 0.3, 2).any()
+
+
+def training_layouts():
+    """Three patients: discs of class 1 in two of them, of class 2 in the third; and one slice without a mask."""
+    maps = [disc(3 + number / 4, 12 + patient) for patient in range(2) for number in range(10)]
+    maps += [2 * disc(4) for _ in range(10)]
+    maps += [np.full_like(maps[0], 3)]
+    positions = np.append(np.tile(np.linspace(0, 1, 10), 3), 0.5)
+    return np.stack(maps), positions, np.append(np.repeat([4, 5, 6], 10), 4)
+
+
+def test_a_new_layout_lies_between_two_patients_with_the_same_organs():
+    maps, positions, patients = training_layouts()
+    at = [0.0] * 20 + [1.0] * 20
+    drawn = layouts.draw(maps, positions, patients, 3, at, range(40))
+    assert drawn.layouts.shape == (40, 24, 16) and drawn.layouts.dtype == np.int64
+    for new, (first, second), share, position in zip(*drawn, at, strict=True):
+        assert abs(positions[first] - position) < 0.3 and 30 not in (first, second)
+        assert set(np.unique(maps[first])) == set(np.unique(maps[second])) == set(np.unique(new))
+        assert patients[first] != patients[second] or (patients[first] == 6 and first == second)
+        assert np.array_equal(new, layouts.blend(maps[first], maps[second], share, 3))
+    assert len(np.unique(drawn.parents[:, 0])) > 5
+    alone = layouts.draw(maps, positions, patients, 3, [1.0], [33])
+    assert np.array_equal(alone.layouts[0], drawn.layouts[33])  # whatever the others are
+    anywhere = layouts.draw(maps, positions, patients, 3, [math.nan] * 60, range(60))
+    assert len(np.unique(positions[anywhere.parents[:, 0]])) == 10
+
+
+def test_masks_are_altered_as_their_slices_are():
+    mask = torch.from_numpy(np.kron(disc(6, 10, 7), np.ones((4, 4)))).to(torch.uint8)[None]
+    x = 2 * mask[:, None].float() - 1
+    variants, indices = Variants(6, 3), torch.tensor([1])
+    for variant in range(6):
+        image = variants.images(x, variant, indices)[0, 0]
+        moved = variants.masks(mask, variant, indices)[0]
+        bright = image > (image.min() + image.max()) / 2
+        assert (bright == (moved == 1)).float().mean() > 0.985
+        assert set(moved.unique().tolist()) <= {0, 1}
+    assert not variants.masks(mask, 3, indices).equal(mask)
+
+
+def layout_prior():
+    model = make_prior(replace(TINY, labels=3))
+    top, bottom, position = random_maps(model, 2)
+    layout = torch.randint(0, 3, (2, *model.bottom.shape), generator=torch.Generator().manual_seed(5))
+    return model, top, bottom, position, layout
+
+
+@torch.inference_mode()
+def test_the_top_prior_sees_the_layout_and_the_bottom_prior_does_not():
+    model, top, bottom, position, layout = layout_prior()
+    variant = model.as_it_is(2)
+
+    def nats(layout):
+        return model(top, bottom, position, variant, layout, torch.Generator().manual_seed(0))
+
+    known, other, unknown = nats(layout), nats(layout.flip(0)), nats(None)
+    assert not known["top"].isclose(other["top"]).any() and not known["top"].isclose(unknown["top"]).any()
+    assert known["bottom"].equal(other["bottom"]) and known["bottom"].equal(unknown["bottom"])
+    assert nats(torch.full_like(layout, 3))["top"].equal(unknown["top"])
+    hidden = torch.rand(top.shape) < 0.5
+    everything = model.top(top, position, variant, layout)
+    assert model.top(top, position, variant, layout, at=hidden).allclose(everything[hidden], atol=1e-5)
+
+
+def test_samples_follow_their_layouts():
+    model, _, _, position, layout = layout_prior()
+    how = Sampling(passes=3), Sampling(passes=1)
+    top, _ = model.sample(position, [1, 2], *how, layouts=layout)
+    assert not top.equal(model.sample(position, [1, 2], *how)[0])
+    assert top[1:].equal(model.sample(position[1:], [2], *how, layouts=layout[1:])[0])
+    for wrong in (layout[:, 1:], layout[:1], layout + 2):
+        with pytest.raises(ValueError, match="layouts of shape"):
+            model.sample(position, [1, 2], *how, layouts=wrong)
