@@ -175,9 +175,9 @@ class MaskedPrior(nn.Module):
         self.variant = nn.Linear(variants, C, bias=False)
         self.anatomy = MLP(C)  # what tends to lie at this place of this slice
         if given:
-            side = max(int(times * P), 1)  # a token sees this many values of the other map along each axis
+            side = max(int(times * P), 1)  # values of the other map that lie in a token, along each axis
             self.given = nn.Embedding(given + 1, C)  # the last one stands for an unknown value
-            self.gather = nn.Conv2d(C, C, side, stride=side)
+            self.gather = nn.Conv2d(C, C, side + 2, stride=side, padding=1)  # those, and the ones around them
         self.dropout = nn.Dropout(config.prior_dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(layers))
         self.norm = nn.LayerNorm(C)
