@@ -18,6 +18,7 @@ from dataset import NO_MASK
 
 NEARBY = 0.1  # the share of the training slices, nearest in position, that a layout starts from
 ALIKE = 8  # slices of other patients, the most alike, of which one is its partner
+SHARES = (0.25, 0.75)  # of the first in the two: never one patient's organs alone
 
 
 def layouts_of(masks: Tensor, shape: tuple[int, int], labels: int) -> Tensor:
@@ -89,7 +90,7 @@ def draw(
             overlap = ((layouts[others] == layouts[first]) & (layouts[first] > 0)).sum((1, 2))
             sizes = np.count_nonzero(layouts[first]) + np.count_nonzero(layouts[others], axis=(1, 2))
             alike = others[np.argsort(-overlap / np.maximum(sizes, 1), kind="stable")]
-            second, share = rng.choice(alike[:ALIKE]), rng.random()
+            second, share = rng.choice(alike[:ALIKE]), rng.uniform(*SHARES)
         found.append(blend(layouts[first], layouts[second], share, labels))
         parents.append(usable[[first, second]])
         shares.append(share)

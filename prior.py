@@ -321,9 +321,11 @@ class Prior(nn.Module):
 
     @torch.inference_mode()
     def nats(
-        self, top: Tensor, bottom: Tensor, position: Tensor, seed: int = 0, masks: int = 2
+        self, top: Tensor, bottom: Tensor, position: Tensor, seed: int = 0, masks: int = 1
     ) -> dict[str, Tensor]:
         """The bound on -log p of whole maps in nats, "top" (B,) and "bottom" (B,): a mean over `masks` random masks.
+
+        Layouts are unknown to it: the codes are all that an arithmetic coder has.
 
         top (B, h, w) and bottom (B, 2h, 2w) are int64 in [0, K), position (B,) in [0, 1] or NaN for unknown;
         ValueError if not.

@@ -48,10 +48,10 @@ STEPS = {
 }
 RECIPE = STEPS | {"mse": 0.0, "l1": 0.2, "ssim": 1.0, "flip": True}
 WIDER = {"channels": 96, "top_channels": 192, "residual_channels": 48}
-PRIOR_RECIPE = STEPS | {"batch_size": 2, "lr": 2e-3, "weight_decay": 0.05, "patience": 5}
-# Priors within minutes: the bottom prior, whose codes are details of what the top places, needs fewer slices.
-LIGHT = {"batch_size": 4, "lr": 4e-3, "bottom_every": 4, "prior_dropout": 0.0}
-DEEPER = {"bottom_every": 2, "prior_top_layers": 4, "prior_refine_blocks": 3}
+# The bottom prior, whose codes are details of what the top places, needs fewer slices.
+PRIOR_RECIPE = STEPS | {"batch_size": 4, "bottom_every": 4, "lr": 2e-3, "weight_decay": 0.05, "patience": 5}
+LIGHT = {"lr": 4e-3, "prior_dropout": 0.0}  # for priors of minutes
+DEEPER = {"prior_top_layers": 4, "prior_refine_blocks": 3}
 PRESETS = {
     "autoencoder": {
         "report": {},
@@ -66,7 +66,7 @@ PRESETS = {
         "low-rate": RECIPE | WIDER | {"epochs": 5, "K": 1024, "stride": 8},
     },
     "prior": {
-        "quick": PRIOR_RECIPE | LIGHT | {"minutes": 2.5},
+        "quick": PRIOR_RECIPE | LIGHT | {"minutes": 1.5},
         "best": PRIOR_RECIPE | DEEPER | {"minutes": 30.0},
     },
 }
