@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import runtime
 from dataset import SPLITS, SliceDataset, flip_left_right
-from layouts import layouts_of
+from layouts import layouts_of, likely
 from modules import VQVAE2
 
 LEVELS = ("top", "bottom")
@@ -45,17 +45,22 @@ class Samples(NamedTuple):
 
 
 @torch.inference_mode()
-def decode(model: VQVAE2, top: Tensor, bottom: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+def decode(
+    model: VQVAE2, top: Tensor, bottom: Tensor, layouts: Tensor | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Codes -> z-scored slices (N, H, W) float32 and their masks (N, H, W) uint8 classes, or None.
 
-    One slice at a time: rounding depends on the size of a batch.
+    Where the slices were sampled given layouts (N, h, w), a mask is the likeliest given codes and layout. One slice
+    at a time: rounding depends on the size of a batch.
     """
     device = next(model.parameters()).device
     images, masks = [], []
-    for pair in zip(top.to(device).split(1), bottom.to(device).split(1), strict=True):
+    for i, pair in enumerate(zip(top.to(device).split(1), bottom.to(device).split(1), strict=True)):
         image, logits = model.decode_with_masks(*pair)
         images.append(image[:, 0].cpu().numpy())
         if logits is not None:
+            if layouts is not None:
+                logits = logits.log_softmax(1) + likely(layouts[i : i + 1].to(device), *logits.shape[1:])
             masks.append(logits.argmax(1).to(torch.uint8).cpu().numpy())
     return np.concatenate(images), np.concatenate(masks) if masks else None
 

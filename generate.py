@@ -202,7 +202,7 @@ def sample(
                 progress=progress,
                 layouts=given,
             )
-            images, masks = decode(model, *codes)
+            images, masks = decode(model, *codes, given)
             samples = Samples(images, *(level.cpu().numpy() for level in codes), masks)
             keep(first, samples)
             parts.append(samples)

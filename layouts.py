@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from dataset import NO_MASK
 
 NEARBY = 0.1  # the share of the training slices, nearest in position, that a layout starts from
 ALIKE = 8  # slices of other patients, the most alike, of which one is its partner
+DOUBT = 0.03  # the chance of a class where the layout shows it nowhere near
 SHARES = (0.25, 0.75)  # of the first in the two: never one patient's organs alone
 
 
@@ -29,6 +31,15 @@ def layouts_of(masks: Tensor, shape: tuple[int, int], labels: int) -> Tensor:
     rows, columns = masks.shape[1] // shape[0], masks.shape[2] // shape[1]
     found = masks[:, rows // 2 :: rows, columns // 2 :: columns]
     return torch.where(found == NO_MASK, labels, found.int())
+
+
+def likely(layouts: Tensor, labels: int, height: int, width: int) -> Tensor:
+    """How likely a layout makes every class at every pixel, as a log, (B, h, w) int64 -> (B, labels, height, width).
+
+    Between the middles of cells it changes linearly, as what a prior made of the layout may lie somewhat aside.
+    """
+    shown = F.one_hot(layouts, labels).permute(0, 3, 1, 2).float()
+    return (F.interpolate(shown, (height, width), mode="bilinear", align_corners=False) + DOUBT).log()
 
 
 def signed_distances(layout: np.ndarray, labels: int) -> np.ndarray:

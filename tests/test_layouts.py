@@ -9,8 +9,9 @@ import torch
 from test_prior import TINY, make_prior, random_maps
 
 import layouts
-from codes import Variants
+from codes import Variants, decode
 from dataset import NO_MASK
+from modules import VQVAE2, VQVAE2Config
 from prior import Sampling
 
 ROWS, COLUMNS = np.mgrid[:24, :16]
@@ -51,6 +52,26 @@ def test_between_two_discs_lies_a_disc_of_the_radius_between():
     assert np.count_nonzero(between != disc(5)) <= 4
     nothing = np.zeros_like(small)
     assert not layouts.blend(nothing, nothing, 0.3, 2).any()
+
+
+def test_a_mask_is_drawn_from_its_codes_and_its_layout(monkeypatch):
+    """A class that codes and layout agree on wins; where the codes tell nothing the layout does, and the reverse."""
+    torch.manual_seed(0)
+    model = VQVAE2(VQVAE2Config(K=8, D=4, channels=8, top_channels=8, residual_channels=4, labels=3)).eval()
+    layout = torch.from_numpy(disc(6))[None]
+    codes = torch.zeros(1, 12, 8, dtype=torch.int64), torch.zeros(1, 24, 16, dtype=torch.int64)
+    logits = torch.zeros(1, 3, 96, 64)
+    image = torch.zeros(1, 1, 96, 64)
+    monkeypatch.setattr(model, "decode_with_masks", lambda top, bottom: (image, logits))
+    _, mask = decode(model, *codes, layout)
+    assert np.array_equal(mask[0, 2::4, 2::4], layout[0])  # the codes tell nothing
+    logits[:, 2] = 20
+    assert (decode(model, *codes, layout)[1] == 2).all()  # the codes are sure
+    logits[:, 2] = 1
+    assert np.array_equal(decode(model, *codes, layout)[1], mask)  # a guess of theirs does not outweigh it
+    with torch.inference_mode():
+        p = layouts.likely(layout, 3, 96, 64).exp() - layouts.DOUBT
+    torch.testing.assert_close(p.sum(1), torch.ones(1, 96, 64))
 
 
 def training_layouts():
