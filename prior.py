@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from runtime import UserError, option
 
 EXPAND = 2  # hidden channels of an MLP over its own
+FEW = 16  # channels of a label of the layout
 OCTAVES = 5  # sines and cosines of the slice position
 
 
@@ -176,8 +177,9 @@ class MaskedPrior(nn.Module):
         self.anatomy = MLP(C)  # what tends to lie at this place of this slice
         if given:
             side = max(int(times * P), 1)  # values of the other map that lie in a token, along each axis
-            self.given = nn.Embedding(given + 1, C)  # the last one stands for an unknown value
-            self.gather = nn.Conv2d(C, C, side + 2, stride=side, padding=1)  # those, and the ones around them
+            width = C if given == config.K else min(FEW, C)
+            self.given = nn.Embedding(given + 1, width)  # the last one stands for an unknown value
+            self.gather = nn.Conv2d(width, C, side + 2, stride=side, padding=1)  # and the ones around them
         self.dropout = nn.Dropout(config.prior_dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(layers))
         self.norm = nn.LayerNorm(C)
