@@ -7,6 +7,7 @@ told how (`Variants.numbers`), though of bending and shading only that there is 
 unaltered slices.
 """
 
+import math
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -89,32 +90,28 @@ class Variants:
     def images(self, x: Tensor, variant: int, indices: Tensor) -> Tensor:
         """Slices x (B, 1, H, W), those of `indices` (B,), altered as `variant` says and z-scored again."""
         if variant < 2:
-            return flip_left_right(x, self.numbers[variant, indices, 0].to(x.device) > 0)
-        smooth = self.smooth(x, variant, indices)
-        low = x.amin((2, 3), keepdim=True)
-        x = self.moved(x - low, variant, indices, smooth, "bilinear")
-        x = x * (SHADE * smooth[:, 2:]).exp()
+            return self.moved(x, variant, indices, "bilinear")
+        x = self.moved(x - x.amin((2, 3), keepdim=True), variant, indices, "bilinear")
+        x = x * (SHADE * self.smooth(x, self.fields[variant, indices, 2:])).exp()
         std, mean = torch.std_mean(x, (2, 3), correction=0, keepdim=True)
         return (x - mean) / std.clamp_min(1e-6)
 
     def masks(self, masks: Tensor, variant: int, indices: Tensor) -> Tensor:
         """Their masks (B, H, W) uint8, altered alike."""
-        if variant < 2:
-            return flip_left_right(masks, self.numbers[variant, indices, 0].to(masks.device) > 0)
-        x = masks[:, None].float()
-        return self.moved(x, variant, indices, self.smooth(x, variant, indices), "nearest")[:, 0].to(
-            torch.uint8
-        )
+        return self.moved(masks[:, None].float(), variant, indices, "nearest")[:, 0].to(torch.uint8)
 
-    def smooth(self, x: Tensor, variant: int, indices: Tensor) -> Tensor:
-        """The random fields (B, 3, H, W) of bending, along rows and columns, and of shading."""
-        fields = self.fields[variant, indices].to(x.device)
-        return F.interpolate(fields, x.shape[2:], mode="bicubic", align_corners=True)
+    @staticmethod
+    def smooth(x: Tensor, fields: Tensor) -> Tensor:
+        """Random fields (B, n, *KNOTS), smooth at the size of x (B, 1, H, W) and where it lies: (B, n, H, W)."""
+        return F.interpolate(fields.to(x.device), x.shape[2:], mode="bicubic", align_corners=True)
 
-    def moved(self, x: Tensor, variant: int, indices: Tensor, smooth: Tensor, mode: str) -> Tensor:
-        """x (B, 1, H, W) mirrored, shifted, turned, stretched and bent."""
+    def moved(self, x: Tensor, variant: int, indices: Tensor, mode: str) -> Tensor:
+        """x (B, 1, H, W) mirrored and, from variant 2 on, shifted, turned, stretched and bent."""
         numbers = self.numbers[variant, indices].to(x.device)
         x = flip_left_right(x, numbers[:, 0] > 0)
+        if variant < 2:
+            return x
+        bend_r, bend_c = (BEND * self.smooth(x, self.fields[variant, indices, :2])).unbind(1)
         height, width = x.shape[2:]
         rows = torch.arange(height, device=x.device)[:, None] - (height - 1) / 2  # pixels from the centre
         columns = torch.arange(width, device=x.device) - (width - 1) / 2
@@ -124,8 +121,8 @@ class Variants:
         source_c = (sine * rows + cosine * columns) * (1 + STRETCH * stretch_c) + SHIFT * shift_c
         source = torch.stack(
             [
-                (source_c + BEND * smooth[:, 1]) * 2 / width,
-                (source_r + BEND * smooth[:, 0]) * 2 / height,
+                (source_c + bend_c) * 2 / width,
+                (source_r + bend_r) * 2 / height,
             ],
             -1,
         )
@@ -159,7 +156,9 @@ def extract_codes(
     counts = {name: variants if name == "train" else 1 for name in SPLITS}
     total = sum(counts[name] * len(splits[name]) for name in SPLITS)
     device = next(model.parameters()).device
-    size = sum(h * w for h, w in model.config.code_shapes(*splits["train"].pixels.shape[1:])) * 2 * total
+    top, bottom = map(math.prod, model.config.code_shapes(*splits["train"].pixels.shape[1:]))
+    layout = bottom if splits["train"].labels else 0
+    size = (top + bottom + layout) * 2 * total
     for room in (None, files[-1].parent):
         runtime.check_room(f"the codes of {total} slices and variants", size, "fewer --variants", room)
     bar = tqdm(total=total, desc="codes", unit=" slices", disable=None)

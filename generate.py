@@ -2,7 +2,7 @@
 
     python generate.py                                    # 64 slices from the checkpoints in Results/
     python generate.py --n 512 --position 0.5             # where the prostate tends to lie
-    python generate.py --top-temperature 0.6 --bottom-temperature 0.4   # less varied; for priors of a few minutes
+    python generate.py --top-temperature 0.3 --bottom-temperature 0.2   # less varied; for priors of a few minutes
 
 Writes to Results/generated/ (or --out): grid.png (the first samples, unselected, beside real test slices at the
 same positions), overview.png (real | reconstruction | sample), NNNN.png, keras_slices_synthetic/case_*.nii.gz with
@@ -222,7 +222,6 @@ class Album:
         splits: dict[str, SliceDataset],
         positions: np.ndarray,
         labels: tuple[int, ...],
-        drawn: layouts.Drawn | None,
     ):
         self.out, self.positions = Path(config.out), positions
         train, test = splits["train"], splits["test"]
@@ -252,7 +251,7 @@ class Album:
             "nifti": f"z-scores rescaled by the median mean {self.mean:.6g} and standard deviation {self.std:.6g} "
             f"of the training slices, with the affine of {train.paths[like].name}; each slice is its own case, "
             "its slice number the position on a scale of 0 to 59",
-            "layouts": drawn and self.parents_of(train, drawn),
+            "layouts": None,
             "autoencoder": {
                 "file": Path(config.checkpoint).name,
                 "sha256": runtime.sha256(config.checkpoint),
@@ -263,13 +262,13 @@ class Album:
         }
         self.write_manifest()
 
-    @staticmethod
-    def parents_of(train: SliceDataset, drawn: layouts.Drawn) -> list[dict]:
-        """Between which two training slices every sample's layout lies."""
-        return [
+    def write_parents(self, train: SliceDataset, drawn: layouts.Drawn) -> None:
+        """Record between which two training slices every sample's layout lies."""
+        self.manifest["layouts"] = [
             {"between": [train.paths[i].name for i in pair], "share_of_the_first": round(float(share), 4)}
             for pair, share in zip(drawn.parents, drawn.shares, strict=True)
         ]
+        self.write_manifest()
 
     def write_manifest(self) -> None:
         runtime.write_json(self.out / "manifest.json", self.manifest)
@@ -397,12 +396,14 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     twins = np.concatenate([rng.permutation(pool) for _ in range(rounds)])[: config.n]
     given = np.full(config.n, config.position)
     positions = test.positions[twins].astype(np.float64) if math.isnan(config.position) else given
+    album = Album(config, splits, positions, study.labels)
+    page.write(out)  # the slices that were there are gone from it, even if this run is stopped
     # those that the priors were trained on, where they are at hand
     files = (folder / "codes.npz" for folder in (Path(config.prior).parent, out))
-    maps = extract_codes(model, splits, variants, runtime.sha256(config.checkpoint), *files)
+    maps = extract_codes(model, splits, variants, album.manifest["autoencoder"]["sha256"], *files)
     drawn = draw_layouts(config, prior, splits["train"], maps, positions)
-    album = Album(config, splits, positions, study.labels, drawn)
-    page.write(out)  # the slices that were there are gone from it, even if this run is stopped
+    if drawn is not None:
+        album.write_parents(splits["train"], drawn)
     try:
         samples = sample(config, model, prior, positions, drawn, album.keep)
     except KeyboardInterrupt:

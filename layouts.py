@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
+from anatomy import nearest_positions
 from dataset import NO_MASK
 
 NEARBY = 0.1  # the share of the training slices, nearest in position, that a layout starts from
@@ -89,18 +90,19 @@ def draw(
     usable = np.flatnonzero((layouts < labels).all((1, 2)))
     layouts, positions, patients = layouts[usable], positions[usable], patients[usable]
     shown = np.stack([(layouts == label).any((1, 2)) for label in range(labels)], 1)  # (N, labels)
+    sizes = np.count_nonzero(layouts, axis=(1, 2))  # cells of all organs together
     nearby = max(ALIKE, round(NEARBY * len(layouts)))
     found, parents, shares = [], [], []
     for position, seed in zip(at, seeds, strict=True):
         rng = np.random.default_rng(seed)
-        order = np.argsort(np.abs(positions - position), kind="stable")
+        order = nearest_positions(position, positions)
         first = rng.choice(order if np.isnan(position) else order[:nearby])
         others = np.flatnonzero((shown == shown[first]).all(1) & (patients != patients[first]))
         second, share = first, 1.0
         if len(others):
             overlap = ((layouts[others] == layouts[first]) & (layouts[first] > 0)).sum((1, 2))
-            sizes = np.count_nonzero(layouts[first]) + np.count_nonzero(layouts[others], axis=(1, 2))
-            alike = others[np.argsort(-overlap / np.maximum(sizes, 1), kind="stable")]
+            both = np.maximum(sizes[first] + sizes[others], 1)
+            alike = others[np.argsort(-overlap / both, kind="stable")]
             second, share = rng.choice(alike[:ALIKE]), rng.uniform(*SHARES)
         found.append(blend(layouts[first], layouts[second], share, labels))
         parents.append(usable[[first, second]])

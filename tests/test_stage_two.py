@@ -163,10 +163,8 @@ def test_new_slices_start_from_layouts_of_the_study(masked_study, tmp_path, monk
             (layout == 1) >= ((a == 1) & (b == 1))
         ).all()
     # the study's masks are gone: the priors' own way without them
-    shutil.rmtree(masked_study.parent / "bare", ignore_errors=True)
-    bare = shutil.copytree(masked_study, masked_study.parent / "bare")
-    for folder in bare.glob("keras_slices_seg_*"):
-        shutil.rmtree(folder)
+    no_masks = shutil.ignore_patterns("keras_slices_seg_*")
+    bare = shutil.copytree(masked_study, tmp_path / "study", ignore=no_masks)
     files["out"] = str(tmp_path / "bare")
     generate.generate(generate.GenerateConfig(n=2, device="cpu", **files), DataConfig(data=str(bare)))
     assert "sampling without layouts" in capsys.readouterr().out
@@ -295,3 +293,11 @@ def test_the_model_gets_the_drawn_variants_and_forgets_positions(autoencoder, tm
     top, _, position = seen[-1][:3]
     assert torch.equal(position, torch.from_numpy(stage.splits["validate"].positions))
     assert torch.equal(top, stage.maps["validate_top"][0].long())
+
+
+def test_the_room_that_is_asked_for_is_that_of_the_maps(masked_study, tmp_path, monkeypatch):
+    model, splits = model_and_splits(fit(masked_study, tmp_path, epochs=1))
+    asked = []
+    monkeypatch.setattr(runtime, "check_room", lambda what, size, *_: asked.append(size))
+    maps = extract_codes(model, splits, 3, "", tmp_path / "codes.npz")
+    assert "train_layout" in maps and asked == [sum(each.nbytes for each in maps.values())] * 2
