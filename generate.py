@@ -67,6 +67,9 @@ class GenerateConfig:
         TOP_SAMPLING.spread, "chance in which top codes a pass shows; 0 shows the most certain ones"
     )
     bottom_spread: float = option(BOTTOM_SAMPLING.spread, "the same of the bottom codes")
+    guidance: float = option(
+        TOP_SAMPLING.guidance, "how much further than it would by itself a layout moves the top codes' logits"
+    )
     seed: int = option(0, "seed of the samples")
     checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder, as train.py wrote it")
     prior: str = option(
@@ -91,7 +94,7 @@ class GenerateConfig:
     def sampling(self) -> tuple[Sampling, Sampling]:
         """How the top level is sampled, and the bottom level."""
         return (
-            Sampling(self.top_passes, self.top_temperature, self.nucleus, self.top_spread),
+            Sampling(self.top_passes, self.top_temperature, self.nucleus, self.top_spread, self.guidance),
             Sampling(self.bottom_passes, self.bottom_temperature, self.nucleus, self.bottom_spread),
         )
 

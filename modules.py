@@ -252,13 +252,40 @@ class ResidualBlock(nn.Module):
     SiLU instead of the paper's ReLU: with ReLU most units of the top encoder's block died within 5,000 steps.
     """
 
-    def __init__(self, channels: int, hidden: int):
+    def __init__(self, channels: int, hidden: int, dilation: int = 1):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels, hidden, 3, padding=dilation, dilation=dilation)
         self.conv2 = Pointwise(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.silu(self.conv1(F.silu(x))))
+
+
+class MaskHead(nn.Module):
+    """Vectors of both levels -> how likely each label is at each pixel.
+
+    A left and a right kidney look alike, so this head must see the slice in its whole width. Convolutions of rising
+    dilation do (Yu & Koltun 2016, arXiv 1511.07122).
+    """
+
+    def __init__(self, inputs: int, labels: int, stride: int, channels: int = 32):
+        super().__init__()
+        C = channels
+        self.near = nn.Sequential(Pointwise(inputs, C), ResidualBlock(C, C))
+        self.wide = nn.Sequential(
+            nn.Conv2d(C, 2 * C, 2, stride=2),
+            *[ResidualBlock(2 * C, C, dilation) for dilation in (1, 2, 4, 8, 1)],
+            nn.SiLU(),
+            nn.ConvTranspose2d(2 * C, C, 2, stride=2),
+        )
+        self.last = nn.Sequential(
+            ResidualBlock(C, C), nn.SiLU(), Pointwise(C, labels * stride**2), nn.PixelShuffle(stride)
+        )
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """vectors (B, inputs, H/4, W/4) -> logits (B, labels, H, W) float32."""
+        near = self.near(vectors)
+        return self.last(near + self.wide(near)).float()
 
 
 class VQVAE2(nn.Module):
@@ -301,8 +328,8 @@ class VQVAE2(nn.Module):
             nn.SiLU(),
             ToPixels(C, S),
         )
-        # a second last layer; the encoder sees no mask, so whatever it draws is in the codes
-        self.mask_head = ToPixels(C, S, config.labels) if config.labels else None
+        # the encoder sees no mask, so whatever this draws is in the codes
+        self.mask_head = MaskHead(C + D, config.labels, S) if config.labels else None
 
     def forward(self, x: Tensor) -> Output:
         """x (B, 1, H, W), z-scored -> its reconstruction, the codes of both levels and the mask they hold.
@@ -338,9 +365,9 @@ class VQVAE2(nn.Module):
 
         Slices are (B, 1, H, W) float32, logits (B, labels, H, W) float32 or None.
         """
-        features = self.decoder[:-1](torch.cat([decoded_top, bottom], 1))
-        mask_logits = self.mask_head(features).float() if self.mask_head is not None else None
-        return self.decoder[-1](features).float(), mask_logits
+        vectors = torch.cat([decoded_top, bottom], 1)
+        mask_logits = self.mask_head(vectors) if self.mask_head is not None else None
+        return self.decoder(vectors).float(), mask_logits
 
     def decode_with_masks(self, top: Tensor, bottom: Tensor) -> tuple[Tensor, Tensor | None]:
         """Codes int64 in [0, K), top (B, h, w) and bottom (B, 2h, 2w) -> what `decode` gives.

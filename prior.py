@@ -69,12 +69,14 @@ class Sampling:
         temperature: divides the logits; 0 takes the likeliest code every time.
         top_p: sample among the fewest codes that hold this much probability, in (0, 1].
         spread: how much chance decides which codes a pass shows: 0 shows the most certain ones.
+        guidance: how far the logits are pushed, times the change that the other map makes to them: 0 not at all.
     """
 
     passes: int = 16
     temperature: float = 1.0
     top_p: float = 1.0
     spread: float = 0.0
+    guidance: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.passes <= 10_000:
@@ -85,11 +87,13 @@ class Sampling:
             raise UserError(f"top_p is {self.top_p}; expected 0 < top_p <= 1")
         if not 0 <= self.spread < math.inf:
             raise UserError(f"spread is {self.spread}; expected 0 or more")
+        if not 0 <= self.guidance < math.inf:
+            raise UserError(f"guidance is {self.guidance}; expected 0 or more")
 
 
 # What gave the best slices of priors that trained for an hour (Results/README.md). The top codes place organs; the
 # bottom codes add detail and texture.
-TOP_SAMPLING = Sampling(passes=16, temperature=1.0, spread=100.0)
+TOP_SAMPLING = Sampling(passes=16, temperature=1.0, spread=100.0, guidance=1.0)
 BOTTOM_SAMPLING = Sampling(passes=8, temperature=1.0, spread=1.0)
 
 
@@ -445,7 +449,8 @@ def unmask(
     """New maps (B, h, w) of one level, from maps that are hidden whole (Chang et al. 2022, section 3.2).
 
     In every pass each hidden code is sampled. Those sampled with the highest probability, with some chance in it
-    that fades from pass to pass, are kept. How many stay hidden falls along a cosine.
+    that fades from pass to pass, are kept. How many stay hidden falls along a cosine. With guidance (Ho & Salimans
+    2022, arXiv 2207.12598) what another map, the last that is `known`, changes in the logits counts more.
     """
     B, N, K, T = len(generators), math.prod(level.shape), level.K, sampling.passes
     device = level.rows.device
@@ -459,6 +464,9 @@ def unmask(
         hidden = codes == K
         at = hidden.view(B, *level.shape)
         logits = level(codes.view(B, *level.shape), *known, at=at).float()  # (M, K), of all slices together
+        if sampling.guidance and known[-1] is not None:
+            without = level(codes.view(B, *level.shape), *known[:-1], at=at).float()
+            logits = logits + sampling.guidance * (logits - without)
         sampled = sample_codes(logits, own_uniform()[hidden], sampling.temperature, sampling.top_p)
         log_p = logits.gather(1, sampled[:, None])[:, 0] - logits.logsumexp(1)
         gumbel = -(-own_uniform()[hidden].log()).log()

@@ -80,7 +80,7 @@ class LossConfig:
     mse: float = option(1.0, "weight of the mean squared error in the reconstruction term")
     l1: float = option(0.0, "weight of the mean absolute error in the reconstruction term")
     ssim: float = option(0.0, "weight of 1 - SSIM in the reconstruction term")
-    mask: float = option(0.1, "weight of the mask's cross-entropy and Dice loss, in a study with masks")
+    mask: float = option(0.02, "weight of the mask's cross-entropy and Dice loss, in a study with masks")
     flip: bool = option(False, "mirror every second slice left-right, at random")
 
     def __post_init__(self) -> None:

@@ -277,6 +277,7 @@ def test_a_position_is_asked_of_the_prior_and_of_the_real_slices(trained, tmp_pa
             {"top_passes": 0},
             {"nucleus": 1.1},
             {"top_spread": -1.0},
+            {"guidance": -1.0},
             {"position": 1.1},
             {"position": -0.1},
             {"batch_size": -1},

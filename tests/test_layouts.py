@@ -146,3 +146,16 @@ def test_samples_follow_their_layouts():
     for wrong in (layout[:, 1:], layout[:1], layout + 2):
         with pytest.raises(ValueError, match="layouts of shape"):
             model.sample(position, [1, 2], *how, layouts=wrong)
+
+
+@torch.inference_mode()
+def test_guidance_adds_to_the_logits_what_the_layout_changes_in_them():
+    model, _, _, position, layout = layout_prior()
+    hidden = torch.full((2, *model.top.shape), model.config.K)
+    known, unknown = (model.top(hidden, position, model.as_it_is(2), given) for given in (layout, None))
+    assert not known.argmax(-1).equal((known + 3 * (known - unknown)).argmax(-1))  # it can make a difference
+    for guidance in (0.0, 0.5, 3.0):
+        how = Sampling(passes=1, temperature=0, guidance=guidance), Sampling(passes=1)
+        top, _ = model.sample(position, [1, 2], *how, layouts=layout)
+        assert top.equal((known + guidance * (known - unknown)).argmax(-1))
+        assert model.sample(position, [1, 2], *how)[0].equal(unknown.argmax(-1))

@@ -151,6 +151,24 @@ def test_pixels_are_a_transposed_convolution_s():
     torch.testing.assert_close(layer(x), reference(x))
 
 
+def test_the_mask_head_sees_the_width_of_a_slice_and_leaves_the_picture_alone():
+    model = VQVAE2(VQVAE2Config(labels=3)).eval()
+    x = torch.randn(1, 1, 256, 128)
+    output = model(x)
+    assert output.mask_logits.shape == (1, 3, 256, 128)
+    vectors = torch.randn(1, 128, 64, 32, requires_grad=True)
+    model.mask_head(vectors)[0, 1, 128, 2].backward()
+    seen = vectors.grad[0].abs().sum(0) > 0
+    assert seen[32].all() and seen[8:56].any(1).all()
+    with torch.no_grad():
+        for parameter in model.mask_head.parameters():
+            parameter.normal_()
+    other = model(x)
+    assert other.reconstruction.equal(output.reconstruction) and not other.mask_logits.equal(
+        output.mask_logits
+    )
+
+
 def test_quantised_vectors_are_codes_and_the_gradient_goes_straight_through():
     vq = quantiser()
     z = torch.randn(2, 4, 3, 5, requires_grad=True)
