@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ import nifti
 import page
 import runtime
 import scans
-from codes import LEVELS, decode
+from codes import LEVELS
 from dataset import (
     RECONSTRUCTION,
     SIZE,
@@ -108,19 +109,28 @@ def open_splits(checkpoint: dict, path: str, data: DataConfig) -> dict[str, Slic
     return splits
 
 
-@torch.inference_mode()
-def reconstruct(
-    model: VQVAE2, test: SliceDataset, indices: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Slices of a split, their reconstructions and their codes.
+class Reconstructed(NamedTuple):
+    """Slices of a split and what the model makes of them.
 
-    Originals and reconstructions (B, H, W) float32, z-scored; top codes (B, H/8, W/8) and bottom codes
-    (B, H/4, W/4), int64 in [0, K).
+    Originals and images (B, H, W) float32, z-scored; codes top (B, H/8, W/8) and bottom (B, H/4, W/4), int32 in
+    [0, K); masks (B, H, W) uint8 as the codes tell them, all 0 for a model without masks.
     """
+
+    originals: np.ndarray
+    images: np.ndarray
+    top: np.ndarray
+    bottom: np.ndarray
+    masks: np.ndarray
+
+
+@torch.inference_mode()
+def reconstruct(model: VQVAE2, test: SliceDataset, indices: Sequence[int]) -> Reconstructed:
     x = test.images(indices)
     output = model(x.to(next(model.parameters()).device))
-    tensors = x[:, 0], output.reconstruction[:, 0], output.top.codes, output.bottom.codes
-    return tuple(tensor.cpu().numpy() for tensor in tensors)
+    masks = torch.zeros_like(x[:, 0]) if output.mask_logits is None else output.mask_logits.argmax(1)
+    codes = (getattr(output, level).codes.int() for level in LEVELS)
+    tensors = x[:, 0], output.reconstruction[:, 0], *codes, masks.to(torch.uint8)
+    return Reconstructed(*(tensor.cpu().numpy() for tensor in tensors))
 
 
 # ---- scores --------------------------------------------------------------------------------------
@@ -129,7 +139,7 @@ def reconstruct(
 def score_split(
     model: VQVAE2, test: SliceDataset, batch_size: int, folder: Path | None
 ) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
-    """The scores and each level's codes (N, h, w) of every slice, in file order; NIfTI files into `folder`.
+    """The scores of every slice, in file order, and its maps: "top", "bottom" and "masks"; NIfTI files into `folder`.
 
     Reconstructions of an earlier run in `folder` are deleted, and nothing else is.
     """
@@ -146,22 +156,22 @@ def score_split(
             written.add(path)
         return score
 
-    scores, codes = [], {level: [] for level in LEVELS}
+    scores, maps = [], {name: [] for name in (*LEVELS, "masks")}
     bar = tqdm(total=len(test), desc="scoring", unit="slice", disable=None)
     with bar, ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
         for start in range(0, len(test), batch_size):
             indices = range(start, min(start + batch_size, len(test)))
-            originals, reconstructions, *maps = reconstruct(model, test, indices)
-            for level, batch in zip(LEVELS, maps, strict=True):
-                codes[level].append(batch.astype(np.int32))
+            found = reconstruct(model, test, indices)
+            for name, batches in maps.items():
+                batches.append(getattr(found, name))
             # Threads are enough: NumPy and SciPy release the GIL while they compute.
-            for score in pool.map(finish, indices, originals, reconstructions):
+            for score in pool.map(finish, indices, found.originals, found.images):
                 scores.append(score)
                 bar.update()
     for path in folder.rglob("*.nii*") if folder else ():
         if path not in written and is_reconstruction(path):
             path.unlink()
-    return scores, {level: np.concatenate(maps) for level, maps in codes.items()}
+    return scores, {name: np.concatenate(batches) for name, batches in maps.items()}
 
 
 def is_reconstruction(path: Path) -> bool:
@@ -207,12 +217,11 @@ def most_frequent_labels(split: SliceDataset) -> np.ndarray:
 
 
 def score_masks(
-    model: VQVAE2, splits: dict[str, SliceDataset], codes: dict[str, np.ndarray], segmenter: Path
-) -> tuple[dict, np.ndarray]:
-    """Dice of each organ, by `MASKS`: means over patients, intervals, patients. And the decoded masks (N, H, W)."""
-    test, device = splits["test"], next(model.parameters()).device
+    decoded: np.ndarray, splits: dict[str, SliceDataset], segmenter: Path, device: torch.device
+) -> dict:
+    """Dice of each organ, by `MASKS`: means over patients, intervals, patients; `decoded` (N, H, W) by the model."""
+    test = splits["test"]
     chosen = np.flatnonzero(test.has_mask)
-    decoded = decode(model, *(torch.from_numpy(codes[level].astype(np.int64)) for level in LEVELS))[1]
     net = anatomy.segmenter_of(splits["train"], segmenter, device)
     parts = np.array_split(chosen, -(-len(chosen) // 64))
     found = {
@@ -233,7 +242,7 @@ def score_masks(
                 per_patient = dict(zip(patients[known].tolist(), values[known].tolist(), strict=True))
                 mean = float(values[known].mean())
                 result[name][organ] = {"mean": mean, "low": low, "high": high, "per_patient": per_patient}
-    return result, decoded
+    return result
 
 
 def mean_of_known(dice: np.ndarray) -> np.ndarray:
@@ -268,36 +277,37 @@ def write_pictures(
     test: SliceDataset,
     ssim: np.ndarray,
     patients: list[str],
-    decoded: np.ndarray | None,
+    with_masks: bool,
 ) -> None:
     """The pictures of the module's docstring; best, median and worst are by the report's SSIM.
 
-    `decoded` are the masks (N, H, W) of all slices, for contours beside those of the study.
+    `with_masks` adds the contours of the study's masks and of those that the codes tell.
     """
     note = SYNTHETIC * test.synthetic
     # one slice of each patient, then the rest in file order
     first = [patients.index(patient) for patient in dict.fromkeys(patients)]
     shown = sorted(range(len(test)), key=lambda i: (i not in first, i))[:PICTURES]
-    originals, reconstructions, *_ = reconstruct(model, test, shown)
-    for i, (original, reconstruction) in enumerate(zip(originals, reconstructions, strict=True)):
+    found = reconstruct(model, test, shown)
+    for i, (original, reconstruction) in enumerate(zip(found.originals, found.images, strict=True)):
         span = original.min(), original.max()
         figures.save_slice(out / f"original_{i}.png", original, *span)
         figures.save_slice(out / f"reconstruction_{i}.png", reconstruction, *span)
 
     order = np.argsort(ssim)
     picked = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
-    originals, reconstructions, top, bottom = reconstruct(model, test, list(picked.values()))
+    indices = list(picked.values())
+    found = reconstruct(model, test, indices)
     titles = []
     for title, i in picked.items():
         name = test.names[i]
         titles.append(
             f"{title}: patient {patients[i]}, week {name.week}, slice {name.slice}\nSSIM {ssim[i]:.4f}"
         )
-    rows = list(zip(titles, originals, reconstructions, strict=True))
-    indices = list(picked.values())
-    masks = None if decoded is None else list(zip(test.masks(indices).numpy(), decoded[indices], strict=True))
+    rows = list(zip(titles, found.originals, found.images, strict=True))
+    masks = list(zip(test.masks(indices).numpy(), found.masks, strict=True)) if with_masks else None
     figures.comparison_sheet(out / "comparison.png", rows, note, masks)
-    figures.code_maps(out / "code_maps.png", originals[1], top[1], bottom[1], f"{titles[1]}\n{note}".strip())
+    title = f"{titles[1]}\n{note}".strip()
+    figures.code_maps(out / "code_maps.png", found.originals[1], found.top[1], found.bottom[1], title)
     by_patient = {patient: ssim[np.array(patients) == patient] for patient in dict.fromkeys(patients)}
     figures.ssim_histogram(out / "ssim_histogram.png", by_patient, note)
 
@@ -351,13 +361,11 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
     folder = out / "reconstructions" if config.nifti else None
 
     (out / "metrics.json").unlink(missing_ok=True)  # written last: while it is there, all else is of its run
-    scores, codes = score_split(model, test, config.batch_size, folder)
-    dice, decoded = {}, None
+    scores, maps = score_split(model, test, config.batch_size, folder)
     labels = StudyInfo.from_checkpoint(checkpoint, config.checkpoint).labels
-    if model.config.labels and test.labels == labels and test.has_mask.any():
-        kept = Path(config.checkpoint).parent / "segmenter.pth"
-        scored, decoded = score_masks(model, splits, codes, kept)
-        dice = {"dice": scored}
+    with_masks = bool(model.config.labels and test.labels == labels and test.has_mask.any())
+    kept = Path(config.checkpoint).parent / "segmenter.pth"
+    dice = {"dice": score_masks(maps["masks"], splits, kept, device)} if with_masks else {}
     digest = runtime.sha256(config.checkpoint)
     study = {"study": test.study.resolve().name, "split": test.split, "fingerprint": test.fingerprint}
     model_file = {"file": Path(config.checkpoint).name, "sha256": digest, "epoch": checkpoint["epoch"]}
@@ -366,7 +374,7 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
             "n": len(test),
             "patients": {patient: patients.count(patient) for patient in dict.fromkeys(patients)},
             **summarise(scores, patients),
-            **rates(model, codes, *test.pixels.shape[1:]),
+            **rates(model, maps, *test.pixels.shape[1:]),
             **dice,
             "data": {**study, "synthetic": test.synthetic},
             "checkpoint": model_file,
@@ -375,7 +383,9 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
         }
     )
     write_scores(out / "test_scores.csv", test, scores)
-    write_pictures(out, model, test, np.array([score["ssim_report"] for score in scores]), patients, decoded)
+    write_pictures(
+        out, model, test, np.array([score["ssim_report"] for score in scores]), patients, with_masks
+    )
     runtime.write_json(out / "metrics.json", result)
 
     what = "SYNTHETIC test slices (a phantom, not MRI)" if test.synthetic else "test slices"

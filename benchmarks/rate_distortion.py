@@ -22,6 +22,7 @@ import predict
 import runtime
 from benchmarks import image_codecs
 from benchmarks.per_set import study_sets
+from codes import LEVELS
 from dataset import DataConfig, SliceDataset, in_parallel
 from generate import GenerateConfig, load_models
 from modules import VQVAE2, load_model
@@ -31,12 +32,12 @@ SCORES = {"ssim_report": "SSIM report", "ssim_standard": "SSIM standard", "psnr"
 
 
 class Contender(NamedTuple):
-    """A model, its prior if there is one, the scores of every slice, and each level's codes (N, h, w)."""
+    """A model, its prior if there is one, the scores of every slice, and its maps: codes (N, h, w) and masks."""
 
     model: VQVAE2
     prior: Prior | None
     scores: list[dict[str, float]]
-    codes: dict[str, np.ndarray]
+    maps: dict[str, np.ndarray]
 
 
 def named_sets(patients: np.ndarray, below: int, names: list[str]) -> dict[str, np.ndarray]:
@@ -77,7 +78,7 @@ def in_set(contender: Contender, test: SliceDataset, chosen: np.ndarray) -> dict
     """Score a model on the slices `chosen` (N,) bool: intervals, patients, rates and codes used."""
     patients = [f"{test.names[i].patient:03d}" for i in np.flatnonzero(chosen)]
     scores = [scores for scores, wanted in zip(contender.scores, chosen, strict=True) if wanted]
-    codes = {level: maps[chosen] for level, maps in contender.codes.items()}
+    codes = {level: contender.maps[level][chosen] for level in LEVELS}
     found = predict.rates(contender.model, codes, *test.pixels.shape[1:])
     found = predict.summarise(scores, patients) | found
     if contender.prior:
