@@ -93,6 +93,7 @@ class Output(NamedTuple):
     top: Quantised
     bottom: Quantised
     mask_logits: Tensor | None = None  # (B, labels, H, W); None for a model without masks
+    layout_logits: Tensor | None = None  # (B, labels, H/4, W/4), by the top codes alone; None likewise
 
 
 class VectorQuantiser(nn.Module):
@@ -330,6 +331,8 @@ class VQVAE2(nn.Module):
         )
         # the encoder sees no mask, so whatever this draws is in the codes
         self.mask_head = MaskHead(C + D, config.labels, S) if config.labels else None
+        # in training alone: each top code has to tell which organs lie in its place, as its prior is told a layout
+        self.layout_head = Pointwise(D, 4 * config.labels) if config.labels else None
 
     def forward(self, x: Tensor) -> Output:
         """x (B, 1, H, W), z-scored -> its reconstruction, the codes of both levels and the mask they hold.
@@ -339,7 +342,10 @@ class VQVAE2(nn.Module):
         """
         top, bottom, decoded_top = self.quantise(x)
         image, mask_logits = self.decode(decoded_top, bottom.vectors)
-        return Output(image, top, bottom, mask_logits)
+        if self.layout_head is None:
+            return Output(image, top, bottom)
+        layout_logits = F.pixel_shuffle(self.layout_head(top.vectors), 2).float()
+        return Output(image, top, bottom, mask_logits, layout_logits)
 
     def quantise(self, x: Tensor) -> tuple[Quantised, Quantised, Tensor]:
         """x (B, 1, H, W) -> top level, bottom level, decoded top (B, C, H/4, W/4).

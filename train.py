@@ -80,7 +80,7 @@ class LossConfig:
     mse: float = option(1.0, "weight of the mean squared error in the reconstruction term")
     l1: float = option(0.0, "weight of the mean absolute error in the reconstruction term")
     ssim: float = option(0.0, "weight of 1 - SSIM in the reconstruction term")
-    mask: float = option(0.02, "weight of the mask's cross-entropy and Dice loss, in a study with masks")
+    mask: float = option(0.02, "weight of the cross-entropy and Dice losses of masks and layouts")
     flip: bool = option(False, "mirror every second slice left-right, at random")
 
     def __post_init__(self) -> None:
@@ -141,7 +141,7 @@ class Settings:
 def losses(x: Tensor, output: Output, config: LossConfig, masks: Tensor | None = None) -> dict[str, Tensor]:
     """Every loss of a batch as a scalar; "loss" is minimised, in the report's words
 
-        loss = reconstruction + codebook + beta * commitment [+ mask * (cross-entropy + Dice loss)].
+        loss = reconstruction + codebook + beta * commitment [+ mask * (cross-entropy + Dice loss + layout)].
 
     The codebook term ||sg[z_e] - e||^2 has no entry: the moving averages of `VectorQuantiser.update` minimise it
     (van den Oord et al. 2017, appendix A.1). Losses of weight 0 are reported as well.
@@ -158,7 +158,10 @@ def losses(x: Tensor, output: Output, config: LossConfig, masks: Tensor | None =
     loss = reconstruction + config.beta * (terms["commitment_top"] + terms["commitment_bottom"])
     if masks is not None:
         terms |= mask_losses(output.mask_logits, masks)
-        loss = loss + config.mask * (terms["mask_cross_entropy"] + terms["mask_dice"])
+        cell = masks.shape[1] // output.layout_logits.shape[2]  # a layout has the class in the middle of each
+        layout = mask_losses(output.layout_logits, masks[:, cell // 2 :: cell, cell // 2 :: cell])
+        terms["layout"] = layout["mask_cross_entropy"] + layout["mask_dice"]
+        loss = loss + config.mask * (terms["mask_cross_entropy"] + terms["mask_dice"] + terms["layout"])
     return {"loss": loss, "reconstruction": reconstruction, **terms}
 
 
@@ -180,7 +183,7 @@ class Autoencoder(Stage):
         self.images = {name: self.splits[name].on(self.device, held) for name, held in self.held.items()}
         labels = self.splits["train"].labels
         if labels:
-            self.loss_names += ("mask_cross_entropy", "mask_dice")
+            self.loss_names += ("mask_cross_entropy", "mask_dice", "layout")
             self.masks = {
                 name: self.splits[name].masks_on(self.device, self.held[name]) for name in self.held
             }

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -86,10 +88,11 @@ def test_impossible_configurations_are_refused(bad):
 
 def test_every_parameter_learns():
     torch.manual_seed(0)
-    model, x = VQVAE2(SMALL), torch.randn(4, 1, 32, 16)
+    model, x = VQVAE2(replace(SMALL, labels=3)), torch.randn(4, 1, 32, 16)
     output = model(x)
     commitment = output.top.commitment + output.bottom.commitment
-    (F.mse_loss(output.reconstruction, x) + 0.25 * commitment).backward()
+    of_masks = output.mask_logits.square().mean() + output.layout_logits.square().mean()
+    (F.mse_loss(output.reconstruction, x) + 0.25 * commitment + of_masks).backward()
     still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not still
 

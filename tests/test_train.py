@@ -16,6 +16,7 @@ import metrics
 import runtime
 import train
 from dataset import NO_MASK, DataConfig, open_study
+from layouts import layouts_of
 from modules import VQVAE2, Output, Quantised, VQVAE2Config
 
 SMALL = VQVAE2Config(K=16, D=8, channels=16, top_channels=24, residual_channels=8, decoder_blocks=1)
@@ -395,6 +396,23 @@ def test_mask_losses_against_a_sum_over_pixels():
     assert found["mask_dice"].item() == pytest.approx(
         1 - np.mean(((2 * both + 1) / (either + 1))[1:]), rel=1e-5
     )
+
+
+def test_the_masks_terms_are_of_the_mask_and_of_the_layout():
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.randint(3, (2, 16, 8), generator=generator, dtype=torch.uint8)
+    x, mask_logits = torch.randn(2, 1, 16, 8), torch.randn(2, 3, 16, 8)
+    of_layout = (
+        20 * torch.nn.functional.one_hot(layouts_of(masks, (4, 2), 3).long(), 3).permute(0, 3, 1, 2).float()
+    )
+    none, config = output_of(torch.randn(2, 1, 16, 8)), train.LossConfig(mask=0.3)
+    for layout_logits in (of_layout, of_layout.flip(1)):
+        output = none._replace(mask_logits=mask_logits, layout_logits=layout_logits)
+        terms = train.losses(x, output, config, masks)
+        assert (terms["layout"] < 0.05) == (layout_logits is of_layout)
+        of_masks = terms["mask_cross_entropy"] + terms["mask_dice"] + terms["layout"]
+        added = terms["loss"] - train.losses(x, none, config)["loss"]
+        assert added.item() == pytest.approx(0.3 * of_masks.item(), rel=1e-4)
 
 
 def test_slices_without_masks_give_the_mask_head_no_gradient():
