@@ -1,6 +1,6 @@
 """The whole story in order: a study, the autoencoder and its scores, the priors over its codes and new slices.
 
-    python driver.py                              # no data: makes a synthetic study first; 6 minutes
+    python driver.py                              # no data: makes a synthetic study first; 5 minutes
     python driver.py --data keras_slices_data     # a real study: the report's settings, then 30 minutes of priors
     python driver.py --data keras_slices_data --preset best
     python driver.py --prior-minutes 0            # reconstruction only
@@ -25,7 +25,7 @@ PHANTOM = Path("phantom_slices_data")  # made where there is no study
 # Priors that trained for less than this are unsure of much, and their less likely codes are mostly wrong.
 FEW_MINUTES = 10
 CAUTIOUS = {"top_temperature": 0.3, "top_spread": 4.0, "bottom_temperature": 0.2}
-CAUTIOUS |= {"top_passes": 8, "bottom_passes": 6}
+CAUTIOUS |= {"top_passes": 8, "bottom_passes": 6, "guidance": 0.5}
 OF_THE_PRIORS = train.flags_of("prior") - train.flags_of("autoencoder")
 
 
