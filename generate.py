@@ -68,7 +68,8 @@ class GenerateConfig:
     )
     bottom_spread: float = option(BOTTOM_SAMPLING.spread, "the same of the bottom codes")
     guidance: float = option(
-        TOP_SAMPLING.guidance, "how much further than it would by itself a layout moves the top codes' logits"
+        TOP_SAMPLING.guidance,
+        "0: a layout changes the top codes' logits as learnt; 1: twice as much, and so on",
     )
     seed: int = option(0, "seed of the samples")
     checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder, as train.py wrote it")

@@ -236,15 +236,15 @@ class ToPixels(nn.ConvTranspose2d):
     `ConvTranspose2d` takes twice as long for it on a CPU.
     """
 
-    def __init__(self, channels: int, stride: int, out: int = 1):
-        super().__init__(channels, out, 2 * stride, stride=stride, padding=stride // 2)
+    def __init__(self, channels: int, stride: int):
+        super().__init__(channels, 1, 2 * stride, stride=stride, padding=stride // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[2:]
         windows = F.linear(x.permute(0, 2, 3, 1).flatten(1, 2), self.weight.flatten(1).T)  # (B, h*w, window)
         size = (h * self.stride[0], w * self.stride[0])
         x = F.fold(windows.float().mT, size, self.kernel_size, padding=self.padding, stride=self.stride)
-        return x + self.bias.view(-1, 1, 1)  # (B, out, stride * h, stride * w)
+        return x + self.bias  # (B, 1, stride * h, stride * w)
 
 
 class ResidualBlock(nn.Module):

@@ -69,7 +69,7 @@ class Sampling:
         temperature: divides the logits; 0 takes the likeliest code every time.
         top_p: sample among the fewest codes that hold this much probability, in (0, 1].
         spread: how much chance decides which codes a pass shows: 0 shows the most certain ones.
-        guidance: how far the logits are pushed, times the change that the other map makes to them: 0 not at all.
+        guidance: the change that the other map makes to the logits counts this many times more; 0 leaves it alone.
     """
 
     passes: int = 16
@@ -449,8 +449,8 @@ def unmask(
     """New maps (B, h, w) of one level, from maps that are hidden whole (Chang et al. 2022, section 3.2).
 
     In every pass each hidden code is sampled. Those sampled with the highest probability, with some chance in it
-    that fades from pass to pass, are kept. How many stay hidden falls along a cosine. With guidance (Ho & Salimans
-    2022, arXiv 2207.12598) what another map, the last that is `known`, changes in the logits counts more.
+    that fades from pass to pass, are kept. How many stay hidden falls along a cosine. Guidance (Ho & Salimans
+    2022, arXiv 2207.12598) is by the other map, the last of what is `known`.
     """
     B, N, K, T = len(generators), math.prod(level.shape), level.K, sampling.passes
     device = level.rows.device
