@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import realism
 import runtime
+from benchmarks.utility import generated_slices
 from codes import decode
 from dataset import DataConfig, open_study, read_slice
 from modules import load_model
@@ -98,10 +99,7 @@ def linear_auc(real: np.ndarray, fake: np.ndarray, groups: np.ndarray, seed: int
 
 def read_slices(folder: Path, n: int) -> np.ndarray:
     """The first n generated slices (n, H, W) of a folder that generate.py wrote."""
-    paths = sorted((folder / "keras_slices_synthetic").glob("case_*.nii.gz"))
-    if len(paths) < 2:
-        raise UserError(f"{folder}: no slices in keras_slices_synthetic/. Fix: generate.py --out {folder}")
-    return np.stack([read_slice(str(path))[0] for path in paths[:n]]).astype(np.float32)
+    return np.stack([read_slice(str(path))[0] for path in generated_slices(folder)[:n]]).astype(np.float32)
 
 
 def compare(real: np.ndarray, found: np.ndarray, groups: np.ndarray) -> dict:

@@ -26,7 +26,7 @@ import metrics
 import nifti
 import runtime
 from benchmarks.per_set import study_sets
-from dataset import NO_MASK, DataConfig, SliceDataset, open_study, read_slice, z_score
+from dataset import NO_MASK, DataConfig, SliceDataset, open_study, parse_name, read_slice, z_score
 from runtime import UserError
 
 
@@ -41,10 +41,18 @@ def real_pairs(split: SliceDataset, chosen: np.ndarray) -> Pairs:
     return Pairs(lambda i: (split.images(chosen[i]), split.masks(chosen[i])), len(chosen))
 
 
+def generated_slices(folder: Path) -> list[Path]:
+    """The slices that generate.py wrote to a folder, in the order of its manifest.json; UserError if none."""
+    found = sorted((folder / "keras_slices_synthetic").glob("case_*.nii.gz"), key=parse_name)
+    if not found:
+        raise UserError(f"{folder}: no slices in keras_slices_synthetic/. Fix: generate.py --out {folder}")
+    return found
+
+
 def read_generated(folder: Path, labels: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """The slices (N, 1, H, W) of a folder that generate.py wrote, z-scored, and their masks (N, H, W)."""
     images, masks = [], []
-    for path in sorted((folder / "keras_slices_synthetic").glob("case_*.nii.gz")):
+    for path in generated_slices(folder):
         mask_path = folder / "keras_slices_seg_synthetic" / path.name.replace("case_", "seg_", 1)
         if not mask_path.is_file():
             raise UserError(f"{mask_path}: no mask. Fix: generate.py with models of a study that has masks.")
@@ -55,8 +63,6 @@ def read_generated(folder: Path, labels: tuple[int, ...]) -> tuple[Tensor, Tenso
             raise UserError(f"{mask_path}: labels that the study does not have. Fix: --data, its own study.")
         images.append((pixels - mean) / std)
         masks.append(np.searchsorted(labels, values).astype(np.uint8))
-    if not images:
-        raise UserError(f"{folder}: no slices in keras_slices_synthetic/. Fix: generate.py --out {folder}")
     return torch.from_numpy(np.stack(images))[:, None], torch.from_numpy(np.stack(masks))
 
 
@@ -136,10 +142,7 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results/utility.json", help="file to write")
     args = parser.parse_args()
     device = runtime.pick_device(args.device)
-    first = next((args.generated / "keras_slices_synthetic").glob("case_*.nii.gz"), None)
-    if first is None:
-        raise UserError(f"{args.generated}: no generated slices. Fix: generate.py --out {args.generated}")
-    height, width = read_slice(str(first))[0].shape
+    height, width = read_slice(str(generated_slices(args.generated)[0]))[0].shape
     splits = open_study(DataConfig(data=args.data, height=height, width=width))
     train, test = splits["train"], splits["test"]
     if not train.labels:

@@ -84,6 +84,16 @@ def test_half_of_a_mixed_batch_is_real():
     assert kinds.flatten().tolist() == [1, 1, 2, 2] and indices.tolist() == [2, 1, 4, 4]
 
 
+def test_generated_slices_are_read_in_the_order_of_their_positions(tmp_path):
+    names = [f"case_{number}_week_0_slice_{number % 7}.nii.gz" for number in range(996, 1004)]
+    with pytest.raises(ValueError, match="no slices in keras_slices_synthetic"):
+        utility.generated_slices(tmp_path)
+    (tmp_path / "keras_slices_synthetic").mkdir()
+    for name in names:
+        (tmp_path / "keras_slices_synthetic" / name).touch()
+    assert [path.name for path in utility.generated_slices(tmp_path)] == names
+
+
 def test_generated_slices_and_masks_are_paired(folders):
     images, masks = utility.read_generated(folders / "generated", (0, 4))
     assert images.shape == (8, 1, 64, 32) and masks.shape == (8, 64, 32) and masks.max() == 1
