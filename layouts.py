@@ -24,13 +24,18 @@ DOUBT = 0.03  # the chance of a class where the layout shows it nowhere near
 SHARES = (0.4, 0.6)  # of the first in the two: never one patient's organs alone
 
 
+def middles(masks: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Masks (B, H, W) -> the value in the middle of each cell, (B, *shape)."""
+    rows, columns = masks.shape[1] // shape[0], masks.shape[2] // shape[1]
+    return masks[:, rows // 2 :: rows, columns // 2 :: columns]
+
+
 def layouts_of(masks: Tensor, shape: tuple[int, int], labels: int) -> Tensor:
     """Masks (B, H, W) uint8 -> layouts (B, *shape) int32: the class in the middle of each cell.
 
     `labels`, one more than the last class, stands for an unknown one.
     """
-    rows, columns = masks.shape[1] // shape[0], masks.shape[2] // shape[1]
-    found = masks[:, rows // 2 :: rows, columns // 2 :: columns]
+    found = middles(masks, shape)
     return torch.where(found == NO_MASK, labels, found.int())
 
 

@@ -30,6 +30,7 @@ import runtime
 from anatomy import mask_losses
 from codes import MOST_VARIANTS, Variants, extract_codes
 from dataset import DataConfig, StudyInfo, find_trained_study, flip_left_right, open_study, open_trained_study
+from layouts import middles
 from loop import Stage, TrainConfig, fit, switched
 from modules import VQVAE2, Output, VQVAE2Config, load_model
 from prior import Prior, PriorConfig
@@ -158,8 +159,7 @@ def losses(x: Tensor, output: Output, config: LossConfig, masks: Tensor | None =
     loss = reconstruction + config.beta * (terms["commitment_top"] + terms["commitment_bottom"])
     if masks is not None:
         terms |= mask_losses(output.mask_logits, masks)
-        cell = masks.shape[1] // output.layout_logits.shape[2]  # a layout has the class in the middle of each
-        layout = mask_losses(output.layout_logits, masks[:, cell // 2 :: cell, cell // 2 :: cell])
+        layout = mask_losses(output.layout_logits, middles(masks, output.layout_logits.shape[2:]))
         terms["layout"] = layout["mask_cross_entropy"] + layout["mask_dice"]
         loss = loss + config.mask * (terms["mask_cross_entropy"] + terms["mask_dice"] + terms["layout"])
     return {"loss": loss, "reconstruction": reconstruction, **terms}

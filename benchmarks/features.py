@@ -99,7 +99,10 @@ def linear_auc(real: np.ndarray, fake: np.ndarray, groups: np.ndarray, seed: int
 
 def read_slices(folder: Path, n: int) -> np.ndarray:
     """The first n generated slices (n, H, W) of a folder that generate.py wrote."""
-    return np.stack([read_slice(str(path))[0] for path in generated_slices(folder)[:n]]).astype(np.float32)
+    paths = generated_slices(folder)
+    if len(paths) < 2:
+        raise UserError(f"{folder}: one slice; expected at least 2. Fix: generate.py --out {folder}")
+    return np.stack([read_slice(str(path))[0] for path in paths[:n]]).astype(np.float32)
 
 
 def compare(real: np.ndarray, found: np.ndarray, groups: np.ndarray) -> dict:
