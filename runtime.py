@@ -66,12 +66,25 @@ def run_cli(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)  # what a shell reports for a process that Ctrl-C ended
+        leave(130)  # what a shell reports for a process that Ctrl-C ended
     except Exception as error:
         if (message := user_message(error)) is None:
             raise
         print(f"error{f' of rank {rank()}' if world() > 1 else ''}: {message}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
+
+
+def leave(code: int) -> typing.NoReturn:
+    """End this process with an exit code.
+
+    After an error a rank still has its process group, because to break it up waits for the others. Python's own way
+    out would end the group's threads first, and then PyTorch may abort the process, with a code of its own.
+    """
+    if world() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def user_message(error: Exception) -> str | None:
