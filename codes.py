@@ -61,8 +61,8 @@ def decode(
         images.append(image[:, 0].cpu().numpy())
         if logits is not None:
             if layouts is not None:
-                logits = logits.log_softmax(1) + likely(layouts[i : i + 1].to(device), *logits.shape[1:])
-            masks.append(logits.argmax(1).to(torch.uint8).cpu().numpy())
+                logits = logits + likely(layouts[i : i + 1].to(device), *logits.shape[1:])
+            masks.append(logits.max(1)[1].to(torch.uint8).cpu().numpy())  # faster than argmax on a CPU
     return np.concatenate(images), np.concatenate(masks) if masks else None
 
 

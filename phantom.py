@@ -103,12 +103,15 @@ class Waves:
         k /= np.exp(rng.uniform(np.log(short), np.log(long), (40, 1))) * (1, 1, stretch_z)
         along_x, self.along_y = k[:, :1] * man.x, k[:, 1:2]
         self.along_z = k[:, 2:] * man.z + rng.uniform(0, 2 * np.pi, (40, 1))
-        self.x_part = np.concatenate([np.cos(along_x), -np.sin(along_x)]).T.astype(np.float32) / 20**0.5
+        x_part = np.concatenate([np.cos(along_x), -np.sin(along_x)]).T.astype(np.float32) / 20**0.5
+        # in blocks too small for BLAS to start threads of its own, which would get in the way of ours
+        self.x_part = x_part.reshape(16, -1, x_part.shape[1])
 
     def __call__(self, y: float) -> np.ndarray:
         """The plane at `y` mm -> (256, 128) float32; cos(a + b) makes it one matrix product."""
         angle = (self.along_z + self.along_y * y).astype(np.float32)
-        return self.x_part @ np.concatenate([np.cos(angle), np.sin(angle)])
+        plane = self.x_part @ np.concatenate([np.cos(angle), np.sin(angle)])  # (16, 16, 80) @ (80, 128)
+        return plane.reshape(SHAPE)
 
 
 def capsule(p, row) -> np.ndarray:

@@ -205,35 +205,17 @@ class MaskedPrior(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.blocks)) if branch else 0.02)
         nn.init.zeros_(self.head.weight)  # an untrained prior is uniform
 
-    def forward(
-        self,
-        codes: Tensor,
-        position: Tensor,
-        variant: Tensor,
-        given: Tensor | None = None,
-        at: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, codes: Tensor, known: Tensor, at: Tensor | None = None) -> Tensor:
         """Logits (B, h, w, K) of every code of the map, hidden or not.
 
         Args:
             codes: (B, h, w) int64 in [0, K); K where a code is hidden.
-            position: (B,) the slice's relative position in its volume, in [0, 1]; NaN for unknown.
-            variant: (B, variants) float, how the slice was altered; zeros for a slice as it is.
-            given: the other map, int64, for a level that has one: of the top level a layout (B, 2h, 2w) in
-                [0, labels], where labels stands for unknown; of the bottom level top codes (B, h/2, w/2). None:
-                all of it is unknown.
+            known: (B, C, grid), what `self.known` makes of all else.
             at: (B, h, w) bool, to be told the logits of these M codes alone, (M, K).
         """
         h, w = self.shape
         embedded = self.embed(codes).permute(0, 3, 1, 2)  # (B, C, h, w)
-        x = self.merge(whole_patches(embedded, self.patch)) + self.place(position, variant)
-        if self.given is not None:
-            if given is None:
-                unknown = self.given.num_embeddings - 1
-                given = torch.full((len(codes), *self.given_shape), unknown, device=codes.device)
-            around = whole_patches(self.given(given).permute(0, 3, 1, 2), self.gather.stride[0])
-            x = x + F.interpolate(self.gather(around), self.grid)
-        x = self.dropout(x)
+        x = self.dropout(self.merge(whole_patches(embedded, self.patch)) + known)
         for block in self.blocks:
             x = block(x)
         x = self.split(self.norm(x.permute(0, 2, 3, 1)))  # (B, grid, C) -> (B, grid, P*P*C)
@@ -244,16 +226,31 @@ class MaskedPrior(nn.Module):
         x = x.permute(0, 2, 3, 1)
         return self.head(self.head_norm(x if at is None else x[at]))
 
-    def place(self, position: Tensor, variant: Tensor) -> Tensor:
-        """What is known before any code is: place in the map, slice position and variant, (B, C, grid)."""
+    def known(self, position: Tensor, variant: Tensor, given: Tensor | None = None) -> Tensor:
+        """What is known before any code is, (B, C, grid): the place in the map, and what the arguments tell.
+
+        Args:
+            position: (B,) the slice's relative position in its volume, in [0, 1]; NaN for unknown.
+            variant: (B, variants) float, how the slice was altered; zeros for a slice as it is.
+            given: the other map, int64, for a level that has one: of the top level a layout (B, 2h, 2w) in
+                [0, labels], where labels stands for unknown; of the bottom level top codes (B, h/2, w/2). None:
+                all of it is unknown.
+        """
         angles = (
             position.nan_to_num()[:, None] * math.pi * 2.0 ** torch.arange(OCTAVES, device=position.device)
         )
-        known = self.position(torch.cat([angles.sin(), angles.cos()], 1).to(self.rows))
-        known = torch.where(position.isnan()[:, None], self.unknown_position, known)
-        known = known + self.variant(variant.to(self.rows))
-        x = self.rows + self.columns + known[:, :, None, None]
-        return self.anatomy(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        about = self.position(torch.cat([angles.sin(), angles.cos()], 1).to(self.rows))
+        about = torch.where(position.isnan()[:, None], self.unknown_position, about)
+        about = about + self.variant(variant.to(self.rows))
+        x = self.rows + self.columns + about[:, :, None, None]
+        x = self.anatomy(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if self.given is None:
+            return x
+        if given is None:
+            unknown = self.given.num_embeddings - 1
+            given = torch.full((len(position), *self.given_shape), unknown, device=position.device)
+        around = whole_patches(self.given(given).permute(0, 3, 1, 2), self.gather.stride[0])
+        return x + F.interpolate(self.gather(around), self.grid)
 
 
 class Prior(nn.Module):
@@ -330,15 +327,13 @@ class Prior(nn.Module):
         """(B,) mean of -log p over the hidden codes of each map, their number uniform in 1 .. h*w."""
         hidden = random_masks(codes, generator)
         context = replace_at_random(codes, noise, self.config.K, generator).masked_fill(hidden, self.config.K)
-        logits = level(context, *known).float()
+        logits = level(context, level.known(*known)).float()
         nats = F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none").view_as(codes)
         return (nats * hidden).sum((1, 2)) / hidden.sum((1, 2))
 
     @torch.inference_mode()
-    def nats(
-        self, top: Tensor, bottom: Tensor, position: Tensor, seed: int = 0, masks: int = 1
-    ) -> dict[str, Tensor]:
-        """The bound on -log p of whole maps in nats, "top" (B,) and "bottom" (B,): a mean over `masks` random masks.
+    def nats(self, top: Tensor, bottom: Tensor, position: Tensor, seed: int = 0) -> dict[str, Tensor]:
+        """An estimate of the bound on -log p of whole maps in nats, "top" (B,) and "bottom" (B,): one mask a map.
 
         Layouts are unknown to it: the codes are all that an arithmetic coder has.
 
@@ -355,10 +350,8 @@ class Prior(nn.Module):
                 raise ValueError(f"{name} codes from {ends}; expected 0 to {self.config.K - 1}")
         check_positions(position, len(top))
         generator = torch.Generator().manual_seed(seed)
-        # masks of one slice are neighbours in the batch, whose numbers of hidden codes are spread evenly
-        repeated = [x.repeat_interleave(masks, 0) for x in (top, bottom, position)]
-        nats = self(*repeated, self.as_it_is(len(repeated[0])), generator=generator)
-        return {name: x.view(-1, masks).mean(1) * maps[name][0].numel() for name, x in nats.items()}
+        nats = self(top, bottom, position, self.as_it_is(len(top)), generator=generator)
+        return {name: x * maps[name][0].numel() for name, x in nats.items()}
 
     def as_it_is(self, count: int) -> Tensor:
         """The `variant` of slices that were not altered."""
@@ -453,6 +446,8 @@ def unmask(
     2022, arXiv 2207.12598) is by the other map, the last of what is `known`.
     """
     B, N, K, T = len(generators), math.prod(level.shape), level.K, sampling.passes
+    guided = sampling.guidance and known[-1] is not None
+    given, not_given = level.known(*known), level.known(*known[:-1]) if guided else None
     device = level.rows.device
     codes = torch.full((B, N), K, device=device)
 
@@ -463,9 +458,9 @@ def unmask(
     for i in range(1, T + 1):
         hidden = codes == K
         at = hidden.view(B, *level.shape)
-        logits = level(codes.view(B, *level.shape), *known, at=at).float()  # (M, K), of all slices together
-        if sampling.guidance and known[-1] is not None:
-            without = level(codes.view(B, *level.shape), *known[:-1], at=at).float()
+        logits = level(codes.view(B, *level.shape), given, at).float()  # (M, K), of all slices together
+        if guided:
+            without = level(codes.view(B, *level.shape), not_given, at).float()
             logits = logits + sampling.guidance * (logits - without)
         sampled = sample_codes(logits, own_uniform()[hidden], sampling.temperature, sampling.top_p)
         log_p = logits.gather(1, sampled[:, None])[:, 0] - logits.logsumexp(1)

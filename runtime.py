@@ -219,7 +219,7 @@ def check_room(what: str, size: float, fix: str, folder: Path | None = None) -> 
     else:
         room, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory is"
     if size > room:
-        raise UserError(f"{what} take {size / 1e9:.1f} GB; {where} {room / 1e9:.1f} GB. Fix: {fix}.")
+        raise UserError(f"{what} take {size / 1e9:.3g} GB; {where} {room / 1e9:.3g} GB. Fix: {fix}.")
 
 
 def note_if_long(what: str, seconds: float) -> None:
