@@ -5,7 +5,9 @@ A small U-Net, `train_segmenter`, learns the masks of real training slices and t
 Masks hold class indices: 0 is the background, the others are called organs here; 255 means that nothing is known.
 """
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -180,8 +182,9 @@ def measure(masks: np.ndarray, labels: int) -> np.ndarray:
     holes; solidity, the area over that of the convex hull; asymmetry, the share of the organ that its own left-right
     mirror image (axis H, in its bounding box) does not cover. Pieces and holes of fewer than 8 pixels do not count.
     """
-    figures = np.full((len(masks), labels - 1, len(FIGURES)), np.nan)
-    for mask, row in zip(masks, figures, strict=True):
+
+    def figures_of(mask: np.ndarray) -> np.ndarray:
+        figures = np.full((labels - 1, len(FIGURES)), np.nan)
         for region in regionprops(np.where(mask == NO_MASK, 0, mask)):
             pieces = label(region.image, connectivity=2)
             small = np.bincount(pieces.ravel())[1:] < SMALLEST_PIECE
@@ -191,7 +194,7 @@ def measure(masks: np.ndarray, labels: int) -> np.ndarray:
             (organ,) = regionprops(kept.astype(np.uint8))
             image = organ.image
             gaps = np.bincount(label(np.pad(~image, 1, constant_values=True), connectivity=1).ravel())[2:]
-            row[region.label - 1] = (
+            figures[region.label - 1] = (
                 organ.area,
                 region.bbox[0] + organ.centroid[0],
                 region.bbox[1] + organ.centroid[1],
@@ -200,7 +203,10 @@ def measure(masks: np.ndarray, labels: int) -> np.ndarray:
                 organ.solidity,
                 1 - np.count_nonzero(image & image[::-1]) / organ.area,
             )
-    return figures
+        return figures
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+        return np.stack(list(pool.map(figures_of, masks)))
 
 
 def nearest_positions(position: float, positions: np.ndarray) -> np.ndarray:

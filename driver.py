@@ -24,8 +24,8 @@ from runtime import UserError, option
 PHANTOM = Path("phantom_slices_data")  # made where there is no study
 # Priors that trained for less than this are unsure of much, and their less likely codes are mostly wrong.
 FEW_MINUTES = 10
-CAUTIOUS = {"top_temperature": 0.3, "top_spread": 4.0, "bottom_temperature": 0.2}
-CAUTIOUS |= {"top_passes": 8, "bottom_passes": 6, "guidance": 0.5}
+CAUTIOUS = {"top_temperature": 0.4, "top_spread": 4.0, "bottom_temperature": 0.2}
+CAUTIOUS |= {"top_passes": 8, "bottom_passes": 4, "guidance": 0.5}
 OF_THE_PRIORS = train.flags_of("prior") - train.flags_of("autoencoder")
 
 

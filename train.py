@@ -51,7 +51,7 @@ RECIPE = STEPS | {"mse": 0.0, "l1": 0.2, "ssim": 1.0, "flip": True}
 WIDER = {"channels": 96, "top_channels": 192, "residual_channels": 48}
 # The bottom prior, whose codes are details of what the top places, needs fewer slices.
 PRIOR_RECIPE = STEPS | {"batch_size": 4, "bottom_every": 4, "lr": 2e-3, "weight_decay": 0.05, "patience": 5}
-LIGHT = {"lr": 4e-3, "prior_dropout": 0.0}  # for priors of minutes
+LIGHT = {"lr": 4e-3, "prior_dropout": 0.0, "variants": 1}  # for priors of minutes
 DEEPER = {"prior_top_layers": 4, "prior_refine_blocks": 3}
 PRESETS = {
     "autoencoder": {
@@ -67,7 +67,7 @@ PRESETS = {
         "low-rate": RECIPE | WIDER | {"epochs": 5, "K": 1024, "stride": 8},
     },
     "prior": {
-        "quick": PRIOR_RECIPE | LIGHT | {"minutes": 1.5},
+        "quick": PRIOR_RECIPE | LIGHT | {"minutes": 1.8},
         "best": PRIOR_RECIPE | DEEPER | {"minutes": 30.0},
     },
 }
