@@ -2,8 +2,8 @@
 
 A layout is a mask with one class index for each bottom code. The top prior is told it (prior.py), and so learns how a
 slice with these organs looks. A new slice starts with a new layout: the masks of two patients who are much alike,
-with their signed distances averaged (shape-based interpolation, Raya & Udupa 1990). What is new in it lies between
-those two; the rest of the slice is the priors' own.
+with their signed distances averaged (shape-based interpolation, Raya & Udupa 1990), moved and stretched a little. Its
+organs are new, between those of two patients; the rest of the slice is the priors' own.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import affine_transform, distance_transform_edt
 from torch import Tensor
 
 from anatomy import nearest_positions
@@ -22,6 +22,8 @@ NEARBY = 0.1  # the share of the training slices, nearest in position, that a la
 ALIKE = 8  # slices of other patients, the most alike, of which one is its partner
 DOUBT = 0.03  # the chance of a class where the layout shows it nowhere near
 SHARES = (0.4, 0.6)  # of the first in the two: never one patient's organs alone
+# An average of two patients varies less than patients do, so it is moved and stretched along each axis
+SHIFT, STRETCH = 0.5, 0.015  # standard deviations: cells, a share
 
 
 def middles(masks: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -64,8 +66,17 @@ def signed_distances(layout: np.ndarray, labels: int) -> np.ndarray:
 
 
 def blend(a: np.ndarray, b: np.ndarray, share: float, labels: int) -> np.ndarray:
-    """The layout (h, w) at `share`, in [0, 1], of the way from b to a, which show the same classes."""
-    return (share * signed_distances(a, labels) + (1 - share) * signed_distances(b, labels)).argmax(0)
+    """Signed distances (labels, h, w) at `share`, in [0, 1], of the way from layout b to a, which show the same."""
+    return share * signed_distances(a, labels) + (1 - share) * signed_distances(b, labels)
+
+
+def moved(distances: np.ndarray, shift: np.ndarray, stretch: np.ndarray) -> np.ndarray:
+    """Signed distances (labels, h, w), stretched about the middle by `stretch` (2,), then moved by `shift` (2,)."""
+    middle = (np.array(distances.shape[1:]) - 1) / 2
+    offset = middle - (middle + shift) / stretch
+    return np.stack(
+        [affine_transform(each, 1 / stretch, offset, order=1, mode="nearest") for each in distances]
+    )
 
 
 class Drawn(NamedTuple):
@@ -87,7 +98,8 @@ def draw(
     """New layouts at the positions `at` (n,), in [0, 1] or NaN for any, each with random numbers of its own seed.
 
     The first parent is a random one of the nearest tenth in position. The second is one of the eight slices of other
-    patients that show the same organs and overlap it most; where there is none, the layout is the first one's own.
+    patients that show the same organs and overlap it most; where there is none, the layout is the first one's own,
+    but moved and stretched like the others.
 
     Args:
         layouts (N, h, w), positions (N,), patients (N,): of the training slices; those without a mask are not used.
@@ -109,7 +121,8 @@ def draw(
             both = np.maximum(sizes[first] + sizes[others], 1)
             alike = others[np.argsort(-overlap / both, kind="stable")]
             second, share = rng.choice(alike[:ALIKE]), rng.uniform(*SHARES)
-        found.append(blend(layouts[first], layouts[second], share, labels))
+        distances = blend(layouts[first], layouts[second], share, labels)
+        found.append(moved(distances, rng.normal(0, SHIFT, 2), 1 + rng.normal(0, STRETCH, 2)).argmax(0))
         parents.append(usable[[first, second]])
         shares.append(share)
     return Drawn(np.stack(found), np.stack(parents), np.array(shares))

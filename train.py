@@ -67,7 +67,7 @@ PRESETS = {
         "low-rate": RECIPE | WIDER | {"epochs": 5, "K": 1024, "stride": 8},
     },
     "prior": {
-        "quick": PRIOR_RECIPE | LIGHT | {"minutes": 1.8},
+        "quick": PRIOR_RECIPE | LIGHT | {"minutes": 1.75},
         "best": PRIOR_RECIPE | DEEPER | {"minutes": 30.0},
     },
 }

@@ -46,12 +46,27 @@ def test_signed_distances_by_brute_force():
 
 def test_between_two_discs_lies_a_disc_of_the_radius_between():
     small, large = disc(3), disc(7)
-    assert np.array_equal(layouts.blend(small, large, 1, 2), small)
-    assert np.array_equal(layouts.blend(small, large, 0, 2), large)
-    between = layouts.blend(small, large, 0.5, 2)
+    assert np.array_equal(layouts.blend(small, large, 1, 2).argmax(0), small)
+    assert np.array_equal(layouts.blend(small, large, 0, 2).argmax(0), large)
+    between = layouts.blend(small, large, 0.5, 2).argmax(0)
     assert np.count_nonzero(between != disc(5)) <= 4
     nothing = np.zeros_like(small)
-    assert not layouts.blend(nothing, nothing, 0.3, 2).any()
+    assert not layouts.blend(nothing, nothing, 0.3, 2).argmax(0).any()
+
+
+def test_a_moved_layout_is_the_same_shape_elsewhere_and_larger():
+    distances = layouts.signed_distances(disc(5, 11.5, 7.5), 2)
+    still = layouts.moved(distances, np.zeros(2), np.ones(2))
+    assert np.allclose(still, distances)
+    aside = layouts.moved(distances, np.array([2, -1]), np.ones(2)).argmax(0)
+    assert np.array_equal(aside, disc(5, 13.5, 6.5))
+    rows, columns = np.nonzero(layouts.moved(distances, np.zeros(2), np.array([1.4, 1])).argmax(0))
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (
+        5,
+        18,
+        3,
+        12,
+    )  # 14 by 10 cells, was 10 by 10
 
 
 def test_a_mask_is_drawn_from_its_codes_and_its_layout(monkeypatch):
@@ -83,8 +98,15 @@ def training_layouts():
     return np.stack(maps), positions, np.append(np.repeat([4, 5, 6], 10), 4)
 
 
-def test_a_new_layout_lies_between_two_patients_with_the_same_organs():
+def test_a_new_layout_lies_between_two_patients_with_the_same_organs(monkeypatch):
     maps, positions, patients = training_layouts()
+    astray = layouts.draw(maps, positions, patients, 3, [0.0] * 200, range(200))
+    rows = np.array([np.nonzero(new)[0].mean() for new in astray.layouts])
+    between = [layouts.blend(maps[a], maps[b], s, 3) for (a, b), s in zip(*astray[1:], strict=True)]
+    shifts = rows - [np.nonzero(distances.argmax(0))[0].mean() for distances in between]
+    assert abs(shifts.mean()) < 0.15 and 0.3 < shifts.std() < 0.7
+    monkeypatch.setattr(layouts, "SHIFT", 0.0)
+    monkeypatch.setattr(layouts, "STRETCH", 0.0)
     at = [0.0] * 20 + [1.0] * 20
     drawn = layouts.draw(maps, positions, patients, 3, at, range(40))
     assert drawn.layouts.shape == (40, 24, 16) and drawn.layouts.dtype == np.int64
@@ -92,7 +114,7 @@ def test_a_new_layout_lies_between_two_patients_with_the_same_organs():
         assert abs(positions[first] - position) < 0.3 and 30 not in (first, second)
         assert set(np.unique(maps[first])) == set(np.unique(maps[second])) == set(np.unique(new))
         assert patients[first] != patients[second] or (patients[first] == 6 and first == second)
-        assert np.array_equal(new, layouts.blend(maps[first], maps[second], share, 3))
+        assert np.array_equal(new, layouts.blend(maps[first], maps[second], share, 3).argmax(0))
     assert len(np.unique(drawn.parents[:, 0])) > 5
     alone = layouts.draw(maps, positions, patients, 3, [1.0], [33])
     assert np.array_equal(alone.layouts[0], drawn.layouts[33])  # whatever the others are
