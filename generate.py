@@ -2,7 +2,7 @@
 
     python generate.py                                    # 64 slices from the checkpoints in Results/
     python generate.py --n 512 --position 0.5             # where the prostate tends to lie
-    python generate.py --top-temperature 0.3 --bottom-temperature 0.2   # less varied; for priors of a few minutes
+    python generate.py --top-temperature 0.4 --bottom-temperature 0.2   # less varied; for priors of a few minutes
 
 Writes to Results/generated/ (or --out): grid.png (the first samples, unselected, beside real test slices at the
 same positions), overview.png (real | reconstruction | sample), NNNN.png, keras_slices_synthetic/case_*.nii.gz with
