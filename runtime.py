@@ -429,11 +429,15 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     """A new folder in `parent` to which only this user may write: nobody can have put a link into it."""
     while True:
         folder, descriptor = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent)), None
-        with suppress(OSError):
+        try:
             descriptor = lock(folder)
+        except BlockingIOError:  # the `sweep` of another thread or process was quicker, and deletes it
+            continue
+        except OSError:
+            pass  # deleted already, or a file system without locks
         if folder.exists():
             break
-        if descriptor is not None:  # the `sweep` of another process was quicker
+        if descriptor is not None:
             os.close(descriptor)
     try:
         yield folder

@@ -183,6 +183,19 @@ def test_a_line_reaches_a_file_when_it_is_printed(tmp_path):
         process.wait()
 
 
+def test_a_temporary_folder_that_another_thread_sweeps_is_not_used(tmp_path, monkeypatch):
+    lock, swept = runtime.lock, {}
+
+    def quicker(folder):
+        if not swept:
+            swept[folder] = lock(folder)  # the other thread's, just before ours
+        return lock(folder)
+
+    monkeypatch.setattr(runtime, "lock", quicker)
+    with runtime.temporary_folder(tmp_path) as folder:
+        assert swept and folder not in swept
+
+
 def test_temporary_folders_are_ours_alone_and_follow_no_link(tmp_path):
     with runtime.atomic_path(tmp_path / "a.txt") as part:
         assert part.parent.stat().st_mode & 0o777 == 0o700

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import codes
 import generate
+import layouts
 import loop
 import runtime
 import train
@@ -145,6 +146,8 @@ def test_new_slices_start_from_layouts_of_the_study(masked_study, tmp_path, monk
     )
     monkeypatch.setattr(generate, "account", lambda *_: {})
     monkeypatch.setattr(generate, "segmenter_of", lambda *_: None)
+    for name in ("SHIFT", "STRETCH"):
+        monkeypatch.setattr(layouts, name, 0.0)
     files = {"checkpoint": str(autoencoder), "prior": str(prior), "out": str(tmp_path / "new")}
     generate.generate(generate.GenerateConfig(n=5, batch_size=3, device="cpu", **files))
     manifest = json.loads((tmp_path / "new" / "manifest.json").read_text())
