@@ -5,9 +5,7 @@ A small U-Net, `train_segmenter`, learns the masks of real training slices and t
 Masks hold class indices: 0 is the background, the others are called organs here; 255 means that nothing is known.
 """
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -135,13 +133,17 @@ def train_segmenter(
     return net.eval()
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """Logits (B, L, H, W) -> the likeliest class of every pixel, (B, H, W) uint8."""
+    return logits.max(1)[1].to(torch.uint8)  # argmax takes five times as long on a CPU
+
+
 @torch.inference_mode()
 def segment(net: Segmenter, images: np.ndarray) -> np.ndarray:
     """z-scored slices (N, H, W) -> masks (N, H, W) uint8."""
     device = next(net.parameters()).device
     parts = torch.as_tensor(images[:, None]).split(16)
-    # max, not argmax, which takes five times as long on a CPU
-    return np.concatenate([net(part.to(device)).max(1)[1].to(torch.uint8).cpu().numpy() for part in parts])
+    return np.concatenate([likeliest(net(part.to(device))).cpu().numpy() for part in parts])
 
 
 def segmenter_of(train, file: Path | str, device: torch.device | str = "cpu") -> Segmenter:
@@ -205,7 +207,7 @@ def measure(masks: np.ndarray, labels: int) -> np.ndarray:
             )
         return figures
 
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+    with runtime.thread_pool() as pool:
         return np.stack(list(pool.map(figures_of, masks)))
 
 

@@ -66,7 +66,7 @@ def signed_distances(layout: np.ndarray, labels: int) -> np.ndarray:
 
 
 def blend(a: np.ndarray, b: np.ndarray, share: float, labels: int) -> np.ndarray:
-    """Signed distances (labels, h, w) at `share`, in [0, 1], of the way from layout b to a, which show the same."""
+    """Signed distances (labels, h, w) at `share`, in [0, 1], of the way from b to a, layouts of the same classes."""
     return share * signed_distances(a, labels) + (1 - share) * signed_distances(b, labels)
 
 

@@ -13,9 +13,7 @@ reconstructions/.
 
 import csv
 import math
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -127,9 +125,11 @@ class Reconstructed(NamedTuple):
 def reconstruct(model: VQVAE2, test: SliceDataset, indices: Sequence[int]) -> Reconstructed:
     x = test.images(indices)
     output = model(x.to(next(model.parameters()).device))
-    masks = torch.zeros_like(x[:, 0]) if output.mask_logits is None else output.mask_logits.argmax(1)
+    masks = torch.zeros_like(x[:, 0], dtype=torch.uint8)
+    if output.mask_logits is not None:
+        masks = anatomy.likeliest(output.mask_logits)
     codes = (getattr(output, level).codes.int() for level in LEVELS)
-    tensors = x[:, 0], output.reconstruction[:, 0], *codes, masks.to(torch.uint8)
+    tensors = x[:, 0], output.reconstruction[:, 0], *codes, masks
     return Reconstructed(*(tensor.cpu().numpy() for tensor in tensors))
 
 
@@ -158,7 +158,7 @@ def score_split(
 
     scores, maps = [], {name: [] for name in (*LEVELS, "masks")}
     bar = tqdm(total=len(test), desc="scoring", unit="slice", disable=None)
-    with bar, ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+    with bar, runtime.thread_pool() as pool:
         for start in range(0, len(test), batch_size):
             indices = range(start, min(start + batch_size, len(test)))
             found = reconstruct(model, test, indices)

@@ -447,7 +447,8 @@ def unmask(
     """
     B, N, K, T = len(generators), math.prod(level.shape), level.K, sampling.passes
     guided = sampling.guidance and known[-1] is not None
-    given, not_given = level.known(*known), level.known(*known[:-1]) if guided else None
+    given = level.known(*known)
+    not_given = level.known(*known[:-1]) if guided else None
     device = level.rows.device
     codes = torch.full((B, N), K, device=device)
 

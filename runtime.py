@@ -198,6 +198,11 @@ def from_flags(config: type, args: argparse.Namespace):
     return config(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
+def thread_pool() -> ThreadPoolExecutor:
+    """A thread for each core, at most 16."""
+    return ThreadPoolExecutor(min(os.cpu_count() or 1, 16))
+
+
 def in_parallel(function: Callable, items: Sequence, label: str, unit: str) -> Iterator:
     """`function` of each item, in order, under a progress bar.
 
@@ -205,7 +210,7 @@ def in_parallel(function: Callable, items: Sequence, label: str, unit: str) -> I
     guard in the caller's script.
     """
     bar = tqdm(total=len(items), desc=label, unit=unit, disable=None)
-    with bar, ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+    with bar, thread_pool() as pool:
         for start in range(0, len(items), 256):  # at most 256 results wait in memory for their reader
             for result in pool.map(function, items[start : start + 256]):
                 bar.update()

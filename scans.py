@@ -12,7 +12,6 @@ picture becomes a grey PNG of 8 or 16 bits. Also written: scans.json with SSIM, 
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -233,7 +232,7 @@ def reconstruct_files(
     bits = model.config.bits_per_pixel(study.height, study.width) * grid  # of a plane
     kept = {"name": [], "plane": [], "top": [], "bottom": []}
     bar = tqdm(total=len(names), desc="reconstructing", unit="file", disable=None)
-    with bar, ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+    with bar, runtime.thread_pool() as pool:
         for name, path in names.items():
             bar.update()
             try:

@@ -61,12 +61,8 @@ def test_a_moved_layout_is_the_same_shape_elsewhere_and_larger():
     aside = layouts.moved(distances, np.array([2, -1]), np.ones(2)).argmax(0)
     assert np.array_equal(aside, disc(5, 13.5, 6.5))
     rows, columns = np.nonzero(layouts.moved(distances, np.zeros(2), np.array([1.4, 1])).argmax(0))
-    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (
-        5,
-        18,
-        3,
-        12,
-    )  # 14 by 10 cells, was 10 by 10
+    # 14 by 10 cells, where it was 10 by 10
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (5, 18, 3, 12)
 
 
 def test_a_mask_is_drawn_from_its_codes_and_its_layout(monkeypatch):
