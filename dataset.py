@@ -1,8 +1,9 @@
 """A study of 2-D NIfTI slices as PyTorch datasets, and the cache of its decoded slices.
 
-A study is a folder of keras_slices_train/, keras_slices_validate/ and keras_slices_test/, which hold 2-D slices
-named case_004_week_0_slice_0.nii.gz or the like. Masks are optional: seg_004_week_0_slice_0.nii.gz and so on in
-keras_slices_seg_train/ and its siblings. In your own code:
+A study is a folder of keras_slices_train/, keras_slices_validate/ and keras_slices_test/, which
+hold 2-D slices named case_004_week_0_slice_0.nii.gz or the like. Masks are optional:
+seg_004_week_0_slice_0.nii.gz and so on in keras_slices_seg_train/ and its siblings. In your own
+code:
 
     splits = dataset.open_study(dataset.DataConfig(data="keras_slices_data"))
     loader = torch.utils.data.DataLoader(splits["train"], batch_size=16, shuffle=True)
@@ -33,23 +34,28 @@ import numpy as np
 import torch
 from skimage.transform import resize
 
-import nifti
-import runtime
-from runtime import UserError, in_parallel, option, run_cli, write_json
+from support import nifti, runtime
+from support.runtime import UserError, in_parallel, option, run_cli, write_json
 
 SPLITS = ("train", "validate", "test")
-STUDY_NAMES = ("keras_slices_data", "HipMRI_study_keras_slices_data")  # looked for in the working directory
+STUDY_NAMES = (
+    "keras_slices_data",
+    "HipMRI_study_keras_slices_data",
+)  # looked for in the working directory
 CACHE_VERSION = 5  # raised when what is cached changes meaning: older caches are then rebuilt
 ARRAYS = ("pixels.npy", "masks.npy", "table.npz")  # of a cache, all splits one after another
 NO_MASK = 255  # every pixel of a slice that has no mask; no class has this index
 LARGEST = 2**26  # pixels of a slice
 FITS = ("auto", "pad", "crop", "stretch")
 STANDARD_NAME = re.compile(r"(?:case|seg)_(\d+)_week_(\d+)_slice_(\d+)\.nii(?:\.gz)?")
-# Numbers that a word announces: patient012_z034, sub-01_ses-2. ADNI's patients are written 002_S_0004.
+# Numbers that a word announces: patient012_z034, sub-01_ses-2. ADNI's patients are written
+# 002_S_0004.
 PATIENT = re.compile(
     r"(?<![a-z])(?:case|patient|pat|subject|subj|sub)[_-]?(\d+)|(?<!\d)\d{3}_S_(\d+)", re.IGNORECASE
 )
-WEEK = re.compile(r"(?<![a-z])(?:week|wk|session|ses|visit|timepoint|frame)[_-]?(\d+)", re.IGNORECASE)
+WEEK = re.compile(
+    r"(?<![a-z])(?:week|wk|session|ses|visit|timepoint|frame)[_-]?(\d+)", re.IGNORECASE
+)
 SLICE = re.compile(r"(?<![a-z])(?:slice|plane|sl|z)[_-]?(\d+)", re.IGNORECASE)
 NUMBER = re.compile(r"(?<![a-z0-9])\d+(?![a-z0-9])", re.IGNORECASE)  # alone between separators
 RECONSTRUCTION = "VQ-VAE-2 reconstruction, not for clinical use"  # in the header of every one
@@ -60,7 +66,9 @@ NEW_NAME = "Fix: rename it to case_004_week_0_slice_0.nii.gz, with its own numbe
 class DataConfig:
     """Which study, and the size of the slices that the model sees."""
 
-    data: str = option("", f"study folder; empty is that of the checkpoint, else {STUDY_NAMES[0]}/ here")
+    data: str = option(
+        "", f"study folder; empty is that of the checkpoint, else {STUDY_NAMES[0]}/ here"
+    )
     height: int = option(256, "rows of a slice")
     width: int = option(128, "columns of a slice")
     fit: str = option(
@@ -74,7 +82,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if min(self.height, self.width) < 2:
-            raise UserError(f"--height {self.height} --width {self.width}: expected at least 2 of each")
+            raise UserError(
+                f"--height {self.height} --width {self.width}: expected at least 2 of each"
+            )
         if self.fit not in FITS:
             raise UserError(f"--fit is {self.fit}; expected one of {', '.join(FITS)}")
 
@@ -95,16 +105,18 @@ class SourceFile(NamedTuple):
     mtime_ns: int
 
 
-# ---- a study's files, none of them opened -----------------------------------------------------------------
+# ---- a study's files, none of them opened
+# -----------------------------------------------------------------
 
 
 def parse_name(path: Path | str) -> SliceName:
     """Patient, week and slice in a file's name; a week or slice that is not named is 0.
 
-    Reads case_004_week_0_slice_12.nii.gz, Case_004_Week0_LFOV.nii, B006_Week0_LFOV.nii, patient012_z034.nii,
-    IM-0001-0034.nii (patient 1, slice 34), sub-01_ses-2_T2w.nii.gz, BraTS20_Training_004.nii, OAS1_0004_MR1.nii and
-    ADNI_002_S_0004.nii (patient 4). Where the name does not say "patient" or the like, a folder above may.
-    UserError where no patient number is found.
+    Reads case_004_week_0_slice_12.nii.gz, Case_004_Week0_LFOV.nii, B006_Week0_LFOV.nii,
+    patient012_z034.nii, IM-0001-0034.nii (patient 1, slice 34), sub-01_ses-2_T2w.nii.gz,
+    BraTS20_Training_004.nii, OAS1_0004_MR1.nii and ADNI_002_S_0004.nii (patient 4). Where the name
+    does not say "patient" or the like, a folder above may. UserError where no patient number is
+    found.
     """
     *folders, name = str(path).replace("\\", "/").split("/")
     if match := STANDARD_NAME.fullmatch(name):
@@ -138,16 +150,23 @@ def parse_name(path: Path | str) -> SliceName:
 
 
 def find_study(data: str = "") -> Path | None:
-    """The study folder: `data`, else the first of `STUDY_NAMES` in the working directory, else None."""
+    """The study folder: `data`, else the first of `STUDY_NAMES` in the working directory, else
+    None.
+    """
     if data and not Path(data).is_dir():
         raise FileNotFoundError(f"{data}: no such study folder. Fix: check --data.")
-    return next((path for path in map(Path, [data] if data else STUDY_NAMES) if path.is_dir()), None)
+    return next(
+        (path for path in map(Path, [data] if data else STUDY_NAMES) if path.is_dir()), None
+    )
 
 
-def find_nifti(folder: Path | str, others: list[str], above: tuple[str, ...] = ()) -> Iterator[os.DirEntry]:
+def find_nifti(
+    folder: Path | str, others: list[str], above: tuple[str, ...] = ()
+) -> Iterator[os.DirEntry]:
     """All NIfTI entries under a folder in order of name; the paths of other files go into `others`.
 
-    Hidden files and folders are passed over: macOS leaves some beside every file that it copies. So is a link to
+    Hidden files and folders are passed over: macOS leaves some beside every file that it copies. So
+        is a link to
     one of the folders `above`.
     """
     above = (*above, os.path.realpath(folder))
@@ -168,7 +187,8 @@ def find_nifti(folder: Path | str, others: list[str], above: tuple[str, ...] = (
 def scan(folder: Path | str, bad: dict[str, str], others: list[str]) -> list[SourceFile]:
     """The slices in `folder` and below, in order of patient, week and slice.
 
-    Those that cannot be used go into `bad`, with the reason, and files that are no NIfTI into `others`.
+    Those that cannot be used go into `bad`, with the reason, and files that are no NIfTI into
+    `others`.
     """
     files: dict[SliceName, SourceFile] = {}
     for entry in find_nifti(folder, others):
@@ -210,11 +230,20 @@ def way_in(others: list[str]) -> str:
 def _scan_study(study: Path, bad: dict[str, str]) -> dict[str, list[SourceFile]]:
     """The files of each split; FileNotFoundError for a split that is missing or empty."""
     folders, others = {split: study / f"keras_slices_{split}" for split in SPLITS}, []
-    files = {split: scan(folder, bad, others) if folder.is_dir() else [] for split, folder in folders.items()}
-    missing = [f.name for split, f in folders.items() if not files[split] and not (f.is_dir() and bad)]
+    files = {
+        split: scan(folder, bad, others) if folder.is_dir() else []
+        for split, folder in folders.items()
+    }
+    missing = [
+        f.name for split, f in folders.items() if not files[split] and not (f.is_dir() and bad)
+    ]
     if missing:
         volumes = [] if others or any(files.values()) else list(find_nifti(study, others))[:1]
-        hint = f" It holds other NIfTI files, such as {volumes[0].path}." if volumes else way_in(others)
+        hint = (
+            f" It holds other NIfTI files, such as {volumes[0].path}."
+            if volumes
+            else way_in(others)
+        )
         raise FileNotFoundError(
             f"{study}: no {', '.join(missing)} with .nii or .nii.gz files.{hint} Fix: --data names the folder of all "
             "three splits; `python volumes.py --volumes DIR` makes one of 3-D volumes."
@@ -224,7 +253,9 @@ def _scan_study(study: Path, bad: dict[str, str]) -> dict[str, list[SourceFile]]
     return files
 
 
-def _scan_masks(study: Path, files: dict[str, list[SourceFile]], bad: dict[str, str]) -> dict[str, list]:
+def _scan_masks(
+    study: Path, files: dict[str, list[SourceFile]], bad: dict[str, str]
+) -> dict[str, list]:
     """The mask file of every slice of each split, or None where it has none."""
     masks = {}
     for split in SPLITS:
@@ -267,12 +298,14 @@ def raise_bad(where: Path | str, bad: dict[str, str], total: int) -> None:
     raise UserError(f"{where}: {len(bad)} of {total} files cannot be used:{listing}\n{fix}")
 
 
-# ---- from a file's slice to the model's and back ----------------------------------------------------------
+# ---- from a file's slice to the model's and back
+# ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How a slice of `shape` lies in the model's grid of `size`: resized to `scaled`, then moved by `offset`.
+    """How a slice of `shape` lies in the model's grid of `size`: resized to `scaled`, then moved by
+    `offset`.
 
     All are (rows, columns). Offsets are negative where the slice is cropped.
     """
@@ -314,7 +347,9 @@ class Placement:
         )
 
     def place(self, pixels: np.ndarray, fill: float = 0, nearest: bool = False) -> np.ndarray:
-        """A slice (shape) in the model's grid (size), with `fill` around it; masks are resized by `nearest`."""
+        """A slice (shape) in the model's grid (size), with `fill` around it; masks are resized by
+        `nearest`.
+        """
         if self.shape == self.size:
             return pixels
         here, there = self._windows()
@@ -342,23 +377,31 @@ class Placement:
 
 
 def _resize(pixels: np.ndarray, shape: tuple[int, int], nearest: bool) -> np.ndarray:
-    """`pixels` at another size: linear, smoothed first where it shrinks, as in the report; or the nearest."""
+    """`pixels` at another size: linear, smoothed first where it shrinks, as in the report; or the
+    nearest.
+    """
     if pixels.shape == tuple(shape):
         return pixels
     if nearest:
-        return resize(pixels, shape, order=0, anti_aliasing=False, preserve_range=True).astype(pixels.dtype)
+        return resize(pixels, shape, order=0, anti_aliasing=False, preserve_range=True).astype(
+            pixels.dtype
+        )
     return resize(pixels, shape, anti_aliasing=True, preserve_range=True).astype(np.float32)
 
 
 def z_score(pixels: np.ndarray) -> tuple[np.float32, np.float32, bool]:
-    """Mean and population standard deviation of a slice, and whether it is constant: then the latter is 1."""
+    """Mean and population standard deviation of a slice, and whether it is constant: then the
+    latter is 1.
+    """
     mean, std = np.float32(pixels.mean(dtype=np.float64)), np.float32(pixels.std(dtype=np.float64))
     constant = bool(std == 0 or pixels.min() == pixels.max())
     return mean, np.float32(1) if constant else std, constant
 
 
 def read_slice(path: str) -> tuple[np.ndarray, nifti.Image]:
-    """The 2-D array of a file, in the file's units, and the file as it was read. UserError for a volume."""
+    """The 2-D array of a file, in the file's units, and the file as it was read. UserError for a
+    volume.
+    """
     image = nifti.read(path, max_axes=2, max_pixels=LARGEST)
     shape = image.shape
     if len(shape) < 2 or min(shape[:2]) < 2 or max(shape[2:], default=1) > 1:
@@ -378,20 +421,26 @@ def _read_mask(path: str, of_slice: nifti.Image) -> np.ndarray:
     """The labels (rows, columns) int64 of a mask that lies on a slice."""
     _, image = read_slice(path)
     if image.shape[:2] != of_slice.shape[:2]:
-        raise UserError(f"its shape is {image.shape[:2]}; expected {of_slice.shape[:2]}, as of its slice")
+        raise UserError(
+            f"its shape is {image.shape[:2]}; expected {of_slice.shape[:2]}, as of its slice"
+        )
     if image.oriented and of_slice.oriented:
         axes = [
-            file.affine[:3, :2] / np.linalg.norm(file.affine[:3, :2], axis=0) for file in (image, of_slice)
+            file.affine[:3, :2] / np.linalg.norm(file.affine[:3, :2], axis=0)
+            for file in (image, of_slice)
         ]
         if ((axes[0] * axes[1]).sum(axis=0) < 0.5).any():
-            raise UserError("its affine turns or mirrors it against its slice; expected the same directions")
+            raise UserError(
+                "its affine turns or mirrors it against its slice; expected the same directions"
+            )
     return read_labels(image, image.raw.reshape(image.shape[:2]))
 
 
 def _decode(
     job: tuple[str, str | None], size: tuple[int, int], fit: str
 ) -> tuple[np.ndarray, np.ndarray | None, dict] | str:
-    """A slice at `size`, float32 in scanner units, its mask, int64 labels, and its row of the table.
+    """A slice at `size`, float32 in scanner units, its mask, int64 labels, and its row of the
+    table.
 
     `job` is the paths of the slice and of its mask. A string says why a file cannot be used.
     """
@@ -416,19 +465,26 @@ def _decode(
     return pixels, mask, row
 
 
-# ---- the cache: <cache>/<study>-<digest of path, size and fit>/ holds ARRAYS and index.json ---------------
+# ---- the cache: <cache>/<study>-<digest of path, size and fit>/ holds ARRAYS and index.json
+# ---------------
 
 
 def _listing(folder: Path, files: list[SourceFile | None], config: DataConfig) -> str:
     """A digest of what the cache of these files depends on, found without opening one."""
-    listing = [file and (os.path.relpath(file.path, folder), file.size, file.mtime_ns) for file in files]
+    listing = [
+        file and (os.path.relpath(file.path, folder), file.size, file.mtime_ns) for file in files
+    ]
     settings = (CACHE_VERSION, config.height, config.width, config.fit)
     return hashlib.sha256(repr((*settings, listing)).encode()).hexdigest()
 
 
 def _stamps(folder: Path) -> list[list[int]]:
-    """Size and time of each array in a cache folder: those in its index must match for it to be trusted."""
-    return [[stat.st_size, stat.st_mtime_ns] for stat in (os.stat(folder / name) for name in ARRAYS)]
+    """Size and time of each array in a cache folder: those in its index must match for it to be
+    trusted.
+    """
+    return [
+        [stat.st_size, stat.st_mtime_ns] for stat in (os.stat(folder / name) for name in ARRAYS)
+    ]
 
 
 def _cache_problem(folder: Path, listings: dict[str, str]) -> str:
@@ -443,8 +499,12 @@ def _cache_problem(folder: Path, listings: dict[str, str]) -> str:
         return f"is not whole ({type(error).__name__})"
 
 
-def _to_indices(mask: np.ndarray | None, indices: dict[int, int], size: tuple[int, int]) -> np.ndarray:
-    """`mask` as uint8 indices of its labels; labels that `indices` does not have yet are appended to it."""
+def _to_indices(
+    mask: np.ndarray | None, indices: dict[int, int], size: tuple[int, int]
+) -> np.ndarray:
+    """`mask` as uint8 indices of its labels; labels that `indices` does not have yet are appended
+    to it.
+    """
     if mask is None:
         return np.full(size, NO_MASK, np.uint8)
     values, positions = np.unique(mask, return_inverse=True)
@@ -452,18 +512,26 @@ def _to_indices(mask: np.ndarray | None, indices: dict[int, int], size: tuple[in
         indices.setdefault(value, len(indices))
     if len(indices) > NO_MASK:
         raise UserError(f"more than {NO_MASK} different labels; is it an image?")
-    return np.array([indices[value] for value in values.tolist()], np.uint8)[positions].reshape(size)
+    return np.array([indices[value] for value in values.tolist()], np.uint8)[positions].reshape(
+        size
+    )
 
 
 def _write_cache(folder: Path, key: dict, jobs: list[tuple], config: DataConfig, bad: dict) -> None:
-    """Decode all slices, and their masks, into `folder`; UserError at the end if any file is bad."""
+    """Decode all slices, and their masks, into `folder`; UserError at the end if any file is
+    bad.
+    """
     paths, size = [path for path, _ in jobs], (config.height, config.width)
     rows, total = [], len(paths) + len(bad)
     indices = {0: 0}  # of each label, in order of appearance
     any_masks = any(mask for _, mask in jobs)
-    # Arrays go into plain files: written through a memory map, a full disk is a SIGBUS and not an OSError.
+    # Arrays go into plain files: written through a memory map, a full disk is a SIGBUS and not an
+    # OSError.
     with open(folder / ARRAYS[0], "wb") as out, open(folder / ARRAYS[1], "wb") as masks_out:
-        for file, dtype, count in ((out, "<f4", len(paths)), (masks_out, "|u1", len(paths) * any_masks)):
+        for file, dtype, count in (
+            (out, "<f4", len(paths)),
+            (masks_out, "|u1", len(paths) * any_masks),
+        ):
             header = {"descr": dtype, "fortran_order": False, "shape": (count, *size)}
             np.lib.format.write_array_header_2_0(file, header)
         work = in_parallel(partial(_decode, size=size, fit=config.fit), jobs, "decoding", "slice")
@@ -488,22 +556,34 @@ def _write_cache(folder: Path, key: dict, jobs: list[tuple], config: DataConfig,
     labels = list(indices) if any_masks else []
     np.savez(folder / ARRAYS[2], labels=np.array(labels, np.int64), **table)
     odd = {
-        "slices have an affine that is none in their header (voxel sizes alone were used)": table["broken"],
+        "slices have an affine that is none in their header (voxel sizes alone were used)": table[
+            "broken"
+        ],
         "slices have one value only (kept, std 1)": table["constant"],
         "slices have no mask": ~table["has_mask"] & any_masks,
     }
-    notes = [f"{hit.sum()} {what}, such as {paths[hit.argmax()]}" for what, hit in odd.items() if hit.any()]
+    notes = [
+        f"{hit.sum()} {what}, such as {paths[hit.argmax()]}"
+        for what, hit in odd.items()
+        if hit.any()
+    ]
     for shape in sorted(set(map(tuple, table["shapes"].tolist())) - {size}):
-        hit, verb = (table["shapes"] == shape).all(axis=1), Placement.make(shape, size, config.fit).verb
+        hit, verb = (
+            (table["shapes"] == shape).all(axis=1),
+            Placement.make(shape, size, config.fit).verb,
+        )
         what = f"slices of {shape[0]}x{shape[1]} were {verb} to {size[0]}x{size[1]} (--fit {config.fit})"
         notes.append(f"{hit.sum()} {what}, such as {paths[hit.argmax()]}")
     runs = Counter(nifti.directions(table["affines"][table["oriented"]]))
     if len(runs) > 1:
         listing = ", ".join(f"{count} {letters}" for letters, count in runs.most_common())
         notes.insert(
-            0, f"warning: by their affines, rows and columns of slices run in different directions: {listing}"
+            0,
+            f"warning: by their affines, rows and columns of slices run in different directions: {listing}",
         )
-    notes = notes if len(notes) <= 8 else [*notes[:8], f"... and {len(notes) - 8} more sizes of slices"]
+    notes = (
+        notes if len(notes) <= 8 else [*notes[:8], f"... and {len(notes) - 8} more sizes of slices"]
+    )
     study = Path(os.path.abspath(paths[0])).parents[1]
     index = {"study": str(study), "listings": key, "arrays": _stamps(folder), "notes": notes}
     write_json(folder / "index.json", index)
@@ -518,7 +598,9 @@ def _one_at_a_time(root: Path) -> Iterator[bool]:
     descriptor, told = None, False
     with suppress(OSError):
         place = root / ".lock"  # not `root` itself, which --out may name and lock
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)  # a copy of patient data is its owner's alone
+        root.mkdir(
+            mode=0o700, parents=True, exist_ok=True
+        )  # a copy of patient data is its owner's alone
         place.mkdir(exist_ok=True)
         while descriptor is None:
             try:
@@ -566,24 +648,33 @@ def _fill_cache(
             part.mkdir(mode=0o700)
             _write_cache(part, listings, jobs, config, bad)
     except OSError as error:
-        if locked or _cache_problem(folder, listings):  # else another run has just made the same one
+        if locked or _cache_problem(
+            folder, listings
+        ):  # else another run has just made the same one
             raise OSError(
                 f"{folder}: cannot write the cache of decoded slices ({error.strerror or error}). "
                 f"Fix: --cache DIR, a folder that you may write to with {size / 1e9:.2f} GB free."
             ) from error
-    print(f"decoded slices: {len(jobs)} into the cache {folder} in {time.perf_counter() - start:.1f} s")
+    print(
+        f"decoded slices: {len(jobs)} into the cache {folder} in {time.perf_counter() - start:.1f} s"
+    )
 
 
-# ---- datasets ---------------------------------------------------------------------------------------------
+# ---- datasets
+# ---------------------------------------------------------------------------------------------
 
 
 def flip_left_right(x: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
-    """Mirror along axis H, the patient's left-right, the slices of x (B, ..., H, W) where (B,) is True."""
+    """Mirror along axis H, the patient's left-right, the slices of x (B, ..., H, W) where (B,) is
+    True.
+    """
     return torch.where(mirrored.view(-1, *[1] * (x.ndim - 1)), x.flip(-2), x)
 
 
 def relative_positions(names: Sequence[SliceName]) -> np.ndarray:
-    """(N,) float32: 0 for the first slice of its volume (patient and week), 1 for the last; NaN for an only one."""
+    """(N,) float32: 0 for the first slice of its volume (patient and week), 1 for the last; NaN for
+    an only one.
+    """
     numbers: dict[tuple[int, int], list[int]] = {}
     for patient, week, number in names:
         numbers.setdefault((patient, week), []).append(number)
@@ -593,18 +684,23 @@ def relative_positions(names: Sequence[SliceName]) -> np.ndarray:
 
 
 class SliceDataset(torch.utils.data.Dataset):
-    """One split of a study, z-scored per slice (population standard deviation), read from the cache.
+    """One split of a study, z-scored per slice (population standard deviation), read from the
+    cache.
 
     Attributes:
         paths, names: of the N source files, in order of patient, week and slice.
         pixels: (N, height, width) float32 memory map, scanner units, in the model's grid.
         mean, std: (N,) float32, scanner units; std is 1 for a constant slice.
-        positions: (N,) float32 in [0, 1], where in its volume a slice lies; NaN if it is the volume's only one.
+        positions: (N,) float32 in [0, 1], where in its volume a slice lies; NaN if it is the
+            volume's only one.
         affines, shapes: (N, 4, 4) float64 and (N, 2) int, of the source files.
-        oriented: (N,) bool, whether the source file gives directions; else its affine holds voxel sizes alone.
-        labels: the values in the masks of the whole study, sorted, 0 among them; () where it has no masks.
+        oriented: (N,) bool, whether the source file gives directions; else its affine holds voxel
+            sizes alone.
+        labels: the values in the masks of the whole study, sorted, 0 among them; () where it has no
+            masks.
         has_mask: (N,) bool.
-        fingerprint: hex digest of the slices' names, pixels and masks: a copy of a study has the same.
+        fingerprint: hex digest of the slices' names, pixels and masks: a copy of a study has the
+            same.
         synthetic: the study holds a file named SYNTHETIC.txt.
     """
 
@@ -625,12 +721,21 @@ class SliceDataset(torch.utils.data.Dataset):
             self._sums, self._mask_sums = table["crc32"][rows], table["mask_crc32"][rows]
             self.has_mask, self._values = table["has_mask"][rows], table["labels"]
         self.labels = tuple(sorted(self._values.tolist()))
-        self._mask_indices = np.load(cache / ARRAYS[1], mmap_mode="r")[rows] if self.labels else None
+        self._mask_indices = (
+            np.load(cache / ARRAYS[1], mmap_mode="r")[rows] if self.labels else None
+        )
         self._classes = np.full(256, NO_MASK, np.uint8)  # of an index in order of appearance
-        self._classes[: len(self._values)] = np.searchsorted(self.labels, self._values) if self.labels else []
+        self._classes[: len(self._values)] = (
+            np.searchsorted(self.labels, self._values) if self.labels else []
+        )
         self._checked, self._masks_checked = np.zeros((2, len(files)), bool)
         names, mask_sums = [tuple(name) for name in self.names], [self._mask_sums.tolist()]
-        content = self.pixels.shape, names, self._sums.tolist(), *mask_sums * bool(self.has_mask.any())
+        content = (
+            self.pixels.shape,
+            names,
+            self._sums.tolist(),
+            *mask_sums * bool(self.has_mask.any()),
+        )
         self.fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()
 
     def __reduce__(self):
@@ -640,7 +745,9 @@ class SliceDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def _check(self, batch: np.ndarray, indices: np.ndarray, sums: np.ndarray, checked: np.ndarray) -> None:
+    def _check(
+        self, batch: np.ndarray, indices: np.ndarray, sums: np.ndarray, checked: np.ndarray
+    ) -> None:
         """Compare what the cache gives with the sums of what was written, once for each slice."""
         for row in np.flatnonzero(~checked[indices]):
             index = indices[row]
@@ -651,7 +758,9 @@ class SliceDataset(torch.utils.data.Dataset):
             checked[index] = True
 
     def images(self, indices: Sequence[int]) -> torch.Tensor:
-        """A whole batch at once: (B, 1, height, width) float32, z-scored. UserError for a damaged cache."""
+        """A whole batch at once: (B, 1, height, width) float32, z-scored. UserError for a damaged
+        cache.
+        """
         indices = np.asarray(indices)
         batch = np.asarray(self.pixels)[indices]  # (B, height, width), a copy
         self._check(batch, indices, self._sums, self._checked)
@@ -660,7 +769,9 @@ class SliceDataset(torch.utils.data.Dataset):
         return torch.from_numpy(batch).unsqueeze(1)
 
     def masks(self, indices: Sequence[int]) -> torch.Tensor:
-        """(B, height, width) uint8: the place in `labels` of each pixel's label; 255 where a slice has no mask."""
+        """(B, height, width) uint8: the place in `labels` of each pixel's label; 255 where a slice
+        has no mask.
+        """
         if not self.labels:
             raise UserError(f"{self.study}: a study without masks")
         indices = np.asarray(indices)
@@ -676,20 +787,29 @@ class SliceDataset(torch.utils.data.Dataset):
 
     def fits_on(self, device: torch.device) -> bool:
         """Whether `device` is a GPU with room for the images and masks of the split."""
-        return device.type != "cpu" and 3 * self.pixels.size <= torch.cuda.mem_get_info(device)[0] / 3
+        return (
+            device.type != "cpu" and 3 * self.pixels.size <= torch.cuda.mem_get_info(device)[0] / 3
+        )
 
-    def on(self, device: torch.device, held: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
+    def on(
+        self, device: torch.device, held: bool = False
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         """`images` for a training loop: takes indices (B,) on the CPU, gives the batch on `device`.
 
-        `held`: the device holds the whole split from now on, in half precision, and takes indices there too.
+        `held`: the device holds the whole split from now on, in half precision, and takes indices
+        there too.
         """
         return self._on(device, held, self.images, torch.float16)
 
-    def masks_on(self, device: torch.device, held: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
+    def masks_on(
+        self, device: torch.device, held: bool = False
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         """`masks` for a training loop, as `on` is `images`."""
         return self._on(device, held, self.masks, torch.uint8)
 
-    def _on(self, device: torch.device, held: bool, batch: Callable, dtype: torch.dtype) -> Callable:
+    def _on(
+        self, device: torch.device, held: bool, batch: Callable, dtype: torch.dtype
+    ) -> Callable:
         if held:
             return self.resident(device, batch, dtype)
         if device.type == "cpu":
@@ -697,7 +817,10 @@ class SliceDataset(torch.utils.data.Dataset):
         return lambda indices: batch(indices).pin_memory().to(device, non_blocking=True)
 
     def resident(
-        self, device: torch.device, batch: Callable | None = None, dtype: torch.dtype = torch.float16
+        self,
+        device: torch.device,
+        batch: Callable | None = None,
+        dtype: torch.dtype = torch.float16,
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """`on` for a device that holds the split: no batch crosses over, and none is waited for."""
         batch = batch or self.images
@@ -716,7 +839,9 @@ class SliceDataset(torch.utils.data.Dataset):
         return self.placement(index).affine(self.affines[index])
 
     def __getitem__(self, index: int) -> dict:
-        """One slice, "image" (1, height, width) float32 z-scored, with what leads back to its source."""
+        """One slice, "image" (1, height, width) float32 z-scored, with what leads back to its
+        source.
+        """
         index = range(len(self))[index]
         mean, std = float(self.mean[index]), float(self.std[index])
         source = {"affine": self.affines[index], "index": index, "path": str(self.paths[index])}
@@ -724,11 +849,13 @@ class SliceDataset(torch.utils.data.Dataset):
 
 
 def open_study(config: DataConfig) -> dict[str, SliceDataset]:
-    """The three splits of a study, decoded into the cache if they are not there yet; prints what it did.
+    """The three splits of a study, decoded into the cache if they are not there yet; prints what it
+    did.
 
     Raises:
         FileNotFoundError: no study, or a split missing or empty.
-        UserError: files that cannot be used (all listed at once), or patients shared between splits.
+        UserError: files that cannot be used (all listed at once), or patients shared between
+            splits.
         OSError: the cache cannot be written.
     """
     study = find_study(config.data)
@@ -745,7 +872,9 @@ def open_study(config: DataConfig) -> dict[str, SliceDataset]:
     pairs = [pair for split in SPLITS for pair in zip(files[split], masks[split], strict=True)]
     jobs = [(file.path, mask and mask.path) for file, mask in pairs]
     cache = _cache_folder(study, config)
-    with _one_at_a_time(cache.parent) as locked:  # until the arrays are open: then nobody can take them away
+    with _one_at_a_time(
+        cache.parent
+    ) as locked:  # until the arrays are open: then nobody can take them away
         _fill_cache(cache, jobs, listings, config, bad, locked)
         splits, start = {}, 0
         for split in SPLITS:
@@ -768,7 +897,8 @@ def open_study(config: DataConfig) -> dict[str, SliceDataset]:
     return splits
 
 
-# ---- what a checkpoint says of its study ------------------------------------------------------------------
+# ---- what a checkpoint says of its study
+# ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -776,7 +906,8 @@ class StudyInfo:
     """What a checkpoint keeps of the study that it was trained on, as a dictionary under "data".
 
     Attributes:
-        study: the name of its folder, not where it lies: checkpoints are shared. See `find_trained_study`.
+        study: the name of its folder, not where it lies: checkpoints are shared. See
+            `find_trained_study`.
         height, width, fit, allow_patient_overlap: as in `DataConfig`.
         fingerprints: of each split, see `SliceDataset`.
         labels: in the masks; () for a study without masks.
@@ -792,10 +923,14 @@ class StudyInfo:
     fit: str = "auto"
 
     def __post_init__(self) -> None:
-        DataConfig(height=self.height, width=self.width, fit=self.fit)  # raises for what these may not be
+        DataConfig(
+            height=self.height, width=self.width, fit=self.fit
+        )  # raises for what these may not be
 
     @classmethod
-    def from_splits(cls, splits: dict[str, SliceDataset], allow_patient_overlap: bool = False) -> "StudyInfo":
+    def from_splits(
+        cls, splits: dict[str, SliceDataset], allow_patient_overlap: bool = False
+    ) -> "StudyInfo":
         train = splits["train"]
         return cls(
             study=train.study.resolve().name,
@@ -813,8 +948,15 @@ class StudyInfo:
         """The record in a checkpoint; UserError, which names `path`, where it is not one."""
         data = checkpoint.get("data")
         if isinstance(data, dict):  # fields with a default may be missing
-            data = {"synthetic": False, "allow_patient_overlap": False, "labels": (), "fit": "auto"} | data
-            data["labels"] = tuple(data["labels"]) if isinstance(data["labels"], list) else data["labels"]
+            data = {
+                "synthetic": False,
+                "allow_patient_overlap": False,
+                "labels": (),
+                "fit": "auto",
+            } | data
+            data["labels"] = (
+                tuple(data["labels"]) if isinstance(data["labels"], list) else data["labels"]
+            )
         return runtime.from_saved(cls, data, f"{path}: data")
 
     def as_dict(self) -> dict:
@@ -823,7 +965,8 @@ class StudyInfo:
 
 
 def find_trained_study(trained: StudyInfo, checkpoint: str, cache: str = "") -> str:
-    """The study folder that `checkpoint` was trained on: of its name here, or where the cache remembers it from.
+    """The study folder that `checkpoint` was trained on: of its name here, or where the cache
+    remembers it from.
 
     Of several studies of that name in the cache, the one with the slices of the training is taken.
     FileNotFoundError where there is none.
@@ -844,7 +987,9 @@ def find_trained_study(trained: StudyInfo, checkpoint: str, cache: str = "") -> 
     )
 
 
-def open_trained_study(trained: StudyInfo, config: DataConfig, checkpoint: str) -> dict[str, SliceDataset]:
+def open_trained_study(
+    trained: StudyInfo, config: DataConfig, checkpoint: str
+) -> dict[str, SliceDataset]:
     """The study of `config`, else the one a checkpoint was trained on; fitted as for the training.
 
     `trained` is the record of the checkpoint at the path `checkpoint`. Raises as `open_study` does.
@@ -853,8 +998,11 @@ def open_trained_study(trained: StudyInfo, config: DataConfig, checkpoint: str) 
     return open_study(replace(config, data=data, **{name: getattr(trained, name) for name in SIZE}))
 
 
-def save_reconstruction(dataset: SliceDataset, index: int, image: np.ndarray, path: Path | str) -> None:
-    """Write a z-scored (height, width) image as float32 NIfTI in scanner units on the plane of slice `index`.
+def save_reconstruction(
+    dataset: SliceDataset, index: int, image: np.ndarray, path: Path | str
+) -> None:
+    """Write a z-scored (height, width) image as float32 NIfTI in scanner units on the plane of
+    slice `index`.
 
     The z-score of that slice is undone, its size and affine restored. ValueError for another shape.
     """
@@ -869,11 +1017,11 @@ def save_reconstruction(dataset: SliceDataset, index: int, image: np.ndarray, pa
 
 def main() -> None:
     """`python dataset.py slice ...` is `python volumes.py ...`."""
-    import volumes  # which imports this file: not at the top
+    import slice_volumes  # which imports this file: not at the top
 
     if sys.argv[1:2] == ["slice"]:
         del sys.argv[1]
-    volumes.main()
+    slice_volumes.main()
 
 
 if __name__ == "__main__":

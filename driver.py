@@ -1,28 +1,28 @@
-"""The whole story in order: a study, the autoencoder and its scores, the priors over its codes and new slices.
+"""The whole story in order: a study, the autoencoder and its scores, the priors over its codes and
+new slices.
 
     python driver.py                              # no data: makes a synthetic study first; 5 minutes
     python driver.py --data keras_slices_data     # a real study: the report's settings, then 30 minutes of priors
     python driver.py --data keras_slices_data --preset best
     python driver.py --prior-minutes 0            # reconstruction only
 
-Takes the flags of train.py; those of training are the autoencoder's. Also --nifti of predict.py and --n of
-generate.py. Open Results/index.html afterwards: everything is on that page.
+Takes the flags of train.py; those of training are the autoencoder's. Also --nifti of predict.py and
+--n of generate.py. Open Results/index.html afterwards: everything is on that page.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import generate
-import page
-import phantom
 import predict
-import runtime
 import train
 from dataset import StudyInfo, find_study
-from runtime import UserError, option
+from support import phantom, results_page, runtime
+from support.runtime import UserError, option
 
 PHANTOM = Path("phantom_slices_data")  # made where there is no study
-# Priors that trained for less than this are unsure of much, and their less likely codes are mostly wrong.
+# Priors that trained for less than this are unsure of much, and their less likely codes are mostly
+# wrong.
 FEW_MINUTES = 10
 CAUTIOUS = {"top_temperature": 0.4, "top_spread": 4.0, "bottom_temperature": 0.2}
 CAUTIOUS |= {"top_passes": 8, "bottom_passes": 4, "guidance": 0.5}
@@ -35,7 +35,9 @@ class DriverConfig:
 
     nifti: bool = option(False, "write the reconstructions as NIfTI too")
     n: int = option(64, "slices to sample")
-    prior_minutes: float = option(-1.0, "minutes of the priors' training; 0: no priors and no samples")
+    prior_minutes: float = option(
+        -1.0, "minutes of the priors' training; 0: no priors and no samples"
+    )
 
 
 def make_settings(given: dict) -> tuple[train.Settings, train.Settings, DriverConfig]:
@@ -86,7 +88,7 @@ def main() -> None:
         priors = train.train_prior(replace(second, data=data, codes=codes))
         new = out / "generated"
         generate.generate(replace(generated, prior=str(priors), out=str(new), **shared), data)
-    print(f"open {out / page.NAME}")
+    print(f"open {out / results_page.NAME}")
 
 
 if __name__ == "__main__":

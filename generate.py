@@ -4,10 +4,11 @@
     python generate.py --n 512 --position 0.5             # where the prostate tends to lie
     python generate.py --top-temperature 0.4 --bottom-temperature 0.2   # less varied; for priors of a few minutes
 
-Writes to Results/generated/ (or --out): grid.png (the first samples, unselected, beside real test slices at the
-same positions), overview.png (real | reconstruction | sample), NNNN.png, keras_slices_synthetic/case_*.nii.gz with
-their masks keras_slices_seg_synthetic/seg_*.nii.gz, and manifest.json; then report.json and its pictures: likelihood,
-anatomy, variety and copying, each beside what real slices and worthless ones score. Not for diagnosis.
+Writes to Results/generated/ (or --out): grid.png (the first samples, unselected, beside real test
+slices at the same positions), overview.png (real | reconstruction | sample), NNNN.png,
+keras_slices_synthetic/case_*.nii.gz with their masks keras_slices_seg_synthetic/seg_*.nii.gz, and
+manifest.json; then report.json and its pictures: likelihood, anatomy, variety and copying, each
+beside what real slices and worthless ones score. Not for diagnosis.
 """
 
 import dataclasses
@@ -21,25 +22,31 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import figures
-import layouts
-import nifti
-import page
-import runtime
-from anatomy import segmenter_of
-from appraise import Inputs, appraise, near, print_report
-from codes import MOST_VARIANTS, NUMBERS, Samples, Variants, decode, extract_codes
 from dataset import SIZE, DataConfig, SliceDataset, StudyInfo, open_trained_study
 from modules import VQVAE2, load_model
-from prior import BOTTOM_SAMPLING, TOP_SAMPLING, Prior, PriorConfig, Sampling
-from runtime import UserError, option
+from new_slices import layouts
+from new_slices.code_maps import MOST_VARIANTS, NUMBERS, Samples, Variants, decode, extract_codes
+from new_slices.organs import segmenter_of
+from new_slices.prior import BOTTOM_SAMPLING, TOP_SAMPLING, Prior, PriorConfig, Sampling
+from new_slices.sample_report import Inputs, appraise, near, print_report
+from support import figures, nifti, results_page, runtime
+from support.runtime import UserError, option
 
 SHOWN = 32  # samples in grid.png
 PAIRS = 8  # of the nearest pairs, of samples and of test slices
 SEED_STEP = 1_000_003  # between the samples of one --seed and of the next
 DESCRIPTION = "synthetic, sampled from VQ-VAE-2 priors, not a patient"
-NIFTI, MASKS = "keras_slices_synthetic", "keras_slices_seg_synthetic"  # folders of a split, as in a study
-OURS = ("[0-9]" * 4 + ".png", f"{NIFTI}/case_*.nii.gz", f"{MASKS}/seg_*.nii.gz", "grid.png", "overview.png")
+NIFTI, MASKS = (
+    "keras_slices_synthetic",
+    "keras_slices_seg_synthetic",
+)  # folders of a split, as in a study
+OURS = (
+    "[0-9]" * 4 + ".png",
+    f"{NIFTI}/case_*.nii.gz",
+    f"{MASKS}/seg_*.nii.gz",
+    "grid.png",
+    "overview.png",
+)
 OURS += ("report.json", "realism.png", "anatomy.png", "copying.png", "nearest.png")
 
 
@@ -48,7 +55,9 @@ class GenerateConfig:
     """What to sample, from which models, and where to write it."""
 
     n: int = option(64, "slices to sample")
-    position: float = option(math.nan, "where in its volume each lies, 0 to 1; nan: as real test slices do")
+    position: float = option(
+        math.nan, "where in its volume each lies, 0 to 1; nan: as real test slices do"
+    )
     top_temperature: float = option(
         TOP_SAMPLING.temperature,
         "divides the logits of the top codes, which place organs; 0 takes the likeliest code every time",
@@ -85,7 +94,9 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         for name, least in {"n": 1, "batch_size": 0}.items():
             if getattr(self, name) < least:
-                raise UserError(f"{runtime.flag(name)} is {getattr(self, name)}; expected at least {least}")
+                raise UserError(
+                    f"{runtime.flag(name)} is {getattr(self, name)}; expected at least {least}"
+                )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed is {self.seed}; expected 0 to {2**32 - 1}")
         if not (0 <= self.position <= 1 or math.isnan(self.position)):
@@ -95,7 +106,9 @@ class GenerateConfig:
     def sampling(self) -> tuple[Sampling, Sampling]:
         """How the top level is sampled, and the bottom level."""
         return (
-            Sampling(self.top_passes, self.top_temperature, self.nucleus, self.top_spread, self.guidance),
+            Sampling(
+                self.top_passes, self.top_temperature, self.nucleus, self.top_spread, self.guidance
+            ),
             Sampling(self.bottom_passes, self.bottom_temperature, self.nucleus, self.bottom_spread),
         )
 
@@ -104,7 +117,8 @@ class GenerateConfig:
 
 
 def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, VQVAE2, Prior]:
-    """The study and the number of variants that the priors were trained on, the autoencoder and its priors.
+    """The study and the number of variants that the priors were trained on, the autoencoder and its
+    priors.
 
     UserError for models that are not a pair.
     """
@@ -123,22 +137,31 @@ def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, VQVAE2, Prior]:
     makes = model.config.code_shapes(study.height, study.width)[0]
     learnt = runtime.from_saved(PriorConfig, saved["model_config"], f"{config.prior}: model_config")
     shape, variants = tuple(saved["top_shape"]), saved["codes_config"].get("variants")
-    if (shape, learnt.K) != (makes, model.config.K) or learnt.labels not in (0, model.config.labels):
+    if (shape, learnt.K) != (makes, model.config.K) or learnt.labels not in (
+        0,
+        model.config.labels,
+    ):
         raise UserError(
             f"{config.prior}: priors over top maps of {shape}, {learnt.K} codes and {learnt.labels} labels; "
             f"{config.checkpoint} makes {makes}, {model.config.K} and {model.config.labels}. {fix}"
         )
     if type(variants) is not int or not 1 <= variants <= MOST_VARIANTS:
-        raise UserError(f"{config.prior}: variants is {variants!r}; expected 1 to {MOST_VARIANTS}. {fix}")
+        raise UserError(
+            f"{config.prior}: variants is {variants!r}; expected 1 to {MOST_VARIANTS}. {fix}"
+        )
     prior = runtime.load_weights(lambda: Prior(learnt, shape, NUMBERS), saved, config.prior)
     return study, variants, model, prior.to(device).eval()
 
 
-def open_splits(config: GenerateConfig, data: DataConfig, trained: StudyInfo) -> dict[str, SliceDataset]:
+def open_splits(
+    config: GenerateConfig, data: DataConfig, trained: StudyInfo
+) -> dict[str, SliceDataset]:
     """The study at the models' size; `trained` is the record in the priors' checkpoint."""
     splits = open_trained_study(trained, data, config.prior)
     if any(split.fingerprint != trained.fingerprints[name] for name, split in splits.items()):
-        print(f"note: {splits['train'].study}: its slices are not those that the models were trained on")
+        print(
+            f"note: {splits['train'].study}: its slices are not those that the models were trained on"
+        )
     if all(np.isnan(split.positions).all() for split in splits.values()):
         if not math.isnan(config.position):
             raise UserError(
@@ -156,7 +179,9 @@ def seeds_of(config: GenerateConfig) -> list[int]:
 def draw_layouts(
     config: GenerateConfig, prior: Prior, train: SliceDataset, maps: dict, positions: np.ndarray
 ) -> layouts.Drawn | None:
-    """A layout for every sample, at its position; None where the priors know none or the study has no such masks."""
+    """A layout for every sample, at its position; None where the priors know none or the study has
+    no such masks.
+    """
     labels = prior.config.labels
     if not labels:
         return None
@@ -176,9 +201,11 @@ def sample(
     drawn: layouts.Drawn | None,
     keep: Callable,
 ) -> Samples:
-    """Sample slices at positions (n,); `keep(first, samples)` is called with every batch that is done.
+    """Sample slices at positions (n,); `keep(first, samples)` is called with every batch that is
+    done.
 
-    KeyboardInterrupt after Ctrl-C or SIGTERM: when the running pass ends, or when `keep` has returned.
+    KeyboardInterrupt after Ctrl-C or SIGTERM: when the running pass ends, or when `keep` has
+    returned.
     """
     (top, bottom), seeds = config.sampling(), seeds_of(config)
     form = "{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
@@ -211,14 +238,20 @@ def sample(
             keep(first, samples)
             parts.append(samples)
             if first == 0:
-                runtime.note_if_long(f"{config.n} slices", (time.monotonic() - began) * config.n / len(batch))
+                runtime.note_if_long(
+                    f"{config.n} slices", (time.monotonic() - began) * config.n / len(batch)
+                )
             if stopped:
                 raise KeyboardInterrupt
-    return Samples(*(None if each[0] is None else np.concatenate(each) for each in zip(*parts, strict=True)))
+    return Samples(
+        *(None if each[0] is None else np.concatenate(each) for each in zip(*parts, strict=True))
+    )
 
 
 class Album:
-    """What a run leaves in its folder: pictures and NIfTI of every finished slice, and the manifest."""
+    """What a run leaves in its folder: pictures and NIfTI of every finished slice, and the
+    manifest.
+    """
 
     def __init__(
         self,
@@ -230,16 +263,22 @@ class Album:
         self.out, self.positions = Path(config.out), positions
         train, test = splits["train"], splits["test"]
         shown = test.images(np.linspace(0, len(test) - 1, min(64, len(test))).astype(int)).numpy()
-        self.span = tuple(np.median(end((1, 2, 3))) for end in (shown.min, shown.max))  # black and white
+        self.span = tuple(
+            np.median(end((1, 2, 3))) for end in (shown.min, shown.max)
+        )  # black and white
         self.note = "priors trained on a synthetic phantom, not MRI" if train.synthetic else ""
         self.mean, self.std = float(np.median(train.mean)), float(np.median(train.std))
-        like = int((train.shapes == train.pixels.shape[1:]).all(1).argmax())  # the first that was not resized
+        like = int(
+            (train.shapes == train.pixels.shape[1:]).all(1).argmax()
+        )  # the first that was not resized
         self.affine = train.grid_affine(like)
         self.labels = np.array(labels, np.uint8 if max(labels, default=0) < 256 else np.int32)
         earlier = self.out / "manifest.json"
         if earlier.is_file():  # no file of an earlier run may pass for one of ours
             if DESCRIPTION not in earlier.read_text(errors="replace"):
-                raise UserError(f"{earlier}: not that of generated slices. Fix: --out, another folder.")
+                raise UserError(
+                    f"{earlier}: not that of generated slices. Fix: --out, another folder."
+                )
             for old in (path for pattern in OURS for path in self.out.glob(pattern)):
                 old.unlink()
         settings = dataclasses.asdict(config)
@@ -269,7 +308,10 @@ class Album:
     def write_parents(self, train: SliceDataset, drawn: layouts.Drawn) -> None:
         """Record between which two training slices every sample's layout lies."""
         self.manifest["layouts"] = [
-            {"between": [train.paths[i].name for i in pair], "share_of_the_first": round(float(share), 4)}
+            {
+                "between": [train.paths[i].name for i in pair],
+                "share_of_the_first": round(float(share), 4),
+            }
             for pair, share in zip(drawn.parents, drawn.shares, strict=True)
         ]
         self.write_manifest()
@@ -291,7 +333,8 @@ class Album:
         self.write_manifest()
 
 
-# ---- pictures, and the run as a whole -------------------------------------------------------------
+# ---- pictures, and the run as a whole
+# -------------------------------------------------------------
 
 
 def label(split: SliceDataset, index: int) -> str:
@@ -316,7 +359,9 @@ def write_grid(album: Album, test: SliceDataset, samples: Samples, twins: np.nda
     at = ["" if math.isnan(album.positions[i]) else f"at {album.positions[i]:.2f}" for i in shown]
     masks = None if samples.masks is None else samples.masks[: len(shown)]
     groups = {
-        "real test slices": real_slices(test, twins[: len(shown)], [label(test, twins[i]) for i in shown]),
+        "real test slices": real_slices(
+            test, twins[: len(shown)], [label(test, twins[i]) for i in shown]
+        ),
         "generated, random and unselected": with_masks(at, samples.images[: len(shown)], masks),
     }
     figures.slice_grid(album.out / "grid.png", groups, min(8, len(shown)), album.span, album.note)
@@ -342,9 +387,7 @@ def write_pictures(album: Album, inputs: Inputs, report: dict, drawn: dict) -> N
         for i in np.argsort(-best.similarity)[:PAIRS]:
             index, variant = torch.tensor([best.index[i]]), int(best.variant[i])
             nearest = variants.images(train.images(index), variant, index)[0, 0].numpy()
-            title = (
-                f"{best.similarity[i]:.3f}{' mirrored' if variant == 1 else ' altered' if variant else ''}"
-            )
+            title = f"{best.similarity[i]:.3f}{' mirrored' if variant == 1 else ' altered' if variant else ''}"
             shown += [(names(i), images(i), None), (title, nearest, None)]
         return shown
 
@@ -353,7 +396,9 @@ def write_pictures(album: Album, inputs: Inputs, report: dict, drawn: dict) -> N
             "samples", lambda i: samples.images[i], lambda i: f"{i:04d}"
         ),
         f"real test | nearest training slice (n = {len(honest)})": pairs(
-            "honest", lambda i: test.images([honest[i]])[0, 0].numpy(), lambda i: label(test, honest[i])
+            "honest",
+            lambda i: test.images([honest[i]])[0, 0].numpy(),
+            lambda i: label(test, honest[i]),
         ),
     }
     figures.slice_grid(album.out / "nearest.png", groups, 8, album.span, album.note)
@@ -379,20 +424,24 @@ def account(album: Album, inputs: Inputs) -> dict:
 def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     """Sample, write everything to the out folder, and return what report.json holds.
 
-    `data` names the study and the cache; without a name it is the study of the priors. The size of the slices is the
-    models' own.
+    `data` names the study and the cache; without a name it is the study of the priors. The size of
+    the slices is the models' own.
 
     Raises:
         FileNotFoundError: no checkpoint, or no study.
-        ValueError: models that are not a pair, or that cannot be used; a position where names tell none.
+        ValueError: models that are not a pair, or that cannot be used; a position where names tell
+            none.
         OSError: a folder that cannot be written.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM; what is finished stays, and the manifest says how many.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM; what is finished stays, and the manifest says
+            how many.
     """
     study, variants, model, prior = load_models(config)
     splits = open_splits(config, data, study)
     out, test = runtime.writable_folder(config.out), splits["test"]
     pixels = config.n * study.height * study.width
-    runtime.check_room(f"{config.n} samples", 6 * pixels, "a smaller --n, in several runs of other --seed")
+    runtime.check_room(
+        f"{config.n} samples", 6 * pixels, "a smaller --n, in several runs of other --seed"
+    )
     runtime.check_room(f"the files of {config.n} samples", 4 * pixels, "a smaller --n", out)
     pool, rng = near(test, config.position), np.random.default_rng(config.seed)
     # real slices in a random order, over and over: what sample i stands beside does not depend on n
@@ -401,7 +450,9 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     given = np.full(config.n, config.position)
     positions = test.positions[twins].astype(np.float64) if math.isnan(config.position) else given
     album = Album(config, splits, positions, study.labels)
-    page.write(out)  # the slices that were there are gone from it, even if this run is stopped
+    results_page.write(
+        out
+    )  # the slices that were there are gone from it, even if this run is stopped
     # those that the priors were trained on, where they are at hand
     files = (folder / "codes.npz" for folder in (Path(config.prior).parent, out))
     maps = extract_codes(model, splits, variants, album.manifest["autoencoder"]["sha256"], *files)
@@ -420,14 +471,25 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
         kept = Path(config.checkpoint).parent / "segmenter.pth"
         segmenter = segmenter_of(splits["train"], kept, runtime.pick_device(config.device))
     inputs = Inputs(
-        model, prior, splits, maps, samples, positions, twins, segmenter, config.position, config.seed
+        model,
+        prior,
+        splits,
+        maps,
+        samples,
+        positions,
+        twins,
+        segmenter,
+        config.position,
+        config.seed,
     )
     report = account(album, inputs)
     masks = f", masks in {MASKS}/" if samples.masks is not None else ""
     print(
         f"wrote {out}/: {config.n} slices as NNNN.png and in {NIFTI}/{masks}, grid.png, overview.png, manifest.json,"
     )
-    print(f"  report.json, realism.png, copying.png and nearest.png; all of it is in {page.write(out)}")
+    print(
+        f"  report.json, realism.png, copying.png and nearest.png; all of it is in {results_page.write(out)}"
+    )
     return report
 
 

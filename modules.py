@@ -1,8 +1,9 @@
-"""The VQ-VAE-2: a two-level encoder, a vector quantiser and a decoder. No loss, no files, no printing.
+"""The VQ-VAE-2: a two-level encoder, a vector quantiser and a decoder. No loss, no files, no
+printing.
 
 Razavi, van den Oord & Vinyals 2019, "Generating Diverse High-Fidelity Images with VQ-VAE-2" (arXiv
-1906.00446); the quantiser is van den Oord, Vinyals & Kavukcuoglu 2017, "Neural Discrete Representation
-Learning" (arXiv 1711.00937), with the EMA codebook of its appendix A.1.
+1906.00446); the quantiser is van den Oord, Vinyals & Kavukcuoglu 2017, "Neural Discrete
+Representation Learning" (arXiv 1711.00937), with the EMA codebook of its appendix A.1.
 
     x (B, 1, H, W) --> bottom encoder --> h_bottom (B, C, H/4, W/4)
     h_bottom       --> top encoder    --> h_top    (B, C, H/8, W/8) --> quantise --> top codes
@@ -19,15 +20,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime import UserError, from_saved, load_checkpoint, load_weights, option, rank, sum_over_ranks, world
+from support.runtime import (
+    UserError,
+    from_saved,
+    load_checkpoint,
+    load_weights,
+    option,
+    rank,
+    sum_over_ranks,
+    world,
+)
 
 
 @dataclass(frozen=True)
 class VQVAE2Config:
-    """The shape of the network. By default a 256x128 slice has 2048 + 512 codes of 9 bits, 0.703 bits per pixel."""
+    """The shape of the network. By default a 256x128 slice has 2048 + 512 codes of 9 bits, 0.703
+    bits per pixel.
+    """
 
     K: int = option(512, "codes in each codebook")
-    stride: int = option(4, "pixels a bottom code covers along each axis; a top code covers twice as many")
+    stride: int = option(
+        4, "pixels a bottom code covers along each axis; a top code covers twice as many"
+    )
     D: int = option(64, "dimensions of a code vector")
     channels: int = option(64, "channels at the bottom level's resolution")
     top_channels: int = option(
@@ -45,14 +59,18 @@ class VQVAE2Config:
         0.0,
         "lambda, the price of a bit as a share of the codebook's variance; above 0 the codes take fewer bits",
     )
-    labels: int = 0  # classes of the masks that the decoder predicts too, 0 for none; the study sets it
+    labels: int = (
+        0  # classes of the masks that the decoder predicts too, 0 for none; the study sets it
+    )
 
     def __post_init__(self) -> None:
         for name in ("K", "stride", "D", "channels", "top_channels", "residual_channels"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.K > 2**16:
-            raise UserError(f"K is {self.K}; expected at most {2**16}: code maps are stored in 16 bits")
+            raise UserError(
+                f"K is {self.K}; expected at most {2**16}: code maps are stored in 16 bits"
+            )
         for name in ("encoder_blocks", "top_blocks", "decoder_blocks"):
             if not 0 <= getattr(self, name) <= 1000:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 0 to 1000")
@@ -68,12 +86,16 @@ class VQVAE2Config:
         """(h, w) of the top and of the bottom code map of a slice of height x width pixels."""
         multiple = 2 * self.stride
         if height % multiple or width % multiple or height < 1 or width < 1:
-            raise UserError(f"a slice of {height}x{width}; expected both to be multiples of {multiple}")
+            raise UserError(
+                f"a slice of {height}x{width}; expected both to be multiples of {multiple}"
+            )
         bottom = (height // self.stride, width // self.stride)
         return (bottom[0] // 2, bottom[1] // 2), bottom
 
     def bits_per_pixel(self, height: int, width: int) -> float:
-        """The nominal rate: log2(K) bits for every code of both levels, divided by the number of pixels."""
+        """The nominal rate: log2(K) bits for every code of both levels, divided by the number of
+        pixels.
+        """
         codes = sum(h * w for h, w in self.code_shapes(height, width))
         return codes * math.log2(self.K) / (height * width)
 
@@ -81,7 +103,8 @@ class VQVAE2Config:
 class Quantised(NamedTuple):
     """What the quantiser returns for one level."""
 
-    vectors: Tensor  # (B, D, h, w): the nearest codes; their gradient goes straight to the encoder's output
+    # (B, D, h, w): the nearest codes; their gradient goes straight to the encoder's output
+    vectors: Tensor
     codes: Tensor  # (B, h, w) int64 in [0, K)
     commitment: Tensor  # (): mean squared distance between the encoder's output and its codes
 
@@ -93,20 +116,28 @@ class Output(NamedTuple):
     top: Quantised
     bottom: Quantised
     mask_logits: Tensor | None = None  # (B, labels, H, W); None for a model without masks
-    layout_logits: Tensor | None = None  # (B, labels, H/4, W/4), by the top codes alone; None likewise
+    layout_logits: Tensor | None = (
+        None  # (B, labels, H/4, W/4), by the top codes alone; None likewise
+    )
 
 
 class VectorQuantiser(nn.Module):
-    """Nearest-code quantiser with an EMA codebook (van den Oord et al. 2017, section 3.1 and appendix A.1).
+    """Nearest-code quantiser with an EMA codebook (van den Oord et al. 2017, section 3.1 and
+    appendix A.1).
 
-    The codebook starts from the first training batch. A code whose moving count falls below `revive` times
-    the mean restarts at a vector of the current batch. Its moving averages restart too: the old ones would pull
-    it straight back. With a `bit_weight` above 0 the quantiser is entropy-constrained (Chou, Lookabaugh & Gray
-    1989): it takes a more distant code if that code is common enough to save the bits. In `eval()` no buffer
-    changes. All ranks hold the same codebook, the one a single process would learn from their joined batch.
+    The codebook starts from the first training batch. A code whose moving count falls below
+    `revive` times the mean restarts at a vector of the current batch. Its moving averages restart
+    too: the old ones would pull it straight back. With a `bit_weight` above 0 the quantiser is
+        entropy-constrained (Chou, Lookabaugh & Gray
+    1989): it takes a more distant code if that code is common enough to save the bits. In `eval()`
+        no buffer
+    changes. All ranks hold the same codebook, the one a single process would learn from their
+    joined batch.
     """
 
-    chunk = 4096  # rows of the distance matrix, (rows, K) floats, that a CPU holds at once; a GPU holds 32 times more
+    # rows of the distance matrix, (rows, K) floats, that a CPU holds at once; a GPU holds 32 times
+    # more
+    chunk = 4096
 
     def __init__(
         self,
@@ -118,7 +149,13 @@ class VectorQuantiser(nn.Module):
         epsilon: float = 1e-5,
     ):
         super().__init__()
-        self.K, self.decay, self.revive, self.bit_weight, self.epsilon = K, decay, revive, bit_weight, epsilon
+        self.K, self.decay, self.revive, self.bit_weight, self.epsilon = (
+            K,
+            decay,
+            revive,
+            bit_weight,
+            epsilon,
+        )
         self.register_buffer("codebook", torch.randn(K, D))  # e
         self.register_buffer("ema_count", torch.ones(K))  # N
         self.register_buffer("ema_sum", self.codebook.clone())  # m
@@ -128,7 +165,8 @@ class VectorQuantiser(nn.Module):
     def forward(self, z: Tensor) -> Quantised:
         """z (B, D, h, w), the encoder's output z_e(x) -> the nearest code at every position."""
         B, D, h, w = z.shape
-        # float32 even under autocast: bfloat16 distances tie, and bfloat16 moving averages stop moving
+        # float32 even under autocast: bfloat16 distances tie, and bfloat16 moving averages stop
+        # moving
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             flat = z.permute(0, 2, 3, 1).reshape(-1, D)  # (B, D, h, w) -> (B*h*w, D)
@@ -149,9 +187,9 @@ class VectorQuantiser(nn.Module):
     def nearest(self, flat: Tensor) -> Tensor:
         """flat (N, D) -> (N,) int64: argmin_k ||z - e_k||^2 + lambda s^2 b_k.
 
-        ||z||^2 is left out because it is the same for every k. lambda is `bit_weight`, and b_k is the cost of code
-        k in bits, -log2 of its moving share. s^2 is the codebook's variance, which makes lambda independent of
-        the scale of the encoder's output.
+        ||z||^2 is left out because it is the same for every k. lambda is `bit_weight`, and b_k is
+        the cost of code k in bits, -log2 of its moving share. s^2 is the codebook's variance, which
+        makes lambda independent of the scale of the encoder's output.
         """
         costs = self.codebook.square().sum(1)
         if self.bit_weight:
@@ -161,7 +199,10 @@ class VectorQuantiser(nn.Module):
         # min, not argmin: half the CPU time
         rows = self.chunk if flat.device.type == "cpu" else 32 * self.chunk
         return torch.cat(
-            [torch.addmm(costs, part, self.codebook.T, alpha=-2).min(1)[1] for part in flat.split(rows)]
+            [
+                torch.addmm(costs, part, self.codebook.T, alpha=-2).min(1)[1]
+                for part in flat.split(rows)
+            ]
         )
 
     def vectors(self, codes: Tensor) -> Tensor:
@@ -181,11 +222,14 @@ class VectorQuantiser(nn.Module):
     def update(self, flat: Tensor, codes: Tensor) -> None:
         """The moving averages of appendix A.1, then the revival of dead codes."""
         # not bincount, which would sync the GPU
-        count = flat.new_zeros(self.K).scatter_add_(0, codes, torch.ones_like(codes, dtype=flat.dtype))
+        count = flat.new_zeros(self.K).scatter_add_(
+            0, codes, torch.ones_like(codes, dtype=flat.dtype)
+        )
         total = torch.zeros_like(self.codebook).index_add_(0, codes, flat)
         replacements = self.random_vectors(flat)
         sum_over_ranks(count, total, replacements)
-        # gamma starts low and rises: at first the codebook must follow an encoder whose scale still changes
+        # gamma starts low and rises: at first the codebook must follow an encoder whose scale still
+        # changes
         weight = (9 / (10 + self.updates)).clamp_min(1 - self.decay)  # 1 - gamma
         self.updates += 1
         self.ema_count.lerp_(count, weight)  # N <- gamma N + (1 - gamma) n
@@ -202,10 +246,12 @@ class VectorQuantiser(nn.Module):
     def random_vectors(self, flat: Tensor) -> Tensor:
         """K random rows of flat (N, D) -> (K, D).
 
-        With several ranks the rows come from their joined batch; those that another rank holds are zeros here, so
-        that the sum over ranks is the same for all.
+        With several ranks the rows come from their joined batch; those that another rank holds are
+        zeros here, so that the sum over ranks is the same for all.
         """
-        position = torch.rand(self.K, dtype=torch.float64, device=flat.device)  # [0, 1) of the joined batch
+        position = torch.rand(
+            self.K, dtype=torch.float64, device=flat.device
+        )  # [0, 1) of the joined batch
         if world() == 1:
             return flat[(position * len(flat)).long()]
         sizes = position.new_zeros(world())
@@ -220,13 +266,17 @@ class VectorQuantiser(nn.Module):
 
 
 class Pointwise(nn.Conv2d):
-    """A 1x1 convolution computed as a matrix product, which is faster than `Conv2d` for a few slices on a CPU."""
+    """A 1x1 convolution computed as a matrix product, which is faster than `Conv2d` for a few
+    slices on a CPU.
+    """
 
     def __init__(self, channels: int, out: int):
         super().__init__(channels, out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)  # (B, C, h, w) -> (B, h, w, C)
+        x = F.linear(
+            x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias
+        )  # (B, C, h, w) -> (B, h, w, C)
         return x.permute(0, 3, 1, 2)  # channels last in memory
 
 
@@ -241,16 +291,21 @@ class ToPixels(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[2:]
-        windows = F.linear(x.permute(0, 2, 3, 1).flatten(1, 2), self.weight.flatten(1).T)  # (B, h*w, window)
+        windows = F.linear(
+            x.permute(0, 2, 3, 1).flatten(1, 2), self.weight.flatten(1).T
+        )  # (B, h*w, window)
         size = (h * self.stride[0], w * self.stride[0])
-        x = F.fold(windows.float().mT, size, self.kernel_size, padding=self.padding, stride=self.stride)
+        x = F.fold(
+            windows.float().mT, size, self.kernel_size, padding=self.padding, stride=self.stride
+        )
         return x + self.bias  # (B, 1, stride * h, stride * w)
 
 
 class ResidualBlock(nn.Module):
     """x + W2 silu(W1 silu(x)): a 3x3 convolution to fewer channels, then a 1x1 convolution back.
 
-    SiLU instead of the paper's ReLU: with ReLU most units of the top encoder's block died within 5,000 steps.
+    SiLU instead of the paper's ReLU: with ReLU most units of the top encoder's block died within
+    5,000 steps.
     """
 
     def __init__(self, channels: int, hidden: int, dilation: int = 1):
@@ -265,8 +320,8 @@ class ResidualBlock(nn.Module):
 class MaskHead(nn.Module):
     """Vectors of both levels -> how likely each label is at each pixel.
 
-    A left and a right kidney look alike, so this head must see the slice in its whole width. Convolutions of rising
-    dilation do (Yu & Koltun 2016, arXiv 1511.07122).
+    A left and a right kidney look alike, so this head must see the slice in its whole width.
+    Convolutions of rising dilation do (Yu & Koltun 2016, arXiv 1511.07122).
     """
 
     def __init__(self, inputs: int, labels: int, stride: int, channels: int = 32):
@@ -280,7 +335,10 @@ class MaskHead(nn.Module):
             nn.ConvTranspose2d(2 * C, C, 2, stride=2),
         )
         self.last = nn.Sequential(
-            ResidualBlock(C, C), nn.SiLU(), Pointwise(C, labels * stride**2), nn.PixelShuffle(stride)
+            ResidualBlock(C, C),
+            nn.SiLU(),
+            Pointwise(C, labels * stride**2),
+            nn.PixelShuffle(stride),
         )
 
     def forward(self, vectors: Tensor) -> Tensor:
@@ -300,7 +358,8 @@ class VQVAE2(nn.Module):
         def blocks(n: int, channels: int) -> list[nn.Module]:
             return [ResidualBlock(channels, config.residual_channels) for _ in range(n)]
 
-        # space to depth, then 3x3: sees what a 12x12 convolution of stride 4 would, at a fraction of the cost
+        # space to depth, then 3x3: sees what a 12x12 convolution of stride 4 would, at a fraction
+        # of the cost
         self.encoder_bottom = nn.Sequential(
             nn.PixelUnshuffle(S),
             nn.Conv2d(S**2, C, 3, padding=1),
@@ -310,7 +369,9 @@ class VQVAE2(nn.Module):
         self.encoder_top = nn.Sequential(
             nn.Conv2d(C, T, 2, stride=2), *blocks(config.top_blocks, T), nn.SiLU(), Pointwise(T, D)
         )
-        self.quantiser_top = VectorQuantiser(config.K, D, config.ema_decay, config.revive, config.bit_weight)
+        self.quantiser_top = VectorQuantiser(
+            config.K, D, config.ema_decay, config.revive, config.bit_weight
+        )
         # brings the top codes to the bottom level's resolution
         self.decoder_top = nn.Sequential(
             Pointwise(D, T),
@@ -322,20 +383,20 @@ class VQVAE2(nn.Module):
         self.quantiser_bottom = VectorQuantiser(
             config.K, D, config.ema_decay, config.revive, config.bit_weight
         )
-        # brings both levels to pixels; windows twice as wide as the stride overlap and leave no seams
+        # brings both levels to pixels; windows twice as wide as the stride overlap and leave no
+        # seams
         self.decoder = nn.Sequential(
-            Pointwise(C + D, C),
-            *blocks(config.decoder_blocks, C),
-            nn.SiLU(),
-            ToPixels(C, S),
+            Pointwise(C + D, C), *blocks(config.decoder_blocks, C), nn.SiLU(), ToPixels(C, S)
         )
         # the encoder sees no mask, so whatever this draws is in the codes
         self.mask_head = MaskHead(C + D, config.labels, S) if config.labels else None
-        # in training alone: each top code has to tell which organs lie in its place, as its prior is told a layout
+        # in training alone: each top code has to tell which organs lie in its place, as its prior
+        # is told a layout
         self.layout_head = Pointwise(D, 4 * config.labels) if config.labels else None
 
     def forward(self, x: Tensor) -> Output:
-        """x (B, 1, H, W), z-scored -> its reconstruction, the codes of both levels and the mask they hold.
+        """x (B, 1, H, W), z-scored -> its reconstruction, the codes of both levels and the mask
+        they hold.
 
         Raises:
             UserError: H or W is not a multiple of twice the stride.
@@ -350,7 +411,8 @@ class VQVAE2(nn.Module):
     def quantise(self, x: Tensor) -> tuple[Quantised, Quantised, Tensor]:
         """x (B, 1, H, W) -> top level, bottom level, decoded top (B, C, H/4, W/4).
 
-        Razavi et al. 2019, algorithm 1: the bottom level sees the decoded top and adds what it lacks.
+        Razavi et al. 2019, algorithm 1: the bottom level sees the decoded top and adds what it
+        lacks.
         """
         if x.ndim != 4 or x.shape[1] != 1:
             raise ValueError(f"slices of shape {tuple(x.shape)}; expected (B, 1, height, width)")
@@ -362,12 +424,15 @@ class VQVAE2(nn.Module):
         return top, bottom, decoded_top
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, 1, H, W), z-scored -> codes int64 in [0, K): top (B, H/8, W/8), bottom (B, H/4, W/4)."""
+        """x (B, 1, H, W), z-scored -> codes int64 in [0, K): top (B, H/8, W/8), bottom (B, H/4,
+        W/4).
+        """
         top, bottom, _ = self.quantise(x)
         return top.codes, bottom.codes
 
     def decode(self, decoded_top: Tensor, bottom: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Decoded top (B, C, H/4, W/4) and bottom vectors (B, D, H/4, W/4) -> slices and logits of their masks.
+        """Decoded top (B, C, H/4, W/4) and bottom vectors (B, D, H/4, W/4) -> slices and logits of
+        their masks.
 
         Slices are (B, 1, H, W) float32, logits (B, labels, H, W) float32 or None.
         """
@@ -395,9 +460,11 @@ class VQVAE2(nn.Module):
 
 
 def load_model(checkpoint: dict | Path | str, path: Path | str = "") -> VQVAE2:
-    """The model of a checkpoint, in `eval()`: of its path alone, or of one that is read already, and its path.
+    """The model of a checkpoint, in `eval()`: of its path alone, or of one that is read already,
+    and its path.
 
-    UserError if it is no checkpoint of an autoencoder, or its weights do not fit this version's network.
+    UserError if it is no checkpoint of an autoencoder, or its weights do not fit this version's
+    network.
     """
     if not isinstance(checkpoint, dict):
         checkpoint, path = load_checkpoint(checkpoint, "vqvae2"), checkpoint

@@ -5,10 +5,10 @@
     python predict.py --nifti                # the reconstructions as NIfTI too, in scanner units
     python predict.py SCAN.nii.gz --out DIR  # files or folders of your own in place of a study: see scans.py
 
-Writes to the checkpoint's folder (or --out): metrics.json (means, patients, intervals, bits per pixel, codes
-used), test_scores.csv (every slice), original_N.png and reconstruction_N.png, comparison.png (best, median
-and worst slice), code_maps.png, ssim_histogram.png, index.html (all of it on one page); with --nifti also
-reconstructions/.
+Writes to the checkpoint's folder (or --out): metrics.json (means, patients, intervals, bits per
+pixel, codes used), test_scores.csv (every slice), original_N.png and reconstruction_N.png,
+comparison.png (best, median and worst slice), code_maps.png, ssim_histogram.png, index.html (all of
+it on one page); with --nifti also reconstructions/.
 """
 
 import csv
@@ -22,14 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import anatomy
-import figures
-import metrics
-import nifti
-import page
-import runtime
-import scans
-from codes import LEVELS
+import reconstruct
 from dataset import (
     RECONSTRUCTION,
     SIZE,
@@ -40,7 +33,10 @@ from dataset import (
     save_reconstruction,
 )
 from modules import VQVAE2, load_model
-from runtime import UserError, option
+from new_slices import organs
+from new_slices.code_maps import LEVELS
+from support import figures, metrics, nifti, results_page, runtime
+from support.runtime import UserError, option
 
 PICTURES = 4  # originals and reconstructions written slice by slice
 DRAWS, SEED = 10_000, 0  # of the bootstrap
@@ -85,7 +81,9 @@ class PredictConfig:
 
     checkpoint: str = option("Results/vqvae2_best.pth", "the model, as train.py wrote it")
     out: str = option("", "folder to write to; empty is the checkpoint's")
-    nifti: bool = option(False, "write the reconstructions as NIfTI, with their originals' affine and units")
+    nifti: bool = option(
+        False, "write the reconstructions as NIfTI, with their originals' affine and units"
+    )
     batch_size: int = option(32, "slices at a time")
     device: str = option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
 
@@ -98,7 +96,9 @@ class PredictConfig:
 
 
 def open_splits(checkpoint: dict, path: str, data: DataConfig) -> dict[str, SliceDataset]:
-    """The study at the size the model was trained at; says where its test files are not the model's own."""
+    """The study at the size the model was trained at; says where its test files are not the model's
+    own.
+    """
     trained = StudyInfo.from_checkpoint(checkpoint, path)
     splits = open_trained_study(trained, data, path)
     test = splits["test"]
@@ -110,8 +110,9 @@ def open_splits(checkpoint: dict, path: str, data: DataConfig) -> dict[str, Slic
 class Reconstructed(NamedTuple):
     """Slices of a split and what the model makes of them.
 
-    Originals and images (B, H, W) float32, z-scored; codes top (B, H/8, W/8) and bottom (B, H/4, W/4), int32 in
-    [0, K); masks (B, H, W) uint8 as the codes tell them, all 0 for a model without masks.
+    Originals and images (B, H, W) float32, z-scored; codes top (B, H/8, W/8) and bottom (B, H/4,
+    W/4), int32 in [0, K); masks (B, H, W) uint8 as the codes tell them, all 0 for a model without
+    masks.
     """
 
     originals: np.ndarray
@@ -122,12 +123,12 @@ class Reconstructed(NamedTuple):
 
 
 @torch.inference_mode()
-def reconstruct(model: VQVAE2, test: SliceDataset, indices: Sequence[int]) -> Reconstructed:
+def reconstruct_slices(model: VQVAE2, test: SliceDataset, indices: Sequence[int]) -> Reconstructed:
     x = test.images(indices)
     output = model(x.to(next(model.parameters()).device))
     masks = torch.zeros_like(x[:, 0], dtype=torch.uint8)
     if output.mask_logits is not None:
-        masks = anatomy.likeliest(output.mask_logits)
+        masks = organs.likeliest(output.mask_logits)
     codes = (getattr(output, level).codes.int() for level in LEVELS)
     tensors = x[:, 0], output.reconstruction[:, 0], *codes, masks
     return Reconstructed(*(tensor.cpu().numpy() for tensor in tensors))
@@ -139,7 +140,8 @@ def reconstruct(model: VQVAE2, test: SliceDataset, indices: Sequence[int]) -> Re
 def score_split(
     model: VQVAE2, test: SliceDataset, batch_size: int, folder: Path | None
 ) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
-    """The scores of every slice, in file order, and its maps: "top", "bottom" and "masks"; NIfTI files into `folder`.
+    """The scores of every slice, in file order, and its maps: "top", "bottom" and "masks"; NIfTI
+    files into `folder`.
 
     Reconstructions of an earlier run in `folder` are deleted, and nothing else is.
     """
@@ -161,7 +163,7 @@ def score_split(
     with bar, runtime.thread_pool() as pool:
         for start in range(0, len(test), batch_size):
             indices = range(start, min(start + batch_size, len(test)))
-            found = reconstruct(model, test, indices)
+            found = reconstruct_slices(model, test, indices)
             for name, batches in maps.items():
                 batches.append(getattr(found, name))
             # Threads are enough: NumPy and SciPy release the GIL while they compute.
@@ -183,24 +185,40 @@ def is_reconstruction(path: Path) -> bool:
 
 
 def summarise(scores: list[dict[str, float]], patients: list[str]) -> dict[str, dict]:
-    """Each score's mean over the slices, its 95 % interval over patients, and the mean of each patient."""
+    """Each score's mean over the slices, its 95 % interval over patients, and the mean of each
+    patient.
+    """
     summary, patients = {}, np.array(patients)
     for name in scores[0]:
         values = np.array([score[name] for score in scores])
         low, high = metrics.bootstrap_interval(values, patients, SEED, DRAWS)
-        per_patient = {str(number): values[patients == number].mean() for number in np.unique(patients)}
-        summary[name] = {"mean": values.mean(), "low": low, "high": high, "per_patient": per_patient}
+        per_patient = {
+            str(number): values[patients == number].mean() for number in np.unique(patients)
+        }
+        summary[name] = {
+            "mean": values.mean(),
+            "low": low,
+            "high": high,
+            "per_patient": per_patient,
+        }
     return summary
 
 
 def rates(model: VQVAE2, codes: dict[str, np.ndarray], height: int, width: int) -> dict[str, dict]:
-    """The bits that code maps (N, h, w) of slices of height x width pixels take, and each codebook's use."""
-    counts = {level: np.bincount(codes[level].ravel(), minlength=model.config.K) for level in LEVELS}
+    """The bits that code maps (N, h, w) of slices of height x width pixels take, and each
+    codebook's use.
+    """
+    counts = {
+        level: np.bincount(codes[level].ravel(), minlength=model.config.K) for level in LEVELS
+    }
     entropy = {level: metrics.code_entropy(counts[level]) for level in LEVELS}
     lengths = [codes[level][0].size for level in LEVELS]
     sent = metrics.bits_per_pixel(lengths, list(entropy.values()), height * width)
     return {
-        "bits_per_pixel": {"nominal": model.config.bits_per_pixel(height, width), "code_entropy": sent},
+        "bits_per_pixel": {
+            "nominal": model.config.bits_per_pixel(height, width),
+            "code_entropy": sent,
+        },
         "codes_used": {level: int(np.count_nonzero(counts[level])) for level in LEVELS},
         "perplexity": {level: 2 ** entropy[level] for level in LEVELS},
     }
@@ -219,29 +237,40 @@ def most_frequent_labels(split: SliceDataset) -> np.ndarray:
 def score_masks(
     decoded: np.ndarray, splits: dict[str, SliceDataset], segmenter: Path, device: torch.device
 ) -> dict:
-    """Dice of each organ, by `MASKS`: means over patients, intervals, patients; `decoded` (N, H, W) by the model."""
+    """Dice of each organ, by `MASKS`: means over patients, intervals, patients; `decoded` (N, H, W)
+    by the model.
+    """
     test = splits["test"]
     chosen = np.flatnonzero(test.has_mask)
-    net = anatomy.segmenter_of(splits["train"], segmenter, device)
+    net = organs.segmenter_of(splits["train"], segmenter, device)
     parts = np.array_split(chosen, -(-len(chosen) // 64))
     found = {
         "decoded": decoded[chosen],
-        "unet": np.concatenate([anatomy.segment(net, test.images(part)[:, 0].numpy()) for part in parts]),
+        "unet": np.concatenate(
+            [organs.segment(net, test.images(part)[:, 0].numpy()) for part in parts]
+        ),
         "most_frequent": np.repeat(most_frequent_labels(splits["train"])[None], len(chosen), 0),
     }
     truth, whose = test.masks(chosen).numpy(), [f"{test.names[i].patient:03d}" for i in chosen]
     result = {}
     for name, masks in found.items():
-        patients, dice = anatomy.dice_by_patient(masks, truth, whose, len(test.labels))
+        patients, dice = organs.dice_by_patient(masks, truth, whose, len(test.labels))
         columns = {f"label_{label}": dice[:, i] for i, label in enumerate(test.labels[1:])}
         result[name] = {}
         for organ, values in {"mean": mean_of_known(dice), **columns}.items():
             known = ~np.isnan(values)
             if known.any():
                 low, high = metrics.bootstrap_interval(values[known], patients[known], SEED, DRAWS)
-                per_patient = dict(zip(patients[known].tolist(), values[known].tolist(), strict=True))
+                per_patient = dict(
+                    zip(patients[known].tolist(), values[known].tolist(), strict=True)
+                )
                 mean = float(values[known].mean())
-                result[name][organ] = {"mean": mean, "low": low, "high": high, "per_patient": per_patient}
+                result[name][organ] = {
+                    "mean": mean,
+                    "low": low,
+                    "high": high,
+                    "per_patient": per_patient,
+                }
     return result
 
 
@@ -255,7 +284,9 @@ def mean_of_known(dice: np.ndarray) -> np.ndarray:
 
 
 def rounded(value):
-    """`value` with every float in it rounded to six decimals; the scores are not more precise than that."""
+    """`value` with every float in it rounded to six decimals; the scores are not more precise than
+    that.
+    """
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -287,7 +318,7 @@ def write_pictures(
     # one slice of each patient, then the rest in file order
     first = [patients.index(patient) for patient in dict.fromkeys(patients)]
     shown = sorted(range(len(test)), key=lambda i: (i not in first, i))[:PICTURES]
-    found = reconstruct(model, test, shown)
+    found = reconstruct_slices(model, test, shown)
     for i, (original, reconstruction) in enumerate(zip(found.originals, found.images, strict=True)):
         span = original.min(), original.max()
         figures.save_slice(out / f"original_{i}.png", original, *span)
@@ -296,7 +327,7 @@ def write_pictures(
     order = np.argsort(ssim)
     picked = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
     indices = list(picked.values())
-    found = reconstruct(model, test, indices)
+    found = reconstruct_slices(model, test, indices)
     titles = []
     for title, i in picked.items():
         name = test.names[i]
@@ -307,8 +338,12 @@ def write_pictures(
     masks = list(zip(test.masks(indices).numpy(), found.masks, strict=True)) if with_masks else None
     figures.comparison_sheet(out / "comparison.png", rows, note, masks)
     title = f"{titles[1]}\n{note}".strip()
-    figures.code_maps(out / "code_maps.png", found.originals[1], found.top[1], found.bottom[1], title)
-    by_patient = {patient: ssim[np.array(patients) == patient] for patient in dict.fromkeys(patients)}
+    figures.code_maps(
+        out / "code_maps.png", found.originals[1], found.top[1], found.bottom[1], title
+    )
+    by_patient = {
+        patient: ssim[np.array(patients) == patient] for patient in dict.fromkeys(patients)
+    }
     figures.ssim_histogram(out / "ssim_histogram.png", by_patient, note)
 
 
@@ -328,8 +363,12 @@ def print_scores(result: dict) -> None:
         line("95 % to", "", "high")
     for patient, n in result["patients"].items():
         line(f"patient {patient}", n, "per_patient", patient)
-    rate, used, perplexity = (result[name] for name in ("bits_per_pixel", "codes_used", "perplexity"))
-    print(f"bits per pixel: {rate['nominal']:.3f} nominal, {rate['code_entropy']:.3f} by code entropy")
+    rate, used, perplexity = (
+        result[name] for name in ("bits_per_pixel", "codes_used", "perplexity")
+    )
+    print(
+        f"bits per pixel: {rate['nominal']:.3f} nominal, {rate['code_entropy']:.3f} by code entropy"
+    )
     levels = (f"{level} {used[level]} (perplexity {perplexity[level]:.1f})" for level in LEVELS)
     print(f"codes used: {', '.join(levels)}")
     if dice := result.get("dice"):
@@ -343,8 +382,8 @@ def print_scores(result: dict) -> None:
 def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
     """Score the test split, write everything to the out folder, and return what metrics.json holds.
 
-    `data` names the study and the cache; without a name it is the study that the model was trained on. The size of
-    the slices is the model's own.
+    `data` names the study and the cache; without a name it is the study that the model was trained
+    on. The size of the slices is the model's own.
 
     Raises:
         FileNotFoundError: no checkpoint, or no study.
@@ -360,15 +399,25 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
     patients = [f"{name.patient:03d}" for name in test.names]
     folder = out / "reconstructions" if config.nifti else None
 
-    (out / "metrics.json").unlink(missing_ok=True)  # written last: while it is there, all else is of its run
+    (out / "metrics.json").unlink(
+        missing_ok=True
+    )  # written last: while it is there, all else is of its run
     scores, maps = score_split(model, test, config.batch_size, folder)
     labels = StudyInfo.from_checkpoint(checkpoint, config.checkpoint).labels
     with_masks = bool(model.config.labels and test.labels == labels and test.has_mask.any())
     kept = Path(config.checkpoint).parent / "segmenter.pth"
     dice = {"dice": score_masks(maps["masks"], splits, kept, device)} if with_masks else {}
     digest = runtime.sha256(config.checkpoint)
-    study = {"study": test.study.resolve().name, "split": test.split, "fingerprint": test.fingerprint}
-    model_file = {"file": Path(config.checkpoint).name, "sha256": digest, "epoch": checkpoint["epoch"]}
+    study = {
+        "study": test.study.resolve().name,
+        "split": test.split,
+        "fingerprint": test.fingerprint,
+    }
+    model_file = {
+        "file": Path(config.checkpoint).name,
+        "sha256": digest,
+        "epoch": checkpoint["epoch"],
+    }
     result = rounded(
         {
             "n": len(test),
@@ -389,27 +438,34 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
     runtime.write_json(out / "metrics.json", result)
 
     what = "SYNTHETIC test slices (a phantom, not MRI)" if test.synthetic else "test slices"
-    print(f"{config.checkpoint} (epoch {checkpoint['epoch']}) on {len(test)} {what} of {test.study}")
+    print(
+        f"{config.checkpoint} (epoch {checkpoint['epoch']}) on {len(test)} {what} of {test.study}"
+    )
     print_scores(result)
-    print(f"wrote {out}/: metrics.json, test_scores.csv, comparison.png, code_maps.png, ssim_histogram.png,")
+    print(
+        f"wrote {out}/: metrics.json, test_scores.csv, comparison.png, code_maps.png, ssim_histogram.png,"
+    )
     shown = min(PICTURES, len(test))
     also = f", {len(test)} NIfTI files in reconstructions/" if folder else ""
-    print(f"  original_N.png and reconstruction_N.png of {shown} slices{also}, and {page.write(out).name}")
+    print(
+        f"  original_N.png and reconstruction_N.png of {shown} slices{also}, and {results_page.write(out).name}"
+    )
     return result
 
 
 def main() -> None:
-    flags = runtime.parser(__doc__, PredictConfig, DataConfig, scans.ScanConfig, without=SIZE)
+    flags = runtime.parser(__doc__, PredictConfig, DataConfig, reconstruct.ScanConfig, without=SIZE)
     flags.usage = "%(prog)s [files or folders] [flags]"
     flags.add_argument(
         "inputs", nargs="*", help="slices, volumes or pictures to reconstruct in place of a study"
     )
     args = flags.parse_args()
     config, data, of_scans = (
-        runtime.from_flags(each, args) for each in (PredictConfig, DataConfig, scans.ScanConfig)
+        runtime.from_flags(each, args)
+        for each in (PredictConfig, DataConfig, reconstruct.ScanConfig)
     )
     if not args.inputs:
-        if of_scans != scans.ScanConfig():
+        if of_scans != reconstruct.ScanConfig():
             raise UserError(
                 "--plane and --codes are for files of your own. Fix: name them, or leave these out."
             )
@@ -419,7 +475,7 @@ def main() -> None:
         raise UserError(
             "--data, --nifti and --allow-patient-overlap are for a study. Fix: leave them out, or the files."
         )
-    scans.reconstruct_files(
+    reconstruct.reconstruct_files(
         config.checkpoint, args.inputs, config.out, of_scans, config.batch_size, config.device
     )
 

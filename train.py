@@ -1,4 +1,5 @@
-"""Train the VQ-VAE-2 on a study's train split, validating after every epoch; then the priors over its codes.
+"""Train the VQ-VAE-2 on a study's train split, validating after every epoch; then the priors over
+its codes.
 
     python train.py --data keras_slices_data                    # the report's hyperparameters
     python train.py --data keras_slices_data --preset best      # what we would use
@@ -7,10 +8,10 @@
     python train.py --weights Results/vqvae2_best.pth --preset fewer-bits --out Results/fewer-bits
     torchrun --nproc_per_node=8 train.py --data keras_slices_data   # one process for each of 8 GPUs
 
-Writes to Results/ (or --out): train_losses.txt and val_losses.txt (one value an epoch), loss_plot.png,
-log.jsonl (every loss, times, versions), vqvae2_epoch_N.pth, vqvae2_best.pth (the lowest reconstruction loss in
-validation) and vqvae2_epoch_final.pth. The names of the priors' files begin with prior_. Ctrl-C and SIGTERM save a
-checkpoint that --resume continues.
+Writes to Results/ (or --out): train_losses.txt and val_losses.txt (one value an epoch),
+loss_plot.png, log.jsonl (every loss, times, versions), vqvae2_epoch_N.pth, vqvae2_best.pth (the
+lowest reconstruction loss in validation) and vqvae2_epoch_final.pth. The names of the priors' files
+begin with prior_. Ctrl-C and SIGTERM save a checkpoint that --resume continues.
 """
 
 import argparse
@@ -24,20 +25,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import metrics
-import page
-import runtime
-from anatomy import mask_losses
-from codes import MOST_VARIANTS, Variants, extract_codes
-from dataset import DataConfig, StudyInfo, find_trained_study, flip_left_right, open_study, open_trained_study
-from layouts import middles
-from loop import Stage, TrainConfig, fit, switched
+from dataset import (
+    DataConfig,
+    StudyInfo,
+    find_trained_study,
+    flip_left_right,
+    open_study,
+    open_trained_study,
+)
 from modules import VQVAE2, Output, VQVAE2Config, load_model
-from prior import Prior, PriorConfig
-from runtime import UserError, option
+from new_slices.code_maps import MOST_VARIANTS, Variants, extract_codes
+from new_slices.layouts import middles
+from new_slices.organs import mask_losses
+from new_slices.prior import Prior, PriorConfig
+from support import metrics, results_page, runtime
+from support.runtime import UserError, option
+from support.trainer import Stage, TrainConfig, fit, switched
 
-# A preset is what differs from the report's hyperparameters, the defaults. Flags given beside it win. In the same
-# time, steps of one slice learn more than steps of 16: the codebooks move with every step.
+# A preset is what differs from the report's hyperparameters, the defaults. Flags given beside it
+# win. In the same time, steps of one slice learn more than steps of 16: the codebooks move with
+# every step.
 STEPS = {
     "batch_size": 1,
     "optimiser": "muon",
@@ -50,7 +57,13 @@ STEPS = {
 RECIPE = STEPS | {"mse": 0.0, "l1": 0.2, "ssim": 1.0, "flip": True}
 WIDER = {"channels": 96, "top_channels": 192, "residual_channels": 48}
 # The bottom prior, whose codes are details of what the top places, needs fewer slices.
-PRIOR_RECIPE = STEPS | {"batch_size": 4, "bottom_every": 4, "lr": 2e-3, "weight_decay": 0.05, "patience": 5}
+PRIOR_RECIPE = STEPS | {
+    "batch_size": 4,
+    "bottom_every": 4,
+    "lr": 2e-3,
+    "weight_decay": 0.05,
+    "patience": 5,
+}
 LIGHT = {"lr": 4e-3, "prior_dropout": 0.0, "variants": 1}  # for priors of minutes
 DEEPER = {"prior_top_layers": 4, "prior_refine_blocks": 3}
 PRESETS = {
@@ -58,8 +71,11 @@ PRESETS = {
         "report": {},
         "quick": RECIPE | {"minutes": 1.75, "lr": 3e-3},
         "best": RECIPE | WIDER | {"minutes": 30.0, "decoder_blocks": 4},
-        # A GPU takes a step of 16 slices in the time of a step of one. Estimates: not yet tried on a card.
-        "best-gpu": RECIPE | WIDER | {"minutes": 5.0, "decoder_blocks": 4, "batch_size": 16, "lr": 4e-3},
+        # A GPU takes a step of 16 slices in the time of a step of one. Estimates: not yet tried on
+        # a card.
+        "best-gpu": RECIPE
+        | WIDER
+        | {"minutes": 5.0, "decoder_blocks": 4, "batch_size": 16, "lr": 4e-3},
         # with --weights of `best`: codes that the priors store in fewer bits
         "fewer-bits": RECIPE | {"minutes": 10.0, "lr": 7e-4, "bit_weight": 0.03},
         # 0.391 and 0.195 bits per pixel instead of 0.703
@@ -89,7 +105,9 @@ class LossConfig:
             if not getattr(self, name) >= 0:
                 raise UserError(f"--{name} is {getattr(self, name)}; expected 0 or more")
         if self.mse + self.l1 + self.ssim == 0:
-            raise UserError("--mse, --l1 and --ssim are all 0; expected at least one reconstruction term")
+            raise UserError(
+                "--mse, --l1 and --ssim are all 0; expected at least one reconstruction term"
+            )
 
 
 @dataclass(frozen=True)
@@ -97,7 +115,9 @@ class CodesConfig:
     """Stage two: which autoencoder's codes the priors learn, and how."""
 
     checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder, for --stage prior")
-    variants: int = option(2, "copies of each training slice: as it is, mirrored, and then altered at random")
+    variants: int = option(
+        2, "copies of each training slice: as it is, mirrored, and then altered at random"
+    )
     noise: float = option(
         0.0, "share of the codes that the prior sees which is replaced at random in training"
     )
@@ -105,7 +125,8 @@ class CodesConfig:
         0.1, "share of training slices whose position is hidden from the priors, and of layouts"
     )
     bottom_every: int = option(
-        1, "the bottom prior, which has four times the codes, learns from one slice of a batch in this many"
+        1,
+        "the bottom prior, which has four times the codes, learns from one slice of a batch in this many",
     )
 
     def __post_init__(self) -> None:
@@ -120,7 +141,9 @@ class CodesConfig:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a run of one stage is told; `make_settings` alone makes it from a command line."""
+    """Everything that a run of one stage is told; `make_settings` alone makes it from a command
+    line.
+    """
 
     stage: str = "autoencoder"
     data: DataConfig = field(default_factory=DataConfig)
@@ -139,13 +162,17 @@ class Settings:
 # ---- stage one: the autoencoder ----
 
 
-def losses(x: Tensor, output: Output, config: LossConfig, masks: Tensor | None = None) -> dict[str, Tensor]:
+def losses(
+    x: Tensor, output: Output, config: LossConfig, masks: Tensor | None = None
+) -> dict[str, Tensor]:
     """Every loss of a batch as a scalar; "loss" is minimised, in the report's words
 
-        loss = reconstruction + codebook + beta * commitment [+ mask * (cross-entropy + Dice loss + layout)].
+        loss = reconstruction + codebook + beta * commitment [+ mask * (cross-entropy + Dice loss +
+        layout)].
 
-    The codebook term ||sg[z_e] - e||^2 has no entry: the moving averages of `VectorQuantiser.update` minimise it
-    (van den Oord et al. 2017, appendix A.1). Losses of weight 0 are reported as well.
+    The codebook term ||sg[z_e] - e||^2 has no entry: the moving averages of
+    `VectorQuantiser.update` minimise it (van den Oord et al. 2017, appendix A.1). Losses of weight
+    0 are reported as well.
     """
     y = output.reconstruction
     terms = {
@@ -155,13 +182,17 @@ def losses(x: Tensor, output: Output, config: LossConfig, masks: Tensor | None =
         "commitment_top": output.top.commitment,
         "commitment_bottom": output.bottom.commitment,
     }
-    reconstruction = config.mse * terms["mse"] + config.l1 * terms["l1"] + config.ssim * terms["ssim"]
+    reconstruction = (
+        config.mse * terms["mse"] + config.l1 * terms["l1"] + config.ssim * terms["ssim"]
+    )
     loss = reconstruction + config.beta * (terms["commitment_top"] + terms["commitment_bottom"])
     if masks is not None:
         terms |= mask_losses(output.mask_logits, masks)
         layout = mask_losses(output.layout_logits, middles(masks, output.layout_logits.shape[2:]))
         terms["layout"] = layout["mask_cross_entropy"] + layout["mask_dice"]
-        loss = loss + config.mask * (terms["mask_cross_entropy"] + terms["mask_dice"] + terms["layout"])
+        loss = loss + config.mask * (
+            terms["mask_cross_entropy"] + terms["mask_dice"] + terms["layout"]
+        )
     return {"loss": loss, "reconstruction": reconstruction, **terms}
 
 
@@ -169,18 +200,28 @@ class Autoencoder(Stage):
     """Stage one: reconstructs z-scored slices, and counts the codes of both levels."""
 
     kind = "vqvae2"
-    loss_names = ("loss", "reconstruction", "mse", "l1", "ssim", "commitment_top", "commitment_bottom")
-    best_by = "reconstruction"  # what is reported; the commitment rises while the codebook learns to be used
+    loss_names = (
+        "loss",
+        "reconstruction",
+        "mse",
+        "l1",
+        "ssim",
+        "commitment_top",
+        "commitment_bottom",
+    )
+    # what is reported; the commitment rises while the codebook learns to be used
+    best_by = "reconstruction"
 
     def __init__(self, settings: Settings) -> None:
         self.data, self.loss, config = settings.data, settings.loss, settings.train
         self.device = runtime.pick_device(config.device)
         with runtime.first_of_node():
             self.splits = open_study(self.data)
-        # a split that a GPU holds takes indices there: they are copied once, and a step can be captured
+        # a split that a GPU holds takes indices there: they are copied once
         self.held = {name: self.splits[name].fits_on(self.device) for name in ("train", "validate")}
-        self.capturable = self.held["train"]
-        self.images = {name: self.splits[name].on(self.device, held) for name, held in self.held.items()}
+        self.images = {
+            name: self.splits[name].on(self.device, held) for name, held in self.held.items()
+        }
         labels = self.splits["train"].labels
         if labels:
             self.loss_names += ("mask_cross_entropy", "mask_dice", "layout")
@@ -199,7 +240,9 @@ class Autoencoder(Stage):
         self.mirrored = torch.zeros(len(self.splits["train"]), dtype=torch.bool, device=self.device)
 
     def start_from(self, path: str) -> None:
-        """Take the weights and codebooks of another autoencoder; only its --bit-weight may differ."""
+        """Take the weights and codebooks of another autoencoder; only its --bit-weight may
+        differ.
+        """
         start = load_model(runtime.load_checkpoint(path, self.kind), path)
         model = self.model.config
         if replace(start.config, bit_weight=model.bit_weight) != model:
@@ -234,7 +277,9 @@ class Autoencoder(Stage):
         output = self.model(x)
         for level, counts in self.counts.items():
             codes = getattr(output, level).codes.flatten()
-            counts.scatter_add_(0, codes, torch.ones_like(codes))  # bincount would wait for the device
+            counts.scatter_add_(
+                0, codes, torch.ones_like(codes)
+            )  # bincount would wait for the device
         return losses(x, output, self.loss, masks)
 
     def compile(self, mode: str | None) -> None:
@@ -261,7 +306,11 @@ class Autoencoder(Stage):
 
     def describe(self, record: dict) -> str:
         codes = record["codes"]["validate"]
-        dice = f"mask Dice {1 - record['validate']['mask_dice']:.3f}, " if self.model.config.labels else ""
+        dice = (
+            f"mask Dice {1 - record['validate']['mask_dice']:.3f}, "
+            if self.model.config.labels
+            else ""
+        )
         return (
             f"SSIM {1 - record['validate']['ssim']:.4f}, {dice}codes used {codes['top']['used']} top "
             f"{codes['bottom']['used']} bottom"
@@ -276,12 +325,14 @@ def fit_or_resume(stage: Stage, settings: Settings) -> Path:
         print("note: the train split's slices are not those that the checkpoint was trained on")
     best = fit(stage, settings.train, checkpoint)
     if runtime.rank() == 0:
-        page.write(settings.train.out)
+        results_page.write(settings.train.out)
     return best
 
 
 def train_autoencoder(settings: Settings) -> Path:
-    """Stage one; returns the path of the best checkpoint. Raises as `open_study` and `loop.fit` do."""
+    """Stage one; returns the path of the best checkpoint. Raises as `open_study` and `loop.fit`
+    do.
+    """
     # errors now, not after the decoding or the training
     data, checkpoint = settings.data, settings.checkpoint
     settings.model.code_shapes(data.height, data.width)
@@ -290,7 +341,9 @@ def train_autoencoder(settings: Settings) -> Path:
             f"slices of {data.height}x{data.width}: too small to score; expected at least 16 of each"
         )
     size = (data.height, data.width)
-    if checkpoint and size != (trained := (checkpoint["data"]["height"], checkpoint["data"]["width"])):
+    if checkpoint and size != (
+        trained := (checkpoint["data"]["height"], checkpoint["data"]["width"])
+    ):
         raise UserError(
             f"--resume: --height and --width are {size}; the checkpoint's are {trained}. Fix: leave them out."
         )
@@ -302,7 +355,9 @@ def train_autoencoder(settings: Settings) -> Path:
 
 
 class CodePriors(Stage):
-    """Stage two: learns the code maps of every slice, and of its variants, under one autoencoder."""
+    """Stage two: learns the code maps of every slice, and of its variants, under one
+    autoencoder.
+    """
 
     kind = "prior"
     loss_names = ("loss", "nats_top", "nats_bottom", "bits_per_pixel")
@@ -323,15 +378,19 @@ class CodePriors(Stage):
             file = Path(config.out) / "codes.npz"
             maps = extract_codes(model, self.splits, codes.variants, self.sha256, file)
         self.maps = {
-            name: torch.from_numpy(codes.astype(np.int32)).to(self.device) for name, codes in maps.items()
+            name: torch.from_numpy(codes.astype(np.int32)).to(self.device)
+            for name, codes in maps.items()
         }
         self.positions = {
-            name: torch.from_numpy(split.positions).to(self.device) for name, split in self.splits.items()
+            name: torch.from_numpy(split.positions).to(self.device)
+            for name, split in self.splits.items()
         }
         runtime.seed_everything(config.seed)
         self.top_shape = model.config.code_shapes(*size)[0]
         self.numbers = Variants(codes.variants, len(self.splits["train"])).numbers.to(self.device)
-        labels = len(self.splits["train"].labels)  # layouts, where the autoencoder knows these masks too
+        labels = len(
+            self.splits["train"].labels
+        )  # layouts, where the autoencoder knows these masks too
         labels = labels if labels == model.config.labels else 0
         shape = replace(settings.prior, K=model.config.K, labels=labels)
         self.model = Prior(shape, self.top_shape, self.numbers.shape[2]).to(self.device)
@@ -341,7 +400,8 @@ class CodePriors(Stage):
     def settings(self) -> dict:
         return {
             "model_config": dataclasses.asdict(self.model.config),
-            "codes_config": dataclasses.asdict(self.codes) | {"checkpoint": Path(self.codes.checkpoint).name},
+            "codes_config": dataclasses.asdict(self.codes)
+            | {"checkpoint": Path(self.codes.checkpoint).name},
             "top_shape": list(self.top_shape),
             "autoencoder_sha256": self.sha256,
             "data": self.study.as_dict(),
@@ -349,8 +409,12 @@ class CodePriors(Stage):
 
     def start_epoch(self, generator: torch.Generator) -> None:
         size = len(self.splits["train"])
-        self.variant = torch.randint(self.codes.variants, (size,), generator=generator).to(self.device)
-        self.forgotten = (torch.rand(2, size, generator=generator) < self.codes.forget).to(self.device)
+        self.variant = torch.randint(self.codes.variants, (size,), generator=generator).to(
+            self.device
+        )
+        self.forgotten = (torch.rand(2, size, generator=generator) < self.codes.forget).to(
+            self.device
+        )
 
     def batch_losses(self, split: str, indices: Tensor) -> dict[str, Tensor]:
         indices = indices.to(self.device, non_blocking=True)
@@ -383,7 +447,9 @@ class CodePriors(Stage):
         }
 
     def describe(self, record: dict) -> str:
-        bits = {name: record["validate"][f"nats_{name}"] / math.log(2) for name in ("top", "bottom")}
+        bits = {
+            name: record["validate"][f"nats_{name}"] / math.log(2) for name in ("top", "bottom")
+        }
         return (
             f"{bits['top']:.2f} bits a top code, {bits['bottom']:.2f} a bottom code, "
             f"{record['validate']['bits_per_pixel']:.4f} a pixel"
@@ -441,12 +507,18 @@ def flags_of(stage: str) -> set[str]:
 
 
 def flags(doc: str, *configs: type, without: tuple[str, ...] = ()) -> argparse.ArgumentParser:
-    """The flags of a script that trains: those of `CONFIGS` and of more dataclasses, `without` some."""
-    return runtime.parser(doc, StartConfig, *configs, *CONFIGS.values(), everyday=EVERYDAY, without=without)
+    """The flags of a script that trains: those of `CONFIGS` and of more dataclasses, `without`
+    some.
+    """
+    return runtime.parser(
+        doc, StartConfig, *configs, *CONFIGS.values(), everyday=EVERYDAY, without=without
+    )
 
 
 def study_flags(checkpoint: dict, path: str, given: dict) -> dict:
-    """The flags that open the study of a checkpoint as its training did, unless `given` names another."""
+    """The flags that open the study of a checkpoint as its training did, unless `given` names
+    another.
+    """
     study = StudyInfo.from_checkpoint(checkpoint, path)
     names = ("height", "width", "fit", "allow_patient_overlap")
     data = given.get("data") or find_trained_study(study, path, given.get("cache", ""))
@@ -456,8 +528,9 @@ def study_flags(checkpoint: dict, path: str, given: dict) -> dict:
 def make_settings(given: dict, preset: str = "") -> Settings:
     """The settings for the flags `given`, a dictionary of fields of `StartConfig` and `CONFIGS`.
 
-    They win over the settings of the checkpoint to resume; or else of the preset, which win over those of --weights.
-    Without a preset in `given` it is `preset`, or the first of the stage. UserError for a flag without effect.
+    They win over the settings of the checkpoint to resume; or else of the preset, which win over
+    those of --weights. Without a preset in `given` it is `preset`, or the first of the stage.
+    UserError for a flag without effect.
     """
     given = dict(given)
     stage, named, resume = (given.pop(name, "") for name in ("stage", "preset", "resume"))
@@ -483,7 +556,9 @@ def make_settings(given: dict, preset: str = "") -> Settings:
         stage = stage or "autoencoder"
         presets = PRESETS[stage]
         if named and named not in presets:
-            raise UserError(f"--preset {named}: the presets of --stage {stage} are {', '.join(presets)}")
+            raise UserError(
+                f"--preset {named}: the presets of --stage {stage} are {', '.join(presets)}"
+            )
         start = presets.get(named or preset, next(iter(presets.values())))
         if given.get("weights") and stage == "autoencoder":
             weights = runtime.load_checkpoint(given["weights"], Autoencoder.kind)
@@ -494,10 +569,14 @@ def make_settings(given: dict, preset: str = "") -> Settings:
         other = "prior" if stage == "autoencoder" else "autoencoder"
         raise UserError(f"{', '.join(useless)}: for --stage {other} alone. Fix: leave it out.")
     if "epochs" in given and "minutes" not in given:
-        start = start | {"minutes": 0.0}  # --epochs wins over the minutes of a preset or of the checkpoint
+        start = start | {
+            "minutes": 0.0
+        }  # --epochs wins over the minutes of a preset or of the checkpoint
     values = start | given
     made = {
-        name: config(**{f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values})
+        name: config(
+            **{f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values}
+        )
         for name, config in CONFIGS.items()
     }
     return Settings(stage, **made, checkpoint=checkpoint)

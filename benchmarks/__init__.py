@@ -1,1 +1,3 @@
-"""Measurements that are not part of the product; run them from the repository: `python -m benchmarks.peers`."""
+"""Measurements that are not part of the product; run them from the repository: `python -m
+benchmarks.peers`.
+"""

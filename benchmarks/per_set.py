@@ -2,7 +2,8 @@
 
     python -m benchmarks.per_set Results/test_scores.csv --below 100
 
-Patients numbered below --below are one set, the others the second. Intervals are 95 % bootstraps over patients.
+Patients numbered below --below are one set, the others the second. Intervals are 95 % bootstraps
+over patients.
 """
 
 import csv
@@ -10,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-import metrics
-import runtime
+from support import metrics, runtime
 
 SCORES = ("ssim_report", "ssim_standard", "ssim_report_body", "psnr")
 
 
 def study_sets(patients: np.ndarray, below: int) -> dict[str, np.ndarray]:
-    """Which slices (N,) bool belong to each set, by the numbers of their patients (N,); no empty set."""
+    """Which slices (N,) bool belong to each set, by the numbers of their patients (N,); no empty
+    set.
+    """
     sets = {f"patients < {below}": patients < below, f"patients >= {below}": patients >= below}
     return {name: chosen for name, chosen in sets.items() if chosen.any()}
 

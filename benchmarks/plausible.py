@@ -2,11 +2,12 @@
 
     python -m benchmarks.plausible Results/generated --data DIR --checkpoint Results/vqvae2_best.pth --below 100
 
-Real validation slices, their reconstructions, real test slices and the slices that generate.py wrote, each beside
-the real training slices of its own set. A real slice belongs to a set by its patient's number, a generated one by the
-organs that the U-Net (anatomy.py) sees most of in it. "both sets" counts slices in which the U-Net sees organs of
-both, such as half a heart in an abdomen; slices without an organ are counted and belong to no set. Prints and writes
-to --out the shares of plausible slices, with standard errors over slices.
+Real validation slices, their reconstructions, real test slices and the slices that generate.py
+wrote, each beside the real training slices of its own set. A real slice belongs to a set by its
+patient's number, a generated one by the organs that the U-Net (anatomy.py) sees most of in it.
+"both sets" counts slices in which the U-Net sees organs of both, such as half a heart in an
+abdomen; slices without an organ are counted and belong to no set. Prints and writes to --out the
+shares of plausible slices, with standard errors over slices.
 """
 
 import json
@@ -17,19 +18,21 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import anatomy
-import runtime
-from appraise import MOST_REAL, plain
 from benchmarks.per_set import study_sets
 from benchmarks.utility import read_generated
-from codes import decode
 from dataset import NO_MASK, DataConfig, SliceDataset
 from modules import load_model
+from new_slices import organs
+from new_slices.code_maps import decode
+from new_slices.sample_report import MOST_REAL, plain
 from predict import open_splits
+from support import runtime
 
 
 class Measured(NamedTuple):
-    """Slices as the U-Net sees them: their `anatomy.measure` (n, O, 7), positions (n,) and set names (n,)."""
+    """Slices as the U-Net sees them: their `organs.measure` (n, O, 7), positions (n,) and set names
+    (n,).
+    """
 
     figures: np.ndarray
     positions: np.ndarray
@@ -52,7 +55,9 @@ def organs_of(train: SliceDataset, sets: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def by_organs(figures: np.ndarray, organs: dict[str, np.ndarray]) -> tuple[np.ndarray, int]:
-    """The set (n,) whose organs fill most of each slice, "" where there is no organ; and how many show both sets'."""
+    """The set (n,) whose organs fill most of each slice, "" where there is no organ; and how many
+    show both sets'.
+    """
     area = np.nan_to_num(figures[:, :, 0])  # (n, O)
     filled = np.stack([area[:, own].sum(1) for own in organs.values()], 1)  # (n, sets)
     names = np.where(filled.max(1) > 0, np.array(list(organs))[filled.argmax(1)], "")
@@ -60,12 +65,16 @@ def by_organs(figures: np.ndarray, organs: dict[str, np.ndarray]) -> tuple[np.nd
 
 
 def shares(row: Measured, real: dict[str, Measured], organs: dict[str, np.ndarray]) -> dict:
-    """How many slices show no organ and organs of both sets, and the share of each set's that are plausible."""
+    """How many slices show no organ and organs of both sets, and the share of each set's that are
+    plausible.
+    """
     found, both = by_organs(row.figures, organs)
     result = {"n": len(found), "no organ": int((found == "").sum()), "both sets": both}
     for name, others in real.items():
-        shown = (row.sets == name) & (found != "")  # without an organ there is no place or shape to judge
-        together, fine = anatomy.plausible(
+        shown = (row.sets == name) & (
+            found != ""
+        )  # without an organ there is no place or shape to judge
+        together, fine = organs.plausible(
             row.figures[shown], row.positions[shown], others.figures, others.positions
         )
         n = int(shown.sum())
@@ -83,7 +92,9 @@ def main() -> None:
     parser.add_argument(
         "--below", type=int, required=True, help="patients below are one set, the rest another"
     )
-    parser.add_argument("--cache", default="", help="decoded slices; empty is ~/.cache/vqvae2-slices")
+    parser.add_argument(
+        "--cache", default="", help="decoded slices; empty is ~/.cache/vqvae2-slices"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--out", default="benchmarks/results/plausible.json", help="file to write")
     args = parser.parse_args()
@@ -92,12 +103,14 @@ def main() -> None:
     splits = open_splits(checkpoint, args.checkpoint, DataConfig(data=args.data, cache=args.cache))
     train, labels = splits["train"], len(splits["train"].labels)
     model = load_model(checkpoint, args.checkpoint).to(device)
-    net = anatomy.segmenter_of(train, Path(args.checkpoint).parent / "segmenter.pth", device)
+    net = organs.segmenter_of(train, Path(args.checkpoint).parent / "segmenter.pth", device)
     images, _ = read_generated(args.generated, train.labels)
-    positions = json.loads((args.generated / "manifest.json").read_text())["positions"][: len(images)]
+    positions = json.loads((args.generated / "manifest.json").read_text())["positions"][
+        : len(images)
+    ]
 
     def figures_of(images: np.ndarray) -> np.ndarray:
-        return anatomy.measure(anatomy.segment(net, images), labels)
+        return organs.measure(organs.segment(net, images), labels)
 
     def measured(
         split: SliceDataset, chosen: np.ndarray, sets: np.ndarray, reconstruct: bool = False
@@ -111,24 +124,34 @@ def main() -> None:
             found.append(figures_of(x[:, 0].numpy()))
         return Measured(np.concatenate(found), split.positions[chosen], sets[chosen])
 
-    rng, sets = np.random.default_rng(0), {name: sets_of(split, args.below) for name, split in splits.items()}
-    organs = organs_of(train, sets["train"])
+    rng, sets = (
+        np.random.default_rng(0),
+        {name: sets_of(split, args.below) for name, split in splits.items()},
+    )
+    shows = organs_of(train, sets["train"])
     real = {
         name: measured(
             train, rng.permutation(np.flatnonzero(sets["train"] == name))[:MOST_REAL], sets["train"]
         )
-        for name in organs
+        for name in shows
     }
     everything = {name: np.arange(len(split)) for name, split in splits.items()}
     rows = {
-        "real validation slices": measured(splits["validate"], everything["validate"], sets["validate"]),
+        "real validation slices": measured(
+            splits["validate"], everything["validate"], sets["validate"]
+        ),
         "real test slices": measured(splits["test"], everything["test"], sets["test"]),
-        "reconstructions": measured(splits["validate"], everything["validate"], sets["validate"], True),
+        "reconstructions": measured(
+            splits["validate"], everything["validate"], sets["validate"], True
+        ),
     }
     figures = figures_of(images[:, 0].numpy())
-    rows["generated"] = Measured(figures, np.array(positions, float), by_organs(figures, organs)[0])
-    result = {name: shares(row, real, organs) for name, row in rows.items()}
-    print(f"{'':<26}{'n':>6}{'no organ':>10}{'both sets':>11}" + "".join(f"{name:>26}" for name in organs))
+    rows["generated"] = Measured(figures, np.array(positions, float), by_organs(figures, shows)[0])
+    result = {name: shares(row, real, shows) for name, row in rows.items()}
+    print(
+        f"{'':<26}{'n':>6}{'no organ':>10}{'both sets':>11}"
+        + "".join(f"{name:>26}" for name in organs)
+    )
     for row, scores in result.items():
         cells = (scores[name] for name in organs)
         text = (f"{c['plausible']:.3f} +- {c['standard_error']:.3f} (n {c['n']})" for c in cells)
@@ -137,7 +160,9 @@ def main() -> None:
             + "".join(f"{t:>26}" for t in text)
         )
     data = {"study": train.study.resolve().name, "fingerprint": train.fingerprint}
-    runtime.write_json(args.out, {"rows": plain(result), "data": data, "provenance": runtime.provenance()})
+    runtime.write_json(
+        args.out, {"rows": plain(result), "data": data, "provenance": runtime.provenance()}
+    )
     print(f"wrote {args.out}")
 
 

@@ -3,7 +3,8 @@
     python -m benchmarks.sampling                              # 16 slices, on this machine's CPU
     python -m benchmarks.sampling --batch-size 256 1024 2048   # on a GPU
 
-The weights are random, because a step's cost does not depend on them. Decoding, about 1 %, is left out.
+The weights are random, because a step's cost does not depend on them. Decoding, about 1 %, is left
+out.
 """
 
 import math
@@ -11,15 +12,17 @@ import time
 
 import torch
 
-import runtime
 from modules import VQVAE2Config
-from prior import Prior, PriorConfig
+from new_slices.prior import Prior, PriorConfig
+from support import runtime
 
 
 def main() -> None:
     parser = runtime.parser(__doc__, PriorConfig)
     parser.add_argument("--batch-size", type=int, nargs="+", default=[16], help="slices at a time")
-    parser.add_argument("--rounds", type=int, default=2, help="timings of each batch size; the best counts")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="timings of each batch size; the best counts"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--out", default="benchmarks/results/sampling.json", help="file to write")
     args = parser.parse_args()
@@ -37,7 +40,8 @@ def main() -> None:
         print(f"{n} slices in {min(seconds):.1f} s, {n / min(seconds):.2f} slices/s", flush=True)
     threads = torch.get_num_threads()
     runtime.write_json(
-        args.out, {"batches": rows, "device": str(device), "threads": threads} | runtime.provenance()
+        args.out,
+        {"batches": rows, "device": str(device), "threads": threads} | runtime.provenance(),
     )
     print(f"wrote {args.out}")
 

@@ -1,12 +1,13 @@
-"""A training step of train.py: slices/s by batch size, and where its time goes. On a GPU also the share of the
-bfloat16 matrix rate that its convolutions reach, and the time of an epoch.
+"""A training step of train.py: slices/s by batch size, and where its time goes. On a GPU also the
+share of the bfloat16 matrix rate that its convolutions reach, and the time of an epoch.
 
     python -m benchmarks.step --data keras_slices_data                                   # --preset report
     python -m benchmarks.step --data keras_slices_data --preset best --batch-size 1
     python -m benchmarks.step --data keras_slices_data --batch-size 64 256 --compile on  # on a GPU
     python -m benchmarks.step --data keras_slices_data --preset best --batch-size 1 --against ../before
 
-Takes the very steps of loop.py, data included, and writes --out, benchmarks/results/step.json: one entry a preset.
+Takes the very steps of loop.py, data included, and writes --out, benchmarks/results/step.json: one
+entry a preset.
 """
 
 import collections
@@ -23,19 +24,25 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import loop
-import runtime
 import train
 from benchmarks.baselines import our_stage
 from dataset import DataConfig
 from modules import VectorQuantiser
+from support import runtime, trainer
 
 EPOCH = 11_460  # training slices of HipMRI's sliced set
-PARTS = {  # what the profiler calls a part of a step; an operation belongs to the first that it or a parent is named
+# what the profiler calls a part of a step; an operation belongs to the first that it or a parent is
+# named
+PARTS = {
     "optimiser": ("Optimizer.step", "clip_grad_norm_"),
     "quantiser": ("quantiser",),
     "data": ("data",),
-    "convolutions": ("convolution", "ConvolutionBackward", "aten::linear", "AddmmBackward"),  # 1x1: products
+    "convolutions": (
+        "convolution",
+        "ConvolutionBackward",
+        "aten::linear",
+        "AddmmBackward",
+    ),  # 1x1: products
     "loss": ("loss",),
 }
 
@@ -50,17 +57,22 @@ def named(function, name: str):
     return wrapped
 
 
-def prepare(args, batch_size: int) -> tuple[loop.Trainer, torch.Tensor]:
+def prepare(args, batch_size: int) -> tuple[trainer.Trainer, torch.Tensor]:
     """A trainer for steps of `batch_size`, and the indices of its first batch."""
-    settings = {"minutes": 1e6, "batch_size": batch_size, "compile": args.compile, "device": args.device}
+    settings = {
+        "minutes": 1e6,
+        "batch_size": batch_size,
+        "compile": args.compile,
+        "device": args.device,
+    }
     stage, config = our_stage(args.preset, runtime.from_flags(DataConfig, args), **settings)
-    run = loop.Trainer(stage, config, None)
+    run = trainer.Trainer(stage, config, None)
     stage.start_epoch(torch.Generator().manual_seed(0))
     stage.model.train()
     return run, torch.arange(batch_size) % run.sizes["train"]
 
 
-def seconds(run: loop.Trainer, batch: torch.Tensor, steps: int) -> float:
+def seconds(run: trainer.Trainer, batch: torch.Tensor, steps: int) -> float:
     """The wall time of that many steps."""
 
     def wait() -> None:
@@ -69,16 +81,16 @@ def seconds(run: loop.Trainer, batch: torch.Tensor, steps: int) -> float:
 
     wait()
     began = time.perf_counter()
-    with torch.backends.cudnn.flags(**loop.TRAINING_STEPS):
+    with torch.backends.cudnn.flags(**trainer.TRAINING_STEPS):
         for _ in range(steps):
             run.train_step(batch, tqdm(disable=True))
     wait()
     return time.perf_counter() - began
 
 
-def shares(run: loop.Trainer, batch: torch.Tensor, steps: int) -> dict[str, float]:
-    """The share of each of `PARTS` in the CPU's time for a step. "pointwise" is all other operations, "Python" what
-    is outside operations, which is in part the profiler itself."""
+def shares(run: trainer.Trainer, batch: torch.Tensor, steps: int) -> dict[str, float]:
+    """The share of each of `PARTS` in the CPU's time for a step. "pointwise" is all other
+    operations, "Python" what is outside operations, which is in part the profiler itself."""
     quantise, losses, images = VectorQuantiser.forward, train.losses, run.stage.images["train"]
     VectorQuantiser.forward, train.losses = named(quantise, "quantiser"), named(losses, "loss")
     run.stage.images["train"] = named(images, "data")
@@ -135,7 +147,9 @@ def measure(args, batch_size: int) -> dict:
         row["peak_memory_mib"] = round(
             torch.cuda.max_memory_allocated() / 2**20
         )  # before `matrix_rate`'s matrices
-        row["share_of_bf16_matrix_rate"] = round(1e9 * row["gflop_per_s"] / matrix_rate(run.device), 4)
+        row["share_of_bf16_matrix_rate"] = round(
+            1e9 * row["gflop_per_s"] / matrix_rate(run.device), 4
+        )
     else:
         # of the whole process so far, without the profiler
         row["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
@@ -149,9 +163,9 @@ sys.path[:0] = ["", "benchmarks"]
 preset, batch_size, data = sys.argv[1:]
 sys.argv = ["step.py"]
 from benchmarks import step
-fields = {field.name: field.default for field in dataclasses.fields(step.DataConfig)} | {"data": data}
-run, batch = step.prepare(argparse.Namespace(**fields, preset=preset, compile="off", device="cpu"), int(batch_size))
-step.seconds(run, batch, 6)
+fields = {field.name: field.default for field in dataclasses.fields(step.DataConfig)} | {"data":
+data} run, batch = step.prepare(argparse.Namespace(**fields, preset=preset, compile="off",
+device="cpu"), int(batch_size)) step.seconds(run, batch, 6)
 print("ready", flush=True)
 for steps in sys.stdin:
     print(step.seconds(run, batch, int(steps)), flush=True)
@@ -159,7 +173,9 @@ for steps in sys.stdin:
 
 
 def compare(args, batch_size: int, rounds: int = 24, steps: int = 4) -> dict:
-    """CPU steps of this checkout and of the one at `args.against`, in turns, so that both meet the same load."""
+    """CPU steps of this checkout and of the one at `args.against`, in turns, so that both meet the
+    same load.
+    """
     words = [args.preset, str(batch_size), str(Path(args.data).resolve())]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     children = [
@@ -191,8 +207,10 @@ def main() -> None:
     parser = runtime.parser(__doc__, DataConfig)
     parser.add_argument("--preset", default="report", choices=train.PRESETS["autoencoder"])
     parser.add_argument("--batch-size", type=int, nargs="+", default=[16])
-    parser.add_argument("--slices", type=int, default=320, help="to time, in steps of --batch-size; 3 to 200")
-    parser.add_argument("--compile", default="auto", choices=loop.SWITCH)
+    parser.add_argument(
+        "--slices", type=int, default=320, help="to time, in steps of --batch-size; 3 to 200"
+    )
+    parser.add_argument("--compile", default="auto", choices=trainer.SWITCH)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument(
         "--against", type=Path, help="another checkout: only the ratio of its CPU steps to these"
@@ -206,7 +224,12 @@ def main() -> None:
         print(f"{args.preset}, batch {batch_size}:", ", ".join(f"{k} {v}" for k, v in row.items()))
     out = Path(args.out)
     known = json.loads(out.read_text()) if out.is_file() else {}
-    entry = {"threads": torch.get_num_threads(), "compile": args.compile, **rows, **runtime.provenance()}
+    entry = {
+        "threads": torch.get_num_threads(),
+        "compile": args.compile,
+        **rows,
+        **runtime.provenance(),
+    }
     name = f"{args.preset}, against {args.against.name}" if args.against else args.preset
     runtime.write_json(out, known | {name: entry})
     print(f"wrote {out}")

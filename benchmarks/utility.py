@@ -1,16 +1,18 @@
-"""What generated slices are good for: a segmentation network that learnt from them, tested on real test patients.
+"""What generated slices are good for: a segmentation network that learnt from them, tested on real
+test patients.
 
     python -m benchmarks.utility Results/generated --data phantom_slices_data
     python -m benchmarks.utility Results/generated --data DIR --patients 4 8 16 --below 100   # sets, never pooled
 
-One network and one recipe (anatomy.py's U-Net) learn from real slices, from the generated slices alone, and from
-both; with --patients also from the slices of a few real patients, with and without the generated ones. Every network
-takes the same number of steps. In a mixture half of each batch is real. The generated folder must hold masks, as
-generate.py writes them for a study that has masks.
+One network and one recipe (anatomy.py's U-Net) learn from real slices, from the generated slices
+alone, and from both; with --patients also from the slices of a few real patients, with and without
+the generated ones. Every network takes the same number of steps. In a mixture half of each batch is
+real. The generated folder must hold masks, as generate.py writes them for a study that has masks.
 
-Prints and writes to --out the mean Dice over organs and test patients, with 95 % intervals over patients, and each
-organ's. With --below, patients numbered below that are one set and the rest another. Every network learns and is
-tested within one set. A generated slice is used for a set that has all its organs, one without organs for both.
+Prints and writes to --out the mean Dice over organs and test patients, with 95 % intervals over
+patients, and each organ's. With --below, patients numbered below that are one set and the rest
+another. Every network learns and is tested within one set. A generated slice is used for a set that
+has all its organs, one without organs for both.
 """
 
 from collections.abc import Callable
@@ -21,13 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import anatomy
-import metrics
-import nifti
-import runtime
 from benchmarks.per_set import study_sets
 from dataset import NO_MASK, DataConfig, SliceDataset, open_study, parse_name, read_slice, z_score
-from runtime import UserError
+from new_slices import organs
+from support import metrics, nifti, runtime
+from support.runtime import UserError
 
 
 class Pairs(NamedTuple):
@@ -42,25 +42,35 @@ def real_pairs(split: SliceDataset, chosen: np.ndarray) -> Pairs:
 
 
 def generated_slices(folder: Path) -> list[Path]:
-    """The slices that generate.py wrote to a folder, in the order of its manifest.json; UserError if none."""
+    """The slices that generate.py wrote to a folder, in the order of its manifest.json; UserError
+    if none.
+    """
     found = sorted((folder / "keras_slices_synthetic").glob("case_*.nii.gz"), key=parse_name)
     if not found:
-        raise UserError(f"{folder}: no slices in keras_slices_synthetic/. Fix: generate.py --out {folder}")
+        raise UserError(
+            f"{folder}: no slices in keras_slices_synthetic/. Fix: generate.py --out {folder}"
+        )
     return found
 
 
 def read_generated(folder: Path, labels: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The slices (N, 1, H, W) of a folder that generate.py wrote, z-scored, and their masks (N, H, W)."""
+    """The slices (N, 1, H, W) of a folder that generate.py wrote, z-scored, and their masks (N, H,
+    W).
+    """
     images, masks = [], []
     for path in generated_slices(folder):
         mask_path = folder / "keras_slices_seg_synthetic" / path.name.replace("case_", "seg_", 1)
         if not mask_path.is_file():
-            raise UserError(f"{mask_path}: no mask. Fix: generate.py with models of a study that has masks.")
+            raise UserError(
+                f"{mask_path}: no mask. Fix: generate.py with models of a study that has masks."
+            )
         pixels = read_slice(str(path))[0].astype(np.float32)
         mean, std, _ = z_score(pixels)
         values = nifti.read(mask_path).raw
         if not np.isin(values, labels).all():
-            raise UserError(f"{mask_path}: labels that the study does not have. Fix: --data, its own study.")
+            raise UserError(
+                f"{mask_path}: labels that the study does not have. Fix: --data, its own study."
+            )
         images.append((pixels - mean) / std)
         masks.append(np.searchsorted(labels, values).astype(np.uint8))
     return torch.from_numpy(np.stack(images))[:, None], torch.from_numpy(np.stack(masks))
@@ -71,23 +81,32 @@ def mixture(real: Pairs, synthetic: Pairs) -> Pairs:
 
     def take(indices: np.ndarray) -> tuple[Tensor, Tensor]:
         half = len(indices) // 2
-        both = real.take(indices[:half] % real.count), synthetic.take(indices[half:] % synthetic.count)
+        both = (
+            real.take(indices[:half] % real.count),
+            synthetic.take(indices[half:] % synthetic.count),
+        )
         images, masks = zip(*both, strict=True)
         return torch.cat(images), torch.cat(masks)
 
     return Pairs(take, real.count * synthetic.count)
 
 
-def score(net: anatomy.Segmenter, test: SliceDataset, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def score(
+    net: organs.Segmenter, test: SliceDataset, chosen: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The patients (P,) and the Dice (P, organs) of the test slices `chosen`."""
-    masks = anatomy.segment(net, test.images(chosen)[:, 0].numpy())
+    masks = organs.segment(net, test.images(chosen)[:, 0].numpy())
     patients = np.array([test.names[i].patient for i in chosen])
-    return anatomy.dice_by_patient(masks, test.masks(chosen).numpy(), patients, len(test.labels))
+    return organs.dice_by_patient(masks, test.masks(chosen).numpy(), patients, len(test.labels))
 
 
 def summarise(runs: list[np.ndarray], patients: np.ndarray, labels: tuple[int, ...]) -> dict:
-    """Of Dice (P, organs), one array a seed: the mean, its interval over patients, each organ's and each seed's."""
-    dice = np.mean(runs, 0)  # (P, organs); NaN where a patient lacks the organ and some network sees none
+    """Of Dice (P, organs), one array a seed: the mean, its interval over patients, each organ's and
+    each seed's.
+    """
+    dice = np.mean(
+        runs, 0
+    )  # (P, organs); NaN where a patient lacks the organ and some network sees none
     by_patient = np.nanmean(dice, 1)
     known = ~np.isnan(by_patient)
     low, high = metrics.bootstrap_interval(by_patient[known], patients[known])
@@ -122,7 +141,9 @@ def masked(split: SliceDataset, below: int | None) -> dict[str, np.ndarray]:
 
 
 def of_the_set(masks: Tensor, train: SliceDataset, chosen: np.ndarray) -> np.ndarray:
-    """The generated slices (indices) whose organs are those of the real slices `chosen`, or that show none."""
+    """The generated slices (indices) whose organs are those of the real slices `chosen`, or that
+    show none.
+    """
     own = np.unique(train.masks(chosen).numpy())
     shown = [np.unique(mask) for mask in masks.numpy()]
     return np.flatnonzero([np.isin(organs, [0, *own[own != NO_MASK]]).all() for organs in shown])
@@ -132,11 +153,15 @@ def main() -> None:
     parser = runtime.parser(__doc__)
     parser.add_argument("generated", type=Path, help="folder that generate.py wrote")
     parser.add_argument("--data", default="", help="study folder")
-    parser.add_argument("--patients", type=int, nargs="*", default=[], help="few real patients: how many")
+    parser.add_argument(
+        "--patients", type=int, nargs="*", default=[], help="few real patients: how many"
+    )
     parser.add_argument(
         "--below", type=int, default=None, help="patients below are one set, the rest another"
     )
-    parser.add_argument("--steps", type=int, default=3000, help="of each network; 300 do for the phantom")
+    parser.add_argument(
+        "--steps", type=int, default=3000, help="of each network; 300 do for the phantom"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="networks of each kind")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--out", default="benchmarks/results/utility.json", help="file to write")
@@ -167,7 +192,7 @@ def main() -> None:
                 kinds[f"{count} real patients"] = few
                 kinds[f"{count} real patients and synthetic"] = mixture(few, synthetic)
             for kind, pairs in kinds.items():
-                net = anatomy.train_segmenter(
+                net = organs.train_segmenter(
                     pairs.take, pairs.count, len(train.labels), args.steps, device=device, seed=seed
                 )
                 patients, dice = score(net, test, tested)
@@ -179,8 +204,8 @@ def main() -> None:
         )
         for kind, row in rows.items():
             interval = "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
-            organs = "  ".join(f"{organ} {value:.3f}" for organ, value in row["organs"].items())
-            print(f"  {kind:<36}{row['dice']:.3f}{interval}  {organs}")
+            by_organ = "  ".join(f"{organ} {value:.3f}" for organ, value in row["organs"].items())
+            print(f"  {kind:<36}{row['dice']:.3f}{interval}  {by_organ}")
     result["data"] = {"study": train.study.resolve().name, "fingerprint": train.fingerprint}
     runtime.write_json(args.out, result | {"provenance": runtime.provenance()})
     print(f"wrote {args.out}")

@@ -1,4 +1,6 @@
-"""What several test files share: a study of a few small slices, and scripts run as a user runs them."""
+"""What several test files share: a study of a few small slices, and scripts run as a user runs
+them.
+"""
 
 import os
 import shutil
@@ -9,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import nifti
+from support import nifti
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +24,9 @@ def private_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory) -> Path:
-    """A study of 64x32 slices: 14 of two patients to train on, 5 to validate, 6 of two patients to test."""
+    """A study of 64x32 slices: 14 of two patients to train on, 5 to validate, 6 of two patients to
+    test.
+    """
     folder = tmp_path_factory.mktemp("study") / "keras_slices_data"
     patients = {"train": {4: 7, 5: 7}, "validate": {36: 5}, "test": {40: 4, 41: 2}}
     for split, counts in patients.items():
@@ -31,22 +35,30 @@ def study(tmp_path_factory) -> Path:
                 rng = np.random.default_rng([patient, number])
                 rows, columns = np.mgrid[:64, :32]
                 disc = np.hypot(rows - 32 - patient % 5, columns - 16) < 10 + number
-                pixels = 100 * (2 + disc + 0.1 * rng.normal(size=disc.shape)) * (np.abs(rows - 32) < 28)
+                pixels = (
+                    100 * (2 + disc + 0.1 * rng.normal(size=disc.shape)) * (np.abs(rows - 32) < 28)
+                )
                 name = f"case_{patient:03d}_week_0_slice_{number}.nii.gz"
-                nifti.write(folder / f"keras_slices_{split}" / name, pixels.astype(np.float32), np.eye(4))
+                nifti.write(
+                    folder / f"keras_slices_{split}" / name, pixels.astype(np.float32), np.eye(4)
+                )
     return folder
 
 
 @pytest.fixture(scope="session")
 def masked_study(study, tmp_path_factory) -> Path:
-    """The same with masks: the label 7 is the disc. One training slice and the validation slices have none."""
+    """The same with masks: the label 7 is the disc. One training slice and the validation slices
+    have none.
+    """
     folder = tmp_path_factory.mktemp("masked") / "keras_slices_data"
     shutil.copytree(study, folder)
     for path in sorted(folder.glob("keras_slices_t*/*.nii.gz")):
         mask = (nifti.read(path).raw > 250).astype(np.uint8) * 7
         if path.name != "case_005_week_0_slice_6.nii.gz":
             name = path.name.replace("case_", "seg_")
-            nifti.write(folder / path.parent.name.replace("slices_", "slices_seg_") / name, mask, np.eye(4))
+            nifti.write(
+                folder / path.parent.name.replace("slices_", "slices_seg_") / name, mask, np.eye(4)
+            )
     return folder
 
 

@@ -1,13 +1,17 @@
-"""A stand-in for a GPU, for tests on machines without one: a device "standin:0" whose arithmetic a CPU does.
+"""A stand-in for a GPU, for tests on machines without one: a device "standin:0" whose arithmetic a
+CPU does.
 
     with stand_in.device() as activity: ...
 
-Inside, the scripts find this device where they look for a GPU. As on a GPU, its tensors do not mix with CPU tensors,
-turn into no NumPy array and take no CPU generator: each of these raises. `activity.waits` counts, by the line that
-asked, what would make the host wait for a GPU; `activity.launches` counts the operations that would start kernels
-(an estimate: a view starts none, a fused or a foreach operation one, and a library may use several for one).
+Inside, the scripts find this device where they look for a GPU. As on a GPU, its tensors do not mix
+with CPU tensors,
+turn into no NumPy array and take no CPU generator: each of these raises. `activity.waits` counts,
+by the line that asked, what would make the host wait for a GPU; `activity.launches` counts the
+operations that would start kernels (an estimate: a view starts none, a fused or a foreach operation
+one, and a library may use several for one).
 
-It is a backend of PyTorch's PrivateUse1 written in Python: autograd is the real one. Autocast does nothing on it.
+It is a backend of PyTorch's PrivateUse1 written in Python: autograd is the real one. Autocast does
+nothing on it.
 """
 
 import collections
@@ -19,7 +23,10 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import (
+    _DummyBackendModule,
+    _setup_privateuseone_for_python_backend,
+)
 
 
 class Backend(_DummyBackendModule):
@@ -29,15 +36,24 @@ class Backend(_DummyBackendModule):
 
 _setup_privateuseone_for_python_backend("standin", Backend())
 DEVICE = torch.device("standin", 0)
-# CUDA has a kernel of its own for this; without one here autograd would take it apart into seven operations
+# CUDA has a kernel of its own for this; without one here autograd would take it apart into seven
+# operations
 KERNELS = torch.library.Library("aten", "IMPL")
 KERNELS.impl(
-    "silu_backward", lambda *args: run(torch.ops.aten.silu_backward.default, args, {}), "PrivateUse1"
+    "silu_backward",
+    lambda *args: run(torch.ops.aten.silu_backward.default, args, {}),
+    "PrivateUse1",
 )
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = (ROOT, ROOT / "support", ROOT / "new_slices")
 # operations that give the host a value, or a tensor whose shape depends on values
 SYNCING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2"}
-MIXING = {"_to_copy", "copy_", "index", "index_put_"}  # operations that may take tensors of two devices
+MIXING = {
+    "_to_copy",
+    "copy_",
+    "index",
+    "index_put_",
+}  # operations that may take tensors of two devices
 NO_KERNEL = {
     "empty",
     "empty_like",
@@ -61,12 +77,12 @@ class Activity:
 
     def wait(self, what: str) -> None:
         frames = reversed(traceback.extract_stack())
-        frame = next((frame for frame in frames if Path(frame.filename).parent == ROOT), None)
+        ours = (frame for frame in frames if Path(frame.filename).parent in SCRIPTS)
+        frame = next(ours, None)
         self.waits[f"{what}, {Path(frame.filename).name}: {frame.line}" if frame else what] += 1
 
 
 activity = Activity()
-recording: list | None = None  # operations, while `record` runs
 
 
 class StandInTensor(torch.Tensor):
@@ -122,13 +138,20 @@ def unwrap(value):
 
 def run(operation, args, kwargs):
     """One operation of PyTorch: checked, counted, and done by the CPU."""
-    name, has_kernel = operation.overloadpacket.__name__, torch._C._dispatch_has_kernel_for_dispatch_key
-    if has_kernel(operation.name(), "CompositeImplicitAutograd") and not has_kernel(operation.name(), "CPU"):
+    name, has_kernel = (
+        operation.overloadpacket.__name__,
+        torch._C._dispatch_has_kernel_for_dispatch_key,
+    )
+    if has_kernel(operation.name(), "CompositeImplicitAutograd") and not has_kernel(
+        operation.name(), "CPU"
+    ):
         with Mode():  # inference mode passes composite operations on whole
             return operation.decompose(*args, **kwargs)
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     here = [tensor for tensor in tensors if isinstance(tensor, StandInTensor)]
-    elsewhere = [tensor for tensor in tensors if not isinstance(tensor, StandInTensor) and tensor.dim()]
+    elsewhere = [
+        tensor for tensor in tensors if not isinstance(tensor, StandInTensor) and tensor.dim()
+    ]
     target = kwargs.get("device")
     to_here = target is not None and torch.device(target).type == DEVICE.type
     indexes_cpu_tensor = name == "index" and not isinstance(args[0], StandInTensor)
@@ -149,8 +172,6 @@ def run(operation, args, kwargs):
         cpu_kwargs["device"] = "cpu"
     args_on_cpu, cpu_kwargs = tree_map(unwrap, args), tree_map(unwrap, cpu_kwargs)
     out = operation(*args_on_cpu, **cpu_kwargs)
-    if recording is not None and not operation.is_view:
-        recording.append((operation, args_on_cpu, cpu_kwargs, out))
     if leaves:
         return out.clone()
     if fills_cpu_tensor:
@@ -173,37 +194,10 @@ def count_waits(name: str, args: tuple, copies_to_cpu: bool) -> None:
                 activity.wait("index on the CPU")
 
 
-def record(step):
-    """`captured.record` for this device: keeps the operations of `step()` and what they read and write.
-
-    As a CUDA graph's replay does, the replay repeats them on the same memory: Python does not run again, and a
-    number that was a Python number stays what it was. Waiting while recording is an error. Recording runs the
-    operations, which a CUDA graph does not, so the first replay has nothing to do.
-    """
-    global recording
-    waits, recording = activity.waits.total(), []
-    step()
-    operations, recording = recording, None
-    if activity.waits.total() > waits:
-        raise RuntimeError(f"operation not permitted when stream is capturing: {activity.waits}")
-
-    replays = 0
-
-    def replay() -> None:
-        nonlocal replays
-        replays += 1
-        activity.launches["replay"] += 1
-        for operation, args, kwargs, out in operations if replays > 1 else []:
-            again = operation(*args, **kwargs)
-            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                if isinstance(old, torch.Tensor) and old is not new:
-                    old.copy_(new)
-
-    return replay
-
-
 class Mode(TorchDispatchMode):
-    """Sees the operations that create tensors, which no argument of theirs sends to `StandInTensor`."""
+    """Sees the operations that create tensors, which no argument of theirs sends to
+    `StandInTensor`.
+    """
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         return run(operation, args, kwargs or {})
@@ -215,10 +209,9 @@ def device(free_memory: int = 2**40):
     activity.clear()
     overwrite = torch.__future__.set_overwrite_module_params_on_conversion
     replacements = {
-        "runtime.pick_device": lambda name: DEVICE,
-        "runtime.generator_of": lambda device: torch.default_generator,
-        "captured.record": record,
-        "runtime.has_fast_bf16": lambda device, batch_size: False,
+        "support.runtime.pick_device": lambda name: DEVICE,
+        "support.runtime.generator_of": lambda device: torch.default_generator,
+        "support.runtime.has_fast_bf16": lambda device, batch_size: False,
         "torch.cuda.mem_get_info": lambda device: (free_memory, free_memory),
         "torch.Tensor.pin_memory": lambda tensor: tensor,
         "torch.optim.adam._device_dtype_check_for_fused": lambda *args, **kwargs: None,

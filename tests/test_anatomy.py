@@ -1,11 +1,13 @@
-"""Figures of drawn shapes by hand, the plausible told from the broken, and a segmenter that learns."""
+"""Figures of drawn shapes by hand, the plausible told from the broken, and a segmenter that
+learns.
+"""
 
 import numpy as np
 import pytest
 import torch
 
-import anatomy
-import runtime
+from new_slices import organs
+from support import runtime
 
 AREA, ROW, COLUMN, PIECES, HOLES, SOLIDITY, ASYMMETRY = range(7)
 
@@ -21,8 +23,8 @@ def test_figures_by_hand():
     mask[12:16, 8:12], mask[12:14, 20:22] = 0, 0
     mask[40:50, 5:15], mask[40:45, 15:25] = 2, 2  # an L, a second piece, and a speck
     mask[55:60, 30:40], mask[30, 40] = 2, 2
-    mask[0, 0] = anatomy.NO_MASK
-    ((one, two, three),) = anatomy.measure(mask[None], 4)
+    mask[0, 0] = organs.NO_MASK
+    ((one, two, three),) = organs.measure(mask[None], 4)
     assert one[[AREA, PIECES, HOLES]].tolist() == [180, 1, 1]
     assert one[SOLIDITY] == pytest.approx(180 / 200)
     rows, columns = np.nonzero(mask == 1)
@@ -34,11 +36,13 @@ def test_figures_by_hand():
 
 
 def test_asymmetry():
-    """An organ that is its own mirror image along axis 0 has none; of an L half of the foot is not covered."""
+    """An organ that is its own mirror image along axis 0 has none; of an L half of the foot is not
+    covered.
+    """
     mask = np.zeros((2, 64, 48), np.uint8)
     mask[0][disc(30, 20, 12)] = 1
     mask[1, 10:30, 5:10], mask[1, 20:30, 10:15] = 1, 1
-    symmetric, skew = anatomy.measure(mask, 2)[:, 0, ASYMMETRY]
+    symmetric, skew = organs.measure(mask, 2)[:, 0, ASYMMETRY]
     assert symmetric == 0 and skew == pytest.approx(50 / 150)
 
 
@@ -57,12 +61,14 @@ def bodies(n, seed=0):
 
 def test_plausible_slices_are_told_from_broken_ones():
     positions, masks = bodies(500)
-    real = anatomy.measure(masks, 3)
+    real = organs.measure(masks, 3)
     asked, fresh = bodies(120, seed=1)
 
     def share(masks, positions=asked):
-        together, organs = anatomy.plausible(anatomy.measure(masks, 3), positions, real, positions_of_real)
-        return (together & organs.all(1)).mean()
+        together, fine = organs.plausible(
+            organs.measure(masks, 3), positions, real, positions_of_real
+        )
+        return (together & fine.all(1)).mean()
 
     positions_of_real = positions
     assert share(fresh) > 0.75
@@ -75,13 +81,17 @@ def test_plausible_slices_are_told_from_broken_ones():
     assert share(moved) < 0.05
     elsewhere = 1 - asked
     assert share(fresh, elsewhere) < 0.35  # the right slice in the wrong place
-    assert share(fresh, np.full(len(fresh), np.nan)) > share(fresh) - 0.05  # unknown positions: all are near
+    assert (
+        share(fresh, np.full(len(fresh), np.nan)) > share(fresh) - 0.05
+    )  # unknown positions: all are near
     holed = fresh.copy()
     holed[:, 30:34, 35:39] = 0
     assert share(holed) < 0.05
     rare = fresh.copy()
-    rare[asked < 0.2] = np.where(disc(32, 24, 5), 2, rare[asked < 0.2])  # heads where there are none
-    together, _ = anatomy.plausible(anatomy.measure(rare, 3), asked, real, positions)
+    rare[asked < 0.2] = np.where(
+        disc(32, 24, 5), 2, rare[asked < 0.2]
+    )  # heads where there are none
+    together, _ = organs.plausible(organs.measure(rare, 3), asked, real, positions)
     assert not together[asked < 0.04].any() and together[asked > 0.4].all()
 
 
@@ -91,12 +101,12 @@ def test_kinds_of_slices_that_never_mix():
     kinds = np.arange(600) % 2 == 0
     masks[kinds] = np.where(masks[kinds] > 0, masks[kinds] + 2, 0)  # 3 and 4 instead of 1 and 2
     unknown = np.full(600, np.nan, np.float32)
-    figures = anatomy.measure(masks, 5)
-    together, organs = anatomy.plausible(figures, unknown, figures, unknown)
-    assert (together & organs.all(1)).mean() > 0.85
+    figures = organs.measure(masks, 5)
+    together, fine = organs.plausible(figures, unknown, figures, unknown)
+    assert (together & fine.all(1)).mean() > 0.85
     chimera = masks[~kinds][:50].copy()
     chimera[:, 28:36, 20:28] = 3
-    together, _ = anatomy.plausible(anatomy.measure(chimera, 5), unknown[:50], figures, unknown)
+    together, _ = organs.plausible(organs.measure(chimera, 5), unknown[:50], figures, unknown)
     assert not together.any()
 
 
@@ -104,7 +114,7 @@ def test_distances_by_hand():
     a, b = np.zeros((2, 4, 2, 7))
     a[:, 0, :3], b[:, 0, :3] = [110, 13, 24], [100, 10, 20]
     a[:, 1], b[:, 1] = np.nan, 1
-    found = anatomy.figure_distances(a, b)
+    found = organs.figure_distances(a, b)
     assert found["area"][0] == pytest.approx(0.1) and found["centre"][0] == pytest.approx(5)
     assert np.isnan([found["area"][1], found["centre"][1]]).all()
 
@@ -114,14 +124,16 @@ def test_dice_by_hand():
     truth[0, :2], found[0, :1] = 1, 1  # 8 and 4 pixels, 4 shared
     truth[1, :2], found[1, 2:] = 1, 1  # the same patient: 8 and 8, none shared
     truth[2], found[2] = 2, 2
-    truth[2, 0], found[2, 0] = anatomy.NO_MASK, 1
-    names, scores = anatomy.dice_by_patient(found, truth, ["b", "b", "a"], 3)
+    truth[2, 0], found[2, 0] = organs.NO_MASK, 1
+    names, scores = organs.dice_by_patient(found, truth, ["b", "b", "a"], 3)
     assert names.tolist() == ["a", "b"]
     np.testing.assert_allclose(scores, [[np.nan, 1], [8 / 28, np.nan]])
 
 
 class Split:
-    """What `segmenter_of` reads of a dataset: bright discs of two kinds, some slices without a mask."""
+    """What `segmenter_of` reads of a dataset: bright discs of two kinds, some slices without a
+    mask.
+    """
 
     synthetic = True
 
@@ -147,26 +159,26 @@ class Split:
 
 def test_a_segmenter_learns_and_is_kept(tmp_path, monkeypatch):
     split, test = Split(), Split(seed=1)
-    train = anatomy.train_segmenter
-    monkeypatch.setattr(anatomy, "train_segmenter", lambda *a, **k: train(*a, **k | {"steps": 120}))
+    train = organs.train_segmenter
+    monkeypatch.setattr(organs, "train_segmenter", lambda *a, **k: train(*a, **k | {"steps": 120}))
     drawn = torch.random.get_rng_state()
-    net = anatomy.segmenter_of(split, tmp_path / "segmenter.pth")
+    net = organs.segmenter_of(split, tmp_path / "segmenter.pth")
     assert torch.equal(torch.random.get_rng_state(), drawn)
-    found = anatomy.segment(net, test.pixels)
+    found = organs.segment(net, test.pixels)
     assert found.dtype == np.uint8 and found.shape == test.truth.shape
-    _, scores = anatomy.dice_by_patient(found, test.truth, np.zeros(64), 3)
+    _, scores = organs.dice_by_patient(found, test.truth, np.zeros(64), 3)
     assert scores.min() > 0.8
-    monkeypatch.setattr(anatomy, "train_segmenter", lambda *a, **k: pytest.fail("trained again"))
-    again = anatomy.segmenter_of(split, tmp_path / "segmenter.pth")
-    np.testing.assert_array_equal(anatomy.segment(again, test.pixels), found)
+    monkeypatch.setattr(organs, "train_segmenter", lambda *a, **k: pytest.fail("trained again"))
+    again = organs.segmenter_of(split, tmp_path / "segmenter.pth")
+    np.testing.assert_array_equal(organs.segment(again, test.pixels), found)
     split.fingerprint = "other slices"
     with pytest.raises(pytest.fail.Exception):
-        anatomy.segmenter_of(split, tmp_path / "segmenter.pth")
+        organs.segmenter_of(split, tmp_path / "segmenter.pth")
     runtime.write_text(tmp_path / "segmenter.pth", "rubbish")
     with pytest.raises(pytest.fail.Exception):
-        anatomy.segmenter_of(split, tmp_path / "segmenter.pth")
+        organs.segmenter_of(split, tmp_path / "segmenter.pth")
 
 
 @pytest.mark.parametrize("shape", [(64, 32), (40, 24), (256, 128)])
 def test_any_size(shape):
-    assert anatomy.Segmenter(5, 8).eval()(torch.zeros(1, 1, *shape)).shape == (1, 5, *shape)
+    assert organs.Segmenter(5, 8).eval()(torch.zeros(1, 1, *shape)).shape == (1, 5, *shape)

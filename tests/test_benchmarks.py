@@ -4,18 +4,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_train import SHAPE_FLAGS
 
-import loop
-import metrics
-import modules
-import runtime
-import train
-from benchmarks import ablation, baselines, peers, plausible, startup, variants
+from benchmarks import baselines, peers, plausible, startup
 from dataset import DataConfig, open_study
-from modules import VQVAE2, Output, VectorQuantiser, VQVAE2Config
+from modules import VQVAE2, VQVAE2Config
 
-needs_monai = pytest.mark.skipif(not importlib.util.find_spec("monai"), reason="MONAI is not installed")
+needs_monai = pytest.mark.skipif(
+    not importlib.util.find_spec("monai"), reason="MONAI is not installed"
+)
 MODELS = {
     "ours": (lambda: VQVAE2(VQVAE2Config(K=512, channels=8, top_channels=8)), 0.703125),
     "single": (lambda: baselines.SingleLevelVQVAE(8), 0.5625),
@@ -44,7 +40,9 @@ def test_codes_alone_give_the_reconstruction_at_the_stated_rate(name):
 
 
 def test_report_s_vectors_are_runs_of_pixels_of_one_channel():
-    """Four pixels in a row of a channel that equal a code find it; a pixel's four channels do not."""
+    """Four pixels in a row of a channel that equal a code find it; a pixel's four channels do
+    not.
+    """
     quantiser = baselines.GradientQuantiser(3, 4)
     quantiser.codebook.weight.data = torch.tensor([[0.0, 0, 0, 0], [1, 2, 3, 4], [5, 6, 7, 8]])
     z = torch.zeros(1, 4, 2, 4)
@@ -53,7 +51,9 @@ def test_report_s_vectors_are_runs_of_pixels_of_one_channel():
 
 
 def test_a_timing_counts_whole_steps_of_whole_batches(monkeypatch):
-    """By a clock that moves 2 s at every look: two steps of 3 slices lie within 5 s, and end at 6 s."""
+    """By a clock that moves 2 s at every look: two steps of 3 slices lie within 5 s, and end at 6
+    s.
+    """
     now = iter(range(0, 100, 2))
     monkeypatch.setattr(peers.time, "perf_counter", lambda: next(now))
     monkeypatch.setattr(peers, "SIZE", (32, 16))
@@ -95,108 +95,29 @@ def test_the_table_compares_medians_with_ours():
 
 
 def test_peers_writes_a_row_that_was_measured_in_its_own_process(tmp_path, monkeypatch, capsys):
-    flags = ["--only", "ours", "--rounds", "1", "--seconds", "0", "--batch-size", "1", "--device", "cpu"]
+    flags = [
+        "--only",
+        "ours",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0",
+        "--batch-size",
+        "1",
+        "--device",
+        "cpu",
+    ]
     monkeypatch.setattr("sys.argv", ["peers.py", *flags, "--out", str(tmp_path / "peers.json")])
     peers.main()
     found = json.loads((tmp_path / "peers.json").read_text())
     row = found["rows"]["ours"]
     assert row["bits_per_pixel"] == 0.703125 and row["slices_per_s"] == row["rounds"][0] > 0
-    assert found["batch_size"] == 1 and found["threads"] == torch.get_num_threads() and "torch" in found
+    assert (
+        found["batch_size"] == 1
+        and found["threads"] == torch.get_num_threads()
+        and "torch" in found
+    )
     assert "| ours | 0.28 M |" in capsys.readouterr().out
-
-
-def quantised(z: torch.Tensor):
-    torch.manual_seed(0)
-    return VectorQuantiser(6, 4).eval()(z)
-
-
-def test_rotation_trick_keeps_the_code_and_turns_the_gradient(monkeypatch):
-    """The gradient at the encoder makes the angle with z that the gradient at the code makes with the code."""
-    z = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    plain = quantised(z)
-    monkeypatch.setattr(VectorQuantiser, "forward", VectorQuantiser.forward)  # restored afterwards
-    variants.rotation_trick()
-    turned = quantised(z)
-    torch.testing.assert_close(turned.vectors, plain.vectors)
-    g = torch.randn_like(z)
-    turned.vectors.backward(g)
-    scale = turned.vectors.norm(dim=1) / z.norm(dim=1)
-    torch.testing.assert_close(z.grad.norm(dim=1), scale * g.norm(dim=1))
-    at_code = torch.cosine_similarity(g, turned.vectors, dim=1)
-    torch.testing.assert_close(torch.cosine_similarity(z.grad, z, dim=1), at_code)
-
-
-def test_patch_gan_learns_to_tell_and_moves_the_loss(monkeypatch):
-    """Its term rises as the critic learns that reconstructions, here grey, are none of the slices."""
-    monkeypatch.setattr(train, "losses", train.losses)
-    plain, quantity = train.losses, quantised(torch.zeros(1, 4, 2, 2))
-    torch.manual_seed(0)
-    variants.patch_gan("1")
-    x, terms = torch.randn(2, 1, 32, 32), []
-    for _ in range(30):
-        y = torch.zeros_like(x, requires_grad=True)
-        output = Output(y, quantity, quantity)
-        with_critic = train.losses(x, output, train.LossConfig())["loss"]
-        terms.append((with_critic - plain(x, output, train.LossConfig())["loss"]).item())
-    assert terms[-1] > terms[0] + 0.5
-    with_critic.backward()
-    assert not torch.allclose(y.grad, 2 * (y - x) / x.numel())
-    output = Output(y.detach(), quantity, quantity)
-    assert train.losses(x, output, train.LossConfig())["loss"] == plain(x, output, train.LossConfig())["loss"]
-
-
-PATCHED = (
-    *(
-        (torch.nn, "SiLU"),
-        (torch.nn.functional, "silu"),
-        (modules, "ResidualBlock"),
-        (modules.VQVAE2, "__init__"),
-    ),
-    *((VectorQuantiser, "forward"), (VectorQuantiser, "update"), (metrics, "ssim"), (train, "losses")),
-    *((train, "flip_left_right"), (loop.Trainer, "train_step"), (loop.Trainer, "validate")),
-)
-
-
-def epochs_of(study, out, *words) -> list[dict]:
-    """The validation of each of two epochs, trained through variants.py, or through train.py without `words`."""
-    flags = ["--preset", "quick", "--minutes", "0", "--epochs", "2", "--data", study, "--out", out]
-    with pytest.MonkeyPatch.context() as patch:
-        for place, attribute in PATCHED:  # what a variant changes is put back
-            patch.setattr(place, attribute, getattr(place, attribute))
-        patch.setattr("sys.argv", ["variants.py", *map(str, (*words, *flags, *SHAPE_FLAGS))])
-        (variants if words else train).main()
-    return [json.loads(line)["validate"] for line in (out / "log.jsonl").read_text().splitlines()[1:]]
-
-
-@pytest.fixture(scope="module")
-def recipe(study, tmp_path_factory):
-    return epochs_of(study, tmp_path_factory.mktemp("recipe"))
-
-
-@pytest.mark.parametrize("name", ablation.CHANGED)
-def test_every_variant_changes_the_training(name, study, tmp_path, recipe):
-    """A variant that patches a name which nobody reads any more would leave the run as it was."""
-    words = ablation.CHANGED[name][0].split()
-    if words[0] == "small_codebook":
-        words[-1] = "8"  # of the 16 codes here
-    changed = epochs_of(study, tmp_path, *words)
-    assert changed[-1] != recipe[-1]
-
-
-def test_the_recipe_repeats_and_an_unknown_variant_is_refused(study, tmp_path, recipe):
-    assert epochs_of(study, tmp_path) == recipe
-    with pytest.raises(runtime.UserError, match="no variant 'nothing'"):
-        epochs_of(study, tmp_path, "nothing")
-
-
-def test_cosine_codes_have_length_1(monkeypatch):
-    for name in ("forward", "update"):
-        monkeypatch.setattr(VectorQuantiser, name, getattr(VectorQuantiser, name))
-    variants.cosine_codes()
-    quantiser = VectorQuantiser(6, 4)
-    vectors = quantiser(5 * torch.randn(2, 4, 8, 8)).vectors
-    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(2, 8, 8))
-    torch.testing.assert_close(quantiser.codebook.norm(dim=1), torch.ones(6))
 
 
 def test_startup_makes_a_study_of_as_many_slices(study, tmp_path):

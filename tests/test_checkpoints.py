@@ -1,4 +1,6 @@
-"""Checkpoints that are damaged, foreign or hostile: each is refused by name, and nothing of them is used."""
+"""Checkpoints that are damaged, foreign or hostile: each is refused by name, and nothing of them is
+used.
+"""
 
 import copy
 import math
@@ -11,10 +13,9 @@ import pytest
 import torch
 from test_train import SHAPE_FLAGS, fit
 
-import loop
-import runtime
 import train
-from runtime import UserError
+from support import runtime, trainer
+from support.runtime import UserError
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,9 @@ def stage(saved):
 
 
 def resume(path, out):
-    return train.train_autoencoder(train.make_settings({"resume": str(path), "epochs": 2, "out": str(out)}))
+    return train.train_autoencoder(
+        train.make_settings({"resume": str(path), "epochs": 2, "out": str(out)})
+    )
 
 
 def write(checkpoint, path):
@@ -51,7 +54,9 @@ def test_a_flipped_bit_is_found_wherever_it_lies(saved, tmp_path):
         data[start_ + rng.randrange(info.file_size)] ^= 1 << rng.randrange(8)
         path = tmp_path / "flipped.pth"
         path.write_bytes(data)
-        with pytest.raises(UserError, match=r"flipped\.pth: not a whole checkpoint \(damaged in .*Fix"):
+        with pytest.raises(
+            UserError, match=r"flipped\.pth: not a whole checkpoint \(damaged in .*Fix"
+        ):
             runtime.load_checkpoint(path, "vqvae2")
 
 
@@ -126,8 +131,10 @@ def test_what_is_wrong_is_refused_by_name(what, saved, stage, tmp_path):
     weights = copy.deepcopy(stage.model.state_dict())
     with pytest.raises(UserError, match=r"wrong\.pth.*Fix"):
         settings = train.make_settings({"resume": str(path), "out": str(tmp_path)})
-        loop.Trainer(stage, settings.train, settings.checkpoint)
-    assert all(torch.equal(value, weights[name]) for name, value in stage.model.state_dict().items())
+        trainer.Trainer(stage, settings.train, settings.checkpoint)
+    assert all(
+        torch.equal(value, weights[name]) for name, value in stage.model.state_dict().items()
+    )
 
 
 def test_what_we_never_wrote_decides_nothing(saved, tmp_path):
@@ -172,7 +179,7 @@ def test_two_runs_into_one_folder_are_refused(study, tmp_path):
 
 def test_progress_is_all_of_a_run_that_is_kept():
     """A field that no checkpoint restored would begin at its default after a resume."""
-    assert set(vars(loop.Progress())) == {
+    assert set(vars(trainer.Progress())) == {
         "epoch", "seen", "step", "best", "best_epoch", "seconds", "epoch_seconds", "history"
     }  # fmt: skip
 

@@ -19,9 +19,9 @@ from conftest import ROOT
 from skimage.transform import resize
 
 import dataset
-import runtime
 from dataset import SPLITS, DataConfig, StudyInfo, open_study, parse_name
-from runtime import UserError
+from support import runtime
+from support.runtime import UserError
 
 SIZE = (32, 16)
 AFFINE = np.array([[-1.5, 0, 0, 40], [0, 0, 2, -30], [0, 1.25, 0, 7], [0, 0, 0, 1]])
@@ -62,7 +62,8 @@ def put(study, pixels, number=0):
     return save(study / "keras_slices_train" / name_of(4, number), pixels)
 
 
-# ---- names and folders ------------------------------------------------------------------------------------
+# ---- names and folders
+# ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,9 @@ def test_a_name_without_patient_number_is_an_error(name):
 
 def test_slices_come_in_numerical_order_with_the_right_pixels(config):
     train = open_study(config)["train"]
-    assert [name.slice for name in train.names] == list(range(12))  # lexical order is 0, 1, 10, 11, 2
+    assert [name.slice for name in train.names] == list(
+        range(12)
+    )  # lexical order is 0, 1, 10, 11, 2
     for number in range(12):
         np.testing.assert_array_equal(train.pixels[number], noise(400 + number))
 
@@ -137,11 +140,14 @@ def test_shared_patients_are_named_unless_allowed(study, config, capsys):
     save(study / "keras_slices_test" / name_of(4, 90, week=1), noise(1))
     with pytest.raises(ValueError, match="004 in train and test"):
         open_study(config)
-    assert len(open_study(DataConfig(**{**vars(config), "allow_patient_overlap": True}))["test"]) == 3
+    assert (
+        len(open_study(DataConfig(**{**vars(config), "allow_patient_overlap": True}))["test"]) == 3
+    )
     assert "004 in train and test" in capsys.readouterr().out
 
 
-# ---- reading ----------------------------------------------------------------------------------------------
+# ---- reading
+# ----------------------------------------------------------------------------------------------
 
 
 def test_z_score_is_per_slice_with_population_deviation(config):
@@ -149,10 +155,14 @@ def test_z_score_is_per_slice_with_population_deviation(config):
     pixels = noise(403).astype(np.float64)
     expected = (pixels - pixels.mean()) / pixels.std()
     np.testing.assert_allclose(train[3]["image"][0], expected, atol=2e-6)
-    assert train[3]["mean"] == pytest.approx(pixels.mean()) and train[3]["std"] == pytest.approx(pixels.std())
+    assert train[3]["mean"] == pytest.approx(pixels.mean()) and train[3]["std"] == pytest.approx(
+        pixels.std()
+    )
     np.testing.assert_array_equal(train[3]["affine"], AFFINE)
     assert train[3]["path"].endswith(name_of(4, 3)) and train[-1]["index"] == 11
-    torch.testing.assert_close(train.images([7, 3, 3]), torch.stack([train[i]["image"] for i in (7, 3, 3)]))
+    torch.testing.assert_close(
+        train.images([7, 3, 3]), torch.stack([train[i]["image"] for i in (7, 3, 3)])
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.float64, ">i2"])
@@ -177,7 +187,9 @@ def test_plain_nii_and_hidden_files(study, config):
 
 def test_a_last_axis_of_one_is_welcome_and_a_volume_is_sent_to_the_slicer(study, config):
     put(study, noise(7, (*SIZE, 1)), 1)
-    np.testing.assert_array_equal(open_study(config)["train"].pixels[1], noise(7, (*SIZE, 1))[:, :, 0])
+    np.testing.assert_array_equal(
+        open_study(config)["train"].pixels[1], noise(7, (*SIZE, 1))[:, :, 0]
+    )
     put(study, noise(6, (*SIZE, 3)), 0)
     with pytest.raises(ValueError, match=r"slice_0.*a volume of 32x16x3.*python volumes.py"):
         open_study(config)
@@ -187,7 +199,9 @@ def test_other_sizes_are_resized_as_skimage_does(study, config, capsys):
     wide = noise(8, (64, 40))  # so much that the smoothing shows
     put(study, wide, 0)
     stretched = open_study(replace(config, fit="stretch"))["train"]
-    np.testing.assert_allclose(stretched.pixels[0], resize(wide, SIZE, anti_aliasing=True), rtol=1e-6)
+    np.testing.assert_allclose(
+        stretched.pixels[0], resize(wide, SIZE, anti_aliasing=True), rtol=1e-6
+    )
     capsys.readouterr()
     train = open_study(config)["train"]
     padded = np.full(SIZE, wide.min())
@@ -258,11 +272,14 @@ def test_all_bad_files_of_all_splits_are_listed_in_one_go(study, config):
     with pytest.raises(ValueError) as error:
         open_study(config)
     message = str(error.value)
-    assert "12 of 18 files" in message and "... and 2 more" in message and message.count("\n  ") == 11
+    assert (
+        "12 of 18 files" in message and "... and 2 more" in message and message.count("\n  ") == 11
+    )
     assert "no patient number" in message and "read as patient 36, week 0, slice 0, as" in message
 
 
-# ---- masks ------------------------------------------------------------------------------------------------
+# ---- masks
+# ------------------------------------------------------------------------------------------------
 
 
 def put_mask(study, split, patient, number, labels, affine=AFFINE):
@@ -276,7 +293,9 @@ def blocks(seed, values=(0, 3, 7), shape=SIZE):
 
 @pytest.fixture
 def masked(study):
-    """Every slice but two has a mask; label 900 is in the test split alone, no 0 among the train split's."""
+    """Every slice but two has a mask; label 900 is in the test split alone, no 0 among the train
+    split's.
+    """
     for number in range(11):
         put_mask(study, "train", 4, number, blocks(number, (3, 7)))
     for number in range(2):
@@ -298,7 +317,9 @@ def test_masks_are_class_indices_of_the_study_s_labels(masked, config, capsys):
         values = np.array(splits["train"].labels)
         for index in (1, 2):
             np.testing.assert_array_equal(values[found[index]], blocks(2, (3, 7)))
-        np.testing.assert_array_equal(values[splits["test"].masks([0])[0]], blocks(60, (900, 3, -2)))
+        np.testing.assert_array_equal(
+            values[splits["test"].masks([0])[0]], blocks(60, (900, 3, -2))
+        )
         indices = torch.tensor([4, 1])
         on_cpu = splits["train"].masks_on(torch.device("cpu"))
         torch.testing.assert_close(on_cpu(indices), splits["train"].masks(indices))
@@ -310,7 +331,9 @@ def test_masks_are_class_indices_of_the_study_s_labels(masked, config, capsys):
 
 def test_a_study_without_masks_has_no_labels(config, capsys):
     train = open_study(config)["train"]
-    assert train.labels == () and not train.has_mask.any() and "no mask" not in capsys.readouterr().out
+    assert (
+        train.labels == () and not train.has_mask.any() and "no mask" not in capsys.readouterr().out
+    )
     with pytest.raises(ValueError, match="without masks"):
         train.masks([0])
 
@@ -337,11 +360,23 @@ def test_masks_are_part_of_the_fingerprint_and_the_cache(masked, config, capsys)
 
 
 MASK_FAULTS = {
-    "size": ({"labels": blocks(1, shape=(32, 17))}, r"mask .*seg_004_week_0_slice_5.*shape is \(32, 17\)"),
-    "fractions": ({"labels": blocks(1) + np.float32(0.5)}, r"seg_004_week_0_slice_5.*not whole numbers"),
+    "size": (
+        {"labels": blocks(1, shape=(32, 17))},
+        r"mask .*seg_004_week_0_slice_5.*shape is \(32, 17\)",
+    ),
+    "fractions": (
+        {"labels": blocks(1) + np.float32(0.5)},
+        r"seg_004_week_0_slice_5.*not whole numbers",
+    ),
     "NaN": ({"labels": blocks(1) * np.float32("nan")}, r"seg_004_week_0_slice_5.*NaN"),
-    "no slice": ({"labels": blocks(1), "number": 77}, r"seg_004_week_0_slice_77.*without its slice"),
-    "another patient": ({"labels": blocks(1), "patient": 36}, r"seg_036_week_0_slice_5.*without its slice"),
+    "no slice": (
+        {"labels": blocks(1), "number": 77},
+        r"seg_004_week_0_slice_77.*without its slice",
+    ),
+    "another patient": (
+        {"labels": blocks(1), "patient": 36},
+        r"seg_036_week_0_slice_5.*without its slice",
+    ),
     "mirrored": (
         {"labels": blocks(1), "affine": AFFINE @ np.diag([-1, 1, 1, 1])},
         r"seg_004_week_0_slice_5.*turns or mirrors",
@@ -368,7 +403,8 @@ def test_a_mask_with_an_unnamed_affine_or_an_extra_axis_is_welcome(study, config
     np.testing.assert_array_equal(np.array(train.labels)[train.masks([0])[0]], blocks(1))
 
 
-# ---- cache ------------------------------------------------------------------------------------------------
+# ---- cache
+# ------------------------------------------------------------------------------------------------
 
 
 def the_cache(tmp_path):
@@ -393,9 +429,13 @@ def test_a_copy_has_the_same_fingerprint_and_other_pixels_another(study, config,
         shutil.copytree(study, tmp_path / "copy", copy_function=shutil.copyfile)
     )  # with times of its own
     again = open_study(replace(config, data=str(copy)))
-    assert [again[split].fingerprint for split in SPLITS] == [first[split].fingerprint for split in SPLITS]
+    assert [again[split].fingerprint for split in SPLITS] == [
+        first[split].fingerprint for split in SPLITS
+    ]
     path = copy / "keras_slices_train" / name_of(4, 0)
-    save(path, nibabel.load(path).get_fdata().astype(np.float32)[::-1])  # of the same mean and deviation
+    save(
+        path, nibabel.load(path).get_fdata().astype(np.float32)[::-1]
+    )  # of the same mean and deviation
     changed = open_study(replace(config, data=str(copy)))
     assert changed["train"].fingerprint != first["train"].fingerprint
     assert changed["test"].fingerprint == first["test"].fingerprint
@@ -450,7 +490,9 @@ TAMPERS = [
 
 
 @pytest.mark.parametrize("tamper", [*TAMPERS, tamper_broken_index, tamper_added_slice])
-def test_a_cache_that_does_not_match_is_rebuilt_with_a_line(study, config, tmp_path, capsys, tamper):
+def test_a_cache_that_does_not_match_is_rebuilt_with_a_line(
+    study, config, tmp_path, capsys, tamper
+):
     open_study(config)
     tamper(study, the_cache(tmp_path))
     capsys.readouterr()
@@ -490,7 +532,9 @@ def test_default_cache_is_outside_the_study(study, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     before = sorted(study.rglob("*"))
     open_study(DataConfig(data=str(study), height=32, width=16))
-    assert sorted(study.rglob("*")) == before and any((tmp_path / "xdg" / "vqvae2-slices").iterdir())
+    assert sorted(study.rglob("*")) == before and any(
+        (tmp_path / "xdg" / "vqvae2-slices").iterdir()
+    )
 
 
 def test_a_cache_is_readable_by_its_owner_alone(study, config, tmp_path):
@@ -516,7 +560,9 @@ def test_first_decodes_at_once_all_succeed(study, tmp_path):
     code = "import sys, dataset; s = dataset.open_study(dataset.DataConfig(sys.argv[1], 32, 16, cache=sys.argv[2])); "
     code += "print(float(s['train'].images(range(12)).sum()))"
     command = [sys.executable, "-c", code, str(study), str(tmp_path / "c")]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) for _ in range(3)]
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) for _ in range(3)
+    ]
     outputs = [process.communicate()[0] for process in running]
     assert [process.returncode for process in running] == [0] * 3
     assert len({output.splitlines()[-1] for output in outputs}) == 1
@@ -562,7 +608,9 @@ def test_a_broken_affine_is_said_when_the_study_is_opened(study, config, capsys,
     assert "1 slices have an affine that is none in their header" in capsys.readouterr().out
     dataset.save_reconstruction(train, 0, np.zeros(SIZE), tmp_path / "r.nii.gz")
     header = nibabel.load(tmp_path / "r.nii.gz").header
-    np.testing.assert_allclose(header["pixdim"][1:3], np.linalg.norm(AFFINE[:3, :2], axis=0), rtol=1e-6)
+    np.testing.assert_allclose(
+        header["pixdim"][1:3], np.linalg.norm(AFFINE[:3, :2], axis=0), rtol=1e-6
+    )
     assert header["sform_code"] == header["qform_code"] == 0
 
 
@@ -587,7 +635,13 @@ def test_the_affine_of_the_model_s_grid_covers_a_slice_of_another_size(study, co
 def test_a_record_of_a_study_comes_back_and_a_damaged_one_is_named(config):
     info = StudyInfo.from_splits(open_study(config))
     assert StudyInfo.from_checkpoint({"data": info.as_dict()}, "c.pth") == info
-    changes = [{"height": "32"}, {"fit": "squeeze"}, {"labels": ["1"]}, {"fingerprints": 3}, {"width": 0}]
+    changes = [
+        {"height": "32"},
+        {"fit": "squeeze"},
+        {"labels": ["1"]},
+        {"fingerprints": 3},
+        {"width": 0},
+    ]
     for change in changes:
         with pytest.raises(UserError, match=r"c\.pth"):
             StudyInfo.from_checkpoint({"data": info.as_dict() | change}, "c.pth")
@@ -602,7 +656,8 @@ def test_positions_run_from_the_first_slice_of_a_volume_to_its_last(study, confi
     np.testing.assert_allclose(train.positions, expected, rtol=1e-6)
 
 
-# ---- datasets ---------------------------------------------------------------------------------------------
+# ---- datasets
+# ---------------------------------------------------------------------------------------------
 
 
 def test_a_loader_with_workers_equals_direct_reading(config):
@@ -635,9 +690,13 @@ def test_a_reconstruction_goes_back_to_scanner_units_and_place(study, config, tm
     put(study, smooth, 1)
     train = open_study(config)["train"]
     for index, source, tolerance in ((0, noise(400), 1e-6), (1, smooth, 2e-2)):
-        dataset.save_reconstruction(train, index, train[index]["image"][0].numpy(), tmp_path / "r.nii.gz")
+        dataset.save_reconstruction(
+            train, index, train[index]["image"][0].numpy(), tmp_path / "r.nii.gz"
+        )
         image = nibabel.load(tmp_path / "r.nii.gz")
-        np.testing.assert_allclose(np.asarray(image.dataobj), source, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(
+            np.asarray(image.dataobj), source, rtol=tolerance, atol=tolerance
+        )
         np.testing.assert_allclose(image.affine, AFFINE)
         assert image.get_data_dtype() == np.float32 and image.shape == source.shape
     with pytest.raises(ValueError, match=r"expected \(32, 16\)"):
@@ -653,8 +712,8 @@ def test_of_studies_of_one_name_that_of_the_training_is_found(study, tmp_path, m
         made[copy] = StudyInfo.from_splits(splits)
     monkeypatch.chdir(tmp_path)
     for copy, info in made.items():
-        assert dataset.find_trained_study(replace(info, study="keras_slices_data"), "x.pth", cache) == str(
-            copy
-        )
+        assert dataset.find_trained_study(
+            replace(info, study="keras_slices_data"), "x.pth", cache
+        ) == str(copy)
     with pytest.raises(FileNotFoundError, match=r"x\.pth was trained on is not there"):
         dataset.find_trained_study(info, "x.pth", str(tmp_path / "empty"))

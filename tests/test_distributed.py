@@ -1,4 +1,6 @@
-"""Two processes under torchrun train as one does on the joined batch. Each of the two runs this file itself."""
+"""Two processes under torchrun train as one does on the joined batch. Each of the two runs this
+file itself.
+"""
 
 import dataclasses
 import itertools
@@ -14,25 +16,22 @@ import torch
 from conftest import ROOT
 from test_train import SMALL
 
-import loop
-import runtime
 import train
 from dataset import DataConfig
-from prior import PriorConfig
+from new_slices.prior import PriorConfig
+from support import runtime, trainer
 
-MODEL = dataclasses.replace(SMALL, K=32, revive=0.5)  # many codes die, and restart at random vectors
+MODEL = dataclasses.replace(
+    SMALL, K=32, revive=0.5
+)  # many codes die, and restart at random vectors
 TINY = PriorConfig(
-    prior_channels=16,
-    prior_heads=2,
-    prior_top_layers=1,
-    prior_bottom_layers=1,
-    prior_dropout=0.0,
+    prior_channels=16, prior_heads=2, prior_top_layers=1, prior_bottom_layers=1, prior_dropout=0.0
 )
 SETTINGS = {"device": "cpu", "lr": 1e-3, "schedule": "cosine", "weight_decay": 0.01, "clip": 1.0}
 
 
 def fit(study, out, batch_size, checkpoint=None):
-    config = loop.TrainConfig(out=str(out), epochs=2, batch_size=batch_size, **SETTINGS)
+    config = trainer.TrainConfig(out=str(out), epochs=2, batch_size=batch_size, **SETTINGS)
     data = DataConfig(data=str(study), height=64, width=32)
     loss = train.LossConfig(flip=True)
     return train.train_autoencoder(
@@ -41,13 +40,15 @@ def fit(study, out, batch_size, checkpoint=None):
 
 
 def fit_prior(autoencoder, out, batch_size):
-    config = loop.TrainConfig(out=str(out), epochs=2, batch_size=batch_size, **SETTINGS)
+    config = trainer.TrainConfig(out=str(out), epochs=2, batch_size=batch_size, **SETTINGS)
     codes = train.CodesConfig(str(autoencoder))
     return train.train_prior(train.Settings("prior", codes=codes, prior=TINY, train=config))
 
 
 def in_the_6th_step_of_rank_1(act):
-    """`train.losses`, and once `act` on its terms; rank 1 has no slice of the 4th step, so this is its 5th."""
+    """`train.losses`, and once `act` on its terms; rank 1 has no slice of the 4th step, so this is
+    its 5th.
+    """
     losses, steps = train.losses, itertools.count(1)
 
     def watched(x, output, config, masks=None):
@@ -67,13 +68,17 @@ def on_one_of_two(study: str, autoencoder: str, out: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             fit(study, out / "stopped", batch_size=2)
         train.losses = losses
-        train.losses = in_the_6th_step_of_rank_1(lambda terms: terms.update(loss=terms["loss"] * torch.nan))
+        train.losses = in_the_6th_step_of_rank_1(
+            lambda terms: terms.update(loss=terms["loss"] * torch.nan)
+        )
         fit(study, out / "broken", batch_size=2)
 
 
 @pytest.fixture(scope="module")
 def studied(study, tmp_path_factory):
-    """13 slices to train on: batches of 4 leave one, of which a second rank has no share; 5 to validate."""
+    """13 slices to train on: batches of 4 leave one, of which a second rank has no share; 5 to
+    validate.
+    """
     copy = shutil.copytree(study, tmp_path_factory.mktemp("odd") / study.name)
     next((copy / "keras_slices_train").iterdir()).unlink()
     out = tmp_path_factory.mktemp("ranks")
@@ -92,12 +97,16 @@ def studied(study, tmp_path_factory):
 
 def epochs(path):
     return [
-        record for record in runtime.load_checkpoint(path, "vqvae2", "prior")["history"] if "epoch" in record
+        record
+        for record in runtime.load_checkpoint(path, "vqvae2", "prior")["history"]
+        if "epoch" in record
     ]
 
 
 def assert_close(one, other):
-    """The curves of both runs, term by term, the codes that they used, and their weights and codebooks."""
+    """The curves of both runs, term by term, the codes that they used, and their weights and
+    codebooks.
+    """
     for mine, theirs in zip(epochs(one), epochs(other), strict=True):
         assert (mine["epoch"], mine["step"], mine["codes"]) == (
             theirs["epoch"],
@@ -107,7 +116,9 @@ def assert_close(one, other):
         for split in ("train", "validate"):
             assert mine[split] == pytest.approx(theirs[split], rel=1e-5), split
         assert mine["lr"] == pytest.approx(theirs["lr"], rel=1e-9)
-    one, other = (runtime.load_checkpoint(path, "vqvae2", "prior")["model"] for path in (one, other))
+    one, other = (
+        runtime.load_checkpoint(path, "vqvae2", "prior")["model"] for path in (one, other)
+    )
     for name, value in one.items():
         torch.testing.assert_close(
             value, other[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
@@ -133,12 +144,16 @@ def test_the_autoencoder_is_that_of_one_process(studied):
 
 
 def test_one_process_goes_on_where_two_were_stopped(studied):
-    """Rank 1 alone was told to: both end at the same step, and what both counted is in the checkpoint."""
+    """Rank 1 alone was told to: both end at the same step, and what both counted is in the
+    checkpoint.
+    """
     study, out, _ = studied
     checkpoint = runtime.load_checkpoint(out / "stopped" / "vqvae2_interrupted.pth", "vqvae2")
     assert (checkpoint["step"], checkpoint["seen"], checkpoint["epoch"]) == (6, 8, 1)
     fit(study, out / "stopped", 4, checkpoint)
-    assert_close(out / "stopped" / "vqvae2_epoch_final.pth", out / "whole" / "vqvae2_epoch_final.pth")
+    assert_close(
+        out / "stopped" / "vqvae2_epoch_final.pth", out / "whole" / "vqvae2_epoch_final.pth"
+    )
 
 
 def test_a_rank_that_dies_ends_the_run_with_its_error(studied):
@@ -146,7 +161,10 @@ def test_a_rank_that_dies_ends_the_run_with_its_error(studied):
     assert done.returncode != 0
     assert "error of rank 1: the loss is nan at epoch 2, step 6, on case_00" in done.stderr
     assert "exitcode  : 2" in done.stderr
-    assert {path.name for path in (out / "broken").glob("*.pth")} == {"vqvae2_epoch_1.pth", "vqvae2_best.pth"}
+    assert {path.name for path in (out / "broken").glob("*.pth")} == {
+        "vqvae2_epoch_1.pth",
+        "vqvae2_best.pth",
+    }
     assert runtime.load_checkpoint(out / "broken" / "vqvae2_epoch_1.pth", "vqvae2")["step"] == 4
 
 

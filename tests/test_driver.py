@@ -1,4 +1,6 @@
-"""The whole story as a user runs it, on a study of a few slices and on a phantom of a few slices."""
+"""The whole story as a user runs it, on a study of a few slices and on a phantom of a few
+slices.
+"""
 
 import csv
 import dataclasses
@@ -10,13 +12,12 @@ import pytest
 from conftest import run
 from test_train import SHAPE_FLAGS
 
-import anatomy
 import driver
-import phantom
-import runtime
 import train
 from dataset import StudyInfo
 from modules import VQVAE2, VQVAE2Config
+from new_slices import organs
+from support import phantom, runtime
 
 PRIOR_FLAGS = "--prior-channels 16 --prior-minutes 0.02 --n 3".split()
 
@@ -42,9 +43,17 @@ def test_data_training_scores_and_new_slices_in_one_command(study, tmp_path):
     with open(results / "test_scores.csv") as file:
         rows = list(csv.DictReader(file))
     np.testing.assert_allclose(
-        np.mean([float(row["ssim_report"]) for row in rows]), scores["ssim_report"]["mean"], atol=2e-6
+        np.mean([float(row["ssim_report"]) for row in rows]),
+        scores["ssim_report"]["mean"],
+        atol=2e-6,
     )
-    for name in ("comparison.png", "loss_plot.png", "original_0.png", "reconstruction_0.png", "log.jsonl"):
+    for name in (
+        "comparison.png",
+        "loss_plot.png",
+        "original_0.png",
+        "reconstruction_0.png",
+        "log.jsonl",
+    ):
         assert (results / name).stat().st_size > 0
     written = sorted(path.name for path in (results / "reconstructions").iterdir())
     assert written == sorted(path.name for path in (study / "keras_slices_test").iterdir())
@@ -55,11 +64,13 @@ def test_data_training_scores_and_new_slices_in_one_command(study, tmp_path):
 
 def test_without_data_it_makes_a_phantom_and_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    tiny = phantom.PhantomConfig(train_patients=1, validate_patients=1, test_patients=1, weeks=1, slices=2)
+    tiny = phantom.PhantomConfig(
+        train_patients=1, validate_patients=1, test_patients=1, weeks=1, slices=2
+    )
     monkeypatch.setattr(phantom.write_phantom, "__defaults__", (tiny,))
-    train_segmenter = anatomy.train_segmenter
+    train_segmenter = organs.train_segmenter
     monkeypatch.setattr(
-        anatomy,
+        organs,
         "train_segmenter",
         lambda *args, steps, **settings: train_segmenter(*args, steps=2, **settings),
     )
@@ -108,15 +119,23 @@ def test_the_priors_suit_the_preset_or_the_study_resumed(
         model = VQVAE2(VQVAE2Config(K=16, channels=8, top_channels=8))
         configs = {"model": model.config, "loss": train.LossConfig(), "train": train.TrainConfig()}
         checkpoint = {"kind": "vqvae2", "model": model.state_dict(), "epoch": 1}
-        checkpoint |= {f"{key}_config": dataclasses.asdict(config) for key, config in configs.items()}
-        checkpoint["data"] = StudyInfo(str(study), 64, 32, {}, synthetic=name == "synthetic").as_dict()
+        checkpoint |= {
+            f"{key}_config": dataclasses.asdict(config) for key, config in configs.items()
+        }
+        checkpoint["data"] = StudyInfo(
+            str(study), 64, 32, {}, synthetic=name == "synthetic"
+        ).as_dict()
         runtime.save_checkpoint(Path(f"{name}.pth"), checkpoint)
     found = []
     for module, name in ((driver.train, "train_autoencoder"), (driver.predict, "predict")):
         monkeypatch.setattr(module, name, lambda *args: "best.pth")
-    monkeypatch.setattr(driver.train, "train_prior", lambda settings: found.append(settings) or "prior.pth")
+    monkeypatch.setattr(
+        driver.train, "train_prior", lambda settings: found.append(settings) or "prior.pth"
+    )
     monkeypatch.setattr(driver.generate, "generate", lambda *args: None)
-    monkeypatch.setattr("sys.argv", ["driver.py", *flags, *([str(study)] if flags[-1] == "--data" else [])])
+    monkeypatch.setattr(
+        "sys.argv", ["driver.py", *flags, *([str(study)] if flags[-1] == "--data" else [])]
+    )
     driver.main()
     (used,) = found
     expected = train.make_settings({"stage": "prior", "preset": preset, "prior_channels": channels})

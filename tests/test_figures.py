@@ -1,4 +1,6 @@
-"""Pictures are read back: exact pixels where that is the promise, else size, content and no text cut off."""
+"""Pictures are read back: exact pixels where that is the promise, else size, content and no text
+cut off.
+"""
 
 from itertools import combinations
 
@@ -9,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
-import figures
+from support import figures
 
 RNG = np.random.default_rng(0)
 SLICE = RNG.normal(size=(256, 128)).astype(np.float32)
@@ -30,7 +32,9 @@ def drawn(monkeypatch):
 
 
 def texts(figure):
-    return {text.get_text() for text in figure.findobj(Text) if text.get_visible() and text.get_text()}
+    return {
+        text.get_text() for text in figure.findobj(Text) if text.get_visible() and text.get_text()
+    }
 
 
 def assert_nothing_cut(figure):
@@ -64,7 +68,9 @@ def test_loss_plot_shows_both_curves(tmp_path, drawn, epochs):
 
 @pytest.mark.parametrize("shape", [(256, 128), (64, 32), (128, 128)])
 def test_comparison_sheet_has_one_scale_for_all_differences(tmp_path, drawn, shape):
-    """An error of a tenth of the range looks the same in a slice of range 4 and in one of range 400."""
+    """An error of a tenth of the range looks the same in a slice of range 4 and in one of range
+    400.
+    """
     small = np.tile(np.linspace(-2, 2, shape[1]), (shape[0], 1))
     rows = [
         (f"{i}: patient 040, week 0, slice {i}\nSSIM 0.9", x, x + 0.1 * np.ptp(x))
@@ -78,7 +84,9 @@ def test_comparison_sheet_has_one_scale_for_all_differences(tmp_path, drawn, sha
     assert panels[3].get_clim() == panels[4].get_clim() == (-200, 200)  # of the original, for both
     titles = [text.get_window_extent() for text in drawn[0].texts]
     assert not any(one.overlaps(other) for one, other in combinations(titles, 2))
-    assert {rows[0][0], "synthetic phantom, not MRI", "original", "reconstruction"} <= texts(drawn[0])
+    assert {rows[0][0], "synthetic phantom, not MRI", "original", "reconstruction"} <= texts(
+        drawn[0]
+    )
     assert_nothing_cut(drawn[0])
 
 
@@ -134,8 +142,18 @@ def test_rate_distortion_draws_every_curve_and_point(tmp_path, drawn, models):
             (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
             assert left < xy[0] < right and low < xy[1] < high
     shown = texts(drawn[0])
-    assert {"JPEG", "AVIF", "nominal", "prior", *points, *panels, "synthetic phantom, not MRI"} <= shown
-    assert len(drawn[0].legends[0].get_texts()) == 3 + 2 + 2 + models  # headings, and each entry once
+    assert {
+        "JPEG",
+        "AVIF",
+        "nominal",
+        "prior",
+        *points,
+        *panels,
+        "synthetic phantom, not MRI",
+    } <= shown
+    assert (
+        len(drawn[0].legends[0].get_texts()) == 3 + 2 + 2 + models
+    )  # headings, and each entry once
     for axes in drawn[0].axes:  # a model's line and points have its colour, and no codec's
         lines = {line.get_label(): line.get_color() for line in axes.lines}
         colours = [lines[name] for name in points]

@@ -1,4 +1,6 @@
-"""Sampling and its report, with an autoencoder of a few seconds and priors that have learnt nothing."""
+"""Sampling and its report, with an autoencoder of a few seconds and priors that have learnt
+nothing.
+"""
 
 import dataclasses
 import json
@@ -14,21 +16,16 @@ import torch
 from conftest import run
 from PIL import Image
 
-import appraise
-import codes
 import generate
-import runtime
 from dataset import DataConfig, open_study, parse_name
 from modules import VQVAE2, VQVAE2Config
-from prior import Prior, PriorConfig
+from new_slices import code_maps, sample_report
+from new_slices.prior import Prior, PriorConfig
+from support import runtime
 
 MODEL = VQVAE2Config(K=16, D=8, channels=16, top_channels=16, residual_channels=8, decoder_blocks=1)
 PRIOR = PriorConfig(
-    K=16,
-    prior_channels=8,
-    prior_heads=2,
-    prior_top_layers=1,
-    prior_bottom_layers=1,
+    K=16, prior_channels=8, prior_heads=2, prior_top_layers=1, prior_bottom_layers=1
 )
 
 
@@ -49,15 +46,25 @@ def trained(study, tmp_path_factory):
     """The folder of both checkpoints, the models and the study's splits."""
     torch.manual_seed(0)
     splits = open_study(DataConfig(data=str(study), height=64, width=32))
-    model, prior, x = VQVAE2(MODEL), Prior(PRIOR, (8, 4), codes.NUMBERS), splits["train"].images(range(14))
+    model, prior, x = (
+        VQVAE2(MODEL),
+        Prior(PRIOR, (8, 4), code_maps.NUMBERS),
+        splits["train"].images(range(14)),
+    )
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(60):
         output = model(x)
-        loss = (output.reconstruction - x).square().mean() + output.top.commitment + output.bottom.commitment
+        loss = (
+            (output.reconstruction - x).square().mean()
+            + output.top.commitment
+            + output.bottom.commitment
+        )
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    for parameter in prior.parameters():  # an untrained prior is uniform: any likelihood would look right
+    for (
+        parameter
+    ) in prior.parameters():  # an untrained prior is uniform: any likelihood would look right
         torch.nn.init.normal_(parameter, std=0.3)
     folder = tmp_path_factory.mktemp("Results")
     save_models(folder, study, splits, model.eval(), prior.eval())
@@ -65,12 +72,19 @@ def trained(study, tmp_path_factory):
 
 
 def config(trained, out, **settings):
-    files = {"checkpoint": str(trained[0] / "vqvae2_best.pth"), "prior": str(trained[0] / "prior_best.pth")}
-    return generate.GenerateConfig(**{**files, "out": str(out), "device": "cpu", "n": 5, **settings})
+    files = {
+        "checkpoint": str(trained[0] / "vqvae2_best.pth"),
+        "prior": str(trained[0] / "prior_best.pth"),
+    }
+    return generate.GenerateConfig(
+        **{**files, "out": str(out), "device": "cpu", "n": 5, **settings}
+    )
 
 
 def written(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +103,9 @@ def test_files_are_named_and_say_what_they_are(made, trained):
     out, report = made
     train = trained[3]["train"]
     names = {"grid", "overview", "copying", "nearest", *(f"{i:04d}" for i in range(5))}
-    assert {path.stem for path in out.glob("*.png")} - {"realism"} == names  # tiny: it may see no control
+    assert {path.stem for path in out.glob("*.png")} - {
+        "realism"
+    } == names  # tiny: it may see no control
     assert Image.open(out / "0003.png").size == (32, 64)
     manifest = json.loads((out / "manifest.json").read_text())
     assert (manifest["asked"], manifest["done"], manifest["seed"]) == (5, 5, 0)
@@ -99,17 +115,27 @@ def test_files_are_named_and_say_what_they_are(made, trained):
     assert [parse_name(file).patient for file in files] == [900, 901, 902, 903, 904]
     # samples lie where test slices do: 0, 1/3, 2/3, 1 of patient 40, and 0, 1 of 41
     assert {round(3 * position, 3) for position in manifest["positions"]} <= {0, 1, 2, 3}
-    assert [parse_name(file).slice for file in files] == [round(59 * p) for p in manifest["positions"]]
+    assert [parse_name(file).slice for file in files] == [
+        round(59 * p) for p in manifest["positions"]
+    ]
     image = nibabel.load(files[0])
-    assert b"synthetic" in image.header["descrip"].item() and np.array_equal(image.affine, train.affines[0])
+    assert b"synthetic" in image.header["descrip"].item() and np.array_equal(
+        image.affine, train.affines[0]
+    )
     z = (image.get_fdata() - np.median(train.mean)) / np.median(train.std)
     assert np.abs(z).max() < 20 and image.get_data_dtype() == np.float32
-    assert report == {k: v for k, v in json.loads((out / "report.json").read_text()).items() if k in report}
+    assert report == {
+        k: v for k, v in json.loads((out / "report.json").read_text()).items() if k in report
+    }
 
 
 def test_a_sample_depends_on_its_seed_and_not_on_batch_or_count(made, trained, tmp_path, no_report):
     def slices(out):
-        return {name: of for name, of in written(out).items() if name.stem.isdigit() or name.suffix == ".gz"}
+        return {
+            name: of
+            for name, of in written(out).items()
+            if name.stem.isdigit() or name.suffix == ".gz"
+        }
 
     generate.generate(config(trained, tmp_path / "three", n=3, batch_size=3))
     three, five = slices(tmp_path / "three"), slices(made[0])
@@ -119,7 +145,9 @@ def test_a_sample_depends_on_its_seed_and_not_on_batch_or_count(made, trained, t
 
 
 def test_interrupted_sampling_keeps_what_is_finished(made, trained, tmp_path, monkeypatch, capsys):
-    shutil.copytree(made[0], tmp_path, dirs_exist_ok=True)  # an earlier run's files must not pass for ours
+    shutil.copytree(
+        made[0], tmp_path, dirs_exist_ok=True
+    )  # an earlier run's files must not pass for ours
     whole, calls = Prior.sample, []
 
     def interrupted(self, *args, progress, **options):
@@ -132,16 +160,15 @@ def test_interrupted_sampling_keeps_what_is_finished(made, trained, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         generate.generate(config(trained, tmp_path, batch_size=2))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert (manifest["asked"], manifest["done"]) == (5, 2) and "2 of 5 slices" in capsys.readouterr().out
+    assert (manifest["asked"], manifest["done"]) == (
+        5,
+        2,
+    ) and "2 of 5 slices" in capsys.readouterr().out
     assert {path.name for path in tmp_path.glob("*")} - {
         "keras_slices_synthetic",
         "codes.npz",
         "index.html",
-    } == {
-        "0000.png",
-        "0001.png",
-        "manifest.json",
-    }
+    } == {"0000.png", "0001.png", "manifest.json"}
     assert len(list((tmp_path / "keras_slices_synthetic").iterdir())) == 2
     assert (tmp_path / "0001.png").read_bytes() == (made[0] / "0001.png").read_bytes()
 
@@ -169,18 +196,27 @@ def test_likelihood_is_that_of_the_prior_by_hand(made, trained):
                 for level in ("top", "bottom")
             )
             rate = likelihood[name]
-            assert rate["n"] == len(split) and 0 < rate["standard_error"] < 0.1 * rate["bits_per_pixel"]
+            assert (
+                rate["n"] == len(split)
+                and 0 < rate["standard_error"] < 0.1 * rate["bits_per_pixel"]
+            )
             error = max(4 * rate["standard_error"], 0.03 * rate["bits_per_pixel"])
             assert rate["bits_per_pixel"] == pytest.approx((top + bottom) / (64 * 32), abs=error)
-            assert rate["bits_per_code"] == pytest.approx((top + bottom) / 160, abs=error * 64 * 32 / 160)
+            assert rate["bits_per_code"] == pytest.approx(
+                (top + bottom) / 160, abs=error * 64 * 32 / 160
+            )
             total = 32 * rate["bits_top_code"] + 128 * rate["bits_bottom_code"]
             assert total == pytest.approx(rate["bits_per_pixel"] * 64 * 32)
             assert rate["bits_top_code"] == pytest.approx(top / 32, rel=0.1)
     assert likelihood["nominal_bits_per_pixel"] == 160 * 4 / (64 * 32)
 
 
-@pytest.mark.parametrize("split, mirrored", [("train", False), ("train", True), ("validate", False)])
-def test_a_prior_that_repeats_its_training_slices_is_caught(trained, tmp_path, monkeypatch, split, mirrored):
+@pytest.mark.parametrize(
+    "split, mirrored", [("train", False), ("train", True), ("validate", False)]
+)
+def test_a_prior_that_repeats_its_training_slices_is_caught(
+    trained, tmp_path, monkeypatch, split, mirrored
+):
     splits, copied = trained[3], split == "train"
 
     def repeat(config, model, prior, positions, drawn, keep):
@@ -188,7 +224,7 @@ def test_a_prior_that_repeats_its_training_slices_is_caught(trained, tmp_path, m
         x = x.flip(2) if mirrored else x
         with torch.inference_mode():
             top, bottom = model.encode(x)
-        samples = codes.Samples(x[:, 0].numpy(), top.numpy(), bottom.numpy(), None)
+        samples = code_maps.Samples(x[:, 0].numpy(), top.numpy(), bottom.numpy(), None)
         keep(0, samples)
         return samples
 
@@ -197,7 +233,11 @@ def test_a_prior_that_repeats_its_training_slices_is_caught(trained, tmp_path, m
     for measure in ("correlation", "code agreement"):
         found = copying[measure]
         assert found["verdict"].startswith("COPIES") == copied
-        assert found["samples"]["share"] == 1 if copied else found["samples"]["share"] <= found["margin"]
+        assert (
+            found["samples"]["share"] == 1
+            if copied
+            else found["samples"]["share"] <= found["margin"]
+        )
         if copied:
             names = {entry["sample"]: entry["train"] for entry in found["nearest"]}
             assert names == {i: splits["train"].paths[i].name for i in range(5)}
@@ -207,56 +247,73 @@ def test_a_prior_that_repeats_its_training_slices_is_caught(trained, tmp_path, m
 def test_altered_training_slices_are_found(trained):
     """A slice that was shifted, turned and bent as a variant is, is a copy of that variant."""
     _, model, prior, splits = trained
-    train, variants, indices = splits["train"], codes.Variants(4, 14), torch.tensor([3, 8])
-    maps = codes.extract_codes(model, splits, 4, "model", trained[0] / "four.npz")
+    train, variants, indices = splits["train"], code_maps.Variants(4, 14), torch.tensor([3, 8])
+    maps = code_maps.extract_codes(model, splits, 4, "model", trained[0] / "four.npz")
     copied = variants.images(train.images(indices), 3, indices)[:, 0].numpy()
-    levels = (maps[f"train_{level}"][3, indices].astype(np.int64) for level in codes.LEVELS)
-    samples = codes.Samples(copied, *levels, None)
-    inputs = appraise.Inputs(model, prior, splits, maps, samples, np.zeros(2), np.arange(2))
-    rng, row = np.random.default_rng(0), appraise.Row(splits["validate"].images(range(5))[:, 0].numpy(), None)
-    report, _ = appraise.score_copying(inputs, {appraise.RECONSTRUCTIONS: row}, np.arange(6), rng)
+    levels = (maps[f"train_{level}"][3, indices].astype(np.int64) for level in code_maps.LEVELS)
+    samples = code_maps.Samples(copied, *levels, None)
+    inputs = sample_report.Inputs(model, prior, splits, maps, samples, np.zeros(2), np.arange(2))
+    rng, row = (
+        np.random.default_rng(0),
+        sample_report.Row(splits["validate"].images(range(5))[:, 0].numpy(), None),
+    )
+    report, _ = sample_report.score_copying(
+        inputs, {sample_report.RECONSTRUCTIONS: row}, np.arange(6), rng
+    )
     for found in report.values():
-        nearest = {entry["sample"]: (entry["train"], entry["variant"]) for entry in found["nearest"]}
+        nearest = {
+            entry["sample"]: (entry["train"], entry["variant"]) for entry in found["nearest"]
+        }
         assert nearest == {i: (train.paths[index].name, 3) for i, index in enumerate(indices)}
         assert min(entry["similarity"] for entry in found["nearest"]) > 0.999
 
 
 def test_a_measure_that_does_not_see_a_control_is_left_out():
     values = {"plausible": [0.7, 0.5, 0.6, 0.1], "area": [2, 5, 3, 4], "centre": [2, 5, 1.9, 4]}
-    rows = (appraise.FLOOR, *appraise.CONTROLS)
+    rows = (sample_report.FLOOR, *sample_report.CONTROLS)
     table = {row: {name: of[i] for name, of in values.items()} for i, row in enumerate(rows)}
-    assert appraise.blind_measures(table) == ["centre"]
-    table[appraise.HALVES]["plausible"] = 0.7
-    assert appraise.blind_measures(table) == ["plausible", "centre"]
+    assert sample_report.blind_measures(table) == ["centre"]
+    table[sample_report.HALVES]["plausible"] = 0.7
+    assert sample_report.blind_measures(table) == ["plausible", "centre"]
 
 
 def test_controls_are_what_they_are_called(trained):
     _, model, prior, splits = trained
-    maps = codes.extract_codes(model, splits, 2, "model", trained[0] / "two.npz")
-    samples = codes.Samples(np.zeros((5, 64, 32), np.float32), None, None, None)
-    inputs = appraise.Inputs(model, prior, splits, maps, samples, np.zeros(5), np.arange(5))
-    rows = appraise.make_rows(inputs, np.random.default_rng(0))
-    real = rows[appraise.FLOOR].images
-    order = [np.abs(splits["validate"].images(range(5))[:, 0].numpy() - x).max((1, 2)).argmin() for x in real]
+    maps = code_maps.extract_codes(model, splits, 2, "model", trained[0] / "two.npz")
+    samples = code_maps.Samples(np.zeros((5, 64, 32), np.float32), None, None, None)
+    inputs = sample_report.Inputs(model, prior, splits, maps, samples, np.zeros(5), np.arange(5))
+    rows = sample_report.make_rows(inputs, np.random.default_rng(0))
+    real = rows[sample_report.FLOOR].images
+    order = [
+        np.abs(splits["validate"].images(range(5))[:, 0].numpy() - x).max((1, 2)).argmin()
+        for x in real
+    ]
     assert sorted(order) == list(range(5))
-    halves, train = rows[appraise.HALVES].images, splits["train"].images(range(14))[:, 0].numpy()
+    halves, train = (
+        rows[sample_report.HALVES].images,
+        splits["train"].images(range(14))[:, 0].numpy(),
+    )
     np.testing.assert_array_equal(halves[:, 32:], real[:, 32:])
     assert all((train[:, :32] == half).all((1, 2)).any() for half in halves[:, :32])
     with torch.inference_mode():
         top, bottom = model.encode(torch.from_numpy(real)[:, None])
         own = model.decode_codes(top, bottom)[:, 0].numpy()
         mixed = [[model.decode_codes(t[None], b[None])[0, 0].numpy() for b in bottom] for t in top]
-    np.testing.assert_allclose(rows[appraise.RECONSTRUCTIONS].images, own, atol=1e-4)
-    distance = np.abs(np.array(mixed) - rows[appraise.MIXED].images[:, None]).max((2, 3))  # of each bottom
+    np.testing.assert_allclose(rows[sample_report.RECONSTRUCTIONS].images, own, atol=1e-4)
+    distance = np.abs(np.array(mixed) - rows[sample_report.MIXED].images[:, None]).max(
+        (2, 3)
+    )  # of each bottom
     assert (distance.min(1) < 1e-4).all() and (distance.argmin(1) != np.arange(5)).all()
 
 
 def test_a_position_is_asked_of_the_prior_and_of_the_real_slices(trained, tmp_path, monkeypatch):
     asked, whole = [], Prior.sample
-    monkeypatch.setattr(Prior, "sample", lambda self, p, *a, **k: asked.extend(p) or whole(self, p, *a, **k))
-    monkeypatch.setattr(appraise, "FEWEST", 2)
+    monkeypatch.setattr(
+        Prior, "sample", lambda self, p, *a, **k: asked.extend(p) or whole(self, p, *a, **k)
+    )
+    monkeypatch.setattr(sample_report, "FEWEST", 2)
     report = generate.generate(config(trained, tmp_path, position=1.0, n=3))
-    assert asked == [1, 1, 1] and report["realism"]["rows"][appraise.FLOOR]["n"] == 2
+    assert asked == [1, 1, 1] and report["realism"]["rows"][sample_report.FLOOR]["n"] == 2
     asked.clear()
     for split in trained[3].values():
         monkeypatch.setattr(split, "positions", np.full(len(split), np.nan, np.float32))
@@ -299,7 +356,9 @@ def test_models_that_are_not_a_pair(trained, tmp_path):
     runtime.save_checkpoint(tmp_path / "prior_best.pth", {**saved, "autoencoder_sha256": "0" * 64})
     files = ("--checkpoint", tmp_path / "vqvae2_best.pth", "--prior", tmp_path / "prior_best.pth")
     code, _, err = run("generate.py", *files, "--out", tmp_path / "out")
-    assert code == 2 and "prior_best.pth" in err and "vqvae2_best.pth" in err and "000000000000" in err
+    assert (
+        code == 2 and "prior_best.pth" in err and "vqvae2_best.pth" in err and "000000000000" in err
+    )
     hostile = [
         {"top_shape": "8x4"},
         {"autoencoder_sha256": None},
@@ -316,5 +375,7 @@ def test_models_that_are_not_a_pair(trained, tmp_path):
 
 
 def test_what_does_not_fit_is_said_before_anything_is_sampled(trained, tmp_path):
-    with pytest.raises(runtime.UserError, match=r"10000000000 samples take .* GB; .* Fix: a smaller --n"):
+    with pytest.raises(
+        runtime.UserError, match=r"10000000000 samples take .* GB; .* Fix: a smaller --n"
+    ):
         generate.generate(config(trained, tmp_path / "out", n=10**10))

@@ -1,4 +1,6 @@
-"""Every path of a GPU on a stand-in device (stand_in.py): devices do not mix, and no step waits for the device."""
+"""Every path of a GPU on a stand-in device (stand_in.py): devices do not mix, and no step waits for
+the device.
+"""
 
 import re
 
@@ -8,10 +10,10 @@ import torch
 from tqdm import tqdm
 
 import generate
-import loop
 import modules
 import predict
 import train
+from support import trainer
 
 SMALL = {
     "K": 32,
@@ -33,7 +35,8 @@ TRAIN = {
 }
 LOSS = {"mse": 0.0, "l1": 0.2, "ssim": 1.0, "flip": True}
 PRIOR = {"stage": "prior", "prior_channels": 16, "bottom_every": 7, **TRAIN}
-# a wait once a run (have the codebooks started, AdamW's check of lr), once an epoch (sums, counts), or of code maps
+# a wait once a run (have the codebooks started, AdamW's check of lr), once an epoch (sums, counts),
+# or of code maps
 MEANT = (
     r"if self.updates == 0|__init__\(groups, lr|self.sums.tolist|sums / count|count_nonzero|histogram.cpu"
     r"|found.cpu"
@@ -41,7 +44,9 @@ MEANT = (
 
 
 def autoencoder(study, out, **changes):
-    return train.make_settings({"data": str(study), "out": str(out), **SMALL, **TRAIN, **LOSS, **changes})
+    return train.make_settings(
+        {"data": str(study), "out": str(out), **SMALL, **TRAIN, **LOSS, **changes}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,24 +54,29 @@ def trained(study, tmp_path_factory):
     """A folder with both stages trained, the study, and the waits of all that."""
     out = tmp_path_factory.mktemp("gpu")
     with stand_in.device() as activity, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Trainer, "show_loss", lambda *args: None)  # waits twice a second
+        patch.setattr(trainer.Trainer, "show_loss", lambda *args: None)  # waits twice a second
         best = train.train_autoencoder(autoencoder(study, out))
         flags = {"checkpoint": str(best), "data": str(study), "out": str(out), **PRIOR}
         train.train_prior(train.make_settings(flags))
         return out, study, list(activity.waits)
 
 
-def trainer_of(stage: str, trained, **changes) -> loop.Trainer:
+def trainer_of(stage: str, trained, **changes) -> trainer.Trainer:
     out, study, _ = trained
     if stage == "autoencoder":
         settings = autoencoder(study, out / "steps", **changes)
-        return loop.Trainer(train.Autoencoder(settings), settings.train)
-    flags = {"checkpoint": str(out / "vqvae2_best.pth"), "data": str(study), "out": str(out), **PRIOR}
+        return trainer.Trainer(train.Autoencoder(settings), settings.train)
+    flags = {
+        "checkpoint": str(out / "vqvae2_best.pth"),
+        "data": str(study),
+        "out": str(out),
+        **PRIOR,
+    }
     settings = train.make_settings(flags)
-    return loop.Trainer(train.CodePriors(settings), settings.train)
+    return trainer.Trainer(train.CodePriors(settings), settings.train)
 
 
-def take_steps(trainer: loop.Trainer, count: int = 3) -> list[str]:
+def take_steps(trainer: trainer.Trainer, count: int = 3) -> list[str]:
     """The waits of some training steps after the first, of which each may end a run."""
     trainer.stage.start_epoch(torch.Generator().manual_seed(0))
     trainer.model.train()
@@ -88,38 +98,6 @@ def test_training_mixes_no_devices_and_waits_only_where_meant(trained):
 def test_a_step_waits_for_nothing(trained, stage, optimiser):
     with stand_in.device():
         assert take_steps(trainer_of(stage, trained, optimiser=optimiser)) == []
-
-
-def losses_of_run(trained, out, **changes) -> list:
-    """The training losses of every epoch, and the weights at the end."""
-    with stand_in.device(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Trainer, "show_loss", lambda *args: None)
-        settings = autoencoder(trained[1], out, epochs=2, batch_size=4, schedule="cosine", **changes)
-        trainer = loop.Trainer(train.Autoencoder(settings), settings.train)
-        for _ in range(2):
-            trainer.train_epoch(tqdm(disable=True), [])
-            trainer.end_epoch()
-        epochs = [line for line in trainer.progress.history if "epoch" in line]
-        weights = [parameter.data_on_cpu for parameter in trainer.model.parameters()]
-        return [line["train"] | line["validate"] | line["codes"] for line in epochs], weights
-
-
-def test_a_captured_step_is_the_eager_step(trained, tmp_path):
-    """14 slices in batches of 4: three eager steps, a replay after it, and an eager last batch of each epoch."""
-    eager, weights = losses_of_run(trained, tmp_path / "eager")
-    stand_in.activity.clear()
-    captured, captured_weights = losses_of_run(trained, tmp_path / "captured", cuda_graph="on")
-    assert captured == eager
-    assert all(torch.equal(a, b) for a, b in zip(weights, captured_weights, strict=True))
-    assert stand_in.activity.launches["replay"] > 0
-
-
-def test_a_learning_rate_that_a_graph_bakes_in_is_found(trained, tmp_path, monkeypatch):
-    make, cpu = loop.make_optimiser, torch.device("cpu")
-    monkeypatch.setattr(loop, "make_optimiser", lambda model, config, device: make(model, config, cpu))
-    eager, _ = losses_of_run(trained, tmp_path / "eager")
-    captured, _ = losses_of_run(trained, tmp_path / "captured", cuda_graph="on")
-    assert captured != eager
 
 
 def test_a_split_too_large_for_the_device_is_copied_batch_by_batch(trained):
@@ -144,7 +122,8 @@ def test_a_resumed_run_ends_with_the_same_weights(trained, tmp_path):
         )
         train.train_autoencoder(settings)
     final = [
-        torch.load(f.parent / "vqvae2_epoch_final.pth")["model"] for f in (straight, tmp_path / "halves/x")
+        torch.load(f.parent / "vqvae2_epoch_final.pth")["model"]
+        for f in (straight, tmp_path / "halves/x")
     ]
     assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
 
@@ -162,11 +141,11 @@ def test_a_compiled_step_is_one_graph(study, tmp_path, monkeypatch):
     """On a CPU and without a compiler: Dynamo alone decides what becomes a graph."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, mode: compile(function, backend="eager"))
-    monkeypatch.setattr(loop, "compile_mode", lambda device: None)
+    monkeypatch.setattr(trainer, "compile_mode", lambda device: None)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     settings = autoencoder(study, tmp_path, compile="on", device="cpu")
-    take_steps(loop.Trainer(train.Autoencoder(settings), settings.train), count=4)
+    take_steps(trainer.Trainer(train.Autoencoder(settings), settings.train), count=4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
     torch._dynamo.reset()
@@ -192,7 +171,9 @@ def test_a_wait_in_a_step_is_found(trained, monkeypatch):
 
     monkeypatch.setattr(modules.VectorQuantiser, "random_vectors", waiting)
     with stand_in.device():
-        assert any("_local_scalar_dense" in wait for wait in take_steps(trainer_of("autoencoder", trained)))
+        assert any(
+            "_local_scalar_dense" in wait for wait in take_steps(trainer_of("autoencoder", trained))
+        )
 
 
 def test_a_gpu_tensor_gives_no_numpy_array_and_takes_no_cpu_generator():
@@ -211,6 +192,6 @@ def test_launches_of_a_step_of_the_best_preset(study, tmp_path):
     flags = {"preset": "best", "data": str(study), "out": str(tmp_path), "height": 32, "width": 16}
     settings = train.make_settings(flags)
     with stand_in.device() as activity:
-        take_steps(loop.Trainer(train.Autoencoder(settings), settings.train), count=2)
+        take_steps(trainer.Trainer(train.Autoencoder(settings), settings.train), count=2)
         launches = activity.launches.total()
     assert launches <= 550, activity.launches.most_common(20)

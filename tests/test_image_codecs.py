@@ -6,8 +6,8 @@ from PIL import Image, features
 from skimage.data import camera
 from skimage.transform import resize
 
-import metrics
 from benchmarks import image_codecs
+from support import metrics
 
 SHAPE = 128, 96
 # a photograph as a slice: uint16 in steps far finer than 8 bits, then z-scored
@@ -25,7 +25,9 @@ def swept():
 
 @pytest.mark.parametrize("name", CODECS)
 def test_bits_and_pixels_are_those_of_a_file_on_the_disk(name, swept, tmp_path):
-    """The smallest of the files that Pillow writes itself, whole, and what Pillow reads back from it."""
+    """The smallest of the files that Pillow writes itself, whole, and what Pillow reads back from
+    it.
+    """
     codec, at = CODECS[name], 3
     grey = np.uint8(np.round((SLICE.astype(float) - SLICE.min()) / np.ptp(SLICE) * 255))
     np.testing.assert_array_equal(image_codecs.to_bytes(SLICE), grey)
@@ -69,7 +71,11 @@ def test_a_lossless_codec_loses_the_8_bits_rounding_and_no_more(scale, shift):
     grey = image_codecs.to_bytes(original)
     decoded = image_codecs.decode(image_codecs.encode(lossless, grey, 8))
     np.testing.assert_array_equal(decoded, grey)
-    assert grey.min() == 0 and grey.max() == 255 and len(np.unique(original)) > 2 * len(np.unique(grey))
+    assert (
+        grey.min() == 0
+        and grey.max() == 255
+        and len(np.unique(original)) > 2 * len(np.unique(grey))
+    )
     step = np.ptp(original.astype(float)) / 255
     errors = np.abs(image_codecs.from_bytes(decoded, original) - original)
     assert 0.4 * step < errors.max() <= 0.5 * step * (1 + 1e-6)
@@ -97,7 +103,9 @@ CURVE = {
 
 def test_between_qualities_curves_are_read_in_dB_over_the_logarithm_of_the_rate():
     for bits in (0.1, 0.13, 0.25, 0.4, 0.703, 1.0):
-        assert image_codecs.score_at(CURVE, "ssim_report", bits) == pytest.approx(1 - 0.02 / bits, abs=1e-9)
+        assert image_codecs.score_at(CURVE, "ssim_report", bits) == pytest.approx(
+            1 - 0.02 / bits, abs=1e-9
+        )
         expected = np.interp(np.log2(bits), np.log2(BITS), CURVE["psnr_body"])
         assert image_codecs.score_at(CURVE, "psnr_body", bits) == pytest.approx(expected, abs=1e-9)
         for score in ("ssim_report", "psnr", "psnr_body"):
@@ -111,8 +119,16 @@ def test_between_qualities_curves_are_read_in_dB_over_the_logarithm_of_the_rate(
 
 
 def test_outside_the_sweep_is_none_and_not_a_guess():
-    assert image_codecs.score_at(CURVE, "psnr", 0.09) is image_codecs.score_at(CURVE, "psnr", 1.01) is None
-    assert image_codecs.bits_at(CURVE, "psnr", 19.9) is image_codecs.bits_at(CURVE, "psnr", 37.1) is None
+    assert (
+        image_codecs.score_at(CURVE, "psnr", 0.09)
+        is image_codecs.score_at(CURVE, "psnr", 1.01)
+        is None
+    )
+    assert (
+        image_codecs.bits_at(CURVE, "psnr", 19.9)
+        is image_codecs.bits_at(CURVE, "psnr", 37.1)
+        is None
+    )
 
 
 def test_a_quality_that_is_worse_for_more_bits_is_passed_over():
@@ -122,11 +138,17 @@ def test_a_quality_that_is_worse_for_more_bits_is_passed_over():
 
 def test_a_codec_that_gains_nothing_has_no_curve_to_read():
     flat = {"bits_per_pixel": BITS, "psnr": np.full(4, 100.0)}
-    assert image_codecs.score_at(flat, "psnr", 0.5) is image_codecs.bits_at(flat, "psnr", 100.0) is None
+    assert (
+        image_codecs.score_at(flat, "psnr", 0.5)
+        is image_codecs.bits_at(flat, "psnr", 100.0)
+        is None
+    )
 
 
 def test_interpolation_finds_a_quality_that_the_sweep_left_out(swept):
-    """The claim behind the scale, with every other quality left out; straight lines are out by far more."""
+    """The claim behind the scale, with every other quality left out; straight lines are out by far
+    more.
+    """
     full = image_codecs.mean_curves(swept)["JPEG"]
     thin = {name: values[::2] for name, values in full.items()}
     for bits, ssim in zip(full["bits_per_pixel"][1:-1:2], full["ssim_report"][1:-1:2], strict=True):
@@ -137,7 +159,9 @@ def test_interpolation_finds_a_quality_that_the_sweep_left_out(swept):
 
 def test_beside_reads_each_codec_at_the_model_s_rates_and_scores():
     curves = {"A": CURVE, "B": {**CURVE, "psnr": CURVE["psnr"] + 1}}
-    found = image_codecs.compare(curves, {"nominal": 0.5, "prior": 0.05}, {"ssim_report": 0.92, "psnr": 26.5})
+    found = image_codecs.compare(
+        curves, {"nominal": 0.5, "prior": 0.05}, {"ssim_report": 0.92, "psnr": 26.5}
+    )
     assert found["A"]["at"]["nominal"] == pytest.approx({"ssim_report": 0.96, "psnr": 31.0})
     assert found["B"]["at"]["prior"] == {"ssim_report": None, "psnr": None}
     assert found["A"]["bits_per_pixel_for"]["ssim_report"] == pytest.approx(0.25)
@@ -147,14 +171,20 @@ def test_beside_reads_each_codec_at_the_model_s_rates_and_scores():
 def test_the_scoreboard_names_versions_settings_and_headers(swept):
     board = image_codecs.scoreboard(image_codecs.mean_curves(swept), *SHAPE, CODECS)
     assert board["AVIF"]["library"] == f"libavif {features.version('avif')}"
-    assert board["AVIF"]["settings"][0]["speed"] == 8 != image_codecs.CODECS["AVIF"].settings[0]["speed"]
+    assert (
+        board["AVIF"]["settings"][0]["speed"]
+        == 8
+        != image_codecs.CODECS["AVIF"].settings[0]["speed"]
+    )
     assert board["JPEG"]["library"] == f"libjpeg-turbo {features.version_feature('libjpeg_turbo')}"
     for name, codec in CODECS.items():
         assert [row["quality"] for row in board[name]["curve"]] == list(codec.qualities)
         assert board[name]["curve"][2]["psnr"] == pytest.approx(
             np.mean([of[name][2]["psnr"] for of in swept])
         )
-        assert board[name]["overhead_bits_per_pixel"] == 8 * board[name]["overhead_bytes"] / (SLICE.size)
+        assert board[name]["overhead_bits_per_pixel"] == 8 * board[name]["overhead_bytes"] / (
+            SLICE.size
+        )
 
 
 def test_a_codec_that_pillow_lacks_is_named_with_the_fix(monkeypatch):

@@ -8,11 +8,11 @@ import pytest
 import torch
 from test_prior import TINY, make_prior, random_maps
 
-import layouts
-from codes import Variants, decode
 from dataset import NO_MASK
 from modules import VQVAE2, VQVAE2Config
-from prior import Sampling
+from new_slices import layouts
+from new_slices.code_maps import Variants, decode
+from new_slices.prior import Sampling
 
 ROWS, COLUMNS = np.mgrid[:24, :16]
 
@@ -66,9 +66,13 @@ def test_a_moved_layout_is_the_same_shape_elsewhere_and_larger():
 
 
 def test_a_mask_is_drawn_from_its_codes_and_its_layout(monkeypatch):
-    """A class that codes and layout agree on wins; where the codes tell nothing the layout does, and the reverse."""
+    """A class that codes and layout agree on wins; where the codes tell nothing the layout does,
+    and the reverse.
+    """
     torch.manual_seed(0)
-    model = VQVAE2(VQVAE2Config(K=8, D=4, channels=8, top_channels=8, residual_channels=4, labels=3)).eval()
+    model = VQVAE2(
+        VQVAE2Config(K=8, D=4, channels=8, top_channels=8, residual_channels=4, labels=3)
+    ).eval()
     layout = torch.from_numpy(disc(6))[None]
     codes = torch.zeros(1, 12, 8, dtype=torch.int64), torch.zeros(1, 24, 16, dtype=torch.int64)
     logits = torch.zeros(1, 3, 96, 64)
@@ -79,14 +83,18 @@ def test_a_mask_is_drawn_from_its_codes_and_its_layout(monkeypatch):
     logits[:, 2] = 20
     assert (decode(model, *codes, layout)[1] == 2).all()  # the codes are sure
     logits[:, 2] = 1
-    assert np.array_equal(decode(model, *codes, layout)[1], mask)  # a guess of theirs does not outweigh it
+    assert np.array_equal(
+        decode(model, *codes, layout)[1], mask
+    )  # a guess of theirs does not outweigh it
     with torch.inference_mode():
         p = layouts.likely(layout, 3, 96, 64).exp() - layouts.DOUBT
     torch.testing.assert_close(p.sum(1), torch.ones(1, 96, 64))
 
 
 def training_layouts():
-    """Three patients: discs of class 1 in two of them, of class 2 in the third; and one slice without a mask."""
+    """Three patients: discs of class 1 in two of them, of class 2 in the third; and one slice
+    without a mask.
+    """
     maps = [disc(3 + number / 4, 12 + patient) for patient in range(2) for number in range(10)]
     maps += [2 * disc(4) for _ in range(10)]
     maps += [np.full_like(maps[0], 3)]
@@ -134,7 +142,9 @@ def test_masks_are_altered_as_their_slices_are():
 def layout_prior():
     model = make_prior(replace(TINY, labels=3))
     top, bottom, position = random_maps(model, 2)
-    layout = torch.randint(0, 3, (2, *model.bottom.shape), generator=torch.Generator().manual_seed(5))
+    layout = torch.randint(
+        0, 3, (2, *model.bottom.shape), generator=torch.Generator().manual_seed(5)
+    )
     return model, top, bottom, position, layout
 
 
@@ -147,7 +157,10 @@ def test_the_top_prior_sees_the_layout_and_the_bottom_prior_does_not():
         return model(top, bottom, position, variant, layout, torch.Generator().manual_seed(0))
 
     known, other, unknown = nats(layout), nats(layout.flip(0)), nats(None)
-    assert not known["top"].isclose(other["top"]).any() and not known["top"].isclose(unknown["top"]).any()
+    assert (
+        not known["top"].isclose(other["top"]).any()
+        and not known["top"].isclose(unknown["top"]).any()
+    )
     assert known["bottom"].equal(other["bottom"]) and known["bottom"].equal(unknown["bottom"])
     assert nats(torch.full_like(layout, 3))["top"].equal(unknown["top"])
     hidden = torch.rand(top.shape) < 0.5
@@ -172,9 +185,12 @@ def test_guidance_adds_to_the_logits_what_the_layout_changes_in_them():
     model, _, _, position, layout = layout_prior()
     hidden = torch.full((2, *model.top.shape), model.config.K)
     known, unknown = (
-        model.top(hidden, model.top.known(position, model.as_it_is(2), given)) for given in (layout, None)
+        model.top(hidden, model.top.known(position, model.as_it_is(2), given))
+        for given in (layout, None)
     )
-    assert not known.argmax(-1).equal((known + 3 * (known - unknown)).argmax(-1))  # it can make a difference
+    assert not known.argmax(-1).equal(
+        (known + 3 * (known - unknown)).argmax(-1)
+    )  # it can make a difference
     for guidance in (0.0, 0.5, 3.0):
         how = Sampling(passes=1, temperature=0, guidance=guidance), Sampling(passes=1)
         top, _ = model.sample(position, [1, 2], *how, layouts=layout)

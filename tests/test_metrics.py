@@ -1,4 +1,6 @@
-"""Every number against a reference written out here in float64, or against what must be true of it."""
+"""Every number against a reference written out here in float64, or against what must be true of
+it.
+"""
 
 from itertools import product
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-import metrics
+from support import metrics
 
 
 def slices(seed=0, shape=(32, 24)):
@@ -20,7 +22,9 @@ def slices(seed=0, shape=(32, 24)):
 
 
 def brute_ssim(x, y, weights, bessel, data_range):
-    """SSIM window by window (Wang et al. 2004, equation 13), over windows that lie inside the slice."""
+    """SSIM window by window (Wang et al. 2004, equation 13), over windows that lie inside the
+    slice.
+    """
     size, (c1, c2) = len(weights), ((0.01 * data_range) ** 2, (0.03 * data_range) ** 2)
     values = np.empty((x.shape[0] - size + 1, x.shape[1] - size + 1))
     for i, j in np.ndindex(values.shape):
@@ -41,7 +45,8 @@ def test_ssim_of_a_batch_is_skimage_s(noise):
     x = rng.normal(size=(3, 1, 40, 24)).cumsum(2)
     y = x + noise * rng.normal(size=x.shape)
     expected = [
-        structural_similarity(a[0], b[0], data_range=a.max() - a.min()) for a, b in zip(x, y, strict=True)
+        structural_similarity(a[0], b[0], data_range=a.max() - a.min())
+        for a, b in zip(x, y, strict=True)
     ]
     found = metrics.ssim(torch.from_numpy(x), torch.from_numpy(y))
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-9)
@@ -71,7 +76,9 @@ def test_ssim_standard_is_the_gaussian_window_on_the_original_s_range():
     line = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
     window = np.outer(line, line) / line.sum() ** 2
     low, span = float(x.min()), float(x.max() - x.min())
-    expected = brute_ssim((x.astype(float) - low) / span, (y.astype(float) - low) / span, window, 1, 1)
+    expected = brute_ssim(
+        (x.astype(float) - low) / span, (y.astype(float) - low) / span, window, 1, 1
+    )
     mean, ssim_map = metrics.ssim_standard(x, y)
     np.testing.assert_allclose(ssim_map, expected, atol=1e-9)
     assert mean == pytest.approx(expected.mean(), abs=1e-9)
@@ -86,7 +93,9 @@ def test_ssim_standard_sees_an_error_of_contrast():
 
 def test_the_original_comes_first():
     x, y = slices()
-    assert metrics.ssim_report(x, 3 * y)[0] != pytest.approx(metrics.ssim_report(3 * y, x)[0], abs=1e-3)
+    assert metrics.ssim_report(x, 3 * y)[0] != pytest.approx(
+        metrics.ssim_report(3 * y, x)[0], abs=1e-3
+    )
 
 
 # errors
@@ -120,7 +129,9 @@ def body_scene(shape=(128, 96), noise=0.02):
     inside = radius < 44
     image = np.where(inside, 0.35 + 0.65 * (radius > 36), 0.0) * (1.2 - rows / 200)
     image[np.hypot(rows - 72, columns - 32) < 10] = 0
-    image = np.hypot(image + noise * rng.normal(size=shape), noise * rng.normal(size=shape))  # Rician
+    image = np.hypot(
+        image + noise * rng.normal(size=shape), noise * rng.normal(size=shape)
+    )  # Rician
     return ((image - image.mean()) / image.std()).astype(np.float32), inside
 
 
@@ -141,13 +152,17 @@ def test_body_mask_drops_specks_and_keeps_a_second_large_piece():
 
 
 def test_body_scores_ignore_the_air():
-    """Errors out of reach of a body pixel's window change the whole slice's scores and not the body's."""
+    """Errors out of reach of a body pixel's window change the whole slice's scores and not the
+    body's.
+    """
     image, _ = body_scene()
     body = metrics.body_mask(image)
     near = np.zeros_like(body)
     for i, j in product(range(-6, 7), repeat=2):
         near |= np.roll(body, (i, j), (0, 1))
-    air = np.where(near, image, image + np.random.default_rng(0).normal(size=image.shape)).astype(np.float32)
+    air = np.where(near, image, image + np.random.default_rng(0).normal(size=image.shape)).astype(
+        np.float32
+    )
     clean, dirty = metrics.score_slice(image, image), metrics.score_slice(image, air)
     for name in ("ssim_report", "ssim_standard", "psnr"):
         assert dirty[name] < clean[name] - 0.01
@@ -193,10 +208,16 @@ def test_bootstrap_is_the_exact_distribution_over_patients():
     """Five patients of 1 to 9 slices: against all 5^5 draws written out, slices pooled."""
     rng = np.random.default_rng(0)
     slices_of = [
-        rng.normal(mean, 0.01, n) for mean, n in ((0.7, 1), (0.8, 9), (0.85, 2), (0.9, 1), (0.95, 5))
+        rng.normal(mean, 0.01, n)
+        for mean, n in ((0.7, 1), (0.8, 9), (0.85, 2), (0.9, 1), (0.95, 5))
     ]
-    exact = [np.concatenate([slices_of[i] for i in draw]).mean() for draw in product(range(5), repeat=5)]
-    values, patients = np.concatenate(slices_of), np.repeat([40, 7, 9, 41, 8], [len(of) for of in slices_of])
+    exact = [
+        np.concatenate([slices_of[i] for i in draw]).mean() for draw in product(range(5), repeat=5)
+    ]
+    values, patients = (
+        np.concatenate(slices_of),
+        np.repeat([40, 7, 9, 41, 8], [len(of) for of in slices_of]),
+    )
     low, high = metrics.bootstrap_interval(values, patients, seed=1, draws=100_000)
     assert (low, high) == pytest.approx(tuple(np.percentile(exact, [2.5, 97.5])), abs=2e-3)
 
@@ -213,7 +234,9 @@ def test_bootstrap_does_not_take_slices_for_patients():
     """Forty copies of each slice are no new patients: the interval stays."""
     values, patients = np.array([0.7, 0.8, 0.85, 0.95]), np.array([1, 2, 3, 4])
     once = metrics.bootstrap_interval(values, patients, seed=0)
-    assert metrics.bootstrap_interval(values.repeat(40), patients.repeat(40), seed=0) == pytest.approx(once)
+    assert metrics.bootstrap_interval(
+        values.repeat(40), patients.repeat(40), seed=0
+    ) == pytest.approx(once)
 
 
 def test_one_patient_has_no_interval():

@@ -53,7 +53,9 @@ def test_codes_of_a_slice_do_not_depend_on_its_batch():
 
 
 def test_it_is_a_hierarchy():
-    """The bottom codes see the top ones, and both reach the picture; the top never sees the bottom codes."""
+    """The bottom codes see the top ones, and both reach the picture; the top never sees the bottom
+    codes.
+    """
     model, x = small_model(), torch.randn(1, 1, 32, 16)
     with torch.inference_mode():
         top, bottom = model.encode(x)
@@ -93,7 +95,9 @@ def test_every_parameter_learns():
     commitment = output.top.commitment + output.bottom.commitment
     of_masks = output.mask_logits.square().mean() + output.layout_logits.square().mean()
     (F.mse_loss(output.reconstruction, x) + 0.25 * commitment + of_masks).backward()
-    still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    still = [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
     assert not still
 
 
@@ -233,7 +237,9 @@ def test_a_dead_code_restarts_with_its_averages():
     assert (flat - vq.codebook[3]).abs().amax(1).min() < 1e-3
     mean = vq.ema_count.sum() / 8
     assert vq.ema_count[3] == pytest.approx(mean.item(), rel=0.2)
-    torch.testing.assert_close(vq.ema_sum[3] / vq.ema_count[3], vq.codebook[3], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        vq.ema_sum[3] / vq.ema_count[3], vq.codebook[3], rtol=1e-3, atol=1e-3
+    )
     vq(torch.randn(2, 4, 8, 8))
     assert vq.codebook[3].abs().max() < 10  # with the old averages it would be back at 1,000
 
@@ -243,8 +249,12 @@ def joined_batches():
 
 
 def update_on_one_rank(rank: int, folder: str) -> None:
-    """One of two processes: its uneven share of every batch into a new quantiser, whose buffers go into a file."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    """One of two processes: its uneven share of every batch into a new quantiser, whose buffers go
+    into a file.
+    """
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
     vq = VectorQuantiser(16, 4, revive=0.9)
     torch.manual_seed(100 + rank)  # what is drawn from a batch must not differ all the same
     for batch, of_rank_0 in zip(joined_batches(), (5, 8, 0), strict=True):
@@ -314,7 +324,10 @@ def test_stride_sets_the_maps_and_the_rate(stride, rate):
     config = VQVAE2Config(stride=stride)
     model, x = VQVAE2(config).eval(), torch.randn(1, 1, 32, 16)
     top, bottom = model.encode(x)
-    assert top.shape[1:] == (16 // stride, 8 // stride) and bottom.shape[1:] == (32 // stride, 16 // stride)
+    assert top.shape[1:] == (16 // stride, 8 // stride) and bottom.shape[1:] == (
+        32 // stride,
+        16 // stride,
+    )
     assert model(x).reconstruction.shape == x.shape
     assert config.bits_per_pixel(256, 128) == rate
 

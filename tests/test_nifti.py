@@ -12,12 +12,20 @@ import numpy as np
 import pytest
 from nibabel.affines import apply_affine
 
-import nifti
-from runtime import UserError
+from support import nifti
+from support.runtime import UserError
 
 PIXELS = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 AFFINE = np.array([[-1.5, 0.2, 0, 40], [0.2, 0, 2, -30], [0, 1.25, 0.1, 7], [0, 0, 0, 1]])
-AT = {"dim": 40, "datatype": 70, "offset": 108, "slope": 112, "qcode": 252, "scode": 254, "quaternion": 256}
+AT = {
+    "dim": 40,
+    "datatype": 70,
+    "offset": 108,
+    "slope": 112,
+    "qcode": 252,
+    "scode": 254,
+    "quaternion": 256,
+}
 AT |= {"sform": 280, "pixdim": 76, "magic": 344}
 
 
@@ -35,7 +43,8 @@ def read(tmp_path, data, **limits):
     return nifti.read(path, **limits)
 
 
-# ---- reading ----------------------------------------------------------------------------------------------
+# ---- reading
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
@@ -126,7 +135,9 @@ def test_a_damaged_header_is_named(tmp_path, damage):
 
 def test_random_damage_is_read_or_named_and_nothing_else(tmp_path):
     rng, named = np.random.default_rng(1), 0
-    images = [kind(PIXELS, AFFINE).to_bytes() for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image)]
+    images = [
+        kind(PIXELS, AFFINE).to_bytes() for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image)
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for turn in range(300):
@@ -148,7 +159,8 @@ def test_random_damage_is_read_or_named_and_nothing_else(tmp_path):
     assert 40 < named < 260
 
 
-# ---- affines ----------------------------------------------------------------------------------------------
+# ---- affines
+# ----------------------------------------------------------------------------------------------
 
 
 def test_a_quaternion_a_little_longer_than_one_is_shortened(tmp_path):
@@ -168,7 +180,9 @@ def test_a_qform_of_either_handedness(tmp_path, handed):
     image = nibabel.Nifti1Image(PIXELS, None)
     affine = np.array([[0, -2.0, 0, 5], [3, 0, 0, 6], [0, 0, 4.0 * handed, 7], [0, 0, 0, 1]])
     image.set_qform(affine, 1)
-    np.testing.assert_allclose(read(tmp_path, patched(image, scode=("h", 0))).affine, affine, atol=1e-6)
+    np.testing.assert_allclose(
+        read(tmp_path, patched(image, scode=("h", 0))).affine, affine, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("row", [[0.0] * 12, [float("nan")] * 12, [1e30] * 12, [1.0, 0, 0, 0] * 3])
@@ -176,7 +190,9 @@ def test_a_broken_sform_gives_way_to_the_qform_then_to_voxel_sizes(tmp_path, row
     image = nibabel.Nifti1Image(PIXELS, None)
     image.set_qform(np.diag([2.0, 3, 4, 1]), 1)
     for code, oriented in ((1, True), (0, False)):
-        found = read(tmp_path, patched(image, scode=("h", 2), qcode=("h", code), sform=("12f", *row)))
+        found = read(
+            tmp_path, patched(image, scode=("h", 2), qcode=("h", code), sform=("12f", *row))
+        )
         assert found.broken and found.oriented == oriented
         np.testing.assert_allclose(found.affine, np.diag([2, 3, 4, 1]))
 
@@ -200,7 +216,10 @@ def test_turning_keeps_every_voxel_in_its_place(plane, codes):
     affine = nibabel.orientations.inv_ornt_aff(nibabel.orientations.axcodes2ornt(codes), shape)
     volume = np.arange(60).reshape(shape)
     axes, reverse = nifti.plane_axes(affine, plane)
-    turned, there = nifti.turn(volume, axes, reverse), nifti.turn_affine(affine, shape, axes, reverse)
+    turned, there = (
+        nifti.turn(volume, axes, reverse),
+        nifti.turn_affine(affine, shape, axes, reverse),
+    )
     assert "".join(nibabel.aff2axcodes(there)) == nifti.PLANES[plane]
     for index in ((0, 0, 0), (2, 1, 3), tuple(np.subtract(turned.shape, 1))):
         index = tuple(np.minimum(index, np.subtract(turned.shape, 1)))
@@ -209,7 +228,8 @@ def test_turning_keeps_every_voxel_in_its_place(plane, codes):
     np.testing.assert_array_equal(nifti.turn_back(turned, axes, reverse), volume)
 
 
-# ---- writing ----------------------------------------------------------------------------------------------
+# ---- writing
+# ----------------------------------------------------------------------------------------------
 
 
 def test_nifti_keeps_pixels_affine_and_bytes(tmp_path):

@@ -8,11 +8,9 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from conftest import run
 from PIL import Image
 
-import page
-import runtime
+from support import results_page, runtime
 
 VOID = {"meta", "link", "img", "br"}
 SCORE = {"mean": 0.91234, "low": 0.9, "high": 0.92, "per_patient": {"040": 0.91777, "041": 0.90777}}
@@ -100,27 +98,42 @@ def results(tmp_path):
     report = {
         "n": 3,
         "likelihood": {
-            "test": {"n": 6, "bits_per_pixel": 0.4567, "patients": {"040": {"bits_per_pixel": 0.4321}}}
+            "test": {
+                "n": 6,
+                "bits_per_pixel": 0.4567,
+                "patients": {"040": {"bits_per_pixel": 0.4321}},
+            }
         },
         "realism": {
             "encoder": {"floor": {"frechet": 12.34}, "samples": {"frechet": 56.78}},
             "doubts": ["a doubt"],
         },
         "copying": {
-            "correlation": {"threshold": 0.8, "samples": {"flagged": 0, "n": 3}, "verdict": "no copying " * 9}
+            "correlation": {
+                "threshold": 0.8,
+                "samples": {"flagged": 0, "n": 3},
+                "verdict": "no copying " * 9,
+            }
         },
-        "manifest": {"autoencoder": autoencoder, "prior": prior, "provenance": RUN, "note": "not a patient"},
+        "manifest": {
+            "autoencoder": autoencoder,
+            "prior": prior,
+            "provenance": RUN,
+            "note": "not a patient",
+        },
     }
     runtime.write_json(folder / "generated" / "report.json", report)
     pictures = ("loss_plot", "prior_loss_plot", "comparison", "ssim_histogram", "code_maps")
-    pictures += tuple(f"generated/{name}" for name in ("overview", "grid", "realism", "copying", "nearest"))
+    pictures += tuple(
+        f"generated/{name}" for name in ("overview", "grid", "realism", "copying", "nearest")
+    )
     for i, name in enumerate(pictures):
         Image.fromarray(np.full((20, 30), 20 * i, np.uint8)).save(folder / f"{name}.png")
     return folder
 
 
 def test_one_file_shows_the_whole_run(results):
-    assert page.write(results) == results / "index.html"
+    assert results_page.write(results) == results / "index.html"
     shown = read(results)
     for word in (
         "SSIM, report",
@@ -133,19 +146,38 @@ def test_one_file_shows_the_whole_run(results):
         "0.8765",
     ):
         assert word in shown.text, word  # scores, interval, patients
-    for word in ("377", "500", "99.50", "0.703125", "0.1605", "0.0015", "2 epochs, 14 steps, 2.0 minutes"):
+    for word in (
+        "377",
+        "500",
+        "99.50",
+        "0.703125",
+        "0.1605",
+        "0.0015",
+        "2 epochs, 14 steps, 2.0 minutes",
+    ):
         assert word in shown.text, word  # codes in use, bits, losses, settings
-    for word in ("0.4567", "0.4321", "12.34", "56.78", "a doubt", "no copying", "not a patient", "SYNTHETIC"):
+    for word in (
+        "0.4567",
+        "0.4321",
+        "12.34",
+        "56.78",
+        "a doubt",
+        "no copying",
+        "not a patient",
+        "SYNTHETIC",
+    ):
         assert word in shown.text, word  # new slices
     assert "python train.py --data keras_slices_data" in shown.text and "2.13.0" in shown.text
     levels = [int(Image.open(BytesIO(base64.b64decode(source.split(",")[1]))).getpixel((9, 9))[0])
               for source in shown.sources]  # fmt: skip
     order = ["comparison", "ssim_histogram", "code_maps", "loss_plot", "prior_loss_plot"]
-    assert len(levels) == 10 and levels[: len(order)] == pytest.approx([40, 60, 80, 0, 20], abs=3), order
+    assert len(levels) == 10 and levels[: len(order)] == pytest.approx(
+        [40, 60, 80, 0, 20], abs=3
+    ), order
 
 
 def test_it_needs_nothing_from_elsewhere_and_tells_nothing_of_the_machine(results):
-    page.write(results)
+    results_page.write(results)
     html, shown = (results / "index.html").read_text(), read(results)
     assert not shown.open  # every tag is closed
     assert all(source.startswith("data:image/") for source in shown.sources)
@@ -157,32 +189,32 @@ def test_it_needs_nothing_from_elsewhere_and_tells_nothing_of_the_machine(result
 
 def test_what_belongs_to_an_earlier_checkpoint_is_left_out(results):
     (results / "vqvae2_best.pth").write_bytes(b"trained again")
-    page.write(results)
+    results_page.write(results)
     text = read(results).text
     assert "0.9123" not in text and "56.78" not in text
     for script in ("predict.py", "train.py --stage prior", "generate.py"):
         assert f"Run {script} again" in text
     (results / "vqvae2_best.pth").unlink()  # the small files alone, as they are sent
-    page.write(results)
+    results_page.write(results)
     assert "0.9123" in read(results).text and "56.78" in read(results).text
 
 
 def test_new_slices_appear_on_the_page_of_their_run(results):
-    page.write(results / "generated")
+    results_page.write(results / "generated")
     assert "56.78" in read(results).text and not (results / "generated" / "index.html").exists()
     alone = (results / "generated").rename(results.parent / "samples")
-    page.write(alone)
+    results_page.write(alone)
     assert "56.78" in read(alone).text and len(read(alone).sources) == 5
 
 
 def test_a_folder_with_little_or_broken_files_has_a_page(results):
     for name in ("log.jsonl", "generated/report.json", "comparison.png"):
         (results / name).write_text("{broken")
-    page.write(results)
+    results_page.write(results)
     text = read(results).text
     assert "0.9123" in text and "Priors" in text and "New slices" not in text
     (results.parent / "empty").mkdir()
-    page.write(results.parent / "empty")
+    results_page.write(results.parent / "empty")
     assert "VQ-VAE-2 on empty" in read(results.parent / "empty").text
 
 
@@ -198,11 +230,4 @@ def test_a_folder_with_little_or_broken_files_has_a_page(results):
     ],
 )
 def test_absolute_paths_are_cut_to_their_last_name(text, shown):
-    assert page.hide_folders(text) == shown
-
-
-def test_the_command_line(results):
-    code, out, _ = run("page.py", results)
-    assert code == 0 and out == f"open {results}/index.html\n"
-    code, _, err = run("page.py", results / "nowhere")
-    assert code == 2 and "no such folder. Fix:" in err
+    assert results_page.hide_folders(text) == shown

@@ -1,4 +1,6 @@
-"""The phantom is what it says: layout, anatomy, smoothness, noise, and nobody else's folder lost."""
+"""The phantom is what it says: layout, anatomy, smoothness, noise, and nobody else's folder
+lost.
+"""
 
 import json
 from dataclasses import asdict, replace
@@ -9,8 +11,8 @@ import pytest
 from skimage.measure import label, regionprops
 from skimage.metrics import structural_similarity
 
-import phantom
-from phantom import BLADDER, BONE, FAT, MUSCLE, Man, PhantomConfig, planes, write_phantom
+from support import phantom
+from support.phantom import BLADDER, BONE, FAT, MUSCLE, Man, PhantomConfig, planes, write_phantom
 
 TINY = PhantomConfig(train_patients=2, validate_patients=1, test_patients=1, weeks=1, slices=2)
 PATIENTS = (4, 5, 36, 40)
@@ -30,8 +32,15 @@ def study(tmp_path_factory):
 
 
 def test_layout_of_the_real_study(study):
-    for split, patients in {"train": ("004", "005"), "validate": ("036",), "test": ("040",)}.items():
-        for folder, kind in ((f"keras_slices_{split}", "case"), (f"keras_slices_seg_{split}", "seg")):
+    for split, patients in {
+        "train": ("004", "005"),
+        "validate": ("036",),
+        "test": ("040",),
+    }.items():
+        for folder, kind in (
+            (f"keras_slices_{split}", "case"),
+            (f"keras_slices_seg_{split}", "seg"),
+        ):
             expected = {f"{kind}_{p}_week_0_slice_{n}.nii.gz" for p in patients for n in (0, 59)}
             assert {path.name for path in (study / folder).iterdir()} == expected
             for path in (study / folder).iterdir():
@@ -43,7 +52,10 @@ def test_layout_of_the_real_study(study):
                 assert image.header["descrip"].item() == b"synthetic phantom, not a patient"
                 assert nibabel.aff2axcodes(image.affine) == ("R", "S", "P")
     text = (study / "SYNTHETIC.txt").read_text()
-    assert "SYNTHETIC" in text and json.loads(text.splitlines()[-1]) == {"version": 2, **asdict(TINY)}
+    assert "SYNTHETIC" in text and json.loads(text.splitlines()[-1]) == {
+        "version": 2,
+        **asdict(TINY),
+    }
 
 
 def test_same_config_gives_same_bytes_and_another_seed_others(study, tmp_path):
@@ -72,7 +84,9 @@ def test_foreign_folder_is_refused_and_left_alone(tmp_path):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["years of work"]
 
 
-@pytest.mark.parametrize("wrong", [{"slices": 61}, {"train_patients": 0}, {"test_patients": 0}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"slices": 61}, {"train_patients": 0}, {"test_patients": 0}, {"seed": -1}]
+)
 def test_impossible_config_is_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong)).replace("_", "-")):
         PhantomConfig(**wrong)
@@ -84,7 +98,9 @@ def test_default_study_has_disjoint_patients(monkeypatch, tmp_path):
     monkeypatch.setattr(Man, "cut", lambda self, number: np.zeros((3, 256, 128), np.uint8))
     write_phantom(tmp_path / "p")
     splits = ("train", "validate", "test")
-    patients = [{p.name[5:8] for p in written if p.parent.name == f"keras_slices_{s}"} for s in splits]
+    patients = [
+        {p.name[5:8] for p in written if p.parent.name == f"keras_slices_{s}"} for s in splits
+    ]
     assert [min(numbers) for numbers in patients] == ["004", "036", "040"] and len(patients[2]) >= 3
     assert not patients[0] & patients[1] and not (patients[0] | patients[1]) & patients[2]
     assert len(written) == len(set(written)) == 2 * 1240
@@ -97,10 +113,14 @@ def test_many_patients_keep_their_splits_apart(monkeypatch, tmp_path):
     many = PhantomConfig(train_patients=40, validate_patients=6, test_patients=5, weeks=1, slices=1)
     write_phantom(tmp_path / "p", many)
     folders = [f"keras_slices_{split}" for split in ("train", "validate", "test")]
-    patients = [[int(p.name[5:8]) for p in written if p.parent.name == folder] for folder in folders]
+    patients = [
+        [int(p.name[5:8]) for p in written if p.parent.name == folder] for folder in folders
+    ]
     assert [len(numbers) for numbers in patients] == [40, 6, 5]
     assert len({number for numbers in patients for number in numbers}) == 51
-    assert sorted(patients[0])[:32] == [*range(4, 36)] and sorted(patients[1])[:4] == [*range(36, 40)]
+    assert sorted(patients[0])[:32] == [*range(4, 36)] and sorted(patients[1])[:4] == [
+        *range(36, 40)
+    ]
 
 
 @pytest.mark.parametrize("patient", PATIENTS)
@@ -118,16 +138,24 @@ def test_a_coronal_t2_image_of_a_pelvis(patient):
     tissues = man.cut(int(np.abs(man.y).argmin()))[2]  # the plane of the femoral heads
     middle, level, femurs = int(np.abs(man.x).argmin()), int(np.abs(man.z).argmin()), []
     for half in (tissues[middle:], tissues[middle::-1]):  # outwards from the midline
-        femurs.append(max(regionprops(label(half == BONE)), key=lambda bone: bone.area))  # with its socket
+        femurs.append(
+            max(regionprops(label(half == BONE)), key=lambda bone: bone.area)
+        )  # with its socket
         across, along = np.ogrid[: half.shape[0], : half.shape[1]]
-        head = (across - 56) ** 2 + (along - level) ** 2 < 10**2  # 90 mm out, 16 of its 25 mm radius
+        head = (across - 56) ** 2 + (
+            along - level
+        ) ** 2 < 10**2  # 90 mm out, 16 of its 25 mm radius
         assert (half[head] == BONE).mean() > 0.9
     assert np.abs(np.subtract(femurs[0].centroid, femurs[1].centroid)).max() < 25
 
 
 def test_changes_smoothly_by_slice_and_a_little_by_week():
-    clean = {(p, w): [Man(0, p, w).cut(n)[0].ravel() for n in (28, 29)] for p in PATIENTS for w in (0, 1)}
-    men = [clean[p, 0][0] for p in PATIENTS] + [Man(1, 4, 0).cut(28)[0].ravel()]  # another seed, another man
+    clean = {
+        (p, w): [Man(0, p, w).cut(n)[0].ravel() for n in (28, 29)] for p in PATIENTS for w in (0, 1)
+    }
+    men = [clean[p, 0][0] for p in PATIENTS] + [
+        Man(1, 4, 0).cut(28)[0].ravel()
+    ]  # another seed, another man
     others = np.corrcoef(men) - 2 * np.eye(len(men))
     for p in PATIENTS:
         by_slice, by_week = np.corrcoef([clean[p, 0][0], clean[p, 0][1], clean[p, 1][0]])[0, 1:]
@@ -135,9 +163,13 @@ def test_changes_smoothly_by_slice_and_a_little_by_week():
 
 
 def test_noise_leaves_room_for_a_model():
-    slices = [Man(0, patient, 0).cut(number)[:2] for patient in PATIENTS for number in (5, 20, 40, 55)]
+    slices = [
+        Man(0, patient, 0).cut(number)[:2] for patient in PATIENTS for number in (5, 20, 40, 55)
+    ]
     pairs = [(z_score(clean), z_score(noisy)) for clean, noisy in slices]
-    scores = [structural_similarity(clean, noisy, data_range=np.ptp(noisy)) for clean, noisy in pairs]
+    scores = [
+        structural_similarity(clean, noisy, data_range=np.ptp(noisy)) for clean, noisy in pairs
+    ]
     assert 0.95 <= np.mean(scores) <= 0.97 and min(scores) > 0.92
 
 

@@ -14,17 +14,15 @@ import torch
 from conftest import run
 from PIL import Image
 
-import anatomy
 import dataset
-import metrics
-import nifti
 import predict
-import runtime
 from benchmarks import rate_distortion
-from codes import NUMBERS
 from dataset import DataConfig, StudyInfo, open_study
 from modules import VQVAE2, VQVAE2Config
-from prior import Prior, PriorConfig
+from new_slices import organs
+from new_slices.code_maps import NUMBERS
+from new_slices.prior import Prior, PriorConfig
+from support import metrics, nifti, runtime
 
 SMALL = VQVAE2Config(K=16, D=8, channels=16, residual_channels=8, decoder_blocks=1)
 
@@ -37,10 +35,24 @@ def write_checkpoint(path, study, **changes):
     model(split.images(range(4)))
     for parameter in model.decoder[-1].parameters():
         parameter.data *= 20  # the values of slices, far beyond +-1
-    data = {"study": str(study), "height": 64, "width": 32, "synthetic": False, "labels": [], "fit": "auto"}
+    data = {
+        "study": str(study),
+        "height": 64,
+        "width": 32,
+        "synthetic": False,
+        "labels": [],
+        "fit": "auto",
+    }
     data |= {"fingerprints": {"test": split.fingerprint}, "allow_patient_overlap": False}
-    kept = {"kind": "vqvae2", "model_config": asdict(SMALL), "model": model.state_dict(), "data": data}
-    runtime.save_checkpoint(path, {**kept, "train_config": {}, "epoch": 2, "step": 8, "best": 0.5, **changes})
+    kept = {
+        "kind": "vqvae2",
+        "model_config": asdict(SMALL),
+        "model": model.state_dict(),
+        "data": data,
+    }
+    runtime.save_checkpoint(
+        path, {**kept, "train_config": {}, "epoch": 2, "step": 8, "best": 0.5, **changes}
+    )
     return path
 
 
@@ -53,7 +65,17 @@ def checkpoint(study, tmp_path_factory):
 def scored(checkpoint, tmp_path_factory):
     """What the script left: its folder, its stdout."""
     out = tmp_path_factory.mktemp("scores") / "deep" / "out"
-    settings = ("--checkpoint", checkpoint, "--out", out, "--nifti", "--device", "cpu", "--batch-size", 4)
+    settings = (
+        "--checkpoint",
+        checkpoint,
+        "--out",
+        out,
+        "--nifti",
+        "--device",
+        "cpu",
+        "--batch-size",
+        4,
+    )
     code, stdout, stderr = run("predict.py", *settings)
     assert code == 0, stderr
     return out, stdout
@@ -82,7 +104,14 @@ def test_it_writes_and_names_everything(scored):
     out, stdout = scored
     pictures = [f"{kind}_{i}.png" for kind in ("original", "reconstruction") for i in range(4)]
     sheets = ["comparison.png", "code_maps.png", "ssim_histogram.png"]
-    expected = [*pictures, *sheets, "metrics.json", "test_scores.csv", "index.html", "reconstructions"]
+    expected = [
+        *pictures,
+        *sheets,
+        "metrics.json",
+        "test_scores.csv",
+        "index.html",
+        "reconstructions",
+    ]
     assert sorted(path.name for path in out.iterdir()) == sorted(expected)
     assert f"wrote {out}/" in stdout and "patient 041" in stdout and "SYNTHETIC" not in stdout
     assert "note:" not in stdout  # the files are those of the checkpoint
@@ -97,11 +126,20 @@ def test_every_test_slice_is_scored_once_in_file_order(scored, result, test_spli
         for name, value in metrics.score_slice(test_split.images([i])[0, 0].numpy(), made).items():
             assert float(rows[i][name]) == pytest.approx(value, abs=2e-5), name
     assert result["n"] == 6 and result["patients"] == {"040": 4, "041": 2}
-    for name in ("ssim_report", "ssim_standard", "ssim_report_body", "ssim_standard_body", "psnr", "mae"):
+    for name in (
+        "ssim_report",
+        "ssim_standard",
+        "ssim_report_body",
+        "ssim_standard_body",
+        "psnr",
+        "mae",
+    ):
         values = np.array([float(row[name]) for row in rows])
         assert result[name]["mean"] == pytest.approx(values.mean(), abs=2e-6)
         patients = result[name]["per_patient"]
-        assert patients == pytest.approx({"040": values[:4].mean(), "041": values[4:].mean()}, abs=2e-6)
+        assert patients == pytest.approx(
+            {"040": values[:4].mean(), "041": values[4:].mean()}, abs=2e-6
+        )
         # of two patients the interval reaches from one's mean to the other's
         ends = sorted(patients.values())
         assert [result[name]["low"], result[name]["high"]] == pytest.approx(ends, abs=2e-6)
@@ -125,13 +163,17 @@ def test_rates_are_those_of_the_codes(result, test_split, checkpoint):
 
 
 def test_metrics_say_where_they_come_from(result, test_split, checkpoint):
-    assert result["data"]["fingerprint"] == test_split.fingerprint and not result["data"]["synthetic"]
+    assert (
+        result["data"]["fingerprint"] == test_split.fingerprint and not result["data"]["synthetic"]
+    )
     assert result["checkpoint"]["epoch"] == 2 and len(result["checkpoint"]["sha256"]) == 64
     assert "original" in result["protocol"]["ssim_report"]
     assert result["provenance"]["argv"][0] == "predict.py"
 
 
-def test_pictures_share_the_original_s_range_and_begin_with_each_patient(scored, test_split, checkpoint):
+def test_pictures_share_the_original_s_range_and_begin_with_each_patient(
+    scored, test_split, checkpoint
+):
     made = reconstructions(checkpoint, test_split)
     for i, index in enumerate((0, 4, 1, 2)):  # patients 040 and 041, then the rest in order
         original = test_split.images([index])[0, 0].numpy()
@@ -145,7 +187,10 @@ def test_pictures_share_the_original_s_range_and_begin_with_each_patient(scored,
 def test_nifti_reconstructions_lie_on_their_originals(scored, test_split, checkpoint):
     made = reconstructions(checkpoint, test_split)
     for i, path in enumerate(test_split.paths):
-        written, original = nibabel.load(scored[0] / "reconstructions" / path.name), nibabel.load(path)
+        written, original = (
+            nibabel.load(scored[0] / "reconstructions" / path.name),
+            nibabel.load(path),
+        )
         assert written.shape == original.shape
         np.testing.assert_array_equal(written.affine, original.affine)
         units = made[i] * test_split.std[i] + test_split.mean[i]
@@ -155,11 +200,17 @@ def test_nifti_reconstructions_lie_on_their_originals(scored, test_split, checkp
 def test_only_old_reconstructions_are_deleted(study, checkpoint, tmp_path):
     folder = tmp_path / "reconstructions"
     for number, description in ((1, dataset.RECONSTRUCTION), (2, "my own")):
-        nifti.write(folder / f"case_09{number}.nii.gz", np.ones((4, 4), np.float32), np.eye(4), description)
+        nifti.write(
+            folder / f"case_09{number}.nii.gz", np.ones((4, 4), np.float32), np.eye(4), description
+        )
     (folder / "notes.txt").write_text("first")
     predict_with(checkpoint, out=str(tmp_path), nifti=True)
     found = {path.name for path in folder.iterdir()}
-    assert "case_091.nii.gz" not in found and {"case_092.nii.gz", "notes.txt"} < found and len(found) == 8
+    assert (
+        "case_091.nii.gz" not in found
+        and {"case_092.nii.gz", "notes.txt"} < found
+        and len(found) == 8
+    )
 
 
 def test_another_study_one_patient_and_synthetic(study, checkpoint, tmp_path, capsys):
@@ -174,16 +225,22 @@ def test_another_study_one_patient_and_synthetic(study, checkpoint, tmp_path, ca
     result, stdout = predict.predict(config, DataConfig(data=str(other))), capsys.readouterr().out
     assert result == json.loads((tmp_path / "metrics.json").read_text())
     assert result["n"] == 4 and result["psnr"]["low"] is None and result["data"]["synthetic"]
-    assert "SYNTHETIC test slices" in stdout and "no interval" in stdout and stdout.count("note:") == 1
+    assert (
+        "SYNTHETIC test slices" in stdout and "no interval" in stdout and stdout.count("note:") == 1
+    )
     assert not (tmp_path / "reconstructions").exists()
 
 
 def test_the_scoreboard_of_models_has_every_way_of_counting_bits(
     checkpoint, study, tmp_path, monkeypatch, capsys
 ):
-    """benchmarks/rate_distortion.py: a model with a prior and one without, on two sets of one patient each."""
+    """benchmarks/rate_distortion.py: a model with a prior and one without, on two sets of one
+    patient each.
+    """
     other = write_checkpoint(tmp_path / "other.pth", study, epoch=3)
-    config = PriorConfig(K=16, prior_channels=8, prior_heads=1, prior_top_layers=1, prior_bottom_layers=1)
+    config = PriorConfig(
+        K=16, prior_channels=8, prior_heads=1, prior_top_layers=1, prior_bottom_layers=1
+    )
     prior = {
         "kind": "prior",
         "model_config": asdict(config),
@@ -217,7 +274,9 @@ def test_the_scoreboard_of_models_has_every_way_of_counting_bits(
             alone["ssim_report"]["per_patient"][patient], abs=2e-6
         )
         # a prior that has learnt nothing is uniform: its bits are the nominal ones
-        assert first["bits_per_pixel"]["prior"] == pytest.approx(first["bits_per_pixel"]["nominal"], abs=1e-5)
+        assert first["bits_per_pixel"]["prior"] == pytest.approx(
+            first["bits_per_pixel"]["nominal"], abs=1e-5
+        )
         assert first["bits_per_pixel"]["code_entropy"] < first["bits_per_pixel"]["nominal"]
         assert "prior" not in second["bits_per_pixel"] and first["codecs"]["AVIF"]["at"].keys() == {
             "nominal",
@@ -233,7 +292,11 @@ def test_bad_input_is_one_line_and_exit_2(checkpoint, tmp_path):
     arguments = ("--checkpoint", checkpoint, "--out", tmp_path / "file" / "out", "--device", "cpu")
     code, stdout, stderr = run("predict.py", *arguments)
     assert code == 2 and stdout == ""
-    assert stderr.startswith("error: ") and str(tmp_path / "file") in stderr and stderr.count("\n") == 1
+    assert (
+        stderr.startswith("error: ")
+        and str(tmp_path / "file") in stderr
+        and stderr.count("\n") == 1
+    )
 
 
 def predict_with(path, **settings):
@@ -252,7 +315,13 @@ def test_checkpoints_that_cannot_be_used_are_named(study, checkpoint, tmp_path):
     config = {**asdict(SMALL), "D": 4}
     with pytest.raises(ValueError, match=r"shape\.pth: weights of another network"):
         predict_with(write_checkpoint(tmp_path / "shape.pth", study, model_config=config))
-    data = {"study": str(study), "height": 60, "width": 32, "fingerprints": {"test": ""}, "labels": []}
+    data = {
+        "study": str(study),
+        "height": 60,
+        "width": 32,
+        "fingerprints": {"test": ""},
+        "labels": [],
+    }
     data |= {"synthetic": False, "allow_patient_overlap": False, "fit": "auto"}
     with pytest.raises(ValueError, match="60x32; expected both to be multiples of 8"):
         predict_with(write_checkpoint(tmp_path / "size.pth", study, data=data))
@@ -263,21 +332,27 @@ def test_checkpoints_that_cannot_be_used_are_named(study, checkpoint, tmp_path):
 
 def test_a_model_that_makes_nan_is_named_with_the_slice(study, checkpoint, tmp_path):
     state = runtime.load_checkpoint(checkpoint, "vqvae2")["model"]
-    broken = {name: value * 0 + 1e38 if name.endswith("bias") else value for name, value in state.items()}
+    broken = {
+        name: value * 0 + 1e38 if name.endswith("bias") else value for name, value in state.items()
+    }
     path = write_checkpoint(tmp_path / "nan.pth", study, model=broken)
     with pytest.raises(ValueError, match=r"case_040_week_0_slice_0\.nii\.gz: a slice holds NaN"):
         predict_with(path)
 
 
 def test_dice_of_the_decoded_masks(study, tmp_path, monkeypatch, capsys):
-    """By patient and label, beside a segmenter and the most frequent label, as by hand; one slice has no mask."""
+    """By patient and label, beside a segmenter and the most frequent label, as by hand; one slice
+    has no mask.
+    """
     folder = tmp_path / "keras_slices_data"
     shutil.copytree(study, folder)
     rows, columns = np.mgrid[:64, :32]
     for path in folder.glob("keras_slices_*/case_*.nii.gz"):
         _, patient, _, _, _, number = path.name.removesuffix(".nii.gz").split("_")
         if (patient, number) != ("040", "1"):
-            mask = np.where(np.hypot(rows - 32, columns - 16) < 8 + int(number), 5, 0).astype(np.uint8)
+            mask = np.where(np.hypot(rows - 32, columns - 16) < 8 + int(number), 5, 0).astype(
+                np.uint8
+            )
             mask[:8, :8] = 9
             place = folder / path.parent.name.replace("slices_", "slices_seg_")
             nifti.write(place / path.name.replace("case", "seg"), mask, np.eye(4))
@@ -288,10 +363,15 @@ def test_dice_of_the_decoded_masks(study, tmp_path, monkeypatch, capsys):
     model = VQVAE2(config)
     model(test.images(range(4)))
     data = StudyInfo.from_splits(splits).as_dict()
-    kept = {"kind": "vqvae2", "model_config": asdict(config), "model": model.state_dict(), "data": data}
+    kept = {
+        "kind": "vqvae2",
+        "model_config": asdict(config),
+        "model": model.state_dict(),
+        "data": data,
+    }
     runtime.save_checkpoint(tmp_path / "vqvae2_best.pth", {**kept, "epoch": 1})
-    net = anatomy.Segmenter(3).eval()
-    monkeypatch.setattr(anatomy, "segmenter_of", lambda *_: net)
+    net = organs.Segmenter(3).eval()
+    monkeypatch.setattr(organs, "segmenter_of", lambda *_: net)
     result = predict.predict(
         predict.PredictConfig(checkpoint=str(tmp_path / "vqvae2_best.pth"), device="cpu")
     )
@@ -299,15 +379,21 @@ def test_dice_of_the_decoded_masks(study, tmp_path, monkeypatch, capsys):
     truth, images = test.masks(chosen).numpy(), test.images(chosen)
     with torch.inference_mode():
         decoded = torch.cat([model.eval()(x[None]).mask_logits.argmax(1) for x in images]).numpy()
-    frequent = np.array([np.bincount(p, minlength=3).argmax() for p in train.masks(range(14)).view(14, -1).T])
-    found = {"decoded": decoded, "unet": anatomy.segment(net, images[:, 0].numpy())}
+    frequent = np.array(
+        [np.bincount(p, minlength=3).argmax() for p in train.masks(range(14)).view(14, -1).T]
+    )
+    found = {"decoded": decoded, "unet": organs.segment(net, images[:, 0].numpy())}
     found["most_frequent"] = np.repeat(frequent.reshape(1, 64, 32), len(chosen), 0)
     patients = np.array([test.names[i].patient for i in chosen])
     for name, masks in found.items():
         for patient in (40, 41):
             a, b = masks[patients == patient], truth[patients == patient]
-            dice = [2 * ((a == k) & (b == k)).sum() / ((a == k).sum() + (b == k).sum()) for k in (1, 2)]
-            for organ, expected in zip(("label_5", "label_9", "mean"), [*dice, np.mean(dice)], strict=True):
+            dice = [
+                2 * ((a == k) & (b == k)).sum() / ((a == k).sum() + (b == k).sum()) for k in (1, 2)
+            ]
+            for organ, expected in zip(
+                ("label_5", "label_9", "mean"), [*dice, np.mean(dice)], strict=True
+            ):
                 per_patient = result["dice"][name][organ]["per_patient"]
                 assert per_patient[f"{patient:03d}"] == pytest.approx(expected, abs=1e-6)
     assert result["dice"]["most_frequent"]["label_9"]["mean"] == 1

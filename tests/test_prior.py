@@ -9,8 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import prior
-from prior import Prior, PriorConfig, Sampling, random_masks, replace_at_random, sample_codes
+from new_slices import prior
+from new_slices.prior import (
+    Prior,
+    PriorConfig,
+    Sampling,
+    random_masks,
+    replace_at_random,
+    sample_codes,
+)
 
 TINY = PriorConfig(K=5, prior_channels=16, prior_heads=2, prior_top_layers=1, prior_bottom_layers=1)
 
@@ -25,7 +32,9 @@ def make_prior(config: PriorConfig = TINY, shape: tuple[int, int] = (4, 2), seed
     return model
 
 
-def random_maps(model: Prior, count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def random_maps(
+    model: Prior, count: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     maps = [
         torch.randint(model.config.K, (count, *level.shape), generator=generator)
@@ -50,8 +59,11 @@ def test_the_bound_is_the_mean_over_all_orders():
     model = make_prior(shape=(2, 2))
     top, _, position = random_maps(model, 1)
     known = position, model.as_it_is(1)
-    orders = [nats_in_order(model, top[0], known, order) for order in itertools.permutations(range(4))]
-    # every set of hidden codes, weighed as `random_masks` makes them: first their number, then their places
+    orders = [
+        nats_in_order(model, top[0], known, order) for order in itertools.permutations(range(4))
+    ]
+    # every set of hidden codes, weighed as `random_masks` makes them: first their number, then
+    # their places
     expected = 0.0
     for number in range(1, 5):
         sets = list(itertools.combinations(range(4), number))
@@ -75,7 +87,9 @@ def test_nats_are_those_of_each_slice_and_repeat():
     model = make_prior()
     top, bottom, position = random_maps(model, 3)
     position[1] = math.nan
-    repeated = [x.repeat_interleave(64, 0) for x in (top, bottom, position)]  # 64 masks of each slice
+    repeated = [
+        x.repeat_interleave(64, 0) for x in (top, bottom, position)
+    ]  # 64 masks of each slice
     nats = model.nats(*repeated)
     assert nats["top"].shape == nats["bottom"].shape == (3 * 64,)
     again = model.nats(*repeated)
@@ -138,8 +152,11 @@ def test_sampled_maps_have_the_probability_of_the_model():
         known = torch.full((1,), 0.5), model.as_it_is(1)
         for first, second in itertools.product(range(3), repeat=2):
             codes = torch.tensor([[first, second]])
-            # the certainty's noise does not fade in the last pass but one: half of the maps start at each place
-            p = np.mean([math.exp(-nats_in_order(model, codes, known, o)) for o in ((0, 1), (1, 0))])
+            # the certainty's noise does not fade in the last pass but one: half of the maps start
+            # at each place
+            p = np.mean(
+                [math.exp(-nats_in_order(model, codes, known, o)) for o in ((0, 1), (1, 0))]
+            )
             assert share[3 * first + second] == pytest.approx(p, abs=4 * math.sqrt(p / count))
 
 
@@ -174,7 +191,11 @@ def test_without_spread_the_most_certain_codes_are_shown_first():
     model.top.register_forward_pre_hook(lambda module, inputs: contexts.append(inputs[0].clone()))
     model.sample([0.5], [0], Sampling(passes=4, temperature=0, spread=0), Sampling(passes=1))
     with torch.inference_mode():
-        p = model.top(contexts[0], model.top.known(torch.tensor([0.5]), model.as_it_is(1))).softmax(3).amax(3)
+        p = (
+            model.top(contexts[0], model.top.known(torch.tensor([0.5]), model.as_it_is(1)))
+            .softmax(3)
+            .amax(3)
+        )
     shown = contexts[1] != TINY.K
     assert p[shown].min() >= p[~shown].max()
 
@@ -186,7 +207,9 @@ def test_the_bottom_sees_the_top_and_the_variant_is_seen():
     known = position, model.as_it_is(1)
     logits = model.bottom(hidden, model.bottom.known(*known, top))
     assert not logits.allclose(model.bottom(hidden, model.bottom.known(*known, (top + 1) % 5)))
-    assert not logits.allclose(model.bottom(hidden, model.bottom.known(position, torch.ones(1, 3), top)))
+    assert not logits.allclose(
+        model.bottom(hidden, model.bottom.known(position, torch.ones(1, 3), top))
+    )
     assert not logits.allclose(
         model.bottom(hidden, model.bottom.known(torch.tensor([math.nan]), known[1], top))
     )
@@ -208,7 +231,12 @@ def test_maps_whose_sides_are_no_multiple_of_the_patch():
     model = make_prior(shape=(3, 5))
     top, bottom, position = random_maps(model, 2)
     assert model.top(top, model.top.known(position, model.as_it_is(2))).shape == (2, 3, 5, 5)
-    assert model.bottom(bottom, model.bottom.known(position, model.as_it_is(2), top)).shape == (2, 6, 10, 5)
+    assert model.bottom(bottom, model.bottom.known(position, model.as_it_is(2), top)).shape == (
+        2,
+        6,
+        10,
+        5,
+    )
 
 
 def test_random_masks_hide_a_uniform_number_of_codes_at_uniform_places():
@@ -250,7 +278,10 @@ def test_sampling_a_code_inverts_the_cumulative_distribution():
         kept = likeliest[: np.searchsorted(np.cumsum(p[likeliest]), top_p) + 1]
         expected = np.zeros(6)
         expected[kept] = p[kept] / p[kept].sum()
-        found = sample_codes(logits.expand(40_000, 6), u, temperature, top_p).bincount(minlength=6) / 40_000
+        found = (
+            sample_codes(logits.expand(40_000, 6), u, temperature, top_p).bincount(minlength=6)
+            / 40_000
+        )
         assert found.numpy() == pytest.approx(expected, abs=0.01)
     assert (sample_codes(logits.expand(3, 6), u[:3], temperature=0) == logits.argmax()).all()
 
@@ -269,10 +300,14 @@ def test_training_learns_what_follows_from_the_rest():
         sum(loss.mean() for loss in losses.values()).backward()
         optimiser.step()
     model.eval()
-    top, bottom = model.sample([math.nan] * 8, range(8), Sampling(passes=16, temperature=0.2, spread=4))
+    top, bottom = model.sample(
+        [math.nan] * 8, range(8), Sampling(passes=16, temperature=0.2, spread=4)
+    )
     assert (top == top.flip(2)).double().mean() > 0.8  # 0.2 by chance
     assert (bottom == top.repeat_interleave(2, 1).repeat_interleave(2, 2)).double().mean() > 0.95
-    assert len({tuple(codes.flatten().tolist()) for codes in top}) > 4  # and they are not all one map
+    assert (
+        len({tuple(codes.flatten().tolist()) for codes in top}) > 4
+    )  # and they are not all one map
 
 
 def test_branches_start_small_and_a_codebook_starts_the_embeddings():
@@ -288,7 +323,9 @@ def test_branches_start_small_and_a_codebook_starts_the_embeddings():
     embedded = model.top.embed.weight[:64]
     distances = torch.cdist(codebook - codebook.mean(0), codebook - codebook.mean(0))
     assert (
-        torch.corrcoef(torch.stack([torch.cdist(embedded, embedded).flatten(), distances.flatten()]))[0, 1]
+        torch.corrcoef(
+            torch.stack([torch.cdist(embedded, embedded).flatten(), distances.flatten()])
+        )[0, 1]
         > 0.99
     )
     assert embedded.std().item() == pytest.approx(0.02, rel=1e-4)
@@ -313,7 +350,13 @@ def test_bad_arguments_say_what_was_expected():
     for name in ("prior_top_layers", "prior_refine_blocks"):  # a network that takes hours to build
         with pytest.raises(ValueError, match=f"{name} is 1000000; expected at most"):
             PriorConfig(**{name: 10**6})
-    for bad in ({"passes": 0}, {"passes": 10**6}, {"temperature": -1}, {"top_p": 0}, {"spread": math.inf}):
+    for bad in (
+        {"passes": 0},
+        {"passes": 10**6},
+        {"temperature": -1},
+        {"top_p": 0},
+        {"spread": math.inf},
+    ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             Sampling(**bad)
     with pytest.raises(ValueError, match="multiple of prior_heads"):

@@ -1,11 +1,13 @@
-"""Every measure against brute force or a closed form, and against controls that it must tell from real slices."""
+"""Every measure against brute force or a closed form, and against controls that it must tell from
+real slices.
+"""
 
 import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 from scipy.signal import correlate2d
 
-import realism
+from support import metrics
 
 
 def z_scored(x):
@@ -36,7 +38,7 @@ def test_pooled_features_by_hand():
         np.stack([top.std((2, 3)), bottom.std((2, 3))], 2),
     ]
     expected = np.concatenate(halves, 1).reshape(2, -1)
-    np.testing.assert_allclose(realism.pooled_features(maps, (2, 1)), expected, rtol=1e-9)
+    np.testing.assert_allclose(metrics.pooled_features(maps, (2, 1)), expected, rtol=1e-9)
 
 
 # distances between sets
@@ -47,16 +49,19 @@ def test_frechet_is_heusel_s_formula():
     a, b = rng.normal(size=(200, 6)) @ rng.normal(size=(6, 6)), rng.normal(size=(150, 6)) + 0.5
     ca, cb = np.cov(a.T), np.cov(b.T)
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * sqrtm(ca @ cb).real)
-    assert realism.frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
 
 
 def test_frechet_of_diagonal_gaussians():
     """Samples with exactly these moments: sum of (m_a - m_b)^2 + (s_a - s_b)^2."""
-    white = np.linalg.qr(np.c_[np.ones(50), np.random.default_rng(0).normal(size=(50, 3))])[0][:, 1:] * 7
+    white = (
+        np.linalg.qr(np.c_[np.ones(50), np.random.default_rng(0).normal(size=(50, 3))])[0][:, 1:]
+        * 7
+    )
     a, b = white * [1, 2, 3] + [0, 1, 0], white * [2, 2, 0.5] + [1, 1, -2]
-    assert realism.frechet_distance(a, b) == pytest.approx((1 + 0 + 4) + (1 + 0 + 2.5**2))
-    assert realism.frechet_distance(b, a) == pytest.approx(realism.frechet_distance(a, b))
-    assert realism.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert metrics.frechet_distance(a, b) == pytest.approx((1 + 0 + 4) + (1 + 0 + 2.5**2))
+    assert metrics.frechet_distance(b, a) == pytest.approx(metrics.frechet_distance(a, b))
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
 def test_frechet_with_fewer_rows_than_features():
@@ -67,8 +72,10 @@ def test_frechet_with_fewer_rows_than_features():
         2 * rng.normal(size=(15, 3)),
         np.linalg.qr(rng.normal(size=(40, 3)))[0],
     )
-    assert realism.frechet_distance(a @ turn.T, b @ turn.T) == pytest.approx(realism.frechet_distance(a, b))
-    assert realism.frechet_distance(a @ turn.T, a @ turn.T) == pytest.approx(0, abs=1e-9)
+    assert metrics.frechet_distance(a @ turn.T, b @ turn.T) == pytest.approx(
+        metrics.frechet_distance(a, b)
+    )
+    assert metrics.frechet_distance(a @ turn.T, a @ turn.T) == pytest.approx(0, abs=1e-9)
 
 
 # variety
@@ -95,25 +102,27 @@ def test_ms_ssim_by_brute_force(shape, scales):
     x = np.sin(rows / 30) + np.cos(columns / 25)
     y = 0.8 * x + 0.3 * np.random.default_rng(0).normal(size=shape) + 0.2
     expected = brute_ms_ssim(x, y, 4, (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)[:scales])
-    assert realism.ms_ssim(x[None], y[None], 4)[0] == pytest.approx(expected, abs=1e-5)
+    assert metrics.ms_ssim(x[None], y[None], 4)[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_ms_ssim_falls_with_noise():
     x = slices(1).repeat(4, 0)
-    noise = np.random.default_rng(0).normal(size=x.shape) * np.array([0, 0.1, 0.5, 2])[:, None, None]
-    scores = realism.ms_ssim(x, x + noise, 5)
+    noise = (
+        np.random.default_rng(0).normal(size=x.shape) * np.array([0, 0.1, 0.5, 2])[:, None, None]
+    )
+    scores = metrics.ms_ssim(x, x + noise, 5)
     assert scores[0] == 1 and (np.diff(scores) < 0).all()
 
 
 def test_mean_pairwise_ms_ssim_tells_one_slice_from_many():
     x, pairs = slices(4), [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
-    every = [realism.ms_ssim(x[[i]], x[[j]], 5)[0] for i, j in pairs]
-    mean, error = realism.mean_pairwise_ms_ssim(x, 5, pairs=600)
+    every = [metrics.ms_ssim(x[[i]], x[[j]], 5)[0] for i, j in pairs]
+    mean, error = metrics.mean_pairwise_ms_ssim(x, 5, pairs=600)
     assert abs(mean - np.mean(every)) < 4 * error and error == pytest.approx(
         np.std(every) / 600**0.5, rel=0.15
     )
-    assert realism.mean_pairwise_ms_ssim(x, 5, pairs=600) == (mean, error)  # seeded
-    assert realism.mean_pairwise_ms_ssim(x[:1].repeat(5, 0), 5, pairs=9) == (1, 0)
+    assert metrics.mean_pairwise_ms_ssim(x, 5, pairs=600) == (mean, error)  # seeded
+    assert metrics.mean_pairwise_ms_ssim(x[:1].repeat(5, 0), 5, pairs=9) == (1, 0)
 
 
 # copying
@@ -122,7 +131,7 @@ def test_mean_pairwise_ms_ssim_tells_one_slice_from_many():
 def test_nearest_finds_copies():
     train, rng = slices(150), np.random.default_rng(0)
     copies = train * 2 + 0.5 + 0.05 * rng.normal(size=train.shape)
-    found = realism.nearest(realism.thumbnails(copies), realism.thumbnails(train))
+    found = metrics.nearest(metrics.thumbnails(copies), metrics.thumbnails(train))
     np.testing.assert_array_equal(found.index, np.arange(150))
     assert found.similarity.min() > 0.99
 
@@ -134,12 +143,14 @@ def test_nearest_is_the_best_correlation_of_all():
         few = (x.reshape(32, 2, 16, 2).mean((1, 3)).ravel() for x in (queries[i], train[j]))
         return np.corrcoef(*few)[0, 1]
 
-    found = realism.nearest(realism.thumbnails(queries), realism.thumbnails(train))
+    found = metrics.nearest(metrics.thumbnails(queries), metrics.thumbnails(train))
     for i in range(7):
         choices = [correlation(i, j) for j in range(9)]
         assert found.index[i] == np.argmax(choices)
         assert found.similarity[i] == pytest.approx(max(choices), abs=1e-5)
-    assert not realism.thumbnails(np.full((1, 8, 8), 0.1, np.float32)).any()  # one value: like nothing
+    assert not metrics.thumbnails(
+        np.full((1, 8, 8), 0.1, np.float32)
+    ).any()  # one value: like nothing
 
 
 def test_code_agreement_by_brute_force():
@@ -147,17 +158,17 @@ def test_code_agreement_by_brute_force():
     train = rng.integers(0, 4, (300, 6, 50))  # 300 codes a slice: more than a byte counts
     queries = np.concatenate([train[[200, 7]], rng.integers(0, 4, (5, 6, 50))])
     shares = np.array([[(q == t).mean() for t in train] for q in queries])
-    found = realism.code_agreement(queries, train)
+    found = metrics.code_agreement(queries, train)
     np.testing.assert_array_equal(found.index, shares.argmax(1))
     np.testing.assert_allclose(found.similarity, shares.max(1))
-    assert realism.code_agreement(queries, train).similarity[:2].tolist() == [1, 1]
+    assert metrics.code_agreement(queries, train).similarity[:2].tolist() == [1, 1]
 
 
 def test_code_agreement_by_bits_by_brute_force():
     rng = np.random.default_rng(0)
     train, queries = rng.integers(0, 4, (150, 5, 8)), rng.integers(0, 4, (6, 5, 8))
-    bits = realism.code_bits(train, 4)
-    found = realism.code_agreement(queries, train, bits)
+    bits = metrics.code_bits(train, 4)
+    found = metrics.code_agreement(queries, train, bits)
     for i, query in enumerate(queries):
         share = (train == query).mean(0)  # of training slices with the query's code, at every place
         worth = -np.log2((share * 150 + 0.5) / 151)
@@ -167,33 +178,36 @@ def test_code_agreement_by_bits_by_brute_force():
 
 
 def test_air_in_common_is_no_agreement_by_bits():
-    """Three quarters of every slice hold the same code: all agree in them, and only a copy agrees in the rest."""
+    """Three quarters of every slice hold the same code: all agree in them, and only a copy agrees
+    in the rest.
+    """
     rng = np.random.default_rng(0)
     train, queries = rng.integers(1, 500, (200, 40)), rng.integers(1, 500, (3, 40))
     train[:, :30] = queries[:, :30] = 0
     queries[0] = train[17]
-    bits = realism.code_bits(train, 500)
-    assert realism.code_agreement(queries, train).similarity.min() >= 0.75
-    found = realism.code_agreement(queries, train, bits)
+    bits = metrics.code_bits(train, 500)
+    assert metrics.code_agreement(queries, train).similarity.min() >= 0.75
+    found = metrics.code_agreement(queries, train, bits)
     assert found.index[0] == 17 and found.similarity[0] == pytest.approx(1)
     assert found.similarity[1:].max() < 0.2
 
 
 def test_audit_flags_copies_and_not_the_honest():
     rng, train = np.random.default_rng(0), slices(200)
-    small = realism.thumbnails(train)
+    small = metrics.thumbnails(train)
 
     def similarity(x):
-        return realism.nearest(realism.thumbnails(x), small).similarity
+        return metrics.nearest(metrics.thumbnails(x), small).similarity
 
     honest, novel = (similarity(slices(n, seed)) for n, seed in ((250, 1), (250, 2)))
     copies = similarity(train[:50] + 0.01 * rng.normal(size=(50, 64, 32)))
-    found = realism.audit(np.concatenate([novel[:45], copies[:5]]), honest, copies)
+    found = metrics.audit(np.concatenate([novel[:45], copies[:5]]), honest, copies)
     assert found["honest"]["flagged"] == 2 and found["copies"]["share"] == 1
     assert (
-        found["samples"]["flagged"] == pytest.approx(5, abs=2) and found["samples"]["share"] > found["margin"]
+        found["samples"]["flagged"] == pytest.approx(5, abs=2)
+        and found["samples"]["share"] > found["margin"]
     )
-    assert realism.audit(novel, honest, copies)["samples"]["share"] <= found["margin"]
+    assert metrics.audit(novel, honest, copies)["samples"]["share"] <= found["margin"]
     assert list(found["samples"]["percentiles"]) == ["1", "5", "25", "50", "75", "95", "99"]
 
 
@@ -201,14 +215,18 @@ def test_audit_flags_copies_and_not_the_honest():
 def test_audit_s_own_rates(n, flagged):
     """`expected` and `margin` are those of simulated honest slices, whatever their distribution."""
     rng = np.random.default_rng(0)
-    found = realism.audit(np.ones(64), rng.permutation(n) / n, np.zeros(3))
+    found = metrics.audit(np.ones(64), rng.permutation(n) / n, np.zeros(3))
     assert found["honest"]["flagged"] == flagged and found["copies"]["flagged"] == 0
-    assert (found["samples"]["low"], found["samples"]["high"]) == pytest.approx((0.025 ** (1 / 64), 1))
+    assert (found["samples"]["low"], found["samples"]["high"]) == pytest.approx(
+        (0.025 ** (1 / 64), 1)
+    )
     draws = rng.random((2000, n + 64))
     thresholds = np.sort(draws[:, :n])[:, n - 1 - flagged]
     shares = (draws[:, n:] > thresholds[:, None]).mean(1)
     assert shares.mean() == pytest.approx(found["expected"], rel=0.15)
-    assert (shares > found["margin"]).mean() <= 0.065 and (shares >= found["margin"]).mean() >= 0.035
+    assert (shares > found["margin"]).mean() <= 0.065 and (
+        shares >= found["margin"]
+    ).mean() >= 0.035
 
 
 # bad input
@@ -217,12 +235,12 @@ def test_audit_s_own_rates(n, flagged):
 def test_what_cannot_be_measured_is_named():
     x, features = slices(3), np.zeros((5, 4))
     for call, message in (
-        (lambda: realism.thumbnails(x * np.nan), "NaN"),
-        (lambda: realism.frechet_distance(features, features[:, :3]), r"\(5, 3\)"),
-        (lambda: realism.ms_ssim(x, x[:, :-1], 4), r"\(3, 63, 32\)"),
-        (lambda: realism.mean_pairwise_ms_ssim(x[:1], 4), "1 slices"),
-        (lambda: realism.nearest(x, x[:, ::2]), r"\(3, 32, 32\)"),
-        (lambda: realism.audit(np.ones(3), np.ones(0), np.ones(3)), "0 honest"),
+        (lambda: metrics.thumbnails(x * np.nan), "NaN"),
+        (lambda: metrics.frechet_distance(features, features[:, :3]), r"\(5, 3\)"),
+        (lambda: metrics.ms_ssim(x, x[:, :-1], 4), r"\(3, 63, 32\)"),
+        (lambda: metrics.mean_pairwise_ms_ssim(x[:1], 4), "1 slices"),
+        (lambda: metrics.nearest(x, x[:, ::2]), r"\(3, 32, 32\)"),
+        (lambda: metrics.audit(np.ones(3), np.ones(0), np.ones(3)), "0 honest"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import runtime
+from support import runtime
 
 KEYS = {
     "kind": "vqvae2",
@@ -66,7 +66,11 @@ def test_what_the_user_can_fix_is_one_message_and_exit_2(error, words, capsys):
 
 def test_a_bug_keeps_its_traceback():
     """Also one of ours, in this folder: a ValueError is no UserError."""
-    for error in (ValueError("zip() argument 2 is longer"), RuntimeError("size mismatch"), KeyError("x")):
+    for error in (
+        ValueError("zip() argument 2 is longer"),
+        RuntimeError("size mismatch"),
+        KeyError("x"),
+    ):
 
         def main(error=error):
             with runtime.atomic_path("never"):
@@ -114,7 +118,9 @@ def test_checkpoints_come_back_without_running_code(tmp_path):
     }
     runtime.save_checkpoint(tmp_path / "a.pth", saved)
     loaded = runtime.load_checkpoint(tmp_path / "a.pth", "vqvae2")
-    assert torch.equal(loaded["model"]["w"], saved["model"]["w"]) and loaded["history"] == [{"epoch": 1}]
+    assert torch.equal(loaded["model"]["w"], saved["model"]["w"]) and loaded["history"] == [
+        {"epoch": 1}
+    ]
 
     whole = (tmp_path / "a.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
@@ -137,15 +143,22 @@ def test_checkpoints_come_back_without_running_code(tmp_path):
         runtime.load_checkpoint(tmp_path / "none.pth", "vqvae2")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")
+@pytest.mark.skipif(
+    not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full"
+)
 def test_a_full_disk_says_so_and_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "a.pth"
     runtime.save_checkpoint(path, {**KEYS, "model": {}, "step": 1})
 
-    monkeypatch.setattr(runtime, "open", lambda path, mode: open("/dev/full", mode), raising=False)  # noqa: SIM115
+    def full_disk(path, mode):
+        return open("/dev/full", mode)
+
+    monkeypatch.setattr(runtime, "open", full_disk, raising=False)
     with pytest.raises(OSError, match="No space left"):
         runtime.save_checkpoint(path, {**KEYS, "model": {}, "step": 2})
-    assert runtime.load_checkpoint(path, "vqvae2")["step"] == 1 and os.listdir(tmp_path) == ["a.pth"]
+    assert runtime.load_checkpoint(path, "vqvae2")["step"] == 1 and os.listdir(tmp_path) == [
+        "a.pth"
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -170,7 +183,7 @@ def test_a_run_needs_no_git_and_names_no_folder(monkeypatch, tmp_path):
 
 
 def test_a_line_reaches_a_file_when_it_is_printed(tmp_path):
-    code = "import runtime, time; runtime.run_cli(lambda: (print('said'), time.sleep(60)))"
+    code = "from support import runtime; import time; runtime.run_cli(lambda: (print('said'), time.sleep(60)))"
     with open(tmp_path / "out", "w") as out:
         process = subprocess.Popen([sys.executable, "-c", code], stdout=out, cwd=ROOT)
     try:
@@ -213,7 +226,11 @@ def test_only_what_nobody_holds_is_swept(tmp_path):
     held = runtime.lock(tmp_path / f"{runtime.TEMPORARY}held")
     runtime.write_text(tmp_path / "a.txt", "x")
     os.close(held)
-    assert set(os.listdir(tmp_path)) == {"a.txt", f"{runtime.TEMPORARY}held", f"{runtime.TEMPORARY}file"}
+    assert set(os.listdir(tmp_path)) == {
+        "a.txt",
+        f"{runtime.TEMPORARY}held",
+        f"{runtime.TEMPORARY}file",
+    }
 
 
 def test_one_run_holds_a_folder_at_a_time(tmp_path):
@@ -224,7 +241,10 @@ def test_one_run_holds_a_folder_at_a_time(tmp_path):
     with runtime.only_run_in(tmp_path / "out"):
         pass
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file: cannot write there"), runtime.only_run_in(tmp_path / "file"):
+    with (
+        pytest.raises(OSError, match="file: cannot write there"),
+        runtime.only_run_in(tmp_path / "file"),
+    ):
         pass
 
 
@@ -271,7 +291,9 @@ def test_provenance_names_this_python():
 
 
 def test_scripts_flush_denormals():
-    """Left alone, they make long runs several times slower: tests/ cannot time it, so that is all they check."""
+    """Left alone, they make long runs several times slower: tests/ cannot time it, so that is all
+    they check.
+    """
     found = []
     try:
         runtime.run_cli(lambda: found.append((torch.tensor(1e-37) * 1e-3).item()))

@@ -10,12 +10,12 @@ from PIL import Image
 from test_predict import SMALL, write_checkpoint
 from test_volumes import landmark, stored
 
-import metrics
 import predict
 from dataset import Placement, z_score
 from modules import VQVAE2, load_model
-from runtime import UserError
-from scans import ScanConfig, reconstruct_files
+from reconstruct import ScanConfig, reconstruct_files
+from support import metrics
+from support.runtime import UserError
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,9 @@ def identity(monkeypatch):
 
 
 def use(checkpoint, inputs, out, **config):
-    return reconstruct_files(checkpoint, list(map(str, inputs)), str(out), ScanConfig(**config), device="cpu")
+    return reconstruct_files(
+        checkpoint, list(map(str, inputs)), str(out), ScanConfig(**config), device="cpu"
+    )
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "SAL"])
@@ -74,7 +76,11 @@ def test_types_axes_and_constant_planes(checkpoint, tmp_path, capsys):
     rng = np.random.default_rng(0)
     pixels = rng.gamma(2, 100, (64, 32, 3, 2))
     pixels[..., 1, 0] = 7
-    volumes = {"f8": pixels, "u1": np.clip(pixels, 0, 255).astype(np.uint8), "f4": pixels.astype(np.float32)}
+    volumes = {
+        "f8": pixels,
+        "u1": np.clip(pixels, 0, 255).astype(np.uint8),
+        "f4": pixels.astype(np.float32),
+    }
     affine = np.array([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
     for name, volume in volumes.items():
         nibabel.save(nibabel.Nifti1Image(volume, affine), tmp_path / f"{name}.nii")
@@ -96,7 +102,9 @@ def test_types_axes_and_constant_planes(checkpoint, tmp_path, capsys):
     assert rows["u1.nii"]["bits"] == 6 * rows["slice.nii.gz"]["bits"]
     with np.load(tmp_path / "out" / "codes.npz") as codes:
         assert codes["top"].shape == (19, 8, 4) and codes["bottom"].shape == (19, 16, 8)
-        assert codes["name"].tolist().count("f8.nii") == 6 and codes["plane"].tolist()[:6] == [*range(6)]
+        assert codes["name"].tolist().count("f8.nii") == 6 and codes["plane"].tolist()[:6] == [
+            *range(6)
+        ]
 
 
 def test_a_constant_plane_stays_as_it_is(checkpoint, tmp_path):
@@ -142,7 +150,11 @@ def test_pictures_come_back_as_pictures(checkpoint, tmp_path):
 @pytest.mark.parametrize("mode", ["I", "I;16B", "F"])
 def test_pictures_of_more_than_8_bits_keep_their_values(checkpoint, tmp_path, mode):
     pixels = np.random.default_rng(2).integers(0, 2**16, (64, 32), dtype=np.uint16)
-    like = {"I": pixels.astype(np.int32), "F": pixels.astype(np.float32), "I;16B": pixels.astype(">u2")}[mode]
+    like = {
+        "I": pixels.astype(np.int32),
+        "F": pixels.astype(np.float32),
+        "I;16B": pixels.astype(">u2"),
+    }[mode]
     Image.fromarray(like).save(tmp_path / "p.tif")
     use(checkpoint, [tmp_path / "p.tif"], tmp_path / "out")
     with Image.open(tmp_path / "out" / "p.png") as found:
@@ -153,7 +165,10 @@ def test_pictures_that_would_lose_values_or_pages_are_refused(checkpoint, tmp_pa
     Image.fromarray(np.full((64, 32), 0.5, np.float32)).save(tmp_path / "half.tif")
     page = Image.fromarray(np.zeros((64, 32), np.uint8))
     page.save(tmp_path / "pages.tif", save_all=True, append_images=[page, page])
-    for name, why in {"half.tif": "16 bits do not hold", "pages.tif": "3 pages; expected one"}.items():
+    for name, why in {
+        "half.tif": "16 bits do not hold",
+        "pages.tif": "3 pages; expected one",
+    }.items():
         with pytest.raises(UserError, match=f"(?s){name}: .*{why}"):
             use(checkpoint, [tmp_path / name], tmp_path / "out")
 
@@ -168,7 +183,10 @@ def test_a_fit_is_undone(fit, shape):
     assert grid.shape == (64, 32)
     back = placement.restore(grid)
     assert back.shape == shape
-    known = placement.restore(np.ones((64, 32), np.float32) * 2 - (np.indices((64, 32)).sum(0) == 0)) > 1.9
+    known = (
+        placement.restore(np.ones((64, 32), np.float32) * 2 - (np.indices((64, 32)).sum(0) == 0))
+        > 1.9
+    )
     assert np.abs(back - smooth)[known].mean() < 2
     assert back.min() > 0.9 * smooth.min()  # also where it was cropped away
     scale = np.divide(placement.scaled, shape)
@@ -177,7 +195,12 @@ def test_a_fit_is_undone(fit, shape):
     if shape == (256, 144) and fit == "auto":
         assert placement.scaled == (64, 32)  # HipMRI's odd 60 slices
     affine = placement.affine(np.diag([2.0, 3.0, 1.0, 1.0]))
-    corner = affine @ [placement.offset[0] - 0.5, placement.offset[1] - 0.5, 0, 1]  # the slice's first edge
+    corner = affine @ [
+        placement.offset[0] - 0.5,
+        placement.offset[1] - 0.5,
+        0,
+        1,
+    ]  # the slice's first edge
     np.testing.assert_allclose(corner[:2], [-1, -1.5], atol=1e-9)
     far = affine @ [*(np.add(placement.offset, placement.scaled) - 0.5), 0, 1]
     np.testing.assert_allclose(far[:2], [2 * shape[0] - 1, 3 * shape[1] - 1.5], atol=1e-9)
@@ -194,7 +217,10 @@ def test_what_cannot_be_used_is_named_and_the_rest_done(checkpoint, tmp_path):
         UserError, match=r"(?s)2 of 3 files.*bad\.nii\.gz: not a NIfTI.*bad\.png: not a whole"
     ):
         use(checkpoint, [tmp_path], tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good.nii.gz", "scans.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "good.nii.gz",
+        "scans.json",
+    ]
     (tmp_path / "bad.nii.gz").unlink()
     (tmp_path / "bad.png").unlink()
     assert (
@@ -211,7 +237,14 @@ def test_what_cannot_be_used_is_named_and_the_rest_done(checkpoint, tmp_path):
 def test_from_the_command_line(checkpoint, tmp_path, monkeypatch):
     image = nibabel.Nifti1Image(np.random.rand(64, 32).astype(np.float32), np.eye(4))
     nibabel.save(image, tmp_path / "a.nii.gz")
-    words = ["predict.py", tmp_path / "a.nii.gz", "--checkpoint", checkpoint, "--out", tmp_path / "out"]
+    words = [
+        "predict.py",
+        tmp_path / "a.nii.gz",
+        "--checkpoint",
+        checkpoint,
+        "--out",
+        tmp_path / "out",
+    ]
     words += ["--device", "cpu"]
     monkeypatch.setattr("sys.argv", [*map(str, words), "--codes"])
     predict.main()

@@ -11,17 +11,15 @@ import torch
 from test_train import assert_same, fit
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-import codes
 import generate
-import layouts
-import loop
-import runtime
 import train
-from codes import Variants, extract_codes
 from dataset import DataConfig, StudyInfo, open_study, open_trained_study
-from layouts import layouts_of
 from modules import load_model
-from prior import Prior, PriorConfig
+from new_slices import code_maps, layouts
+from new_slices.code_maps import Variants, extract_codes
+from new_slices.layouts import layouts_of
+from new_slices.prior import Prior, PriorConfig
+from support import runtime, trainer
 
 TINY = PriorConfig(prior_channels=16, prior_heads=2, prior_top_layers=1, prior_bottom_layers=1)
 
@@ -33,7 +31,7 @@ def autoencoder(study, tmp_path_factory):
 
 def fit_prior(autoencoder, out, epochs=1, checkpoint=None, **settings):
     settings = {"batch_size": 4, "device": "cpu", "lr": 1e-3, **settings}
-    config = loop.TrainConfig(out=str(out), epochs=epochs, **settings)
+    config = trainer.TrainConfig(out=str(out), epochs=epochs, **settings)
     codes = train.CodesConfig(checkpoint=str(autoencoder))
     return train.train_prior(
         train.Settings("prior", codes=codes, prior=TINY, train=config, checkpoint=checkpoint)
@@ -42,7 +40,9 @@ def fit_prior(autoencoder, out, epochs=1, checkpoint=None, **settings):
 
 def model_and_splits(autoencoder):
     checkpoint = runtime.load_checkpoint(autoencoder, "vqvae2")
-    splits = open_trained_study(StudyInfo.from_checkpoint(checkpoint, ""), DataConfig(), autoencoder)
+    splits = open_trained_study(
+        StudyInfo.from_checkpoint(checkpoint, ""), DataConfig(), autoencoder
+    )
     return load_model(checkpoint, ""), splits
 
 
@@ -60,7 +60,10 @@ def test_codes_are_the_autoencoder_s_and_kept_for_it_alone(autoencoder, tmp_path
     read = extract_codes(None, splits, 2, digest, tmp_path / "codes.npz")
     assert read["train_top"].shape == (2, 14, 8, 4)  # read, for no model was there
     assert read["validate_top"].shape == (1, 5, 8, 4)
-    for variants, other in ((2, "other"), (3, digest)):  # another autoencoder, other variants: made anew
+    for variants, other in (
+        (2, "other"),
+        (3, digest),
+    ):  # another autoencoder, other variants: made anew
         with pytest.raises(AttributeError):
             extract_codes(None, splits, variants, other, tmp_path / "codes.npz")
 
@@ -70,15 +73,20 @@ def test_variants_are_altered_as_their_numbers_say(autoencoder):
     x, indices = splits["train"].images(range(6)), torch.arange(6)
     variants = Variants(4, 14)
     assert not variants.numbers[0].any() and (variants.numbers[1, :, 0] == 1).all()
-    assert variants.images(x, 0, indices).equal(x) and variants.images(x, 1, indices).equal(x.flip(2))
+    assert variants.images(x, 0, indices).equal(x) and variants.images(x, 1, indices).equal(
+        x.flip(2)
+    )
     altered = variants.images(x, 2, indices)
-    assert altered.mean((1, 2, 3)).abs().max() < 1e-4 and (altered.std((1, 2, 3)) - 1).abs().max() < 1e-2
+    assert (
+        altered.mean((1, 2, 3)).abs().max() < 1e-4
+        and (altered.std((1, 2, 3)) - 1).abs().max() < 1e-2
+    )
     assert variants.images(x[3:5], 2, indices[3:5]).equal(altered[3:5])  # whatever the batch
     # one pure shift: the content moves by whole pixels
     variants.fields.zero_()
     variants.numbers[2] = torch.tensor([0, 1, 0.5, -0.25, 0, 0, 0])
     shifted = variants.images(x, 2, indices)
-    rows, columns = round(codes.SHIFT * 0.5), round(codes.SHIFT * -0.25)
+    rows, columns = round(code_maps.SHIFT * 0.5), round(code_maps.SHIFT * -0.25)
     expected = x[:, :, 10 + rows : 50 + rows, 8 + columns : 24 + columns].flatten()
     found = shifted[:, :, 10:50, 8:24].flatten()
     assert torch.corrcoef(torch.stack([found, expected]))[0, 1] > 0.9999
@@ -87,11 +95,16 @@ def test_variants_are_altered_as_their_numbers_say(autoencoder):
 
 
 def test_the_prior_is_told_the_variant_it_sees(autoencoder, tmp_path):
-    config = loop.TrainConfig(out=str(tmp_path), device="cpu", batch_size=4)
+    config = trainer.TrainConfig(out=str(tmp_path), device="cpu", batch_size=4)
     settings = train.CodesConfig(checkpoint=str(autoencoder), variants=4, forget=0.0)
     stage = train.CodePriors(train.Settings("prior", codes=settings, prior=TINY, train=config))
     stage.start_epoch(torch.Generator().manual_seed(0))
-    assert set(stage.variant.tolist()) == {0, 1, 2, 3}  # every kind is seen, as it is and mirrored too
+    assert set(stage.variant.tolist()) == {
+        0,
+        1,
+        2,
+        3,
+    }  # every kind is seen, as it is and mirrored too
     seen = []
     stage.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     indices = torch.tensor([5, 1, 9])
@@ -110,7 +123,7 @@ def test_the_prior_is_told_the_variant_it_sees(autoencoder, tmp_path):
 
 def test_the_top_prior_is_told_the_layout_of_the_variant_it_sees(masked_study, tmp_path):
     autoencoder = fit(masked_study, tmp_path / "one", epochs=1)
-    config = loop.TrainConfig(out=str(tmp_path), device="cpu", batch_size=4)
+    config = trainer.TrainConfig(out=str(tmp_path), device="cpu", batch_size=4)
     settings = train.CodesConfig(checkpoint=str(autoencoder), variants=4, forget=0.5)
     stage = train.CodePriors(train.Settings("prior", codes=settings, prior=TINY, train=config))
     train_split, variants = stage.splits["train"], Variants(4, 14)
@@ -127,7 +140,9 @@ def test_the_top_prior_is_told_the_layout_of_the_variant_it_sees(masked_study, t
         hidden.append(unknown[:13])
         assert not unknown[:13].equal(position[:13].isnan())  # each by a chance of its own
         for i in np.flatnonzero(~unknown):
-            altered = variants.masks(train_split.masks([i]), int(stage.variant[i]), torch.tensor([i]))
+            altered = variants.masks(
+                train_split.masks([i]), int(stage.variant[i]), torch.tensor([i])
+            )
             assert layout[i].equal(layouts_of(altered, (16, 8), 2)[0].long())
     assert torch.stack(hidden).float().mean().item() == pytest.approx(0.5, abs=0.1)
     stage.model.eval()
@@ -142,7 +157,9 @@ def test_new_slices_start_from_layouts_of_the_study(masked_study, tmp_path, monk
     monkeypatch.setattr(
         Prior,
         "sample",
-        lambda self, *a, layouts, **k: given.append(layouts) or whole(self, *a, layouts=layouts, **k),
+        lambda self, *a, layouts, **k: (
+            given.append(layouts) or whole(self, *a, layouts=layouts, **k)
+        ),
     )
     monkeypatch.setattr(generate, "account", lambda *_: {})
     monkeypatch.setattr(generate, "segmenter_of", lambda *_: None)
@@ -169,7 +186,9 @@ def test_new_slices_start_from_layouts_of_the_study(masked_study, tmp_path, monk
     no_masks = shutil.ignore_patterns("keras_slices_seg_*")
     bare = shutil.copytree(masked_study, tmp_path / "study", ignore=no_masks)
     files["out"] = str(tmp_path / "bare")
-    generate.generate(generate.GenerateConfig(n=2, device="cpu", **files), DataConfig(data=str(bare)))
+    generate.generate(
+        generate.GenerateConfig(n=2, device="cpu", **files), DataConfig(data=str(bare))
+    )
     assert "sampling without layouts" in capsys.readouterr().out
     assert json.loads((tmp_path / "bare" / "manifest.json").read_text())["layouts"] is None
 
@@ -177,7 +196,9 @@ def test_new_slices_start_from_layouts_of_the_study(masked_study, tmp_path, monk
 def test_validation_repeats_and_agrees_with_the_likelihood(autoencoder, tmp_path):
     path = fit_prior(autoencoder, tmp_path)
     checkpoint = runtime.load_checkpoint(path, "prior")
-    prior = Prior(PriorConfig(**checkpoint["model_config"]), checkpoint["top_shape"], codes.NUMBERS).eval()
+    prior = Prior(
+        PriorConfig(**checkpoint["model_config"]), checkpoint["top_shape"], code_maps.NUMBERS
+    ).eval()
     prior.load_state_dict(checkpoint["model"])
     model, splits = model_and_splits(autoencoder)
     validate = splits["validate"]
@@ -193,8 +214,10 @@ def test_validation_repeats_and_agrees_with_the_likelihood(autoencoder, tmp_path
 
 def test_the_bottom_prior_can_learn_from_fewer_slices_than_the_top(autoencoder, tmp_path):
     codes = train.CodesConfig(checkpoint=str(autoencoder), forget=0.0, bottom_every=2)
-    config = loop.TrainConfig(out=str(tmp_path), device="cpu")
-    settings = train.Settings("prior", codes=codes, prior=replace(TINY, prior_dropout=0.0), train=config)
+    config = trainer.TrainConfig(out=str(tmp_path), device="cpu")
+    settings = train.Settings(
+        "prior", codes=codes, prior=replace(TINY, prior_dropout=0.0), train=config
+    )
     stage = train.CodePriors(settings)
     stage.start_epoch(torch.Generator())
     seen = []
@@ -209,7 +232,9 @@ def test_the_bottom_prior_can_learn_from_fewer_slices_than_the_top(autoencoder, 
         32 * losses["nats_top"] + 128 * losses["nats_bottom"]
     ).item() / 160  # as if all bottoms were there
     assert losses["loss"].item() == pytest.approx(mean, rel=1e-5)
-    assert losses["bits_per_pixel"].item() == pytest.approx(160 * mean / math.log(2) / (64 * 32), rel=1e-5)
+    assert losses["bits_per_pixel"].item() == pytest.approx(
+        160 * mean / math.log(2) / (64 * 32), rel=1e-5
+    )
     stage.model.eval()  # every slice is validated
     stage.batch_losses("validate", torch.arange(3))
     assert len(seen[1][0][1]) == 3
@@ -217,16 +242,21 @@ def test_the_bottom_prior_can_learn_from_fewer_slices_than_the_top(autoencoder, 
         train.CodesConfig(bottom_every=0)
     with pytest.raises(ValueError, match="--bottom-every is 3, --batch-size 4"):
         train.train_prior(
-            replace(settings, codes=replace(codes, bottom_every=3), train=replace(config, batch_size=4))
+            replace(
+                settings, codes=replace(codes, bottom_every=3), train=replace(config, batch_size=4)
+            )
         )
 
 
 def test_files_bear_its_name_and_the_autoencoder_s_hash(autoencoder, tmp_path):
     path = fit_prior(autoencoder, tmp_path, epochs=2)
     assert path.name == "prior_best.pth"
-    assert {"prior_log.jsonl", "prior_train_losses.txt", "prior_loss_plot.png", "prior_epoch_2.pth"} <= {
-        file.name for file in tmp_path.iterdir()
-    }
+    assert {
+        "prior_log.jsonl",
+        "prior_train_losses.txt",
+        "prior_loss_plot.png",
+        "prior_epoch_2.pth",
+    } <= {file.name for file in tmp_path.iterdir()}
     checkpoint = runtime.load_checkpoint(path, "prior")
     assert checkpoint["autoencoder_sha256"] == runtime.sha256(autoencoder)
     lines = (tmp_path / "prior_log.jsonl").read_text().splitlines()
@@ -255,11 +285,11 @@ def test_patience_ends_a_run_that_no_longer_improves(autoencoder, tmp_path):
 
 def test_a_step_never_waits_for_the_device(autoencoder, tmp_path, monkeypatch):
     """Fake tensors stand in for a GPU's: whatever needs a value of theirs raises."""
-    config = loop.TrainConfig(out=str(tmp_path), device="cpu", clip=1.0, optimiser="muon")
+    config = trainer.TrainConfig(out=str(tmp_path), device="cpu", clip=1.0, optimiser="muon")
     codes = train.CodesConfig(checkpoint=str(autoencoder))
     stage = train.CodePriors(train.Settings("prior", codes=codes, prior=TINY, train=config))
     stage.start_epoch(torch.Generator())
-    run = loop.Trainer(stage, config)
+    run = trainer.Trainer(stage, config)
     stage.model.train()
     monkeypatch.setattr(run, "show_loss", lambda *args: None)  # at the loss: on a GPU now and then
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -269,9 +299,11 @@ def test_a_step_never_waits_for_the_device(autoencoder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("forget", [0.0, 0.5, 1.0])
-def test_the_model_gets_the_drawn_variants_and_forgets_positions(autoencoder, tmp_path, monkeypatch, forget):
+def test_the_model_gets_the_drawn_variants_and_forgets_positions(
+    autoencoder, tmp_path, monkeypatch, forget
+):
     codes = train.CodesConfig(checkpoint=str(autoencoder), forget=forget)
-    config = loop.TrainConfig(out=str(tmp_path), device="cpu")
+    config = trainer.TrainConfig(out=str(tmp_path), device="cpu")
     stage = train.CodePriors(train.Settings("prior", codes=codes, prior=TINY, train=config))
     seen, forward = [], stage.model.forward
     monkeypatch.setattr(

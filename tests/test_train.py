@@ -11,13 +11,11 @@ from conftest import run, start
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from tqdm import tqdm
 
-import loop
-import metrics
-import runtime
 import train
 from dataset import NO_MASK, DataConfig, open_study
-from layouts import layouts_of
 from modules import VQVAE2, Output, Quantised, VQVAE2Config
+from new_slices.layouts import layouts_of
+from support import metrics, runtime, trainer
 
 SMALL = VQVAE2Config(K=16, D=8, channels=16, top_channels=24, residual_channels=8, decoder_blocks=1)
 SHAPE_FLAGS = (
@@ -29,7 +27,7 @@ SHAPE_FLAGS = (
 def fit(study, out, epochs=2, checkpoint=None, **settings):
     data = DataConfig(data=str(study), height=64, width=32)
     settings = {"batch_size": 4, "device": "cpu", "lr": 1e-3, **settings}
-    config = loop.TrainConfig(out=str(out), epochs=epochs, **settings)
+    config = trainer.TrainConfig(out=str(out), epochs=epochs, **settings)
     loss = train.LossConfig(flip=True)
     return train.train_autoencoder(
         train.Settings(data=data, train=config, model=SMALL, loss=loss, checkpoint=checkpoint)
@@ -50,7 +48,9 @@ def tensors(value, prefix=""):
 
 
 def assert_same(one, other):
-    one, other = (dict(tensors(runtime.load_checkpoint(path, "vqvae2", "prior"))) for path in (one, other))
+    one, other = (
+        dict(tensors(runtime.load_checkpoint(path, "vqvae2", "prior"))) for path in (one, other)
+    )
     assert one.keys() == other.keys()
     different = [
         key
@@ -64,18 +64,22 @@ def assert_same(one, other):
 
 
 def output_of(y, top=0.0, bottom=0.0):
-    level = lambda c: Quantised(torch.zeros(1), torch.zeros(1, dtype=torch.int64), torch.tensor(c))  # noqa: E731
-    return Output(y, level(top), level(bottom))
+    codes = torch.zeros(1, dtype=torch.int64)
+    return Output(y, *(Quantised(torch.zeros(1), codes, torch.tensor(c)) for c in (top, bottom)))
 
 
 def test_loss_is_the_report_s_arithmetic():
-    """reconstruction + beta * commitment, in float64 by hand; beta weighs the commitment and only that."""
+    """reconstruction + beta * commitment, in float64 by hand; beta weighs the commitment and only
+    that.
+    """
     torch.manual_seed(0)
     x, y = torch.randn(2, 3, 1, 16, 16)
     config = train.LossConfig(mse=2.0, l1=3.0, ssim=5.0, beta=0.25)
     terms = train.losses(x, output_of(y, top=0.5, bottom=1.5), config)
     d = (x - y).double().numpy()
-    reconstruction = 2 * (d**2).mean() + 3 * np.abs(d).mean() + 5 * (1 - metrics.ssim(x, y).mean().item())
+    reconstruction = (
+        2 * (d**2).mean() + 3 * np.abs(d).mean() + 5 * (1 - metrics.ssim(x, y).mean().item())
+    )
     assert terms["reconstruction"].item() == pytest.approx(reconstruction, rel=1e-5)
     assert terms["loss"].item() == pytest.approx(reconstruction + 0.25 * (0.5 + 1.5), rel=1e-5)
 
@@ -91,11 +95,11 @@ def test_every_weight_changes_the_loss(weight):
 
 
 def test_learning_rate_rises_then_falls():
-    config = loop.TrainConfig(lr=2.0, schedule="cosine", warmup=0.1)
-    rates = [loop.learning_rate(config, p) for p in (0, 0.05, 0.1, 0.5, 1.0, 1.3)]
+    config = trainer.TrainConfig(lr=2.0, schedule="cosine", warmup=0.1)
+    rates = [trainer.learning_rate(config, p) for p in (0, 0.05, 0.1, 0.5, 1.0, 1.3)]
     cosine = [1 + math.cos(math.pi * p) for p in (0, 0.05, 0.1, 0.5, 1.0, 1.0)]
     assert rates == pytest.approx([0, 0.5 * cosine[1], cosine[2], cosine[3], 0, 0])
-    assert loop.learning_rate(loop.TrainConfig(lr=2.0), 0.9) == 2.0
+    assert trainer.learning_rate(trainer.TrainConfig(lr=2.0), 0.9) == 2.0
 
 
 def test_flips_are_left_right_and_half():
@@ -118,7 +122,7 @@ def test_flips_are_left_right_and_half():
     ],
 )
 def test_impossible_settings_are_refused(bad):
-    config = train.LossConfig if "mse" in bad or "beta" in bad else loop.TrainConfig
+    config = train.LossConfig if "mse" in bad or "beta" in bad else trainer.TrainConfig
     with pytest.raises(ValueError, match=next(iter(bad)).replace("_", "-")):
         config(**bad)
 
@@ -153,7 +157,9 @@ def test_a_run_leaves_what_it_promises(study, tmp_path):
 
 
 def test_validation_is_the_exact_mean_of_the_split(study, tmp_path):
-    """5 slices in batches of 4 and 1: slice by slice, from the checkpoint alone, the same figures."""
+    """5 slices in batches of 4 and 1: slice by slice, from the checkpoint alone, the same
+    figures.
+    """
     fit(study, tmp_path, epochs=1)
     checkpoint = runtime.load_checkpoint(tmp_path / "vqvae2_epoch_1.pth", "vqvae2")
     model = VQVAE2(VQVAE2Config(**checkpoint["model_config"])).eval()
@@ -182,7 +188,7 @@ def test_same_seed_same_weights_other_seed_others(study, tmp_path):
 
 def test_a_step_waits_for_no_device(study, tmp_path, monkeypatch):
     """Fake tensors have no values: a step that read one back would raise."""
-    config = loop.TrainConfig(out=str(tmp_path), device="cpu", clip=1.0)
+    config = trainer.TrainConfig(out=str(tmp_path), device="cpu", clip=1.0)
     data = DataConfig(data=str(study), height=64, width=32)
     stage = train.Autoencoder(
         train.Settings(data=data, train=config, model=SMALL, loss=train.LossConfig(flip=True))
@@ -192,9 +198,11 @@ def test_a_step_waits_for_no_device(study, tmp_path, monkeypatch):
     indices = torch.tensor([3, 0, 13, 7])
     slices = stage.splits["train"].images(indices)
     torch.testing.assert_close(stage.images["train"](indices), slices, rtol=2**-11, atol=1e-7)
-    run_ = loop.Trainer(stage, config)
+    run_ = trainer.Trainer(stage, config)
     stage.model.train()
-    run_.train_step(indices, tqdm(disable=True))  # the first alone asks whether the codebook has started
+    run_.train_step(
+        indices, tqdm(disable=True)
+    )  # the first alone asks whether the codebook has started
     monkeypatch.setattr(run_, "show_loss", lambda *args: None)  # at the loss: on a GPU now and then
     with FakeTensorMode(allow_non_fake_inputs=True):
         run_.train_step(indices, None)
@@ -213,8 +221,21 @@ def test_best_survives_a_resume(study, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_run_goes_on_bit_for_bit(study, tmp_path, number):
-    """SIGTERM stops in the middle of an epoch; after SIGKILL the last epoch's checkpoint is there."""
-    flags = [*SHAPE_FLAGS, "--data", study, "--flip", "--schedule", "cosine", "--epochs", 8, "--keep", 0]
+    """SIGTERM stops in the middle of an epoch; after SIGKILL the last epoch's checkpoint is
+    there.
+    """
+    flags = [
+        *SHAPE_FLAGS,
+        "--data",
+        study,
+        "--flip",
+        "--schedule",
+        "cosine",
+        "--epochs",
+        8,
+        "--keep",
+        0,
+    ]
     fit_flags = {"epochs": 8, "keep": 0, "schedule": "cosine", "lr": 3e-4}
     process = start("train.py", *flags, "--out", tmp_path / "broken")
     deadline = time.monotonic() + 60
@@ -228,7 +249,10 @@ def test_a_killed_run_goes_on_bit_for_bit(study, tmp_path, number):
         path = tmp_path / "broken" / "vqvae2_interrupted.pth"
         assert f"--resume {path}" in out
     else:
-        path = max((tmp_path / "broken").glob("vqvae2_epoch_*.pth"), key=lambda p: int(p.stem.split("_")[-1]))
+        path = max(
+            (tmp_path / "broken").glob("vqvae2_epoch_*.pth"),
+            key=lambda p: int(p.stem.split("_")[-1]),
+        )
     stopped_at = runtime.load_checkpoint(path, "vqvae2")["step"]
     assert 0 < stopped_at < 32
 
@@ -236,7 +260,12 @@ def test_a_killed_run_goes_on_bit_for_bit(study, tmp_path, number):
         code, out, err = run("train.py", "--resume", path)
         assert code == 0, err
     else:
-        fit(study, tmp_path / "broken", **fit_flags, checkpoint=runtime.load_checkpoint(path, "vqvae2"))
+        fit(
+            study,
+            tmp_path / "broken",
+            **fit_flags,
+            checkpoint=runtime.load_checkpoint(path, "vqvae2"),
+        )
     fit(study, tmp_path / "whole", **fit_flags)
     final = "vqvae2_epoch_final.pth"
     assert_same(tmp_path / "broken" / final, tmp_path / "whole" / final)
@@ -254,10 +283,14 @@ def test_minutes_are_kept_and_the_schedule_fits_them(study, tmp_path):
 
 def test_training_begins_with_given_weights_and_codebooks(study, tmp_path):
     start = fit(study, tmp_path / "one", epochs=1)
-    model = VQVAE2Config(**runtime.load_checkpoint(start, "vqvae2")["model_config"] | {"bit_weight": 0.5})
-    config = loop.TrainConfig(weights=str(start), device="cpu")
+    model = VQVAE2Config(
+        **runtime.load_checkpoint(start, "vqvae2")["model_config"] | {"bit_weight": 0.5}
+    )
+    config = trainer.TrainConfig(weights=str(start), device="cpu")
     stage = train.Autoencoder(
-        train.Settings(data=DataConfig(data=str(study), height=64, width=32), train=config, model=model)
+        train.Settings(
+            data=DataConfig(data=str(study), height=64, width=32), train=config, model=model
+        )
     )
     assert stage.model.config.bit_weight == stage.model.quantiser_top.bit_weight == 0.5
     theirs = runtime.load_checkpoint(start, "vqvae2")["model"]
@@ -279,7 +312,9 @@ def test_a_loss_that_is_not_finite_names_step_files_and_last_checkpoint(study, t
 
 def test_weights_that_broke_in_the_last_step_are_not_saved(study, tmp_path):
     """14 slices in one batch: the loss before the step is finite, the weights after it are not."""
-    with pytest.raises(ValueError, match=r"epoch 1, step 1, in validation. Last good checkpoint: none"):
+    with pytest.raises(
+        ValueError, match=r"epoch 1, step 1, in validation. Last good checkpoint: none"
+    ):
         fit(study, tmp_path, epochs=1, batch_size=14, lr=1e38)
     assert not list(tmp_path.glob("*.pth"))
 
@@ -320,7 +355,10 @@ def test_flags_win_over_presets_and_checkpoints(study, tmp_path, monkeypatch):
         (["--stage", "prior", "--beta", 1], "--beta: for --stage autoencoder alone"),
         (["--stage", "prior", "--K", 64], "--K: for --stage autoencoder alone"),
         (["--stage", "prior", "--height", 64], "--height: for --stage autoencoder alone"),
-        (["--stage", "prior", "--preset", "report"], "the presets of --stage prior are quick, best"),
+        (
+            ["--stage", "prior", "--preset", "report"],
+            "the presets of --stage prior are quick, best",
+        ),
         (["--rate", 0.03], "is called --bit-weight now. Fix: --bit-weight 0.03"),
     ],
 )
@@ -347,7 +385,10 @@ def test_help_shows_the_settings_that_will_be_used(flags, words, monkeypatch, ca
         train.main()
     out = capsys.readouterr().out
     assert exit_.value.code == 0 and all(word in out for word in words)
-    everyday = [out.index(f"  --{name} ") for name in ("data", "preset", "minutes", "out", "resume", "stage")]
+    everyday = [
+        out.index(f"  --{name} ")
+        for name in ("data", "preset", "minutes", "out", "resume", "stage")
+    ]
     assert everyday == sorted(everyday)
 
 
@@ -369,8 +410,14 @@ def test_users_mistakes_exit_with_2_and_no_traceback(study, tmp_path, monkeypatc
         (["--data", study, "--height", "8", "--width", "8", "--out", tmp_path], "at least 16"),
         (["--resume", tmp_path / "whole.pth", "--height", "128"], "(64, 32)"),
         (["--resume", tmp_path / "whole.pth", "--D", "16"], "shape"),
-        (["--data", study, "--weights", tmp_path / "whole.pth", "--D", "16", "--out", tmp_path], "D=16"),
-        (["--stage", "prior", "--weights", tmp_path / "whole.pth", "--out", tmp_path], "autoencoder alone"),
+        (
+            ["--data", study, "--weights", tmp_path / "whole.pth", "--D", "16", "--out", tmp_path],
+            "D=16",
+        ),
+        (
+            ["--stage", "prior", "--weights", tmp_path / "whole.pth", "--out", tmp_path],
+            "autoencoder alone",
+        ),
     ):
         monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags)])
         with pytest.raises(SystemExit) as exit_:
@@ -403,7 +450,10 @@ def test_the_masks_terms_are_of_the_mask_and_of_the_layout():
     masks = torch.randint(3, (2, 16, 8), generator=generator, dtype=torch.uint8)
     x, mask_logits = torch.randn(2, 1, 16, 8), torch.randn(2, 3, 16, 8)
     of_layout = (
-        20 * torch.nn.functional.one_hot(layouts_of(masks, (4, 2), 3).long(), 3).permute(0, 3, 1, 2).float()
+        20
+        * torch.nn.functional.one_hot(layouts_of(masks, (4, 2), 3).long(), 3)
+        .permute(0, 3, 1, 2)
+        .float()
     )
     none, config = output_of(torch.randn(2, 1, 16, 8)), train.LossConfig(mask=0.3)
     for layout_logits in (of_layout, of_layout.flip(1)):

@@ -11,10 +11,12 @@ from nibabel.affines import apply_affine
 from test_dataset import name_of, noise, save
 
 from dataset import SPLITS, DataConfig, open_study, parse_name
-from runtime import UserError
-from volumes import SliceConfig, slice_volumes, split_patients
+from slice_volumes import SliceConfig, slice_volumes, split_patients
+from support.runtime import UserError
 
-RAS = np.array([[1.5, 0.1, 0, -20], [-0.1, 2.0, 0.2, 30], [0, -0.2, 1.25, 5], [0, 0, 0, 1]])  # oblique
+RAS = np.array(
+    [[1.5, 0.1, 0, -20], [-0.1, 2.0, 0.2, 30], [0, -0.2, 1.25, 5], [0, 0, 0, 1]]
+)  # oblique
 SHAPE = (8, 10, 6)
 SCHEMES = {
     "anonymous": (
@@ -29,7 +31,9 @@ def write_release(root, patients, scheme="anonymous", weeks=(0,), affine=RAS, ax
     for patient in patients:
         for week in weeks:
             pixels = noise(10 * patient + week, SHAPE).transpose(axes)
-            image, mask = (root / (form.format(patient, week) + ".nii.gz") for form in SCHEMES[scheme])
+            image, mask = (
+                root / (form.format(patient, week) + ".nii.gz") for form in SCHEMES[scheme]
+            )
             save(image, pixels, affine)
             save(mask, (pixels // 9 % 6).astype(np.float32), affine)
     return root
@@ -48,7 +52,9 @@ def test_central_coronal_planes_and_masks_lie_where_the_volume_has_them(tmp_path
     for number in range(4):
         plane = 3 + number  # the central 4 of 10
         image = nibabel.load(out / "keras_slices_validate" / name_of(36, number, week=2))
-        mask = nibabel.load(out / "keras_slices_seg_validate" / f"seg_036_week_2_slice_{number}.nii.gz")
+        mask = nibabel.load(
+            out / "keras_slices_seg_validate" / f"seg_036_week_2_slice_{number}.nii.gz"
+        )
         np.testing.assert_array_equal(np.asarray(image.dataobj), volume[:, plane, :])
         np.testing.assert_array_equal(
             np.asarray(mask.dataobj), (volume[:, plane, :] // 9 % 6).astype(np.uint8)
@@ -58,9 +64,15 @@ def test_central_coronal_planes_and_masks_lie_where_the_volume_has_them(tmp_path
             where = apply_affine(RAS, [i, plane, k])
             np.testing.assert_allclose(apply_affine(image.affine, [i, k, 0]), where, atol=1e-4)
             np.testing.assert_allclose(apply_affine(mask.affine, [i, k, 0]), where, atol=1e-4)
-        np.testing.assert_allclose(image.header.get_zooms(), [RAS_ZOOMS[0], RAS_ZOOMS[2]], rtol=1e-6)
+        np.testing.assert_allclose(
+            image.header.get_zooms(), [RAS_ZOOMS[0], RAS_ZOOMS[2]], rtol=1e-6
+        )
     splits = open_study(DataConfig(data=str(out), height=8, width=6, cache=str(tmp_path / "cache")))
-    assert [sorted({name.patient for name in splits[split].names}) for split in SPLITS] == [[4], [36], [40]]
+    assert [sorted({name.patient for name in splits[split].names}) for split in SPLITS] == [
+        [4],
+        [36],
+        [40],
+    ]
 
 
 RAS_ZOOMS = np.linalg.norm(RAS[:3, :3], axis=0)
@@ -70,17 +82,25 @@ def test_another_storage_order_gives_the_same_planes(tmp_path):
     axes = (2, 0, 1)  # stored head-foot, left-right, front-back
     affine = RAS.copy()
     affine[:3, :3] = RAS[:3, axes]
-    run_slice(write_release(tmp_path / "a", (4, 36, 40), affine=affine, axes=axes), tmp_path / "out")
+    run_slice(
+        write_release(tmp_path / "a", (4, 36, 40), affine=affine, axes=axes), tmp_path / "out"
+    )
     image = nibabel.load(tmp_path / "out" / "keras_slices_train" / name_of(4, 1))
     np.testing.assert_array_equal(np.asarray(image.dataobj), noise(40, SHAPE)[:, 4, :])
-    np.testing.assert_allclose(apply_affine(image.affine, [2, 5, 0]), apply_affine(RAS, [2, 4, 5]), atol=1e-4)
+    np.testing.assert_allclose(
+        apply_affine(image.affine, [2, 5, 0]), apply_affine(RAS, [2, 4, 5]), atol=1e-4
+    )
 
 
 def test_axis_first_and_count_choose_the_planes(tmp_path):
-    run_slice(write_release(tmp_path / "a", (4, 36, 40)), tmp_path / "out", axis=2, first=1, count=2)
+    run_slice(
+        write_release(tmp_path / "a", (4, 36, 40)), tmp_path / "out", axis=2, first=1, count=2
+    )
     image = nibabel.load(tmp_path / "out" / "keras_slices_train" / name_of(4, 1))
     np.testing.assert_array_equal(np.asarray(image.dataobj), noise(40, SHAPE)[:, :, 2])
-    np.testing.assert_allclose(apply_affine(image.affine, [2, 5, 0]), apply_affine(RAS, [2, 5, 2]), atol=1e-4)
+    np.testing.assert_allclose(
+        apply_affine(image.affine, [2, 5, 0]), apply_affine(RAS, [2, 5, 2]), atol=1e-4
+    )
     assert len(list((tmp_path / "out").rglob("case_*"))) == 6
 
 
@@ -152,11 +172,9 @@ def test_patients_are_split_as_in_the_course_or_by_seed():
         and course[40] == "test"
     )
     chosen, line = split_patients({1, *range(4, 33)}, seed=0)
-    assert "seed 0" in line and [sum(split == name for name in chosen.values()) for split in SPLITS] == [
-        24,
-        3,
-        3,
-    ]
+    assert "seed 0" in line and [
+        sum(split == name for name in chosen.values()) for split in SPLITS
+    ] == [24, 3, 3]
     assert chosen == split_patients({1, *range(4, 33)}, seed=0)[0]
     assert chosen != split_patients({1, *range(4, 33)}, seed=1)[0]
     assert sorted(split_patients({1, 2, 3}, seed=0)[0].values()) == sorted(SPLITS)
@@ -170,13 +188,16 @@ def test_the_command_ends_in_code_2_and_one_line(tmp_path):
     assert "Traceback" not in err
 
 
-# ---- anyone's volumes -------------------------------------------------------------------------------------
+# ---- anyone's volumes
+# -------------------------------------------------------------------------------------
 
 ORIENTATIONS = ("RAS", "LPS", "RPI", "PIR", "SAL", "ILA")
 
 
 def landmark(tilt=0.0, shape=(10, 12, 8)):
-    """A volume in RAS with a bright corner at the right, front and head, and its affine, tilted by degrees."""
+    """A volume in RAS with a bright corner at the right, front and head, and its affine, tilted by
+    degrees.
+    """
     pixels = noise(1, shape)
     pixels[-3:, -3:, -3:] += 5000
     c, s = np.cos(np.radians(tilt)), np.sin(np.radians(tilt))
@@ -205,11 +226,19 @@ def write_subject(root, patient, codes="RAS", tilt=0.0, mask_codes=None):
     return path
 
 
-CUTS = [("coronal", 12, 0), ("coronal", 12, 12), ("coronal", 12, -30), ("axial", 8, 12), ("sagittal", 10, 0)]
+CUTS = [
+    ("coronal", 12, 0),
+    ("coronal", 12, 12),
+    ("coronal", 12, -30),
+    ("axial", 8, 12),
+    ("sagittal", 10, 0),
+]
 
 
 @pytest.mark.parametrize("plane, depth, tilt", CUTS)
-def test_all_orientations_give_the_same_slices_in_the_same_place(tmp_path, plane, depth, tilt, capsys):
+def test_all_orientations_give_the_same_slices_in_the_same_place(
+    tmp_path, plane, depth, tilt, capsys
+):
     for patient, codes in enumerate(ORIENTATIONS, 1):
         write_subject(tmp_path / "bids", patient, codes, tilt, mask_codes=ORIENTATIONS[-patient])
     run_slice(tmp_path / "bids", tmp_path / "out", plane=plane, count=0)
@@ -255,7 +284,9 @@ def test_clashes_are_shown_before_anything_is_written(tmp_path):
         path = write_subject(tmp_path / "bids", patient)
     other = path.with_name(path.name.replace("T2w", "T1w"))
     other.write_bytes(path.read_bytes())
-    with pytest.raises(UserError, match=r"(?s)two volumes.*sub-03_ses-2_T1w.*and.*sub-03_ses-2_T2w.*--match"):
+    with pytest.raises(
+        UserError, match=r"(?s)two volumes.*sub-03_ses-2_T1w.*and.*sub-03_ses-2_T2w.*--match"
+    ):
         run_slice(tmp_path / "bids", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     run_slice(tmp_path / "bids", tmp_path / "out", match="*_T2w*")
@@ -279,7 +310,9 @@ def test_a_folder_for_each_subject_tells_them_apart(tmp_path, capsys):
     for patient in (1, 2, 3):
         path = write_subject(tmp_path / "b", patient, mask_codes="RAS")
         for file in (path, path.with_name(path.name.replace("T2w", "T2w_seg"))):
-            target = tmp_path / "export" / f"P{patient:04d}" / file.name[12:].replace("T2w", "t2_tse_3")
+            target = (
+                tmp_path / "export" / f"P{patient:04d}" / file.name[12:].replace("T2w", "t2_tse_3")
+            )
             target.parent.mkdir(parents=True, exist_ok=True)
             file.rename(target)
     run_slice(tmp_path / "export", tmp_path / "out")

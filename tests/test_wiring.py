@@ -8,12 +8,11 @@ import torch
 from test_train import SMALL
 from tqdm import tqdm
 
-import loop
-import runtime
 import train
 from dataset import DataConfig
 from modules import VQVAE2
-from optimiser import split_parameters
+from support import runtime, trainer
+from support.optimiser import split_parameters
 
 BATCH = torch.tensor([3, 0, 13, 7])
 BAR = tqdm(disable=True)
@@ -25,13 +24,13 @@ def make(study, tmp_path):
 
     def make(loss=None, model=SMALL, **settings):
         settings = {"batch_size": 4, "device": "cpu", "lr": 1e-2, "out": str(tmp_path)} | settings
-        config = loop.TrainConfig(**settings)
+        config = trainer.TrainConfig(**settings)
         data = DataConfig(data=str(study), height=64, width=32)
         loss = loss or train.LossConfig()
         stage = train.Autoencoder(train.Settings(data=data, train=config, model=model, loss=loss))
         stage.start_epoch(torch.Generator().manual_seed(0))
         stage.model.train()
-        return loop.Trainer(stage, config)
+        return trainer.Trainer(stage, config)
 
     return make
 
@@ -61,22 +60,33 @@ def test_clip_limits_the_gradient(make):
 
 @pytest.mark.parametrize("optimiser", ["adam", "muon"])
 def test_weight_decay_is_decoupled(make, optimiser):
-    """w - lr * decay * w beside the step without decay, for every weight (Loshchilov & Hutter 2019)."""
+    """w - lr * decay * w beside the step without decay, for every weight (Loshchilov & Hutter
+    2019).
+    """
     start, plain = weights(make()), updates(make(optimiser=optimiser))
     decayed = updates(make(optimiser=optimiser, weight_decay=0.5))
     for name, update in decayed.items():
-        torch.testing.assert_close(update - plain[name], -1e-2 * 0.5 * start[name], rtol=0.01, atol=1e-6)
+        torch.testing.assert_close(
+            update - plain[name], -1e-2 * 0.5 * start[name], rtol=0.01, atol=1e-6
+        )
 
 
 def test_muon_takes_orthogonal_steps_and_adam_does_not(make):
-    """Muon's singular values are about 0.2 lr sqrt(longer side) at the most; Adam's first step is lr everywhere."""
+    """Muon's singular values are about 0.2 lr sqrt(longer side) at the most; Adam's first step is
+    lr everywhere.
+    """
     matrices, _ = split_parameters(VQVAE2(SMALL))
     shapes = {tuple(matrix.shape) for matrix in matrices}
     for optimiser, orthogonal in (("muon", True), ("adam", False)):
         steps = [
-            u.flatten(1) for u in updates(make(optimiser=optimiser)).values() if tuple(u.shape) in shapes
+            u.flatten(1)
+            for u in updates(make(optimiser=optimiser)).values()
+            if tuple(u.shape) in shapes
         ]
-        largest = [torch.linalg.matrix_norm(u, 2).item() / (1e-2 * 0.2 * max(u.shape) ** 0.5) for u in steps]
+        largest = [
+            torch.linalg.matrix_norm(u, 2).item() / (1e-2 * 0.2 * max(u.shape) ** 0.5)
+            for u in steps
+        ]
         assert all((0.6 < value < 1.4) is orthogonal for value in largest), largest
 
 
@@ -107,7 +117,9 @@ def test_every_flag_of_the_network_changes_it(field):
 
 
 def images_seen(trainer, split="train"):
-    """What the model gets of `BATCH`, and whether that is each slice as it is, or its mirror image."""
+    """What the model gets of `BATCH`, and whether that is each slice as it is, or its mirror
+    image.
+    """
     seen = []
     hook = trainer.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     trainer.stage.batch_losses(split, BATCH[: len(trainer.stage.splits[split])])
@@ -152,17 +164,17 @@ def test_the_best_checkpoint_has_the_lowest_validation_reconstruction(make, monk
 
 
 def test_every_epoch_has_another_order_and_every_step_other_noise(make, monkeypatch):
-    trainer, batches, noise = make(), [], []
+    run, batches, noise = make(), [], []
 
     def train_step(batch, bar):
         batches.append(batch)
-        loop.Trainer.train_step(trainer, batch, bar)
+        trainer.Trainer.train_step(run, batch, bar)
         noise.append(torch.rand(1).item())
 
-    monkeypatch.setattr(trainer, "train_step", train_step)
+    monkeypatch.setattr(run, "train_step", train_step)
     for _ in range(2):
-        trainer.train_epoch(BAR, [])
-        trainer.next_epoch()
+        run.train_epoch(BAR, [])
+        run.next_epoch()
     orders = torch.cat(batches).view(2, 14)
     assert (orders.sort().values == torch.arange(14)).all() and (orders[0] != orders[1]).any()
     assert len(set(noise)) == len(noise)

@@ -1,4 +1,6 @@
-"""benchmarks/features.py and benchmarks/utility.py: their measures by hand, and a run of each on a small folder."""
+"""benchmarks/features.py and benchmarks/utility.py: their measures by hand, and a run of each on a
+small folder.
+"""
 
 import importlib.util
 import json
@@ -8,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-import anatomy
-import appraise
-import nifti
-import runtime
 from benchmarks import features, utility
 from dataset import DataConfig, open_study
+from new_slices import organs, sample_report
+from support import nifti, runtime
 
 needs_efficientnet = pytest.mark.skipif(
-    not importlib.util.find_spec("efficientnet_lite_pytorch"), reason="EfficientNet-Lite is not installed"
+    not importlib.util.find_spec("efficientnet_lite_pytorch"),
+    reason="EfficientNet-Lite is not installed",
 )
 
 
@@ -33,7 +34,9 @@ def folders(tmp_path_factory):
         name = f"{patient:03d}_week_0_slice_{number}.nii.gz"
         nifti.write(folder / f"keras_slices_{split}" / f"case_{name}", pixels, np.eye(4))
         nifti.write(
-            folder / f"keras_slices_seg_{split}" / f"seg_{name}", (4 * disc).astype(np.uint8), np.eye(4)
+            folder / f"keras_slices_seg_{split}" / f"seg_{name}",
+            (4 * disc).astype(np.uint8),
+            np.eye(4),
         )
 
     for split, patients in {"train": (4, 5, 104), "validate": (36,), "test": (40, 41, 140)}.items():
@@ -56,7 +59,10 @@ def test_precision_and_recall_by_brute_force(k):
             sorted(np.linalg.norm(c - o) for j, o in enumerate(others) if j != i)[k - 1]
             for i, c in enumerate(others)
         ]
-        return [any(np.linalg.norm(p - c) <= r for c, r in zip(others, balls, strict=True)) for p in points]
+        return [
+            any(np.linalg.norm(p - c) <= r for c, r in zip(others, balls, strict=True))
+            for p in points
+        ]
 
     expected = np.mean(within(fake, real)), np.mean(within(real, fake))
     assert features.precision_recall(real, fake, k) == pytest.approx(expected)
@@ -68,8 +74,12 @@ def test_the_linear_test_tells_sets_apart_and_patients_not():
     """Chance for one distribution, even where rows of one patient are alike; near 1 for a shift."""
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(20), 5)
-    real, fake = (rng.normal(size=(20, 30))[groups] + 0.1 * rng.normal(size=(100, 30)) for _ in range(2))
-    assert features.linear_auc(real, rng.normal(size=(100, 30)), groups) == pytest.approx(0.5, abs=0.15)
+    real, fake = (
+        rng.normal(size=(20, 30))[groups] + 0.1 * rng.normal(size=(100, 30)) for _ in range(2)
+    )
+    assert features.linear_auc(real, rng.normal(size=(100, 30)), groups) == pytest.approx(
+        0.5, abs=0.15
+    )
     assert features.linear_auc(real, fake + 1.5, groups) > 0.95
 
 
@@ -114,11 +124,28 @@ def test_a_summary_by_hand():
 
 def test_utility_of_slices_as_good_as_real(folders, tmp_path, monkeypatch, capsys):
     """Both sets are tested apart, and a network that saw one real patient is among the rows."""
-    arguments = [folders / "generated", "--data", folders / "study", "--below", 100, "--patients", 1]
-    arguments += ["--steps", 40, "--seeds", 1, "--device", "cpu", "--out", tmp_path / "utility.json"]
+    arguments = [
+        folders / "generated",
+        "--data",
+        folders / "study",
+        "--below",
+        100,
+        "--patients",
+        1,
+    ]
+    arguments += [
+        "--steps",
+        40,
+        "--seeds",
+        1,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "utility.json",
+    ]
     monkeypatch.setattr(sys, "argv", ["utility.py", *map(str, arguments)])
-    small = anatomy.Segmenter.__init__
-    monkeypatch.setattr(anatomy.Segmenter, "__init__", lambda self, labels: small(self, labels, 8))
+    small = organs.Segmenter.__init__
+    monkeypatch.setattr(organs.Segmenter, "__init__", lambda self, labels: small(self, labels, 8))
     utility.main()
     sets = json.loads((tmp_path / "utility.json").read_text())["sets"]
     assert {name: of["test_patients"] for name, of in sets.items()} == {
@@ -135,12 +162,20 @@ def test_utility_of_slices_as_good_as_real(folders, tmp_path, monkeypatch, capsy
 
 @needs_efficientnet
 def test_features_of_a_folder(folders, tmp_path, monkeypatch):
-    arguments = [folders / "generated", "--data", folders / "study", "--out", tmp_path / "features.json"]
+    arguments = [
+        folders / "generated",
+        "--data",
+        folders / "study",
+        "--out",
+        tmp_path / "features.json",
+    ]
     monkeypatch.setattr(sys, "argv", ["features.py", *map(str, arguments)])
     features.main()
     rows = json.loads((tmp_path / "features.json").read_text())["rows"]
     assert [row["n"] for row in rows.values()] == [6, 6] and "real validation slices" in rows
-    assert all(np.isfinite(list(row.values())).all() and 0 <= row["auc"] <= 1 for row in rows.values())
+    assert all(
+        np.isfinite(list(row.values())).all() and 0 <= row["auc"] <= 1 for row in rows.values()
+    )
     test = open_study(DataConfig(data=str(folders / "study"), height=64, width=32))["test"]
     x = test.images(range(3))[:, 0].numpy()
     network = features.load_network()
@@ -150,26 +185,35 @@ def test_features_of_a_folder(folders, tmp_path, monkeypatch):
 
 
 def test_an_appraisal_by_anatomy_sees_what_is_broken(folders):
-    """Slices in two pieces, or with the disc elsewhere, are less plausible than real ones; masks are compared."""
+    """Slices in two pieces, or with the disc elsewhere, are less plausible than real ones; masks
+    are compared.
+    """
     splits = open_study(DataConfig(data=str(folders / "study"), height=64, width=32))
     train, validate = splits["train"], splits["validate"]
 
     def pairs(indices):
         return train.images(indices), train.masks(indices)
 
-    net = anatomy.train_segmenter(pairs, len(train), 2, steps=60)
-    inputs = appraise.Inputs(None, None, splits, {}, None, np.zeros(6), np.arange(6), net)
+    net = organs.train_segmenter(pairs, len(train), 2, steps=60)
+    inputs = sample_report.Inputs(None, None, splits, {}, None, np.zeros(6), np.arange(6), net)
     real = validate.images(range(6))[:, 0].numpy()
     split, moved = real.copy(), np.roll(real, 12, axis=2)
     split[:, :, 14:18] = real.min()
     positions = validate.positions
     rows = {
-        name: appraise.Row(x, positions) for name, x in (("real", real), ("split", split), ("moved", moved))
+        name: sample_report.Row(x, positions)
+        for name, x in (("real", real), ("split", split), ("moved", moved))
     }
     rows["real"] = rows["real"]._replace(masks=validate.masks(range(6)).numpy())
-    table, organs = appraise.score_anatomy(inputs, rows, np.arange(len(train)))
-    assert table["real"]["plausible"] > 0.5 > max(table[name]["plausible"] for name in ("split", "moved"))
+    table, by_organ = sample_report.score_anatomy(inputs, rows, np.arange(len(train)))
+    assert (
+        table["real"]["plausible"]
+        > 0.5
+        > max(table[name]["plausible"] for name in ("split", "moved"))
+    )
     assert table["real"]["agreement"] > 0.8 and "agreement" not in table["split"]
     assert table["moved"]["centre"] > 1 + table["real"]["centre"]
-    assert organs["label 4"]["real"]["shown"] == 1
-    runtime.write_json(folders / "report.json", appraise.plain({"rows": table, "organs": organs}))
+    assert by_organ["label 4"]["real"]["shown"] == 1
+    runtime.write_json(
+        folders / "report.json", sample_report.plain({"rows": table, "organs": by_organ})
+    )

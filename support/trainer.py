@@ -1,4 +1,5 @@
-"""The training loop of both stages: steps, exact validation, logs, checkpoints, resuming. It knows no model.
+"""The training loop of both stages: steps, exact validation, logs, checkpoints, resuming. It knows
+no model.
 
     Stage        what a stage brings to the loop: a model, its data and its losses (train.py has two)
     Progress     how far a run has come
@@ -6,9 +7,9 @@
     Trainer      a step, an epoch, validation and the logs
     fit          trains a stage from beginning to end
 
-Under torchrun every rank runs all of this on its share of each batch. What must not differ between ranks
-(gradients, sums, the clock, the wish to stop) is summed over them, and only rank 0 writes files. No step waits
-for a GPU.
+Under torchrun every rank runs all of this on its share of each batch. What must not differ between
+ranks (gradients, sums, the clock, the wish to stop) is summed over them, and only rank 0 writes
+files. No step waits for a GPU.
 """
 
 import dataclasses
@@ -25,14 +26,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import figures
-import runtime
-from captured import CapturedStep
-from optimiser import Muon, split_parameters
-from runtime import UserError, option
+from support import figures, runtime
+from support.optimiser import Muon, split_parameters
+from support.runtime import UserError, option
 
 SWITCH = ("auto", "on", "off")
-# Every batch but the last has one shape, so cuDNN may try its algorithms; TF32 is enough for gradients.
+# Every batch but the last has one shape, so cuDNN may try its algorithms; TF32 is enough for
+# gradients.
 TRAINING_STEPS = {"enabled": True, "benchmark": True, "allow_tf32": True}
 
 
@@ -42,7 +42,9 @@ class TrainConfig:
 
     out: str = option("Results", "folder for checkpoints, logs and plots")
     epochs: int = option(10, "passes over the train split")
-    minutes: float = option(0.0, "train for this much wall time instead of --epochs; 0 means by epochs")
+    minutes: float = option(
+        0.0, "train for this much wall time instead of --epochs; 0 means by epochs"
+    )
     batch_size: int = option(16, "slices in a step of each process")
     optimiser: str = option(
         "adam", "muon: Muon for weight matrices, Adam for the rest", choices=("adam", "muon")
@@ -54,19 +56,22 @@ class TrainConfig:
     warmup: float = option(0.0, "share of the run in which the learning rate rises from 0")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay; 0 is Adam")
     clip: float = option(0.0, "largest norm of the gradient; 0 means no clipping")
-    patience: int = option(0, "stop after this many epochs without a better validation loss; 0 never stops")
+    patience: int = option(
+        0, "stop after this many epochs without a better validation loss; 0 never stops"
+    )
     seed: int = option(0, "seed of weights, order and augmentation")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     bf16: str = option(
-        "auto", "bfloat16 autocast; auto: where it is faster, on GPUs and CPUs with AMX", choices=SWITCH
-    )
-    weights: str = option("", "begin with the weights of this checkpoint, an autoencoder of the same shape")
-    channels_last: str = option("auto", "memory layout NHWC; auto: on", choices=SWITCH)
-    compile: str = option("auto", "torch.compile; auto: off, as its warm-up takes minutes", choices=SWITCH)
-    cuda_graph: str = option(
         "auto",
-        "replay training steps as a CUDA graph; auto: off, as it was not yet tried on a card",
+        "bfloat16 autocast; auto: where it is faster, on GPUs and CPUs with AMX",
         choices=SWITCH,
+    )
+    weights: str = option(
+        "", "begin with the weights of this checkpoint, an autoencoder of the same shape"
+    )
+    channels_last: str = option("auto", "memory layout NHWC; auto: on", choices=SWITCH)
+    compile: str = option(
+        "auto", "torch.compile; auto: off, as its warm-up takes minutes", choices=SWITCH
     )
     save_every: int = option(1, "epochs between checkpoints vqvae2_epoch_N.pth")
     keep: int = option(3, "how many of those to keep; 0 keeps all")
@@ -74,10 +79,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "save_every"):
             if getattr(self, name) < 1:
-                raise UserError(f"{runtime.flag(name)} is {getattr(self, name)}; expected at least 1")
+                raise UserError(
+                    f"{runtime.flag(name)} is {getattr(self, name)}; expected at least 1"
+                )
         for name in ("minutes", "warmup", "weight_decay", "clip", "patience", "keep", "seed"):
             if not 0 <= getattr(self, name) < 2**32:
-                raise UserError(f"{runtime.flag(name)} is {getattr(self, name)}; expected 0 or more")
+                raise UserError(
+                    f"{runtime.flag(name)} is {getattr(self, name)}; expected 0 or more"
+                )
         if self.warmup > 1:
             raise UserError(f"--warmup is {self.warmup}; expected a share of the run, at most 1")
         if not 0 < self.lr < math.inf:
@@ -85,7 +94,9 @@ class TrainConfig:
 
 
 def shareable(config: TrainConfig) -> dict:
-    """The settings for logs and checkpoints, which people share: no path of this machine is among them."""
+    """The settings for logs and checkpoints, which people share: no path of this machine is among
+    them.
+    """
     return dataclasses.asdict(config) | {
         name: Path(getattr(config, name)).name for name in ("out", "weights")
     }
@@ -97,18 +108,24 @@ def switched(setting: str, default: bool) -> bool:
 
 
 def learning_rate(config: TrainConfig, done: float) -> float:
-    """The learning rate when the share `done` in [0, 1] of the run is over: linear warm-up, then the schedule."""
+    """The learning rate when the share `done` in [0, 1] of the run is over: linear warm-up, then
+    the schedule.
+    """
     rise = min(1.0, done / config.warmup) if config.warmup else 1.0
     fall = 0.5 * (1 + math.cos(math.pi * min(done, 1.0))) if config.schedule == "cosine" else 1.0
     return config.lr * rise * fall
 
 
 def make_optimiser(model: nn.Module, config: TrainConfig, device: torch.device) -> Muon:
-    """AdamW for all parameters, or with --optimiser muon Muon for the matrices and AdamW for the others.
+    """AdamW for all parameters, or with --optimiser muon Muon for the matrices and AdamW for the
+    others.
 
-    On a GPU the learning rate is a tensor, so that a CUDA graph of a step can be replayed with another one.
+    On a GPU the learning rate is a tensor, so that a CUDA graph of a step can be replayed with
+    another one.
     """
-    matrices, others = split_parameters(model) if config.optimiser == "muon" else ([], model.parameters())
+    matrices, others = (
+        split_parameters(model) if config.optimiser == "muon" else ([], model.parameters())
+    )
     gpu = device.type != "cpu"
     lr = torch.full((), config.lr, device=device) if gpu else config.lr
     return Muon(matrices, others, lr, config.weight_decay, fused=True, capturable=gpu)
@@ -116,7 +133,11 @@ def make_optimiser(model: nn.Module, config: TrainConfig, device: torch.device) 
 
 def compile_mode(device: torch.device) -> str | None:
     """The mode for `torch.compile`. UserError where there is no compiler."""
-    names = [os.environ.get("CXX"), "g++"] if device.type == "cpu" else [os.environ.get("CC"), "gcc", "clang"]
+    names = (
+        [os.environ.get("CXX"), "g++"]
+        if device.type == "cpu"
+        else [os.environ.get("CC"), "gcc", "clang"]
+    )
     if sys.platform == "darwin":
         names.append("clang++")
     if not any(name and shutil.which(name) for name in names):
@@ -124,11 +145,12 @@ def compile_mode(device: torch.device) -> str | None:
             f"--compile on: no compiler ({', '.join(filter(None, names))}) on the PATH. Fix: leave out --compile, "
             "or install one."
         )
-    return "max-autotune-no-cudagraphs" if device.type == "cuda" else None  # graphs: see --cuda-graph
+    return "max-autotune-no-cudagraphs" if device.type == "cuda" else None
 
 
 class Stage:
-    """What a stage of training brings to the loop. A subclass sets the attributes and fills in the methods.
+    """What a stage of training brings to the loop. A subclass sets the attributes and fills in the
+    methods.
 
     Attributes:
         kind: what its checkpoints are called, "vqvae2" or "prior".
@@ -137,7 +159,6 @@ class Stage:
         model: an nn.Module, on its device.
         splits: {"train": ..., "validate": ...}: `batch_losses` takes indices of their slices.
         counts: tensors that `batch_losses` has added to in this epoch; checkpoints keep them.
-        capturable: whether `batch_losses` reads and writes only tensors on the device that keep their place.
     """
 
     kind: str
@@ -146,7 +167,6 @@ class Stage:
     model: nn.Module
     splits: dict
     counts: dict[str, Tensor]
-    capturable: bool = False
 
     def settings(self) -> dict:
         """What checkpoints and the log say of the stage: "model_config", "data" and more."""
@@ -156,7 +176,9 @@ class Stage:
         """Draw what is random about each training slice in the coming epoch."""
 
     def batch_losses(self, split: str, indices: Tensor) -> dict[str, Tensor]:
-        """The means () of every loss over a batch, the slices `indices` (B,) of a split; trains on "loss"."""
+        """The means () of every loss over a batch, the slices `indices` (B,) of a split; trains on
+        "loss".
+        """
         raise NotImplementedError
 
     def compile(self, mode: str | None) -> None:
@@ -171,7 +193,9 @@ class Stage:
         return {}
 
     def describe(self, record: dict) -> str:
-        """The part of an epoch's line on the terminal that only this stage knows; `record` is the log's."""
+        """The part of an epoch's line on the terminal that only this stage knows; `record` is the
+        log's.
+        """
         raise NotImplementedError
 
 
@@ -195,7 +219,10 @@ class Progress:
         if self.best_epoch > self.epoch or math.isnan(self.best):
             raise UserError(f"best is {self.best} in epoch {self.best_epoch} of {self.epoch}")
         losses = [
-            line.get(key) for line in self.history if "epoch" in line for key in ("train_loss", "val_loss")
+            line.get(key)
+            for line in self.history
+            if "epoch" in line
+            for key in ("train_loss", "val_loss")
         ]
         try:
             json.dumps(self.history)
@@ -208,10 +235,11 @@ class Progress:
 class Checkpoints:
     """Writes the checkpoints of a run and restores a run from one.
 
-    A checkpoint holds the model, the optimiser, the settings, the `Progress` and what the epoch has summed up so
-    far. The order of an epoch's slices and what is drawn for them depend on the seed and the epoch alone; every
-    other random number depends on the seed, the step and the rank. So a run goes on in the middle of an epoch, on
-    any number of ranks, and a run by --epochs in one process on a CPU ends with the same weights bit for bit.
+    A checkpoint holds the model, the optimiser, the settings, the `Progress` and what the epoch has
+    summed up so far. The order of an epoch's slices and what is drawn for them depend on the seed
+    and the epoch alone; every other random number depends on the seed, the step and the rank. So a
+    run goes on in the middle of an epoch, on any number of ranks, and a run by --epochs in one
+    process on a CPU ends with the same weights bit for bit.
     """
 
     def __init__(
@@ -245,7 +273,9 @@ class Checkpoints:
         return self.last_saved
 
     def save_epoch(self) -> None:
-        """The checkpoint of an epoch that has ended, where one is due; deletes the one that is too many."""
+        """The checkpoint of an epoch that has ended, where one is due; deletes the one that is too
+        many.
+        """
         epoch, every = self.progress.epoch, self.config.save_every
         if epoch % every == 0:
             self.save(f"epoch_{epoch}")
@@ -253,19 +283,26 @@ class Checkpoints:
                 self.path(f"epoch_{epoch - self.config.keep * every}").unlink(missing_ok=True)
 
     def restore(self, checkpoint: dict) -> None:
-        """Go on from `checkpoint`. UserError, with nothing changed, where anything in it does not fit this run."""
+        """Go on from `checkpoint`. UserError, with nothing changed, where anything in it does not
+        fit this run.
+        """
         path, model = checkpoint["path"], self.stage.model
         if checkpoint["model_config"] != self.stage.settings()["model_config"]:
-            raise UserError(f"{path}: a network of another shape. Fix: leave out the flags of the network.")
+            raise UserError(
+                f"{path}: a network of another shape. Fix: leave out the flags of the network."
+            )
         if (optimiser := checkpoint["train_config"]["optimiser"]) != self.config.optimiser:
-            raise UserError(f"{path}: trained with --optimiser {optimiser}. Fix: leave out --optimiser.")
+            raise UserError(
+                f"{path}: trained with --optimiser {optimiser}. Fix: leave out --optimiser."
+            )
         runtime.check_tensors(model.state_dict(), checkpoint["model"], path)
         progress, sums = self.checked_progress(checkpoint), self.checked_sums(checkpoint)
         state = self.checked_optimiser_state(checkpoint)
 
         vars(self.progress).update(vars(progress))
         model.load_state_dict(checkpoint["model"])
-        # The groups are this run's: those of the checkpoint hold another run's settings, as the learning rate.
+        # The groups are this run's: those of the checkpoint hold another run's settings, as the
+        # learning rate.
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
         if runtime.rank() == 0:  # these are the sums of all ranks, and one rank goes on with them
@@ -292,7 +329,9 @@ class Checkpoints:
         return sums
 
     def checked_optimiser_state(self, checkpoint: dict) -> dict[int, dict[str, Tensor]]:
-        """The optimiser's state of a checkpoint, by the number of the parameter. UserError if it does not fit."""
+        """The optimiser's state of a checkpoint, by the number of the parameter. UserError if it
+        does not fit.
+        """
         path, saved = checkpoint["path"], checkpoint.get("optimiser")
         if not runtime.matches(saved, dict) or not runtime.matches(
             saved.get("state"), dict[int, dict[str, Tensor]]
@@ -313,7 +352,9 @@ class Checkpoints:
         for number, tensors in expected.items():
             runtime.check_tensors(tensors, state[number], f"{path}: the optimiser's state {number}")
             if not all(tensor.isfinite().all() for tensor in state[number].values()):
-                raise UserError(f"{path}: the optimiser's state {number} is not finite. Fix: train again.")
+                raise UserError(
+                    f"{path}: the optimiser's state {number} is not finite. Fix: train again."
+                )
         return state
 
     def best_is_missing(self) -> bool:
@@ -330,7 +371,9 @@ class Checkpoints:
 
 
 class Trainer:
-    """Trains a stage: `train_step` is a step, `train_epoch` an epoch, `end_epoch` validates, logs and saves."""
+    """Trains a stage: `train_step` is a step, `train_epoch` an epoch, `end_epoch` validates, logs
+    and saves.
+    """
 
     def __init__(self, stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> None:
         self.stage, self.config, self.model = stage, config, stage.model
@@ -348,12 +391,10 @@ class Trainer:
             self.checkpoints.restore(checkpoint)
         for tensor in self.model.state_dict().values():
             if runtime.rank():
-                tensor.zero_()  # so that the sum is rank 0's: machines may round an initialisation differently
+                # so that the sum is rank 0's: machines may round an initialisation differently
+                tensor.zero_()
             runtime.sum_over_ranks(tensor)
         self.lr = config.lr
-        self.step_function = self.take_step
-        if switched(config.cuda_graph, False):
-            self.step_function = self.captured_step()
         self.began = time.monotonic() - self.progress.seconds
         self.clock = 0.0  # rank 0's `elapsed`, the same on every rank
         self.loss_shown_at = 0.0
@@ -370,7 +411,9 @@ class Trainer:
         return time.monotonic() - self.began
 
     def done(self) -> float:
-        """The share of the run that is done, by wall time or by epochs; 1 when patience has run out."""
+        """The share of the run that is done, by wall time or by epochs; 1 when patience has run
+        out.
+        """
         config, progress = self.config, self.progress
         if config.patience and progress.epoch - progress.best_epoch >= config.patience:
             return 1.0
@@ -379,14 +422,20 @@ class Trainer:
         return (progress.epoch + progress.seen / self.sizes["train"]) / config.epochs
 
     def should_stop(self, stopped: list[int]) -> bool:
-        """Set the clock to rank 0's; whether any rank has received a signal. All ranks get the same answer."""
-        shared = torch.tensor([0.0 if runtime.rank() else self.elapsed(), len(stopped)], dtype=torch.float64)
+        """Set the clock to rank 0's; whether any rank has received a signal. All ranks get the same
+        answer.
+        """
+        shared = torch.tensor(
+            [0.0 if runtime.rank() else self.elapsed(), len(stopped)], dtype=torch.float64
+        )
         runtime.sum_over_ranks(shared)
         self.clock = shared[0].item()
         return bool(shared[1])
 
     def note_if_long(self) -> None:
-        """Ten seconds into a run by epochs, say how long it will take if that is more than a day."""
+        """Ten seconds into a run by epochs, say how long it will take if that is more than a
+        day.
+        """
         if self.clock > self.speed_known_at:
             self.speed_known_at = math.inf
             if not self.config.minutes:
@@ -395,7 +444,9 @@ class Trainer:
     # training
 
     def train_step(self, batch: Tensor, bar: tqdm) -> None:
-        """One step on `batch` (B,), indices of slices. Each rank takes its share; the step is the whole batch's."""
+        """One step on `batch` (B,), indices of slices. Each rank takes its share; the step is the
+        whole batch's.
+        """
         share = runtime.share(batch)
         self.lr = learning_rate(self.config, self.done())
         for group in self.optimiser.param_groups:
@@ -405,7 +456,7 @@ class Trainer:
                 group["lr"] = self.lr
         seed = (1_000_003 * self.config.seed + self.progress.step) * 1_000_003 + runtime.rank()
         self.generator.manual_seed(seed % 2**63)
-        loss = self.step_function(share) if runtime.world() == 1 else self.take_step(share, len(batch))
+        loss = self.take_step(share, len(batch))
         if len(share):
             self.show_loss(loss, share, bar)
         if (
@@ -414,7 +465,9 @@ class Trainer:
             self.stage.compile(self.compile_with.pop())
 
     def take_step(self, share: Tensor, batch_size: int = 0) -> Tensor | None:
-        """A step on this rank's share of a batch, which may be empty; returns the loss () of the share."""
+        """A step on this rank's share of a batch, which may be empty; returns the loss () of the
+        share.
+        """
         parameters, loss = list(self.model.parameters()), None
         self.optimiser.zero_grad()
         if len(share):
@@ -431,14 +484,6 @@ class Trainer:
         self.optimiser.step()
         return loss
 
-    def captured_step(self) -> CapturedStep:
-        """`take_step` as a CUDA graph; UserError where that cannot be."""
-        if self.device.type == "cpu" or runtime.world() > 1 or not self.stage.capturable:
-            raise UserError(
-                "--cuda-graph on: needs one GPU, with room for the train split. Fix: --cuda-graph off."
-            )
-        return CapturedStep(self.take_step, self.config.batch_size, self.device)
-
     def batch_loss(self, split: str, indices: Tensor, sums: Tensor) -> Tensor:
         """The loss () of a batch; adds every loss of its slices to `sums`."""
         with runtime.autocast(self.device, self.bf16):
@@ -448,7 +493,9 @@ class Trainer:
         return losses["loss"]
 
     def show_loss(self, loss: Tensor, indices: Tensor, bar: tqdm) -> None:
-        """Show the loss and stop if it is not finite. On a GPU twice a second: reading it waits for the step."""
+        """Show the loss and stop if it is not finite. On a GPU twice a second: reading it waits for
+        the step.
+        """
         gpu = self.device.type != "cpu"
         if gpu and time.monotonic() < self.loss_shown_at + 0.5:
             return
@@ -467,7 +514,9 @@ class Trainer:
         )
 
     def train_epoch(self, bar: tqdm, stopped: list[int]) -> bool:
-        """Train to the end of the epoch or of the minutes, or until a signal; returns whether there was one."""
+        """Train to the end of the epoch or of the minutes, or until a signal; returns whether there
+        was one.
+        """
         progress = self.progress
         generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + progress.epoch)
         order = torch.randperm(self.sizes["train"], generator=generator)
@@ -484,7 +533,8 @@ class Trainer:
             stop = self.should_stop(stopped)
             self.note_if_long()
             if self.config.minutes:
-                # nobody knows how many slices fit into the minutes; the bar's estimate follows from this
+                # nobody knows how many slices fit into the minutes; the bar's estimate follows from
+                # this
                 bar.total = round((bar.n + len(batch)) / min(self.done(), 1.0))
             bar.update(len(batch))
             if stop or (self.config.minutes and self.done() >= 1):
@@ -496,7 +546,8 @@ class Trainer:
     # validation, logs, checkpoints
 
     def means(self, sums: Tensor, count: int, where: str) -> dict[str, float]:
-        """The mean of every loss over `count` slices, from each rank's `sums`, which become those of all ranks.
+        """The mean of every loss over `count` slices, from each rank's `sums`, which become those
+        of all ranks.
 
         UserError if the loss is not finite: these weights must not be saved.
         """
@@ -511,7 +562,9 @@ class Trainer:
         """Exact means of every loss over the validate split."""
         self.model.eval()
         size, sums = self.sizes["validate"], torch.zeros_like(self.sums)
-        batch_size = self.config.batch_size if self.device.type == "cpu" else max(64, self.config.batch_size)
+        batch_size = (
+            self.config.batch_size if self.device.type == "cpu" else max(64, self.config.batch_size)
+        )
         for indices in runtime.share(torch.arange(size)).split(batch_size):
             if len(indices):
                 self.batch_loss("validate", indices, sums)
@@ -529,7 +582,10 @@ class Trainer:
         slow = progress.epoch_seconds > 10
         self.next_epoch()  # before anything is saved: a resumed run begins with the next epoch
         if better := record["validate"][self.stage.best_by] < progress.best:
-            progress.best, progress.best_epoch = record["validate"][self.stage.best_by], progress.epoch
+            progress.best, progress.best_epoch = (
+                record["validate"][self.stage.best_by],
+                progress.epoch,
+            )
         tqdm.write(
             f"epoch {progress.epoch}: train {record['train_loss']:.4f}, validate {record['val_loss']:.4f}"
             f"{' (best so far)' if better else ''}, {self.stage.describe(record)}, "
@@ -570,14 +626,18 @@ class Trainer:
         return self.checkpoints.save("interrupted")
 
     def finish(self) -> None:
-        """Save the final checkpoint; and the best one, if nothing was left to do in a folder that has none."""
+        """Save the final checkpoint; and the best one, if nothing was left to do in a folder that
+        has none.
+        """
         self.progress.seconds = self.elapsed()
         self.checkpoints.save("epoch_final")
         if self.progress.best == math.inf:
             self.checkpoints.save("best")
 
     def write_logs(self, plot: bool) -> None:
-        """log.jsonl and the losses, whole from `history`: the files of a resumed run are those of one run."""
+        """log.jsonl and the losses, whole from `history`: the files of a resumed run are those of
+        one run.
+        """
         if runtime.rank():
             return
         out, history = self.checkpoints.out, self.progress.history
@@ -597,7 +657,8 @@ def fit(stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> Pa
 
     Raises:
         UserError, OSError: a checkpoint that does not fit; a loss that is not finite; a full disk.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint written that --resume continues.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint written that --resume
+            continues.
     """
     trainer = Trainer(stage, config, checkpoint)
     progress, size = trainer.progress, trainer.sizes["train"]
@@ -607,7 +668,9 @@ def fit(stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> Pa
     if trainer.device.type == "cuda" and not trainer.bf16:
         precision += " (convolutions of training steps in TF32)"
     where = trainer.device if runtime.world() == 1 else f"{runtime.world()} x {trainer.device.type}"
-    print(f"training {millions:.2f} M parameters on {where} in {precision}, {size} slices, {length}")
+    print(
+        f"training {millions:.2f} M parameters on {where} in {precision}, {size} slices, {length}"
+    )
     bar = tqdm(
         total=None if config.minutes else config.epochs * size,
         initial=progress.epoch * size + progress.seen,
@@ -626,7 +689,9 @@ def fit(stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> Pa
         saved = trainer.interrupt() if stop else trainer.finish()
     trainer.write_logs(plot=True)
     if stop:
-        print(f"stopped in epoch {progress.epoch + 1}; go on with: python train.py --resume {saved}")
+        print(
+            f"stopped in epoch {progress.epoch + 1}; go on with: python train.py --resume {saved}"
+        )
         raise KeyboardInterrupt
     kind, prefix, out = stage.kind, trainer.prefix, trainer.checkpoints.out
     print(

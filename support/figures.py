@@ -1,14 +1,16 @@
 """Arrays in, pictures out: the only file that uses matplotlib.
 
-No pyplot, so that importing this file sets no backend and leaves no figure open: each function draws on a
-`Figure` of its own and writes it whole or not at all. Slices (H, W) are shown as stored, the first row on top.
+No pyplot, so that importing this file sets no backend and leaves no figure open: each function
+draws on a `Figure` of its own and writes it whole or not at all. Slices (H, W) are shown as stored,
+the first row on top.
 """
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# A notebook's backend may be missing in this Python, and matplotlib would then fail to import. We use none.
+# A notebook's backend may be missing in this Python, and matplotlib would then fail to import. We
+# use none.
 os.environ.pop("MPLBACKEND", None)
 
 import matplotlib as mpl
@@ -19,13 +21,20 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
-from runtime import atomic_path
+from support.runtime import atomic_path
 
 DPI = 120
 PANEL = 3.0  # inches, the height of a slice in a sheet
 MOST_COLOURS = 20  # a histogram of more patients has one colour
 NO_MASK = 255  # in a mask: nothing is known of this pixel
-MODEL_COLOURS = ("black", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")  # no codec's
+MODEL_COLOURS = (
+    "black",
+    "tab:purple",
+    "tab:brown",
+    "tab:pink",
+    "tab:olive",
+    "tab:cyan",
+)  # no codec's
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -46,15 +55,20 @@ def _show(axes, image: np.ndarray, title: str = "", **options):
 
 
 def draw_contours(axes, mask: np.ndarray) -> None:
-    """Outline each class above 0 of a mask (H, W), in a colour of its own, on a slice that is shown on `axes`."""
+    """Outline each class above 0 of a mask (H, W), in a colour of its own, on a slice that is shown
+    on `axes`.
+    """
     for k in np.unique(mask[(mask > 0) & (mask != NO_MASK)]):
-        axes.contour(mask == k, [0.5], colors=[mpl.colormaps["tab10"](int(k - 1) % 10)], linewidths=0.7)
+        axes.contour(
+            mask == k, [0.5], colors=[mpl.colormaps["tab10"](int(k - 1) % 10)], linewidths=0.7
+        )
 
 
 def save_slice(path: Path | str, image: np.ndarray, low: float, high: float) -> None:
     """Write a slice (H, W) as a grey PNG of W x H pixels; `low` becomes black and `high` white.
 
-    Values outside that range saturate. Give both slices of a pair the original's minimum and maximum.
+    Values outside that range saturate. Give both slices of a pair the original's minimum and
+    maximum.
     """
     grey = np.clip((np.asarray(image, np.float64) - low) / ((high - low) or 1), 0, 1)
     with atomic_path(path) as part:
@@ -68,7 +82,9 @@ def loss_plot(path: Path | str, train_losses: Sequence[float], val_losses: Seque
     for losses, name, marker in ((train_losses, "train", "o"), (val_losses, "validation", "s")):
         axes.plot(range(1, len(losses) + 1), losses, marker=marker, markersize=4, label=name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set(xlabel="epoch", ylabel="loss, mean over the split", title="Training and validation loss")
+    axes.set(
+        xlabel="epoch", ylabel="loss, mean over the split", title="Training and validation loss"
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, path)
@@ -80,28 +96,40 @@ def comparison_sheet(
     note: str = "",
     masks: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> None:
-    """Draw original | reconstruction | absolute difference of slices side by side, with one colour bar.
+    """Draw original | reconstruction | absolute difference of slices side by side, with one colour
+    bar.
 
-    Each pair is shown on its original's grey range. The difference is a share of that range, so all slices
-    share one colour scale, which ends at the 99.9th percentile of all differences.
+    Each pair is shown on its original's grey range. The difference is a share of that range, so all
+    slices share one colour scale, which ends at the 99.9th percentile of all differences.
 
     Args:
         rows: title, original (H, W) and reconstruction (H, W) of each slice.
         note: a line above it all.
-        masks: of each slice, those (H, W) whose outlines are drawn on the original and on the reconstruction.
+        masks: of each slice, those (H, W) whose outlines are drawn on the original and on the
+            reconstruction.
     """
     differences = [np.abs(x - y) / (np.ptp(x) or 1) for _, x, y in rows]
     span = {"cmap": "inferno", "vmin": 0, "vmax": max(np.percentile(differences, 99.9), 1e-6)}
     height, width = rows[0][1].shape
-    panel, gap, group_gap, bottom = PANEL * width / height, 0.06, 0.3, 0.15  # all lengths here are inches
-    size = (len(rows) * (3 * (panel + gap) + group_gap) + 0.9, bottom + PANEL + 0.75 + 0.3 * bool(note))
+    panel, gap, group_gap, bottom = (
+        PANEL * width / height,
+        0.06,
+        0.3,
+        0.15,
+    )  # all lengths here are inches
+    size = (
+        len(rows) * (3 * (panel + gap) + group_gap) + 0.9,
+        bottom + PANEL + 0.75 + 0.3 * bool(note),
+    )
     figure = Figure(figsize=size, dpi=DPI)
 
     def place(left: float, wide: float):
         return figure.add_axes((left / size[0], bottom / size[1], wide / size[0], PANEL / size[1]))
 
     left = group_gap / 2
-    for i, ((title, original, reconstruction), difference) in enumerate(zip(rows, differences, strict=True)):
+    for i, ((title, original, reconstruction), difference) in enumerate(
+        zip(rows, differences, strict=True)
+    ):
         grey = {"vmin": original.min(), "vmax": original.max()}
         panels = (
             ("original", original, grey),
@@ -109,7 +137,9 @@ def comparison_sheet(
             ("|difference|", difference, span),
         )
         middle = (left + 1.5 * panel + gap) / size[0]
-        figure.text(middle, (bottom + PANEL + 0.3) / size[1], title, fontsize=9, ha="center", va="bottom")
+        figure.text(
+            middle, (bottom + PANEL + 0.3) / size[1], title, fontsize=9, ha="center", va="bottom"
+        )
         for j, (name, image, options) in enumerate(panels):
             axes = place(left, panel)
             shown = _show(axes, image, name, **options)
@@ -118,7 +148,9 @@ def comparison_sheet(
             left += panel + gap
         left += group_gap
     percent = FuncFormatter(lambda share, _: f"{100 * share:.3g} %")
-    bar = figure.colorbar(shown, cax=place(left - group_gap + 0.04, 0.12), extend="max", format=percent)
+    bar = figure.colorbar(
+        shown, cax=place(left - group_gap + 0.04, 0.12), extend="max", format=percent
+    )
     bar.set_label("of the original's range", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     figure.text(0.5, 1 - 0.08 / size[1], note, fontsize=10, ha="center", va="top")
@@ -139,13 +171,17 @@ def code_maps(
     _show(axes[0], original, f"original {height}x{width}")
     for panel, name, codes in ((axes[1], "top", top), (axes[2], "bottom", bottom)):
         used = len(np.unique(codes))
-        image = _show(panel, codes, f"{name} {codes.shape[0]}x{codes.shape[1]}: {used} codes", cmap="turbo")
+        image = _show(
+            panel, codes, f"{name} {codes.shape[0]}x{codes.shape[1]}: {used} codes", cmap="turbo"
+        )
         figure.colorbar(image, ax=panel, label="code").ax.tick_params(labelsize=7)
     _save(figure, path)
 
 
 def ssim_histogram(path: Path | str, values: Mapping[str, Sequence[float]], note: str = "") -> None:
-    """Draw the histogram of SSIM over slices, stacked by patient; `values` has each patient's slices."""
+    """Draw the histogram of SSIM over slices, stacked by patient; `values` has each patient's
+    slices.
+    """
     figure = _figure(8, 4.5)
     axes = figure.add_subplot()
     everything = np.concatenate([np.asarray(scores, float) for scores in values.values()])
@@ -175,7 +211,8 @@ def slice_grid(
 ) -> None:
     """Draw groups of slices side by side, each in rows of `columns`, `panel` inches high.
 
-    A slice is its label, the image (H, W) and its mask (H, W), whose outlines are drawn, or None. All share one grey
+    A slice is its label, the image (H, W) and its mask (H, W), whose outlines are drawn, or None.
+    All share one grey
     scale: span[0] is black, span[1] white.
     """
     height, width = next(iter(groups.values()))[0][1].shape
@@ -192,7 +229,9 @@ def slice_grid(
         sheet, masks = np.full((tall, wide), np.nan), np.zeros((tall, wide), np.uint8)
         left = 0.15 + number * (wide * scale + 0.3)
         place = (left / size[0], 0.1 / size[1], wide * scale / size[0], tall * scale / size[1])
-        axes = figure.add_axes(place, frameon=False)  # one for all: an axes for each slice would take seconds
+        axes = figure.add_axes(
+            place, frameon=False
+        )  # one for all: an axes for each slice would take seconds
         for i, (label, image, mask) in enumerate(slices):
             y, x = i // columns * (height + top) + top, i % columns * (width + side) + side // 2
             sheet[y : y + height, x : x + width] = image
@@ -202,7 +241,9 @@ def slice_grid(
         _show(axes, sheet, vmin=span[0], vmax=span[1])
         draw_contours(axes, masks)
         middle = (left + wide * scale / 2) / size[0]
-        figure.text(middle, 1 - (head - 0.15) / size[1], title, fontsize=10, ha="center", va="center")
+        figure.text(
+            middle, 1 - (head - 0.15) / size[1], title, fontsize=10, ha="center", va="center"
+        )
     figure.text(0.5, 1 - 0.14 / size[1], note, fontsize=9, ha="center", va="center")
     _save(figure, path)
 
@@ -213,7 +254,8 @@ def similarity_histograms(
     thresholds: Mapping[str, float],
     note: str = "",
 ) -> None:
-    """Draw how similar the slices of each set are to their nearest training slice, a panel for each measure.
+    """Draw how similar the slices of each set are to their nearest training slice, a panel for each
+    measure.
 
     Args:
         sets: measure -> name of a set -> similarity of each of its slices (n,).
@@ -227,16 +269,27 @@ def similarity_histograms(
         for name, values in similarities.items():
             shares = np.full(len(values), 1 / len(values))
             axes.hist(
-                values, edges, weights=shares, histtype="step", lw=1.5, label=f"{name} (n = {len(values)})"
+                values,
+                edges,
+                weights=shares,
+                histtype="step",
+                lw=1.5,
+                label=f"{name} (n = {len(values)})",
             )
-        axes.axvline(thresholds[measure], color="black", linestyle="--", label="flagged to the right")
+        axes.axvline(
+            thresholds[measure], color="black", linestyle="--", label="flagged to the right"
+        )
         axes.set(xlabel=f"{measure} with the nearest training slice", ylabel="share of the set")
         axes.legend(fontsize=7)
     _save(figure, path)
 
 
-def realism_chart(path: Path | str, rows: Mapping[str, Mapping[str, float | None]], note: str = "") -> None:
-    """Draw, for each measure, its value in each row; the rows' "n" is written beside their names."""
+def realism_chart(
+    path: Path | str, rows: Mapping[str, Mapping[str, float | None]], note: str = ""
+) -> None:
+    """Draw, for each measure, its value in each row; the rows' "n" is written beside their
+    names.
+    """
     names = [f"{name} (n = {values['n']})" for name, values in rows.items()]
     measures = list(dict.fromkeys(key for values in rows.values() for key in values if key != "n"))
     if not measures:
@@ -247,7 +300,9 @@ def realism_chart(path: Path | str, rows: Mapping[str, Mapping[str, float | None
     for axes, measure in zip(panels, measures, strict=True):
         values = [row.get(measure) for row in rows.values()]
         bars = axes.barh(names, [value or 0 for value in values], color="C0")
-        axes.bar_label(bars, ["" if value is None else f"{value:.3g}" for value in values], fontsize=7)
+        axes.bar_label(
+            bars, ["" if value is None else f"{value:.3g}" for value in values], fontsize=7
+        )
         axes.set_title(measure.replace("_", " "), fontsize=9)
         axes.margins(x=0.2)
     panels[0].invert_yaxis()
@@ -256,15 +311,19 @@ def realism_chart(path: Path | str, rows: Mapping[str, Mapping[str, float | None
 
 def rate_distortion(
     path: Path | str,
-    panels: Mapping[str, tuple[Mapping[str, tuple], Mapping[str, Mapping[str, tuple[float, float]]]]],
+    panels: Mapping[
+        str, tuple[Mapping[str, tuple], Mapping[str, Mapping[str, tuple[float, float]]]]
+    ],
     note: str = "",
 ) -> None:
-    """Draw SSIM over bits per pixel: codecs as curves, models as points, a panel for each set of slices.
+    """Draw SSIM over bits per pixel: codecs as curves, models as points, a panel for each set of
+    slices.
 
     A model has one point for each way of counting its bits, joined by a line of the model's colour.
 
     Args:
-        panels: title -> (codec -> (bits (Q,), SSIM (Q,)), model -> way of counting its bits -> (bits, SSIM)).
+        panels: title -> (codec -> (bits (Q,), SSIM (Q,)), model -> way of counting its bits ->
+            (bits, SSIM)).
     """
     figure = _figure(4.6 * len(panels) + 2.4, 4.6)
     figure.suptitle(note, fontsize=10)
@@ -273,13 +332,21 @@ def rate_distortion(
     legend: dict[str, dict[str, Line2D]] = {"image codecs": {}, "models": {}, "bits counted by": {}}
     for axes, (title, (codecs, models)) in zip(every_axes, panels.items(), strict=True):
         for i, (name, (bits, ssim)) in enumerate(codecs.items()):
-            (legend["image codecs"][name],) = axes.plot(bits, ssim, color=f"C{i}", lw=1.5, label=name)
+            (legend["image codecs"][name],) = axes.plot(
+                bits, ssim, color=f"C{i}", lw=1.5, label=name
+            )
         for i, (name, counted) in enumerate(models.items()):
             points = np.array(list(counted.values()))  # (ways of counting, 2)
             colour = MODEL_COLOURS[i % len(MODEL_COLOURS)]
-            (legend["models"][name],) = axes.plot(*points.T, color=colour, lw=2.5, label=name, zorder=3)
+            (legend["models"][name],) = axes.plot(
+                *points.T, color=colour, lw=2.5, label=name, zorder=3
+            )
             for way, point in counted.items():
-                marker = {"marker": shapes.setdefault(way, "osD^v"[len(shapes)]), "ls": "", "label": way}
+                marker = {
+                    "marker": shapes.setdefault(way, "osD^v"[len(shapes)]),
+                    "ls": "",
+                    "label": way,
+                }
                 axes.plot(*point, color=colour, zorder=4, **marker)
                 legend["bits counted by"][way] = Line2D([], [], color="black", **marker)
         _zoom_to_models(axes, codecs, models)
@@ -296,9 +363,15 @@ def rate_distortion(
     _save(figure, path)
 
 
-def _zoom_to_models(axes, codecs: Mapping[str, tuple], models: Mapping[str, Mapping[str, tuple]]) -> None:
-    """Limit the axes to what can be compared: the models' points, and the curves near their rates."""
-    points = np.array([point for counted in models.values() for point in counted.values()])  # (n, 2)
+def _zoom_to_models(
+    axes, codecs: Mapping[str, tuple], models: Mapping[str, Mapping[str, tuple]]
+) -> None:
+    """Limit the axes to what can be compared: the models' points, and the curves near their
+    rates.
+    """
+    points = np.array(
+        [point for counted in models.values() for point in counted.values()]
+    )  # (n, 2)
     left, right = 0.5 * points[:, 0].min(), 1.3 * points[:, 0].max()
     at_the_ends = [np.interp((left, right), *curve) for curve in codecs.values()]
     low = min(points[:, 1].min(), np.min(at_the_ends))

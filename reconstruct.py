@@ -4,10 +4,11 @@
     python predict.py FOLDER --out reconstructed --codes       # all files in it and below, with their codes
     python predict.py SLICE.png --out reconstructed
 
-A reconstruction has its file's name, shape, affines and units; integer types stay, all others become float32. A
-picture becomes a grey PNG of 8 or 16 bits. Also written: scans.json with SSIM, PSNR and bits of every file, and with
---codes the file codes.npz: "top" (N, h, w) and "bottom" (N, 2h, 2w), uint16, of the plane "plane" (N,) of the file
-"name" (N,).
+A reconstruction has its file's name, shape, affines and units; integer types stay, all others
+become float32. A picture becomes a grey PNG of 8 or 16 bits. Also written: scans.json with SSIM,
+PSNR and bits of every file, and with
+--codes the file codes.npz: "top" (N, h, w) and "bottom" (N, 2h, 2w), uint16, of the plane "plane"
+(N,) of the file "name" (N,).
 """
 
 import os
@@ -20,13 +21,11 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-import metrics
-import nifti
-import runtime
 from dataset import RECONSTRUCTION, Placement, StudyInfo, find_nifti, raise_bad, way_in, z_score
 from modules import VQVAE2, load_model
-from runtime import UserError, option
-from volumes import is_mask
+from slice_volumes import is_mask
+from support import metrics, nifti, runtime
+from support.runtime import UserError, option
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 SCORES = {"ssim_report": "SSIM report", "ssim_standard": "SSIM standard", "psnr": "PSNR dB"}
@@ -36,7 +35,9 @@ SCORES = {"ssim_report": "SSIM report", "ssim_standard": "SSIM standard", "psnr"
 class ScanConfig:
     """What a model does with files of your own."""
 
-    plane: str = option("coronal", "plane to cut volumes along, by their affine", choices=tuple(nifti.PLANES))
+    plane: str = option(
+        "coronal", "plane to cut volumes along, by their affine", choices=tuple(nifti.PLANES)
+    )
     codes: bool = option(False, "write the code maps of all planes to codes.npz")
 
 
@@ -51,7 +52,9 @@ class Scan:
         else:
             self._read_nifti(plane)
         if min(self.planes.shape[1:]) < 2:
-            raise UserError(f"planes of shape {self.planes.shape[1:]}; expected at least 2 pixels a side")
+            raise UserError(
+                f"planes of shape {self.planes.shape[1:]}; expected at least 2 pixels a side"
+            )
 
     def _read_picture(self) -> None:
         try:
@@ -99,7 +102,9 @@ class Scan:
         self.planes = np.concatenate([np.moveaxis(volume, 2, 0) for volume in turned])
 
     def write(self, path: str, planes: np.ndarray) -> bool:
-        """Write what became of the planes, as the file was; returns whether its type had to become float32."""
+        """Write what became of the planes, as the file was; returns whether its type had to become
+        float32.
+        """
         if self.suffix:
             pixels = _to_integers(planes[0], self.raw.dtype)
             with runtime.atomic_path(path) as part:
@@ -125,9 +130,11 @@ def _to_integers(pixels: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def find_files(inputs: list[str], out: Path) -> dict[str, str]:
-    """The path of every file to reconstruct by its name in the folder `out`, whose own files are left aside.
+    """The path of every file to reconstruct by its name in the folder `out`, whose own files are
+    left aside.
 
-    FileNotFoundError for an input that is not there, or a folder without any; UserError for one name of two files.
+    FileNotFoundError for an input that is not there, or a folder without any; UserError for one
+    name of two files.
     """
     found, others, masks = [], [], []
     for source in inputs:
@@ -143,7 +150,9 @@ def find_files(inputs: list[str], out: Path) -> dict[str, str]:
         elif os.path.exists(source):
             if not source.lower().endswith((*nifti.SUFFIXES, *PICTURES)):
                 hint = way_in([source])
-                raise UserError(f"{source}: expected .nii, .nii.gz or a picture such as .png.{hint}")
+                raise UserError(
+                    f"{source}: expected .nii, .nii.gz or a picture such as .png.{hint}"
+                )
             found.append((source, os.path.basename(source)))
         else:
             raise FileNotFoundError(f"{source}: no such file or folder. Fix: check its path.")
@@ -169,29 +178,37 @@ def reconstruct_planes(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Planes (N, rows, columns), in any units, as the model gives them back, in batches.
 
-    Each plane is z-scored and fitted into the model's grid as the training slices were, and back. Yields
-    reconstructions (B, rows, columns) float32, top codes (B, h, w) and bottom codes (B, 2h, 2w), uint16. A constant
-    plane stays as it is.
+    Each plane is z-scored and fitted into the model's grid as the training slices were, and back.
+    Yields reconstructions (B, rows, columns) float32, top codes (B, h, w) and bottom codes (B, 2h,
+    2w), uint16. A constant plane stays as it is.
     """
     device = next(model.parameters()).device
     placement = Placement.make(planes.shape[1:], (study.height, study.width), study.fit)
     for first in range(0, len(planes), batch_size):
         batch = planes[first : first + batch_size]
         grids = np.stack([placement.place(plane, fill=plane.min()) for plane in batch])
-        means, stds, constant = (np.array(column) for column in zip(*map(z_score, grids), strict=True))
+        means, stds, constant = (
+            np.array(column) for column in zip(*map(z_score, grids), strict=True)
+        )
         x = torch.from_numpy((grids - means[:, None, None]) / stds[:, None, None]).float()
         output = model(x.unsqueeze(1).to(device))
-        images = output.reconstruction[:, 0].cpu().numpy() * stds[:, None, None] + means[:, None, None]
+        images = (
+            output.reconstruction[:, 0].cpu().numpy() * stds[:, None, None] + means[:, None, None]
+        )
         restored = [
             plane if flat else placement.restore(image.astype(np.float32))
             for plane, image, flat in zip(batch, images, constant, strict=True)
         ]
-        top, bottom = (level.codes.cpu().numpy().astype(np.uint16) for level in (output.top, output.bottom))
+        top, bottom = (
+            level.codes.cpu().numpy().astype(np.uint16) for level in (output.top, output.bottom)
+        )
         yield np.stack(restored), top, bottom
 
 
 def score_plane(pair: tuple[np.ndarray, np.ndarray]) -> dict[str, float] | None:
-    """The scores of a plane and its reconstruction in their own pixels; None for a constant or a tiny one."""
+    """The scores of a plane and its reconstruction in their own pixels; None for a constant or a
+    tiny one.
+    """
     original, reconstruction = pair
     mean, std, constant = z_score(original)
     if constant or min(original.shape) < metrics.SMALLEST:
@@ -227,7 +244,9 @@ def reconstruct_files(
     runtime.writable_folder(folder)
     for name, path in names.items():
         if (folder / name).exists() and os.path.samefile(folder / name, path):
-            raise UserError(f"{path}: its reconstruction would replace it. Fix: --out, another folder.")
+            raise UserError(
+                f"{path}: its reconstruction would replace it. Fix: --out, another folder."
+            )
     grid, results, notes, bad = study.height * study.width, [], {}, {}
     bits = model.config.bits_per_pixel(study.height, study.width) * grid  # of a plane
     kept = {"name": [], "plane": [], "top": [], "bottom": []}
@@ -249,7 +268,12 @@ def reconstruct_files(
                 kept["top"].append(top)
                 kept["bottom"].append(bottom)
             found = list(filter(None, pool.map(score_plane, zip(scan.planes, planes, strict=True))))
-            row = {"file": name, "shape": list(scan.raw.shape), "planes": len(planes), "scored": len(found)}
+            row = {
+                "file": name,
+                "shape": list(scan.raw.shape),
+                "planes": len(planes),
+                "scored": len(found),
+            }
             row |= {
                 key: round(float(np.mean([score[key] for score in found])), 6) if found else None
                 for key in SCORES
@@ -281,7 +305,9 @@ def reconstruct_files(
         print(f"volumes were cut in {config.plane} planes (--plane) and put together again")
     for note, count in notes.items():
         print(f"{count} {note}")
-    print(f"wrote {folder}/: {len(results)} files, scans.json{', codes.npz' if kept['name'] else ''}")
+    print(
+        f"wrote {folder}/: {len(results)} files, scans.json{', codes.npz' if kept['name'] else ''}"
+    )
     if bad:
         raise_bad(" ".join(inputs), bad, len(names))
     return result

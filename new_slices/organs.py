@@ -1,8 +1,11 @@
-"""Masks in, anatomy out: which organs a slice shows, how large and where they are, and whether they are whole.
+"""Masks in, anatomy out: which organs a slice shows, how large and where they are, and whether they
+are whole.
 
-A small U-Net, `train_segmenter`, learns the masks of real training slices and then reads any slice, new ones too.
-`measure` turns masks into figures of each organ, and `plausible` compares them with those of real training slices.
-Masks hold class indices: 0 is the background, the others are called organs here; 255 means that nothing is known.
+A small U-Net, `train_segmenter`, learns the masks of real training slices and then reads any slice,
+new ones too. `measure` turns masks into figures of each organ, and `plausible` compares them with
+those of real training slices.
+Masks hold class indices: 0 is the background, the others are called organs here; 255 means that
+nothing is known.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +19,12 @@ from skimage.measure import label, regionprops
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import runtime
 from dataset import NO_MASK, flip_left_right
+from support import runtime
 
-SMALLEST_PIECE = 8  # pixels: smaller pieces and holes are noise of the segmentation and are not counted
+SMALLEST_PIECE = (
+    8  # pixels: smaller pieces and holes are noise of the segmentation and are not counted
+)
 NEAREST = 128  # real training slices, nearest in position, that a slice is compared with
 RAREST = 0.01  # the share of those that must show the same organs
 TAILS = (0.01, 0.99)  # between these quantiles of theirs lies every figure of a plausible slice
@@ -30,9 +35,11 @@ FIGURES = ("area", "row", "column", "pieces", "holes", "solidity", "asymmetry")
 
 
 class Segmenter(nn.Module):
-    """A small U-Net (Ronneberger et al. 2015, arXiv 1505.04597): slices -> logits of each label at each pixel.
+    """A small U-Net (Ronneberger et al. 2015, arXiv 1505.04597): slices -> logits of each label at
+    each pixel.
 
-    It costs about as much as the autoencoder: blocks of 4x4 pixels become channels at the input and pixels again
+    It costs about as much as the autoencoder: blocks of 4x4 pixels become channels at the input and
+        pixels again
     at the output, so no layer works on whole resolution.
     """
 
@@ -58,7 +65,9 @@ class Segmenter(nn.Module):
         self.coarse = nn.Sequential(nn.MaxPool2d(2), convolutions(2 * C, 3 * C))
         self.up_middle, self.to_middle = nn.Conv2d(3 * C, 2 * C, 1), convolutions(2 * C, 2 * C, n=1)
         self.up_fine, self.to_fine = nn.Conv2d(2 * C, C, 1), convolutions(C, C, n=1)
-        self.head = nn.Sequential(nn.Conv2d(C, labels * self.BLOCK**2, 1), nn.PixelShuffle(self.BLOCK))
+        self.head = nn.Sequential(
+            nn.Conv2d(C, labels * self.BLOCK**2, 1), nn.PixelShuffle(self.BLOCK)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, 1, H, W), z-scored -> logits (B, L, H, W)."""
@@ -73,11 +82,12 @@ class Segmenter(nn.Module):
 
 
 def mask_losses(logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy, and 1 - Dice averaged over the labels but the background, over the slices with a mask.
+    """Cross-entropy, and 1 - Dice averaged over the labels but the background, over the slices with
+    a mask.
 
-    logits (B, L, H, W); masks (B, H, W) uint8 classes below L, 255 all over a slice without one. Dice is the soft one
-    of Milletari et al. 2016 (arXiv 1606.04797), over all the batch's pixels; 1 is added above and below, so that a
-    label which is nowhere and is drawn nowhere costs nothing.
+    logits (B, L, H, W); masks (B, H, W) uint8 classes below L, 255 all over a slice without one.
+    Dice is the soft one of Milletari et al. 2016 (arXiv 1606.04797), over all the batch's pixels; 1
+    is added above and below, so that a label which is nowhere and is drawn nowhere costs nothing.
     """
     known = (masks != NO_MASK).unsqueeze(1)  # (B, 1, H, W)
     target = masks.long().masked_fill(~known[:, 0], 0)
@@ -103,18 +113,23 @@ def train_segmenter(
     """A segmenter, in `eval()`, that has learnt the masks of `count` slices.
 
     Args:
-        pairs: from indices (B,) below `count` to z-scored slices (B, 1, H, W) and their masks (B, H, W) uint8.
+        pairs: from indices (B,) below `count` to z-scored slices (B, 1, H, W) and their masks (B,
+            H, W) uint8.
         labels: how many there are, the background among them.
-        steps, batch_size: how long to train, and the slices of a step; 300 steps take half a minute on two cores.
+        steps, batch_size: how long to train, and the slices of a step; 300 steps take half a minute
+            on two cores.
 
-    Every slice is mirrored left to right (along H) with probability 0.5, and gets a random gain, offset and noise.
+    Every slice is mirrored left to right (along H) with probability 0.5, and gets a random gain,
+    offset and noise.
     """
     with torch.random.fork_rng(devices=[]):  # whoever calls draws what it would have drawn
         torch.manual_seed(seed)
         net = Segmenter(labels).to(device)
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=steps + 1, pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, 1e-2, total_steps=steps + 1, pct_start=0.2
+    )
     order = np.concatenate([rng.permutation(count) for _ in range(1 + steps * batch_size // count)])
     for step in tqdm(range(steps), desc="segmenter", unit=" steps", disable=None):
         images, masks = pairs(order[step * batch_size : (step + 1) * batch_size])
@@ -123,7 +138,9 @@ def train_segmenter(
         gain, offset = 0.2 * torch.randn(2, len(images), 1, 1, 1, generator=generator)
         noise = torch.randn(images.shape, generator=generator)
         images = (
-            images * (1 + gain) + offset + 0.1 * torch.rand(len(images), 1, 1, 1, generator=generator) * noise
+            images * (1 + gain)
+            + offset
+            + 0.1 * torch.rand(len(images), 1, 1, 1, generator=generator) * noise
         )
         loss = sum(mask_losses(net(images.to(device)), masks.to(device)).values())
         optimiser.zero_grad()
@@ -147,7 +164,8 @@ def segment(net: Segmenter, images: np.ndarray) -> np.ndarray:
 
 
 def segmenter_of(train, file: Path | str, device: torch.device | str = "cpu") -> Segmenter:
-    """The segmenter of a training split that has masks: read from `file` if it is there, else trained and kept.
+    """The segmenter of a training split that has masks: read from `file` if it is there, else
+    trained and kept.
 
     One that was trained on other slices is trained again.
     """
@@ -164,12 +182,19 @@ def segmenter_of(train, file: Path | str, device: torch.device | str = "cpu") ->
     def pairs(indices: np.ndarray) -> tuple[Tensor, Tensor]:
         return train.images(masked[indices]), train.masks(masked[indices])
 
-    # The phantom's organs are learnt in 300 steps; on real hearts and abdomens 1200 are still too few.
+    # The phantom's organs are learnt in 300 steps; on real hearts and abdomens 1200 are still too
+    # few.
     steps = 300 if train.synthetic else 3000
     net = train_segmenter(pairs, len(masked), len(train.labels), steps=steps, device=device)
     config = {"labels": net.labels, "channels": net.channels}
     weights = {name: value.cpu() for name, value in net.state_dict().items()}
-    saved = {"kind": "segmenter", "model_config": config, "model": weights, "data": data, "epoch": 0}
+    saved = {
+        "kind": "segmenter",
+        "model_config": config,
+        "model": weights,
+        "data": data,
+        "epoch": 0,
+    }
     runtime.save_checkpoint(file, saved)
     return net
 
@@ -178,11 +203,13 @@ def segmenter_of(train, file: Path | str, device: torch.device | str = "cpu") ->
 
 
 def measure(masks: np.ndarray, labels: int) -> np.ndarray:
-    """What masks (N, H, W) of `labels` classes show: (N, labels - 1, 7) float64, NaN for an organ that is not there.
+    """What masks (N, H, W) of `labels` classes show: (N, labels - 1, 7) float64, NaN for an organ
+    that is not there.
 
-    The last axis is `FIGURES`: area in pixels; row and column of the centre; how many connected pieces and how many
-    holes; solidity, the area over that of the convex hull; asymmetry, the share of the organ that its own left-right
-    mirror image (axis H, in its bounding box) does not cover. Pieces and holes of fewer than 8 pixels do not count.
+    The last axis is `FIGURES`: area in pixels; row and column of the centre; how many connected
+    pieces and how many holes; solidity, the area over that of the convex hull; asymmetry, the share
+    of the organ that its own left-right mirror image (axis H, in its bounding box) does not cover.
+    Pieces and holes of fewer than 8 pixels do not count.
     """
 
     def figures_of(mask: np.ndarray) -> np.ndarray:
@@ -195,7 +222,9 @@ def measure(masks: np.ndarray, labels: int) -> np.ndarray:
             kept = region.image & ~np.isin(pieces, 1 + np.flatnonzero(small))
             (organ,) = regionprops(kept.astype(np.uint8))
             image = organ.image
-            gaps = np.bincount(label(np.pad(~image, 1, constant_values=True), connectivity=1).ravel())[2:]
+            gaps = np.bincount(
+                label(np.pad(~image, 1, constant_values=True), connectivity=1).ravel()
+            )[2:]
             figures[region.label - 1] = (
                 organ.area,
                 region.bbox[0] + organ.centroid[0],
@@ -222,16 +251,17 @@ def plausible(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whether slices look like real ones near their positions, by the `measure` of both.
 
-    A slice is compared with the 128 real slices whose positions are nearest, with all of them where its own is
-    unknown. At least 1 % of these must show just the organs that it shows. Each figure of an organ must lie within
-    the central 98 % of the 128 nearest real slices that have the organ; of fewer than 100, between their extremes.
+    A slice is compared with the 128 real slices whose positions are nearest, with all of them where
+    its own is unknown. At least 1 % of these must show just the organs that it shows. Each figure
+    of an organ must lie within the central 98 % of the 128 nearest real slices that have the organ;
+    of fewer than 100, between their extremes.
 
     Args:
         figures (n, O, F), positions (n,); real (N, O, F), real_positions (N,).
 
     Returns:
-        (n,) bool: these organs occur together; (n, O) bool: all of an organ's figures are plausible, or it is not
-        there. A slice is plausible where all of them are True.
+        (n,) bool: these organs occur together; (n, O) bool: all of an organ's figures are
+        plausible, or it is not there. A slice is plausible where all of them are True.
     """
     shown, real_shown = ~np.isnan(figures[..., 0]), ~np.isnan(real[..., 0])
     together, organs = np.ones(len(figures), bool), np.ones(shown.shape, bool)
@@ -251,10 +281,11 @@ def plausible(
 
 
 def figure_distances(figures: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
-    """Wasserstein-1 distances of each organ's figures in two sets, `measure`'s (n, O, F) and (N, O, F): (O,) each.
+    """Wasserstein-1 distances of each organ's figures in two sets, `measure`'s (n, O, F) and (N, O,
+    F): (O,) each.
 
-    "area" as a share of the real mean area; "centre" in pixels, of rows and columns together (their root sum of
-    squares). NaN where a set never shows the organ.
+    "area" as a share of the real mean area; "centre" in pixels, of rows and columns together (their
+    root sum of squares). NaN where a set never shows the organ.
     """
     found = {name: np.full(figures.shape[1], np.nan) for name in ("area", "centre")}
     for organ in range(figures.shape[1]):
@@ -269,18 +300,22 @@ def figure_distances(figures: np.ndarray, real: np.ndarray) -> dict[str, np.ndar
 def dice_by_patient(
     found: np.ndarray, truth: np.ndarray, patients: Sequence, labels: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The Dice score of each organ in all slices of a patient taken together, 2 |A and B| / (|A| + |B|).
+    """The Dice score of each organ in all slices of a patient taken together, 2 |A and B| / (|A| +
+    |B|).
 
     Masks (N, H, W), of which pixels of 255 in `truth` are left out; patients (N,).
 
     Returns:
-        The patients (P,), sorted, and their scores (P, labels - 1); NaN where neither mask shows the organ.
+        The patients (P,), sorted, and their scores (P, labels - 1); NaN where neither mask shows
+        the organ.
     """
     names, whose = np.unique(patients, return_inverse=True)
     shared, sizes = np.zeros((2, len(names), labels))
     for a, b, patient in zip(found, truth, whose, strict=True):
         a, b = a[b != NO_MASK], b[b != NO_MASK]
         shared[patient] += np.bincount(a[a == b], minlength=labels)[:labels]
-        sizes[patient] += np.bincount(a, minlength=labels)[:labels] + np.bincount(b, minlength=labels)
+        sizes[patient] += np.bincount(a, minlength=labels)[:labels] + np.bincount(
+            b, minlength=labels
+        )
     with np.errstate(invalid="ignore"):
         return names, (2 * shared / sizes)[:, 1:]

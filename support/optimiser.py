@@ -1,9 +1,11 @@
-"""Muon: steps along the nearest orthogonal matrix of the momentum, for the weights between hidden layers.
+"""Muon: steps along the nearest orthogonal matrix of the momentum, for the weights between hidden
+layers.
 
-Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon),
-with the step size of Liu et al. 2025, "Muon is Scalable for LLM Training" (arXiv 2502.16982, equation 4), so that
-one learning rate suits both the matrices and AdamW's parameters. `torch.optim.Muon` does not take convolutions,
-and rounds to bfloat16, which is slow on hardware without it.
+Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"
+(kellerjordan.github.io/posts/muon), with the step size of Liu et al. 2025, "Muon is Scalable for
+LLM Training" (arXiv 2502.16982, equation 4), so that one learning rate suits both the matrices and
+AdamW's parameters. `torch.optim.Muon` does not take convolutions, and rounds to bfloat16, which is
+slow on hardware without it.
 """
 
 from collections import defaultdict
@@ -12,16 +14,25 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: five iterations move singular values to 0.7 .. 1.2
-SHORTEST_SIDE = 16  # AdamW takes weights with a shorter side: their matrices are too small to orthogonalise
+COEFFICIENTS = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # Jordan's: five iterations move singular values to 0.7 .. 1.2
+SHORTEST_SIDE = (
+    16  # AdamW takes weights with a shorter side: their matrices are too small to orthogonalise
+)
 
 
 def orthogonalise(stacks: Sequence[Tensor]) -> list[Tensor]:
-    """Stacks of matrices, each (n, rows, columns), with all singular values moved close to 1 (Newton-Schulz).
+    """Stacks of matrices, each (n, rows, columns), with all singular values moved close to 1
+    (Newton-Schulz).
 
-    Every iteration multiplies x by a polynomial of its Gram matrix x x^T. These polynomials commute, so the
-    iterations run on the Gram matrix, whose side is the shorter one of x, and x is multiplied once at the end.
-    Matrices with equal shorter sides iterate together, whatever their longer sides: fewer launches on a GPU.
+    Every iteration multiplies x by a polynomial of its Gram matrix x x^T. These polynomials
+    commute, so the iterations run on the Gram matrix, whose side is the shorter one of x, and x is
+    multiplied once at the end.
+    Matrices with equal shorter sides iterate together, whatever their longer sides: fewer launches
+        on a GPU.
     """
     wide = [x.mT if x.shape[1] > x.shape[2] else x for x in stacks]
     same_side = defaultdict(list)
@@ -39,7 +50,9 @@ def orthogonalise(stacks: Sequence[Tensor]) -> list[Tensor]:
 
 
 def newton_schulz(gram: Tensor, iterations: int = 5) -> Tensor:
-    """Gram matrices x x^T (n, side, side) -> the factors (n, side, side) that move x's singular values close to 1."""
+    """Gram matrices x x^T (n, side, side) -> the factors (n, side, side) that move x's singular
+    values close to 1.
+    """
     a, b, c = COEFFICIENTS
 
     def polynomial(gram: Tensor) -> Tensor:  # a I + b gram + c gram^2
@@ -59,10 +72,11 @@ def newton_schulz(gram: Tensor, iterations: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for the weights `matrices`, AdamW for all `others`; `lr` and `weight_decay` apply to both.
+    """Muon for the weights `matrices`, AdamW for all `others`; `lr` and `weight_decay` apply to
+    both.
 
-    A convolution's weight (out, in, h, w) counts as the matrix (out, in*h*w). A group's "lr" may be a number or a
-    tensor () on the weights' device.
+    A convolution's weight (out, in, h, w) counts as the matrix (out, in*h*w). A group's "lr" may be
+    a number or a tensor () on the weights' device.
     """
 
     def __init__(
@@ -91,11 +105,15 @@ class Muon(torch.optim.AdamW):
 
     def step_matrices(self, weights: list[Tensor], lr: float | Tensor, decay: float) -> None:
         for weight in weights:
-            if not self.state[weight]:  # AdamW, which loads the state, expects a count of steps in it
+            if not self.state[
+                weight
+            ]:  # AdamW, which loads the state, expects a count of steps in it
                 self.state[weight] = {"step": torch.zeros(()), "momentum": torch.zeros_like(weight)}
         gradients, means = [w.grad for w in weights], [self.state[w]["momentum"] for w in weights]
         torch._foreach_lerp_(means, gradients, 1 - self.momentum)
-        torch._foreach_lerp_(gradients, means, self.momentum)  # Nesterov momentum, in place of the gradients
+        torch._foreach_lerp_(
+            gradients, means, self.momentum
+        )  # Nesterov momentum, in place of the gradients
         same_shape = defaultdict(list)
         for weight, gradient in zip(weights, gradients, strict=True):
             same_shape[len(weight), weight[0].numel()].append(
@@ -112,7 +130,8 @@ class Muon(torch.optim.AdamW):
 
 
 def as_matrix(x: Tensor, weight: Tensor) -> Tensor:
-    """x, shaped like `weight`, as a matrix (out, columns): a view, with the columns in the memory order of `weight`.
+    """x, shaped like `weight`, as a matrix (out, columns): a view, with the columns in the memory
+    order of `weight`.
 
     The order of the columns does not change a step.
     """
@@ -124,7 +143,8 @@ def as_matrix(x: Tensor, weight: Tensor) -> Tensor:
 def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The weights of `model` that are matrices between hidden layers, and all its other parameters.
 
-    As Jordan advises, embeddings and the layers named `head`, which make logits, belong to the others.
+    As Jordan advises, embeddings and the layers named `head`, which make logits, belong to the
+    others.
     """
     matrices, others = [], []
     for name, module in model.named_modules():

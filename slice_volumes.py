@@ -3,13 +3,14 @@
     python volumes.py --volumes HipMRI_study_complete_release_v1 --out keras_slices_data
     python volumes.py --volumes my_bids_folder --match '*_T2w*' --plane axial --out my_slices
 
-All .nii and .nii.gz files in the folder and below are taken: subject and session are read from their paths. Masks
-are files named so (..._seg, ..._mask, ..._label, ..._SEMANTIC), beside their volumes or in folders such as
-semantic_labels_anon/ and labelsTr/; or all files under --masks DIR.
+All .nii and .nii.gz files in the folder and below are taken: subject and session are read from
+their paths. Masks are files named so (..._seg, ..._mask, ..._label, ..._SEMANTIC), beside their
+volumes or in folders such as semantic_labels_anon/ and labelsTr/; or all files under --masks DIR.
 
-Planes are found by the affine, whatever the order of the array's axes, and all volumes are turned the same way:
-rows run to the patient's right (sagittal planes: to the front), columns to the head (axial: to the front), slice
-numbers to the front (axial: to the head; sagittal: to the right). Every slice keeps its place in the world.
+Planes are found by the affine, whatever the order of the array's axes, and all volumes are turned
+the same way: rows run to the patient's right (sagittal planes: to the front), columns to the head
+(axial: to the front), slice numbers to the front (axial: to the head; sagittal: to the right).
+Every slice keeps its place in the world.
 """
 
 import fnmatch
@@ -24,16 +25,28 @@ from typing import NamedTuple
 
 import numpy as np
 
-import nifti
 from dataset import SPLITS, STUDY_NAMES, find_nifti, parse_name, raise_bad, read_labels, way_in
-from runtime import UserError, from_flags, in_parallel, option, parser, run_cli, writable_folder, write_json
+from support import nifti
+from support.runtime import (
+    UserError,
+    from_flags,
+    in_parallel,
+    option,
+    parser,
+    run_cli,
+    writable_folder,
+    write_json,
+)
 
 # The patients of HipMRI in each split of the course's.
 COURSE = {"train": {*range(4, 34), 35}, "validate": {*range(36, 40)}, "test": {*range(40, 43)}}
 MASK_NAME = re.compile(
-    r"(?<![a-z])(?:seg|dseg|segmentation|masks?|labels?|labelmap|semantic|gt|roi)(?![a-z])", re.IGNORECASE
+    r"(?<![a-z])(?:seg|dseg|segmentation|masks?|labels?|labelmap|semantic|gt|roi)(?![a-z])",
+    re.IGNORECASE,
 )
-MASK_FOLDER = re.compile(r"(?:semantic_labels.*|labels?|labels?t[rs]|masks?|segmentations?)", re.IGNORECASE)
+MASK_FOLDER = re.compile(
+    r"(?:semantic_labels.*|labels?|labels?t[rs]|masks?|segmentations?)", re.IGNORECASE
+)
 SUBJECT = re.compile(r"sub-([a-z0-9]+)", re.IGNORECASE)
 SESSION = re.compile(r"ses-([a-z0-9]+)", re.IGNORECASE)
 OBLIQUE = 5  # degrees from which it is said
@@ -54,7 +67,9 @@ class SliceConfig:
     first: int = option(-1, "first plane; -1 centres the range")
     count: int = option(60, "planes of each volume, or all where there are fewer; 0 is all")
     split: str = option(
-        "auto", "hipmri is the course's; auto takes it for HipMRI alone", choices=("auto", "random", "hipmri")
+        "auto",
+        "hipmri is the course's; auto takes it for HipMRI alone",
+        choices=("auto", "random", "hipmri"),
     )
     seed: int = option(0, "of the random split by patient, 80/10/10 percent")
 
@@ -62,7 +77,9 @@ class SliceConfig:
         if not self.volumes:
             raise UserError("--volumes: name the folder of the volumes")
         if self.count < 0 or self.first < -1:
-            raise UserError(f"--first {self.first} --count {self.count}: expected first >= 0, count >= 0")
+            raise UserError(
+                f"--first {self.first} --count {self.count}: expected first >= 0, count >= 0"
+            )
 
 
 class Volume(NamedTuple):
@@ -74,13 +91,16 @@ class Volume(NamedTuple):
     mask: str | None
 
 
-# ---- which volumes, masks and splits ----------------------------------------------------------------------
+# ---- which volumes, masks and splits
+# ----------------------------------------------------------------------
 
 
 def identify(path: str) -> tuple[str, str]:
-    """The subject and session of a volume from its path in its folder; UserError where no subject is named.
+    """The subject and session of a volume from its path in its folder; UserError where no subject
+    is named.
 
-    BIDS says both as sub-01 and ses-2, in words or numbers; other names are read as those of slices are.
+    BIDS says both as sub-01 and ses-2, in words or numbers; other names are read as those of slices
+    are.
     """
     subject, session = SUBJECT.findall(path), SESSION.findall(path)
     if subject:
@@ -94,7 +114,9 @@ def _plain(label: str) -> str:
 
 
 def _numbers(labels: set[str]) -> dict[str, int]:
-    """A number for each label: its own where all are numbers, else its place in their order, from 1."""
+    """A number for each label: its own where all are numbers, else its place in their order, from
+    1.
+    """
     if all(label.isdecimal() for label in labels):
         return {label: int(label) for label in labels}
     return {label: place for place, label in enumerate(sorted(labels), 1)}
@@ -108,13 +130,17 @@ def is_mask(path: str) -> bool:
 
 def _list(folder: Path, others: list[str]) -> list[tuple[str, str]]:
     """The path of every NIfTI file under `folder`, whole and from there."""
-    return [(entry.path, os.path.relpath(entry.path, folder)) for entry in find_nifti(folder, others)]
+    return [
+        (entry.path, os.path.relpath(entry.path, folder)) for entry in find_nifti(folder, others)
+    ]
 
 
 def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, dict[str, int]]]:
-    """The volumes with their masks, whether they are HipMRI's release, and the numbers of named subjects.
+    """The volumes with their masks, whether they are HipMRI's release, and the numbers of named
+    subjects.
 
-    Raises before anything is written: FileNotFoundError for no volumes; UserError for names that tell no subject,
+    Raises before anything is written: FileNotFoundError for no volumes; UserError for names that
+        tell no subject,
     or two volumes of one subject and session.
     """
     folder, others = Path(config.volumes), []
@@ -132,7 +158,8 @@ def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, dic
     wanted = [
         (path, short)
         for path, short in images
-        if fnmatch.fnmatch(short, config.match) or fnmatch.fnmatch(os.path.basename(path), config.match)
+        if fnmatch.fnmatch(short, config.match)
+        or fnmatch.fnmatch(os.path.basename(path), config.match)
     ]
     if not wanted:
         among = f" {len(images)} volumes do not match {config.match}." if images else way_in(others)
@@ -180,7 +207,9 @@ def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, dic
 
 
 def _pair(by_key: dict, masks_by_key: dict) -> dict[tuple[str, str], str]:
-    """The mask of each volume: of its subject and session, or the only one of a subject with one volume."""
+    """The mask of each volume: of its subject and session, or the only one of a subject with one
+    volume.
+    """
     pairs = {key: masks_by_key[key][0] for key in by_key if key in masks_by_key}
     volumes_of, masks_of = defaultdict(list), defaultdict(list)
     for keys, by_subject in ((by_key, volumes_of), (masks_by_key, masks_of)):
@@ -205,10 +234,14 @@ def _group(files: list[tuple[str, str]]) -> tuple[dict[tuple[str, str], list[str
     return groups, unnamed
 
 
-def split_patients(patients: set[int], seed: int, split: str = "random") -> tuple[dict[int, str], str]:
-    """The split of each patient, and a line on it: the course's, or a seeded 80/10/10 %. None is empty.
+def split_patients(
+    patients: set[int], seed: int, split: str = "random"
+) -> tuple[dict[int, str], str]:
+    """The split of each patient, and a line on it: the course's, or a seeded 80/10/10 %. None is
+    empty.
 
-    `split` is "hipmri" or "random", or "auto" for the course's where it knows all patients and fills all splits.
+    `split` is "hipmri" or "random", or "auto" for the course's where it knows all patients and
+    fills all splits.
     """
     course = {patient: name for name, members in COURSE.items() for patient in members}
     chosen = {patient: course[patient] for patient in sorted(patients & course.keys())}
@@ -230,7 +263,9 @@ def split_patients(patients: set[int], seed: int, split: str = "random") -> tupl
 
 
 def _check_settings(config: SliceConfig, split_of: dict[int, str], named: dict) -> None:
-    """Refuse to complete a folder made of other planes, or with one of these patients in another split."""
+    """Refuse to complete a folder made of other planes, or with one of these patients in another
+    split.
+    """
     record = Path(config.out, "slices.json")
     now = {name: getattr(config, name) for name in ("plane", "axis", "first", "count", "match")}
     now |= {f"patient {patient:03d}": split for patient, split in sorted(split_of.items())}
@@ -238,41 +273,60 @@ def _check_settings(config: SliceConfig, split_of: dict[int, str], named: dict) 
     try:
         before = json.loads(record.read_text()) if cut and record.is_file() else {}
     except ValueError as error:
-        raise UserError(f"{record}: damaged. Fix: another --out, or delete {config.out}.") from error
+        raise UserError(
+            f"{record}: damaged. Fix: another --out, or delete {config.out}."
+        ) from error
     for kind, numbers in named.items():
         for label, number in numbers.items():
             if label != str(number):
                 now[f"{kind[:-1]} {label}"] = number
     if changed := [
-        f"{key}: {before[key]}, now {now[key]}" for key in now if before.get(key, now[key]) != now[key]
+        f"{key}: {before[key]}, now {now[key]}"
+        for key in now
+        if before.get(key, now[key]) != now[key]
     ]:
-        raise UserError(f"{config.out}: {', '.join(changed[:5])}. Fix: the same flags, or another --out.")
+        raise UserError(
+            f"{config.out}: {', '.join(changed[:5])}. Fix: the same flags, or another --out."
+        )
     write_json(record, before | now)
 
 
-# ---- cutting ----------------------------------------------------------------------------------------------
+# ---- cutting
+# ----------------------------------------------------------------------------------------------
 
 
 def _turning(image: nifti.Image, config: SliceConfig) -> tuple[tuple, tuple]:
-    """The axes for row, column and slice, and which are reversed; UserError where nothing tells them."""
+    """The axes for row, column and slice, and which are reversed; UserError where nothing tells
+    them.
+    """
     if config.axis >= 0:
         return (*(other for other in range(3) if other != config.axis), config.axis), (False,) * 3
     if not image.oriented:
         found = "an affine that is none" if image.broken else "no orientation"
-        raise UserError(f"{found} in its header. Fix: --axis (1 for a 256x256x128 volume of HipMRI)")
+        raise UserError(
+            f"{found} in its header. Fix: --axis (1 for a 256x256x128 volume of HipMRI)"
+        )
     return nifti.plane_axes(image.affine, config.plane)
 
 
 def read_volume(path: str) -> tuple[nifti.Image, np.ndarray]:
     """A file and its raw array with three axes; UserError for another number of them."""
     image = nifti.read(path)
-    if len(image.shape) < 3 or image.raw.size != np.prod(image.shape[:3]) or min(image.shape[:3]) < 2:
+    if (
+        len(image.shape) < 3
+        or image.raw.size != np.prod(image.shape[:3])
+        or min(image.shape[:3]) < 2
+    ):
         raise UserError(f"an array of shape {image.shape}; expected a 3-D volume")
     return image, image.raw.reshape(image.shape[:3])
 
 
-def _read_mask(path: str, volume: nifti.Image, shape: tuple) -> tuple[nifti.Image, np.ndarray, bool]:
-    """A mask with its axes along its volume's, and whether its affine puts it elsewhere by a voxel or more."""
+def _read_mask(
+    path: str, volume: nifti.Image, shape: tuple
+) -> tuple[nifti.Image, np.ndarray, bool]:
+    """A mask with its axes along its volume's, and whether its affine puts it elsewhere by a voxel
+    or more.
+    """
     image, raw = read_volume(path)
     moved = False
     if image.oriented and volume.oriented:
@@ -286,12 +340,18 @@ def _read_mask(path: str, volume: nifti.Image, shape: tuple) -> tuple[nifti.Imag
 
 
 def _slice_volume(job: tuple[Volume, str], config: SliceConfig) -> dict | str:
-    """Write the slices of one volume that are not there yet; returns what to count, or why it cannot be used."""
+    """Write the slices of one volume that are not there yet; returns what to count, or why it
+    cannot be used.
+    """
     volume, split = job
     done = {"written": 0, "planes": 0, "oblique": 0.0, "moved": False}
     stem = f"{volume.patient:03d}_week_{volume.week}_slice"
-    kinds = [f"keras_slices_{split}/case", f"keras_slices_seg_{split}/seg"][: 2 if volume.mask else 1]
-    targets = [[f"{config.out}/{kind}_{stem}_{n}.nii.gz" for n in range(config.count)] for kind in kinds]
+    kinds = [f"keras_slices_{split}/case", f"keras_slices_seg_{split}/seg"][
+        : 2 if volume.mask else 1
+    ]
+    targets = [
+        [f"{config.out}/{kind}_{stem}_{n}.nii.gz" for n in range(config.count)] for kind in kinds
+    ]
     if config.count and all(os.path.exists(target) for paths in targets for target in paths):
         return done | {"planes": config.count}
     try:
@@ -301,25 +361,36 @@ def _slice_volume(job: tuple[Volume, str], config: SliceConfig) -> dict | str:
         count = min(config.count or depth, depth)
         first = config.first if config.first >= 0 else (depth - count) // 2
         if first + count > depth:
-            raise UserError(f"{depth} planes along the slices. Fix: --first and --count within them")
-        planes = [nifti.finite(image.values(nifti.turn(raw, axes, reverse)[..., first : first + count]))]
+            raise UserError(
+                f"{depth} planes along the slices. Fix: --first and --count within them"
+            )
+        planes = [
+            nifti.finite(image.values(nifti.turn(raw, axes, reverse)[..., first : first + count]))
+        ]
         if volume.mask:
             try:
                 mask, mask_raw, done["moved"] = _read_mask(volume.mask, image, raw.shape)
-                labels = read_labels(mask, nifti.turn(mask_raw, axes, reverse)[..., first : first + count])
+                labels = read_labels(
+                    mask, nifti.turn(mask_raw, axes, reverse)[..., first : first + count]
+                )
                 planes.append(_narrow(labels))
             except UserError as error:
                 raise UserError(f"its mask {volume.mask}: {error}") from error
     except (UserError, OSError) as error:
         return str(error)
     affine = nifti.turn_affine(image.affine, raw.shape, axes, reverse)
-    done["planes"], done["oblique"] = count, nifti.obliquity(image.affine) if image.oriented else 0.0
+    done["planes"], done["oblique"] = (
+        count,
+        nifti.obliquity(image.affine) if image.oriented else 0.0,
+    )
     for pixels, kind in zip(planes, kinds, strict=True):
         for number in range(count):
             target = f"{config.out}/{kind}_{stem}_{number}.nii.gz"
             if not os.path.exists(target):
                 here = affine.copy()
-                here[:3, 3] += (first + number) * affine[:3, 2]  # column 2 is the step between planes
+                here[:3, 3] += (first + number) * affine[
+                    :3, 2
+                ]  # column 2 is the step between planes
                 nifti.write(target, pixels[..., number], here, oriented=image.oriented)
                 done["written"] += 1
     return done
@@ -329,7 +400,9 @@ def _narrow(labels: np.ndarray) -> np.ndarray:
     """`labels` in the smallest integers that hold them."""
     kinds = (np.uint8, np.int16, np.int32)
     fits = (
-        kind for kind in kinds if np.iinfo(kind).min <= labels.min() and labels.max() <= np.iinfo(kind).max
+        kind
+        for kind in kinds
+        if np.iinfo(kind).min <= labels.min() and labels.max() <= np.iinfo(kind).max
     )
     return labels.astype(next(fits, np.int64))
 
@@ -337,8 +410,9 @@ def _narrow(labels: np.ndarray) -> np.ndarray:
 def slice_volumes(config: SliceConfig) -> None:
     """Cut volumes into a study of 2-D slices and masks; files that are there already are kept.
 
-    FileNotFoundError where there are no volumes. UserError for names that clash or an output folder of other
-    settings, before anything is written; and, when all the rest is done, for volumes that cannot be used.
+    FileNotFoundError where there are no volumes. UserError for names that clash or an output folder
+    of other settings, before anything is written; and, when all the rest is done, for volumes that
+    cannot be used.
     """
     volumes, hipmri, named = find_volumes(config)
     split = "random" if config.split == "auto" and not hipmri else config.split
@@ -369,7 +443,9 @@ def _notes(config: SliceConfig, done: list[dict]) -> list[str]:
         return []
     planes = sorted({one["planes"] for one in done})
     notes = [
-        f"{planes[0]} planes a volume" if len(planes) == 1 else f"{planes[0]} to {planes[-1]} planes a volume"
+        f"{planes[0]} planes a volume"
+        if len(planes) == 1
+        else f"{planes[0]} to {planes[-1]} planes a volume"
     ]
     if config.axis < 0:
         ends = {"R": "right", "A": "front", "S": "head"}

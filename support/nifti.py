@@ -5,7 +5,8 @@
     image.affine           # (4, 4), voxel indices to millimetres; image.oriented says whether the header gave it
     nifti.write("out.nii.gz", pixels, image.affine)
 
-Every fault of a file is a `UserError` that says what was found, without the file's name: the caller knows it.
+Every fault of a file is a `UserError` that says what was found, without the file's name: the caller
+knows it.
 """
 
 import gzip
@@ -18,12 +19,19 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from runtime import UserError, atomic_path
+from support.runtime import UserError, atomic_path
 
 SUFFIXES = (".nii", ".nii.gz")
-HEADERS = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}  # by their size, the file's first number
+HEADERS = {
+    348: nibabel.Nifti1Header,
+    540: nibabel.Nifti2Header,
+}  # by their size, the file's first number
 SPARE = 4096  # bytes that may follow the array, as some programs pad their files
-PLANES = {"coronal": "RSA", "axial": "RAS", "sagittal": "ASR"}  # the world's axes of row, column and slice
+PLANES = {
+    "coronal": "RSA",
+    "axial": "RAS",
+    "sagittal": "ASR",
+}  # the world's axes of row, column and slice
 
 
 @dataclass(frozen=True)
@@ -59,11 +67,14 @@ class Image:
         if not self.scaled:
             return raw
         slope, intercept = self.header.get_slope_inter()
-        with np.errstate(over="ignore"):  # beyond float64 is Inf, which is an error where pixels are checked
+        with np.errstate(
+            over="ignore"
+        ):  # beyond float64 is Inf, which is an error where pixels are checked
             return raw.astype(np.float64) * slope + intercept
 
 
-# ---- reading ----------------------------------------------------------------------------------------------
+# ---- reading
+# ----------------------------------------------------------------------------------------------
 
 
 def is_nifti(name: str) -> bool:
@@ -73,9 +84,9 @@ def is_nifti(name: str) -> bool:
 def read(path: Path | str, max_axes: int = 7, max_pixels: int = 2**48) -> Image:
     """Read a NIfTI-1 or NIfTI-2 file, gzipped or not.
 
-    Takes memory for what the file holds and never for what its header claims, and nothing at all for an array
-    with more than `max_axes` axes that are longer than 1 or more than `max_pixels`. UserError for what is no such
-    file.
+    Takes memory for what the file holds and never for what its header claims, and nothing at all
+    for an array with more than `max_axes` axes that are longer than 1 or more than `max_pixels`.
+    UserError for what is no such file.
     """
     # Without O_NONBLOCK, opening a named pipe waits for a writer.
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
@@ -91,7 +102,9 @@ def read(path: Path | str, max_axes: int = 7, max_pixels: int = 2**48) -> Image:
 
 
 def _unzip(data: bytes, limit: int) -> bytes:
-    """The first `limit` bytes, or all there are, of gzip members; one that is read to its end is checked."""
+    """The first `limit` bytes, or all there are, of gzip members; one that is read to its end is
+    checked.
+    """
     parts, length = [], 0
     while data and length < limit:
         member = zlib.decompressobj(31)  # not GzipFile: this is one call, and it releases the GIL
@@ -128,7 +141,9 @@ def _parse(data: bytes, max_axes: int, max_pixels: int) -> Image:
 
 
 def _read_header(data: bytes) -> nibabel.Nifti1Header:
-    """nibabel's header at the start of `data`, without nibabel's own checks: those print a line a file."""
+    """nibabel's header at the start of `data`, without nibabel's own checks: those print a line a
+    file.
+    """
     sizes = [int.from_bytes(data[:4], order) for order in ("little", "big")]
     kind = next((HEADERS[size] for size in sizes if size in HEADERS), None)
     if kind is None:
@@ -145,7 +160,10 @@ def _read_header(data: bytes) -> nibabel.Nifti1Header:
     try:
         dtype = header.get_data_dtype()
         header.get_slope_inter()
-    except (KeyError, nibabel.spatialimages.HeaderDataError) as error:  # KeyError: a type that is none
+    except (
+        KeyError,
+        nibabel.spatialimages.HeaderDataError,
+    ) as error:  # KeyError: a type that is none
         raise UserError(f"a damaged header ({error})") from error
     if dtype.kind not in "biuf":
         label = header.get_value_label("datatype")
@@ -172,7 +190,8 @@ def finite(pixels: np.ndarray) -> np.ndarray:
     return pixels
 
 
-# ---- affines ----------------------------------------------------------------------------------------------
+# ---- affines
+# ----------------------------------------------------------------------------------------------
 
 
 def usable(affine: np.ndarray) -> bool:
@@ -184,7 +203,9 @@ def usable(affine: np.ndarray) -> bool:
 
 
 def _qform(header: nibabel.Nifti1Header) -> np.ndarray:
-    """The header's quaternion as an affine. One a little longer than 1 is shortened, as FSL and ITK do."""
+    """The header's quaternion as an affine. One a little longer than 1 is shortened, as FSL and ITK
+    do.
+    """
     x, y, z = (float(header[f"quatern_{letter}"]) for letter in "bcd")
     length = x * x + y * y + z * z
     if length > 1:
@@ -200,7 +221,9 @@ def _qform(header: nibabel.Nifti1Header) -> np.ndarray:
 
 
 def _full(affine: np.ndarray) -> np.ndarray:
-    """`affine` with a third axis of 1 mm across the other two, where it has none: a slice needs none."""
+    """`affine` with a third axis of 1 mm across the other two, where it has none: a slice needs
+    none.
+    """
     affine = np.array(affine, np.float64)
     if not affine[:3, 2].any():
         across = np.cross(affine[:3, 0], affine[:3, 1])
@@ -209,7 +232,8 @@ def _full(affine: np.ndarray) -> np.ndarray:
 
 
 def best_affine(header: nibabel.Nifti1Header) -> tuple[np.ndarray, bool, bool]:
-    """The affine, whether the header gives its directions, and whether it names one that cannot be used.
+    """The affine, whether the header gives its directions, and whether it names one that cannot be
+    used.
 
     The sform where there is one, else the qform, else the voxel sizes alone.
     """
@@ -225,22 +249,31 @@ def best_affine(header: nibabel.Nifti1Header) -> tuple[np.ndarray, bool, bool]:
     return np.diag([*np.where((sizes > 1e-6) & (sizes < 1e6), sizes, 1), 1.0]), False, broken
 
 
-def grid_affine(affine: np.ndarray, scale: tuple[float, float], start: tuple[float, float]) -> np.ndarray:
-    """The affine of a grid laid over a slice: its pixel i lies at start + i * scale of the slice's, per axis."""
+def grid_affine(
+    affine: np.ndarray, scale: tuple[float, float], start: tuple[float, float]
+) -> np.ndarray:
+    """The affine of a grid laid over a slice: its pixel i lies at start + i * scale of the slice's,
+    per axis.
+    """
     grid = np.diag([*scale, 1.0, 1.0])
     grid[:2, 3] = start
     return affine @ grid
 
 
-def plane_axes(affine: np.ndarray, plane: str) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
-    """The volume's axes that become row, column and slice number of a plane, and which of them are reversed.
+def plane_axes(
+    affine: np.ndarray, plane: str
+) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
+    """The volume's axes that become row, column and slice number of a plane, and which of them are
+    reversed.
 
-    Afterwards rows run to the patient's right (sagittal: front), columns to his head (axial: front), and slices
-    to his front (axial: head; sagittal: right). An oblique volume gives the plane that is nearest.
+    Afterwards rows run to the patient's right (sagittal: front), columns to his head (axial:
+    front), and slices to his front (axial: head; sagittal: right). An oblique volume gives the
+        plane that is nearest.
     """
     names = nibabel.aff2axcodes(affine)
     axes = tuple(
-        next(i for i, name in enumerate(names) if name in pair) for pair in map(PAIRS.get, PLANES[plane])
+        next(i for i, name in enumerate(names) if name in pair)
+        for pair in map(PAIRS.get, PLANES[plane])
     )
     return axes, tuple(names[axis] != end for axis, end in zip(axes, PLANES[plane], strict=True))
 
@@ -248,13 +281,19 @@ def plane_axes(affine: np.ndarray, plane: str) -> tuple[tuple[int, int, int], tu
 PAIRS = {"R": "RL", "A": "AP", "S": "SI"}
 
 
-def turn(array: np.ndarray, axes: tuple[int, int, int], reverse: tuple[bool, bool, bool]) -> np.ndarray:
-    """A view of a 3-D array with its axes in another order and some of them reversed; see `turn_affine`."""
+def turn(
+    array: np.ndarray, axes: tuple[int, int, int], reverse: tuple[bool, bool, bool]
+) -> np.ndarray:
+    """A view of a 3-D array with its axes in another order and some of them reversed; see
+    `turn_affine`.
+    """
     return array.transpose(axes)[tuple(slice(None, None, -1 if back else 1) for back in reverse)]
 
 
 def turn_affine(affine: np.ndarray, shape, axes: tuple[int, int, int], reverse) -> np.ndarray:
-    """The affine of what `turn` makes of an array of `shape`: every voxel stays where it is in the world."""
+    """The affine of what `turn` makes of an array of `shape`: every voxel stays where it is in the
+    world.
+    """
     step = np.zeros((4, 4))
     for new, (old, back) in enumerate(zip(axes, reverse, strict=True)):
         step[old, new] = -1 if back else 1
@@ -270,7 +309,9 @@ def turn_back(array: np.ndarray, axes: tuple[int, int, int], reverse) -> np.ndar
 
 
 def turn_to(image: Image, array: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`array` of `image` with its axes along those of the affine `target`; returns it and its affine."""
+    """`array` of `image` with its axes along those of the affine `target`; returns it and its
+    affine.
+    """
     here, there = map(nibabel.io_orientation, (image.affine, target))
     change = nibabel.orientations.ornt_transform(here, there)
     axes = tuple(int(axis) for axis in np.argsort(change[:, 0]))
@@ -279,7 +320,9 @@ def turn_to(image: Image, array: np.ndarray, target: np.ndarray) -> tuple[np.nda
 
 
 def directions(affines: np.ndarray) -> list[str]:
-    """Where rows and columns of slices run, of affines (N, 4, 4): "RS" is to the patient's right and head."""
+    """Where rows and columns of slices run, of affines (N, 4, 4): "RS" is to the patient's right
+    and head.
+    """
     axes = affines[:, :3, :2]
     nearest = np.abs(axes).argmax(axis=1)  # (N, 2)
     back = np.take_along_axis(axes, nearest[:, None], axis=1)[:, 0] < 0
@@ -290,12 +333,15 @@ def directions(affines: np.ndarray) -> list[str]:
 
 
 def obliquity(affine: np.ndarray) -> float:
-    """Degrees between an axis of the volume and the nearest of the world, of the axis where it is most."""
+    """Degrees between an axis of the volume and the nearest of the world, of the axis where it is
+    most.
+    """
     cosines = np.abs(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)).max(axis=0)
     return float(np.degrees(np.arccos(np.clip(cosines, 0, 1)).max()))
 
 
-# ---- writing ----------------------------------------------------------------------------------------------
+# ---- writing
+# ----------------------------------------------------------------------------------------------
 
 
 def write(
@@ -308,9 +354,11 @@ def write(
 ) -> None:
     """Write a NIfTI file of `pixels` with their dtype; gzipped if `path` ends in .gz.
 
-    Of an affine that is not `oriented`, see `Image`, the file tells the voxel sizes alone. With a header `like`, that
-    header's affines, their codes and units are kept as they are, and `affine` is not looked at. The same pixels give
-    the same bytes: the gzip header carries no time. `description` (at most 79 ASCII characters) goes into the header,
+    Of an affine that is not `oriented`, see `Image`, the file tells the voxel sizes alone. With a
+    header `like`, that header's affines, their codes and units are kept as they are, and `affine`
+    is not looked at. The same pixels give
+    the same bytes: the gzip header carries no time. `description` (at most 79 ASCII characters)
+        goes into the header,
     where viewers show it.
     """
     if like is None:

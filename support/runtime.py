@@ -1,7 +1,8 @@
-"""What all scripts share: flags, devices, the ranks of torchrun, files that are whole or absent, checkpoints.
+"""What all scripts share: flags, devices, the ranks of torchrun, files that are whole or absent,
+checkpoints.
 
-A user's mistake ends a script with one message on stderr and exit code 2 (`run_cli`). Files are written to a
-temporary place and moved (`atomic_path`), so that nobody ever reads half a file.
+A user's mistake ends a script with one message on stderr and exit code 2 (`run_cli`). Files are
+written to a temporary place and moved (`atomic_path`), so that nobody ever reads half a file.
 """
 
 import argparse
@@ -35,28 +36,39 @@ from tqdm import tqdm
 
 FORMAT = "vqvae2-3"  # of a checkpoint; raised when its keys change meaning
 OLD_FORMATS = ("vqvae2-1", "vqvae2-2")  # written up to revision 5afe7e8
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 RENAMED = {"rate": "bit_weight"}  # flags that had another name: old, new
-PATIENCE = timedelta(minutes=30)  # how long a rank waits for the slowest thing that another one does alone
+PATIENCE = timedelta(
+    minutes=30
+)  # how long a rank waits for the slowest thing that another one does alone
 TEMPORARY = ".part-"  # how the names of temporary folders begin
 # What PyTorch says, as a plain RuntimeError, where the CPU's memory does not suffice
-NO_MEMORY = ("can't allocate memory", "bad_alloc", "calculation overflowed", "could not create a memory")
+NO_MEMORY = (
+    "can't allocate memory",
+    "bad_alloc",
+    "calculation overflowed",
+    "could not create a memory",
+)
 
 
 class UserError(ValueError):
-    """Something that the user can fix: the message names what was found, what was expected and the fix."""
+    """Something that the user can fix: the message names what was found, what was expected and the
+    fix.
+    """
 
 
 # ---- command line --------------------------------------------------------------------------------
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script's `main`. What the user can fix ends it with one message on stderr and exit code 2.
+    """Run a script's `main`. What the user can fix ends it with one message on stderr and exit code
+    2.
 
     Every other exception is a bug of ours: it keeps its traceback, and exit code 1.
     """
-    # The momentum of a unit that has died decays to numbers below 1e-38. A CPU is so slow at these that after two
-    # thousand steps each one took three times as long. Set here because threads that start later inherit it.
+    # The momentum of a unit that has died decays to numbers below 1e-38. A CPU is so slow at these
+    # that after two thousand steps each one took three times as long. Set here because threads that
+    # start later inherit it.
     torch.set_flush_denormal(True)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(
@@ -77,8 +89,9 @@ def run_cli(main: Callable[[], None]) -> None:
 def leave(code: int) -> typing.NoReturn:
     """End this process with an exit code.
 
-    After an error a rank still has its process group, because to break it up waits for the others. Python's own way
-    out would end the group's threads first, and then PyTorch may abort the process, with a code of its own.
+    After an error a rank still has its process group, because to break it up waits for the others.
+    Python's own way out would end the group's threads first, and then PyTorch may abort the
+    process, with a code of its own.
     """
     if world() > 1:
         sys.stdout.flush()
@@ -88,7 +101,9 @@ def leave(code: int) -> typing.NoReturn:
 
 
 def user_message(error: Exception) -> str | None:
-    """What to tell the user about an error that she can do something about; None for a bug of ours."""
+    """What to tell the user about an error that she can do something about; None for a bug of
+    ours.
+    """
     text = str(error) or type(error).__name__
     first_line = text.splitlines()[0]
     if isinstance(error, UserError | OSError):
@@ -116,10 +131,11 @@ def flag(field: str) -> str:
 def parser(
     doc: str, *configs: type, everyday: Sequence[str] = (), without: Sequence[str] = ()
 ) -> argparse.ArgumentParser:
-    """An argument parser with one flag for each field of the dataclasses `configs`, whose defaults it has.
+    """An argument parser with one flag for each field of the dataclasses `configs`, whose defaults
+    it has.
 
-    The fields named in `everyday` come first, those in `without` are left out. Every dataclass has a heading, the
-    first sentence of its docstring. A field that two dataclasses share is one flag.
+    The fields named in `everyday` come first, those in `without` are left out. Every dataclass has
+    a heading, the first sentence of its docstring. A field that two dataclasses share is one flag.
     """
     built = argparse.ArgumentParser(
         usage="%(prog)s [flags]",
@@ -135,7 +151,10 @@ def parser(
             if "help" not in field.metadata:  # set by the program, never by the user
                 continue
             shown = "" if field.default == "" else " (default: %(default)s)"
-            options = {"default": field.default, "help": field.metadata["help"].replace("%", "%%") + shown}
+            options = {
+                "default": field.default,
+                "help": field.metadata["help"].replace("%", "%%") + shown,
+            }
             if hints[field.name] is bool:
                 options["action"] = argparse.BooleanOptionalAction
             else:
@@ -154,7 +173,10 @@ def parser(
     for old, new in RENAMED.items():
         if new in flags:
             built.add_argument(
-                flag(old), type=partial(_refuse, new), default=argparse.SUPPRESS, help=argparse.SUPPRESS
+                flag(old),
+                type=partial(_refuse, new),
+                default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS,
             )
     return built
 
@@ -172,9 +194,11 @@ def _refuse(new: str, value: str) -> None:
 
 
 def given_flags(parser: argparse.ArgumentParser) -> tuple[dict, bool]:
-    """The flags that the command line names, {"batch_size": 4, ...}, and whether it asks for --help.
+    """The flags that the command line names, {"batch_size": 4, ...}, and whether it asks for
+    --help.
 
-    The caller shows the help, with `print_help`, when it knows which defaults the other flags will have.
+    The caller shows the help, with `print_help`, when it knows which defaults the other flags will
+    have.
     """
     unset = object()
     names = vars(parser.parse_args([]))
@@ -185,7 +209,9 @@ def given_flags(parser: argparse.ArgumentParser) -> tuple[dict, bool]:
 
 
 def print_help(parser: argparse.ArgumentParser, *configs) -> None:
-    """Print the help, with the values of the dataclass instances `configs` as defaults, and exit."""
+    """Print the help, with the values of the dataclass instances `configs` as defaults, and
+    exit.
+    """
     for config in configs:
         parser.set_defaults(**vars(config))
     parser.print_help()
@@ -206,25 +232,35 @@ def thread_pool() -> ThreadPoolExecutor:
 def in_parallel(function: Callable, items: Sequence, label: str, unit: str) -> Iterator:
     """`function` of each item, in order, under a progress bar.
 
-    Threads, not processes: zlib and NumPy release the GIL, and a process would import torch again and need a main
+    Threads, not processes: zlib and NumPy release the GIL, and a process would import torch again
+        and need a main
     guard in the caller's script.
     """
     bar = tqdm(total=len(items), desc=label, unit=unit, disable=None)
     with bar, thread_pool() as pool:
-        for start in range(0, len(items), 256):  # at most 256 results wait in memory for their reader
+        for start in range(
+            0, len(items), 256
+        ):  # at most 256 results wait in memory for their reader
             for result in pool.map(function, items[start : start + 256]):
                 bar.update()
                 yield result
 
 
 def check_room(what: str, size: float, fix: str, folder: Path | None = None) -> None:
-    """UserError if `size` bytes are more than the free space of a folder's disk or, without one, than the memory."""
+    """UserError if `size` bytes are more than the free space of a folder's disk or, without one,
+    than the memory.
+    """
     if folder:
         room, where = shutil.disk_usage(folder).free, f"{folder} has"
     else:
-        room, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory is"
+        room, where = (
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "this machine's memory is",
+        )
     if size > room:
-        raise UserError(f"{what} take {size / 1e9:.3g} GB; {where} {room / 1e9:.3g} GB. Fix: {fix}.")
+        raise UserError(
+            f"{what} take {size / 1e9:.3g} GB; {where} {room / 1e9:.3g} GB. Fix: {fix}."
+        )
 
 
 def note_if_long(what: str, seconds: float) -> None:
@@ -237,14 +273,18 @@ def note_if_long(what: str, seconds: float) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device `name`, where "auto" is CUDA if there is one, else the CPU. UserError for a CUDA that is missing.
+    """The device `name`, where "auto" is CUDA if there is one, else the CPU. UserError for a CUDA
+    that is missing.
 
-    From here on float32 is float32 on a GPU too. By default cuDNN computes convolutions in TF32, with 10 bits of
-    mantissa, on Ampere and later, which changes up to 0.7 % of the codes. Training steps allow it again (loop.py).
+    From here on float32 is float32 on a GPU too. By default cuDNN computes convolutions in TF32,
+    with 10 bits of mantissa, on Ampere and later, which changes up to 0.7 % of the codes. Training
+    steps allow it again (loop.py).
     """
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA device. Fix: --device cpu, or a CUDA build.")
+        raise UserError(
+            "--device cuda: PyTorch sees no CUDA device. Fix: --device cpu, or a CUDA build."
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
@@ -253,8 +293,10 @@ def pick_device(name: str) -> torch.device:
 def has_fast_bf16(device: torch.device, batch_size: int) -> bool:
     """Whether training steps on `batch_size` slices are faster in bfloat16 than in float32 here.
 
-    On CPUs with AMX: the bfloat16 of AVX-512 was half as fast as its float32 (benchmarks/step.py). On GPUs from 16
-    slices, an estimate: with fewer, a step's time goes into launching its kernels, and autocast adds a hundred.
+    On CPUs with AMX: the bfloat16 of AVX-512 was half as fast as its float32 (benchmarks/step.py).
+        On GPUs from 16
+    slices, an estimate: with fewer, a step's time goes into launching its kernels, and autocast
+        adds a hundred.
     """
     if device.type == "cuda":
         return batch_size >= 16 and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -300,12 +342,14 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-# ---- ranks: the processes that torchrun starts to train one model; a lone process is rank 0 of 1 ----------
+# ---- ranks: the processes that torchrun starts to train one model; a lone process is rank 0 of 1
+# ----------
 
 
 @contextmanager
 def ranks(device: str) -> Iterator[None]:
-    """Join the processes that torchrun started, each with a GPU of its own; all but rank 0 print nothing.
+    """Join the processes that torchrun started, each with a GPU of its own; all but rank 0 print
+    nothing.
 
     Without torchrun this does nothing. UserError on a node that has fewer GPUs than processes.
     """
@@ -334,14 +378,18 @@ def world() -> int:
 
 
 def share(batch: Tensor) -> Tensor:
-    """This rank's part of a batch, which may be empty. The parts of all ranks, in order, are the batch."""
+    """This rank's part of a batch, which may be empty. The parts of all ranks, in order, are the
+    batch.
+    """
     return batch.tensor_split(world())[rank()]
 
 
 def sum_over_ranks(*tensors: Tensor) -> None:
-    """Sum each of the tensors, which share dtype and device, over the ranks: in place, in one message.
+    """Sum each of the tensors, which share dtype and device, over the ranks: in place, in one
+    message.
 
-    Ranks tell each other nothing in any other way. ConnectionError if a rank has ended, or is silent for too long.
+    Ranks tell each other nothing in any other way. ConnectionError if a rank has ended, or is
+    silent for too long.
     """
     if dist.is_initialized() and tensors:
         message = torch.cat([tensor.flatten() for tensor in tensors])
@@ -356,7 +404,9 @@ def sum_over_ranks(*tensors: Tensor) -> None:
 
 @contextmanager
 def first_of_node() -> Iterator[None]:
-    """The first process of each node runs the block alone; then the others do, and find the files that it made."""
+    """The first process of each node runs the block alone; then the others do, and find the files
+    that it made.
+    """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:
         sum_over_ranks(torch.zeros(1))  # waits for all
@@ -373,7 +423,8 @@ def first_of_node() -> Iterator[None]:
 def lock(folder: Path | str) -> int:
     """Lock a folder until the file descriptor that is returned is closed, or the process ends.
 
-    BlockingIOError while another process holds it; another OSError on a file system without such locks.
+    BlockingIOError while another process holds it; another OSError on a file system without such
+    locks.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -386,7 +437,8 @@ def lock(folder: Path | str) -> int:
 
 @contextmanager
 def only_run_in(folder: Path | str) -> Iterator[None]:
-    """Hold `folder`, made where it is not there, for this run: UserError while another run holds it.
+    """Hold `folder`, made where it is not there, for this run: UserError while another run holds
+    it.
 
     OSError, before anything is computed, if nothing can be written there.
     """
@@ -409,19 +461,25 @@ def only_run_in(folder: Path | str) -> Iterator[None]:
 
 
 def writable_folder(path: Path | str) -> Path:
-    """`path`, made where it is not there; OSError, before anything is computed, if it cannot be written."""
+    """`path`, made where it is not there; OSError, before anything is computed, if it cannot be
+    written.
+    """
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path).cleanup()
     except OSError as error:
-        raise OSError(f"{path}: cannot write there ({error.strerror}). Fix: another --out.") from error
+        raise OSError(
+            f"{path}: cannot write there ({error.strerror}). Fix: another --out."
+        ) from error
     return path
 
 
 @cache
 def sweep(folder: Path) -> None:
-    """Delete what killed processes left in `folder`: the temporary folders that nobody holds a lock on."""
+    """Delete what killed processes left in `folder`: the temporary folders that nobody holds a lock
+    on.
+    """
     for left in folder.glob(f"{TEMPORARY}*/"):
         with suppress(OSError):  # in use, or just deleted by another process, or another user's
             descriptor = lock(left)
@@ -431,12 +489,16 @@ def sweep(folder: Path) -> None:
 
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """A new folder in `parent` to which only this user may write: nobody can have put a link into it."""
+    """A new folder in `parent` to which only this user may write: nobody can have put a link into
+    it.
+    """
     while True:
         folder, descriptor = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent)), None
         try:
             descriptor = lock(folder)
-        except BlockingIOError:  # the `sweep` of another thread or process was quicker, and deletes it
+        except (
+            BlockingIOError
+        ):  # the `sweep` of another thread or process was quicker, and deletes it
             continue
         except OSError:
             pass  # deleted already, or a file system without locks
@@ -454,7 +516,8 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yields a path to write to, of the same name in a temporary folder; it becomes `path` if the block succeeds.
+    """Yields a path to write to, of the same name in a temporary folder; it becomes `path` if the
+    block succeeds.
 
     It may be a file or a folder, which replaces `path` whole. An OSError of the block names `path`.
     """
@@ -495,18 +558,23 @@ def sha256(path: Path | str) -> str:
 
 def save_checkpoint(path: Path | str, checkpoint: dict) -> None:
     """Write `checkpoint` (tensors and plain containers only) whole or not at all."""
-    buffer = BytesIO()  # to a full disk torch.save raises RuntimeError, bytes an OSError that says so
+    buffer = (
+        BytesIO()
+    )  # to a full disk torch.save raises RuntimeError, bytes an OSError that says so
     torch.save({"format": FORMAT, **checkpoint}, buffer)
     with atomic_path(path) as part, open(part, "wb") as file:
         file.write(buffer.getbuffer())
         file.flush()
-        os.fsync(file.fileno())  # on the disk before it has the name: a power cut leaves the old one
+        os.fsync(
+            file.fileno()
+        )  # on the disk before it has the name: a power cut leaves the old one
 
 
 def load_checkpoint(path: Path | str, *kinds: str) -> dict:
     """Read a checkpoint that `train.py` wrote, on the CPU, running no code from the file.
 
-    Every byte is checked against the sums that the file carries. The dictionary also has its own "path".
+    Every byte is checked against the sums that the file carries. The dictionary also has its own
+    "path".
 
     Raises:
         FileNotFoundError: no such file.
@@ -541,7 +609,9 @@ def load_checkpoint(path: Path | str, *kinds: str) -> dict:
 
 
 def check_archive(path: Path | str) -> None:
-    """UserError unless every member of the ZIP archive `path` is stored as it is and has the sum of its bytes."""
+    """UserError unless every member of the ZIP archive `path` is stored as it is and has the sum of
+    its bytes.
+    """
     with zipfile.ZipFile(path) as archive:
         if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
             raise UserError("compressed, as train.py writes none")
@@ -552,7 +622,8 @@ def check_archive(path: Path | str) -> None:
 def check_weights(checkpoint: dict, path: Path | str) -> None:
     """UserError unless the keys of every checkpoint are there and "model" holds finite tensors.
 
-    A file of a few bytes must not make us build a network that fills the memory: no number in "model_config" may be
+    A file of a few bytes must not make us build a network that fills the memory: no number in
+        "model_config" may be
     larger than the weights allow.
     """
     hints = {"model_config": dict, "model": dict[str, Tensor], "data": dict, "epoch": int}
@@ -564,19 +635,29 @@ def check_weights(checkpoint: dict, path: Path | str) -> None:
     weights = checkpoint["model"].values()
     if any(w.layout != torch.strided for w in weights):
         raise UserError(f"{path}: its weights are no plain tensors. Fix: train again.")
-    stored = sum({w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in weights}.values())
+    stored = sum(
+        {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in weights}.values()
+    )
     if stored > os.path.getsize(path):
         raise UserError(f"{path}: its weights are larger than the file. Fix: train again.")
     if broken := [name for name, w in checkpoint["model"].items() if not w.isfinite().all()]:
-        raise UserError(f"{path}: {broken[0]} is not finite. Fix: an earlier checkpoint, or train again.")
+        raise UserError(
+            f"{path}: {broken[0]} is not finite. Fix: an earlier checkpoint, or train again."
+        )
     for name, value in checkpoint["model_config"].items():
         most = len(weights) if name.endswith(("blocks", "layers")) else max(stored, 2**16)
         if type(value) in (int, float) and not abs(value) <= most:
-            raise UserError(f"{path}: {name} is {value}, more than its weights have. Fix: train again.")
+            raise UserError(
+                f"{path}: {name} is {value}, more than its weights have. Fix: train again."
+            )
 
 
-def load_weights(build: Callable[[], torch.nn.Module], checkpoint: dict, path: Path | str) -> torch.nn.Module:
-    """The module that `build` makes, with the weights of `checkpoint`; UserError where they do not fit it."""
+def load_weights(
+    build: Callable[[], torch.nn.Module], checkpoint: dict, path: Path | str
+) -> torch.nn.Module:
+    """The module that `build` makes, with the weights of `checkpoint`; UserError where they do not
+    fit it.
+    """
     with torch.device("meta"):  # takes no memory
         expected = build().state_dict()
     check_tensors(expected, checkpoint["model"], path)
@@ -586,7 +667,9 @@ def load_weights(build: Callable[[], torch.nn.Module], checkpoint: dict, path: P
 
 
 def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path | str) -> None:
-    """UserError unless `found`, from the file `path`, has the names, the shapes and the types of `expected`."""
+    """UserError unless `found`, from the file `path`, has the names, the shapes and the types of
+    `expected`.
+    """
     for name in sorted(expected.keys() | found.keys()):
         wanted, got = (
             f"{tuple(tensors[name].shape)} {tensors[name].dtype}"
@@ -602,7 +685,9 @@ def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], path: P
 
 
 def matches(value, hint) -> bool:
-    """Whether `value`, read from a file, has the type `hint`: a plain one, dict[A, B], list[A] or tuple[A, ...]."""
+    """Whether `value`, read from a file, has the type `hint`: a plain one, dict[A, B], list[A] or
+    tuple[A, ...].
+    """
     kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind is float:
         return type(value) in (int, float)
@@ -617,9 +702,11 @@ def matches(value, hint) -> bool:
 
 
 def from_saved(config: type, saved: dict, where: str):
-    """The dataclass `config` filled from the dictionary `saved` of a file; keys that are no fields are ignored.
+    """The dataclass `config` filled from the dictionary `saved` of a file; keys that are no fields
+    are ignored.
 
-    UserError, which begins with `where`, if a field is missing, or has a type or a value that the class forbids.
+    UserError, which begins with `where`, if a field is missing, or has a type or a value that the
+    class forbids.
     """
     hints = typing.get_type_hints(config)
     try:
@@ -634,14 +721,21 @@ def from_saved(config: type, saved: dict, where: str):
 
 
 def provenance() -> dict:
-    """What a result depends on beside its inputs: the command, versions, machine, the scripts' revision.
+    """What a result depends on beside its inputs: the command, versions, machine, the scripts'
+    revision.
 
     Results are shared, so the command names files without their folders.
     """
     try:
         command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        revision = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, ValueError, subprocess.SubprocessError):  # no git here, or one that cannot answer
+        revision = subprocess.run(
+            command, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+    except (
+        OSError,
+        ValueError,
+        subprocess.SubprocessError,
+    ):  # no git here, or one that cannot answer
         revision = ""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
@@ -655,6 +749,8 @@ def provenance() -> dict:
 
 
 def without_folders(word: str) -> str:
-    """A word of a command line with its paths cut down to their last name: --data=/home/me/study is --data=study."""
+    """A word of a command line with its paths cut down to their last name: --data=/home/me/study is
+    --data=study.
+    """
     name, equals, value = word.rpartition("=")
     return name + equals + (Path(value).name or value)

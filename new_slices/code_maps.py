@@ -1,10 +1,10 @@
-"""Code maps: those of a study's slices under one autoencoder, made once and kept in a file, and those of new slices.
-Layouts (layouts.py) of the same slices lie beside them.
+"""Code maps: those of a study's slices under one autoencoder, made once and kept in a file, and
+those of new slices. Layouts (layouts.py) of the same slices lie beside them.
 
-The priors learn from few patients, so they also see altered copies of every training slice, its variants: mirrored,
-shifted, turned, stretched, bent and shaded (`Variants`). Each is altered as a picture and then coded. The priors are
-told how (`Variants.numbers`), though of bending and shading only that there is some. In sampling they are asked for
-unaltered slices.
+The priors learn from few patients, so they also see altered copies of every training slice, its
+variants: mirrored, shifted, turned, stretched, bent and shaded (`Variants`). Each is altered as a
+picture and then coded. The priors are told how (`Variants.numbers`), though of bending and shading
+only that there is some. In sampling they are asked for unaltered slices.
 """
 
 import math
@@ -18,14 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import runtime
-from anatomy import likeliest
 from dataset import SPLITS, SliceDataset, flip_left_right
-from layouts import layouts_of, likely
 from modules import VQVAE2
+from new_slices.layouts import layouts_of, likely
+from new_slices.organs import likeliest
+from support import runtime
 
 LEVELS = ("top", "bottom")
-# A variant is described by: mirrored, altered, shift (rows, columns), turn, stretch (rows, columns).
+# A variant is described by: mirrored, altered, shift (rows, columns), turn, stretch (rows,
+# columns).
 NUMBERS = 7
 MOST_VARIANTS = 1000  # of a slice
 SHIFT, TURN, STRETCH = 8.0, 0.06, 0.08  # the most of each: pixels, radians, share
@@ -35,7 +36,8 @@ KNOTS = (5, 4)  # of the smooth random fields that bend and shade
 
 
 class Samples(NamedTuple):
-    """New slices: z-scored images (n, H, W) float32, codes top (n, h, w) and bottom (n, 2h, 2w) int64, and masks.
+    """New slices: z-scored images (n, H, W) float32, codes top (n, h, w) and bottom (n, 2h, 2w)
+    int64, and masks.
 
     masks (n, H, W) uint8 are classes as in `SliceDataset.masks`; None for a model without masks.
     """
@@ -52,7 +54,8 @@ def decode(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Codes -> z-scored slices (N, H, W) float32 and their masks (N, H, W) uint8 classes, or None.
 
-    Where the slices were sampled given layouts (N, h, w), a mask is the likeliest given codes and layout. One slice
+    Where the slices were sampled given layouts (N, h, w), a mask is the likeliest given codes and
+    layout. One slice
     at a time: rounding depends on the size of a batch.
     """
     device = next(model.parameters()).device
@@ -68,12 +71,14 @@ def decode(
 
 
 class Variants:
-    """How each of `slices` training slices is altered in each of `count` variants; the same for one seed.
+    """How each of `slices` training slices is altered in each of `count` variants; the same for one
+    seed.
 
     Variant 0 is the slice as it is, 1 its mirror image, and the others are random.
 
     Attributes:
-        numbers: (count, slices, NUMBERS) float32 in [-1, 1], zeros for variant 0: what the priors are told.
+        numbers: (count, slices, NUMBERS) float32 in [-1, 1], zeros for variant 0: what the priors
+            are told.
     """
 
     def __init__(self, count: int, slices: int, seed: int = 0) -> None:
@@ -83,13 +88,17 @@ class Variants:
         self.numbers[:, :, 1] = 1
         self.numbers[:2] = 0
         self.numbers[1:2, :, 0] = 1
-        self.fields = torch.randn(count, slices, 3, *KNOTS, generator=generator)  # rows, columns, shading
+        self.fields = torch.randn(
+            count, slices, 3, *KNOTS, generator=generator
+        )  # rows, columns, shading
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def images(self, x: Tensor, variant: int, indices: Tensor) -> Tensor:
-        """Slices x (B, 1, H, W), those of `indices` (B,), altered as `variant` says and z-scored again."""
+        """Slices x (B, 1, H, W), those of `indices` (B,), altered as `variant` says and z-scored
+        again.
+        """
         if variant < 2:
             return self.moved(x, variant, indices, "bilinear")
         x = self.moved(x - x.amin((2, 3), keepdim=True), variant, indices, "bilinear")
@@ -103,7 +112,9 @@ class Variants:
 
     @staticmethod
     def smooth(x: Tensor, fields: Tensor) -> Tensor:
-        """Random fields (B, n, *KNOTS), smooth at the size of x (B, 1, H, W) and where it lies: (B, n, H, W)."""
+        """Random fields (B, n, *KNOTS), smooth at the size of x (B, 1, H, W) and where it lies: (B,
+        n, H, W).
+        """
         return F.interpolate(fields.to(x.device), x.shape[2:], mode="bicubic", align_corners=True)
 
     def moved(self, x: Tensor, variant: int, indices: Tensor, mode: str) -> Tensor:
@@ -114,18 +125,16 @@ class Variants:
             return x
         bend_r, bend_c = (BEND * self.smooth(x, self.fields[variant, indices, :2])).unbind(1)
         height, width = x.shape[2:]
-        rows = torch.arange(height, device=x.device)[:, None] - (height - 1) / 2  # pixels from the centre
+        rows = (
+            torch.arange(height, device=x.device)[:, None] - (height - 1) / 2
+        )  # pixels from the centre
         columns = torch.arange(width, device=x.device) - (width - 1) / 2
         shift_r, shift_c, turn, stretch_r, stretch_c = numbers[:, 2:].T[:, :, None, None]
         sine, cosine = (TURN * turn).sin(), (TURN * turn).cos()
         source_r = (cosine * rows - sine * columns) * (1 + STRETCH * stretch_r) + SHIFT * shift_r
         source_c = (sine * rows + cosine * columns) * (1 + STRETCH * stretch_c) + SHIFT * shift_c
         source = torch.stack(
-            [
-                (source_c + bend_c) * 2 / width,
-                (source_r + bend_r) * 2 / height,
-            ],
-            -1,
+            [(source_c + bend_c) * 2 / width, (source_r + bend_r) * 2 / height], -1
         )
         return F.grid_sample(x, source, mode, padding_mode="border", align_corners=False)
 
@@ -134,14 +143,15 @@ class Variants:
 def extract_codes(
     model: VQVAE2, splits: dict[str, SliceDataset], variants: int, sha256: str, *files: Path
 ) -> dict[str, np.ndarray]:
-    """The code maps and layouts of every slice: of the train split in `variants` variants, of the others unaltered.
+    """The code maps and layouts of every slice: of the train split in `variants` variants, of the
+    others unaltered.
 
-    Read from the first of the `files` that was made with this autoencoder, whose checkpoint has the SHA-256
-    `sha256`, of these splits; else made, and written to the last.
+    Read from the first of the `files` that was made with this autoencoder, whose checkpoint has the
+    SHA-256 `sha256`, of these splits; else made, and written to the last.
 
     Returns:
-        "train_top" (variants, N, h, w), "train_bottom" (variants, N, 2h, 2w), "validate_top" (1, N, h, w), ...
-        uint16; and "train_layout" (variants, N, 2h, 2w), ... of a study with masks.
+        "train_top" (variants, N, h, w), "train_bottom" (variants, N, 2h, 2w), "validate_top" (1, N,
+        h, w), ... uint16; and "train_layout" (variants, N, 2h, 2w), ... of a study with masks.
 
     Raises:
         UserError: more than the memory or the disk holds.
@@ -161,7 +171,9 @@ def extract_codes(
     layout = bottom if splits["train"].labels else 0
     size = (top + bottom + layout) * 2 * total
     for room in (None, files[-1].parent):
-        runtime.check_room(f"the codes of {total} slices and variants", size, "fewer --variants", room)
+        runtime.check_room(
+            f"the codes of {total} slices and variants", size, "fewer --variants", room
+        )
     bar = tqdm(total=total, desc="codes", unit=" slices", disable=None)
     maps = {}
     for name, split in splits.items():
@@ -176,7 +188,9 @@ def extract_codes(
             masks = split.masks(indices) if split.labels else None
             for variant in range(counts[name]):
                 if masks is not None:
-                    layouts = layouts_of(altered.masks(masks, variant, indices), shapes[1], len(split.labels))
+                    layouts = layouts_of(
+                        altered.masks(masks, variant, indices), shapes[1], len(split.labels)
+                    )
                     maps[f"{name}_layout"][variant, indices] = layouts.numpy()
                 codes = model.encode(altered.images(x, variant, indices))
                 for level, found in zip(LEVELS, codes, strict=True):

@@ -1,6 +1,8 @@
-"""What new slices are worth, beside real slices and worthless ones: likelihood, anatomy, variety and copying.
+"""What new slices are worth, beside real slices and worthless ones: likelihood, anatomy, variety
+and copying.
 
-Models, splits and samples in; a report and the arrays for its pictures out. No files; a table is printed.
+Models, splits and samples in; a report and the arrays for its pictures out. No files; a table is
+printed.
 """
 
 import math
@@ -12,16 +14,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import anatomy
-import realism
-from anatomy import Segmenter
-from codes import LEVELS, Samples, Variants, decode
 from dataset import SliceDataset
 from modules import VQVAE2
-from prior import Prior
+from new_slices import organs
+from new_slices.code_maps import LEVELS, Samples, Variants, decode
+from new_slices.organs import Segmenter
+from new_slices.prior import Prior
+from support import metrics
 
-NEAR, FEWEST = 0.1, 8  # with --position, real slices as near as this, or this many, stand beside the samples
-# slices, at random: in a row of the table; of training that anatomy is compared with; whose likelihood is bounded
+NEAR, FEWEST = (
+    0.1,
+    8,
+)  # with --position, real slices as near as this, or this many, stand beside the samples
+# slices, at random: in a row of the table; of training that anatomy is compared with; whose
+# likelihood is bounded
 MOST_PER_ROW, MOST_REAL, MOST_RATED = 96, 768, 32
 DRAWS = 2  # of the masks that the likelihood's bound is a mean over
 FLOOR, SAMPLES, RECONSTRUCTIONS = "real validation slices", "samples", "reconstructions"
@@ -60,7 +66,8 @@ class Inputs:
     Attributes:
         codes: of all slices, as `codes.extract_codes` gives them.
         positions: (n,) of the samples, in [0, 1] or NaN.
-        twins: (n,) the test slices that stand beside them: at the same positions, or near `position`.
+        twins: (n,) the test slices that stand beside them: at the same positions, or near
+            `position`.
         position: the one that was asked for, NaN for the test slices' own.
         segmenter: of the study's organs; None for a study without masks.
     """
@@ -78,7 +85,9 @@ class Inputs:
 
     def codes_of(self, split: str, indices: np.ndarray, variant: int = 0) -> list[np.ndarray]:
         """Top (n, h, w) and bottom (n, 2h, 2w) int64."""
-        return [self.codes[f"{split}_{level}"][variant, indices].astype(np.int64) for level in LEVELS]
+        return [
+            self.codes[f"{split}_{level}"][variant, indices].astype(np.int64) for level in LEVELS
+        ]
 
     def images(self, split: str, indices: np.ndarray) -> np.ndarray:
         """(n, H, W) float32, z-scored."""
@@ -89,7 +98,9 @@ class Inputs:
 
 
 class Row(NamedTuple):
-    """Slices that are measured together: images (n, H, W), positions (n,), masks (n, H, W) if they bring any."""
+    """Slices that are measured together: images (n, H, W), positions (n,), masks (n, H, W) if they
+    bring any.
+    """
 
     images: np.ndarray
     positions: np.ndarray
@@ -101,7 +112,7 @@ def near(split: SliceDataset, position: float) -> np.ndarray:
     if math.isnan(position):
         return np.arange(len(split))
     count = max(FEWEST, np.count_nonzero(np.abs(split.positions - position) <= NEAR))
-    return anatomy.nearest_positions(position, split.positions)[:count]
+    return organs.nearest_positions(position, split.positions)[:count]
 
 
 # ---- likelihood ----------------------------------------------------------------------------------
@@ -111,7 +122,9 @@ def near(split: SliceDataset, position: float) -> np.ndarray:
 def likelihood(
     prior: Prior, maps: list[np.ndarray], positions: np.ndarray, pixels: int, seed: int = 0
 ) -> dict:
-    """The bound on -log2 p of slices' codes, top (n, h, w) and bottom (n, 2h, 2w), in bits a code and a pixel."""
+    """The bound on -log2 p of slices' codes, top (n, h, w) and bottom (n, 2h, 2w), in bits a code
+    and a pixel.
+    """
     device, draws = next(prior.parameters()).device, []
     top, bottom = (torch.from_numpy(level.astype(np.int64)) for level in maps)
     parts = torch.arange(len(top)).split(16)
@@ -166,11 +179,15 @@ def make_rows(inputs: Inputs, rng: np.random.Generator) -> dict[str, Row]:
     decoded, masks = inputs.decode(top, bottom)
     shown = rng.permutation(len(samples.images))[:n]
 
-    partners = [rng.choice(anatomy.nearest_positions(p, train.positions)[:FEWEST]) for p in positions]
+    partners = [
+        rng.choice(organs.nearest_positions(p, train.positions)[:FEWEST]) for p in positions
+    ]
     halves, middle = images.copy(), images.shape[1] // 2
     halves[:, :middle] = inputs.images("train", np.array(partners))[:, :middle]
     by_place = [
-        np.take_along_axis(level[0], rng.integers(len(train), size=(n, *level.shape[2:])), 0).astype(np.int64)
+        np.take_along_axis(
+            level[0], rng.integers(len(train), size=(n, *level.shape[2:])), 0
+        ).astype(np.int64)
         for level in (inputs.codes[f"train_{level}"] for level in LEVELS)
     ]
     sampled = samples.images[shown], inputs.positions[shown]
@@ -190,11 +207,12 @@ def encoder_features(model: VQVAE2, images: np.ndarray) -> np.ndarray:
     """The top encoder's output before quantisation, pooled: (N, 4 D)."""
     device, parts = next(model.parameters()).device, torch.from_numpy(images[:, None]).split(16)
     maps = (model.encoder_top(model.encoder_bottom(part.to(device))) for part in parts)
-    return np.concatenate([realism.pooled_features(each) for each in maps])
+    return np.concatenate([metrics.pooled_features(each) for each in maps])
 
 
 def score_anatomy(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tuple[dict, dict]:
-    """{row: {measure: value}} by the organs that the segmenter sees, and what it says of each organ.
+    """{row: {measure: value}} by the organs that the segmenter sees, and what it says of each
+    organ.
 
     `real` are the training slices (indices) that all are compared with.
     """
@@ -208,40 +226,46 @@ def score_anatomy(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tup
     )
 
     def figures_of(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        masks = anatomy.segment(net, images)
-        figures = anatomy.measure(masks, labels)
+        masks = organs.segment(net, images)
+        figures = organs.measure(masks, labels)
         bar.update(len(images))
         return masks, figures
 
     parts = [
-        figures_of(inputs.images("train", part))[1] for part in np.array_split(real, -(-len(real) // 64))
+        figures_of(inputs.images("train", part))[1]
+        for part in np.array_split(real, -(-len(real) // 64))
     ]
     real_figures, real_positions = np.concatenate(parts), train.positions[real]
-    table, organs = {}, {name: {} for name in names}
+    table, by_organ = {}, {name: {} for name in names}
     for name, row in rows.items():
         masks, figures = figures_of(row.images)
-        together, fine = anatomy.plausible(figures, row.positions, real_figures, real_positions)
+        together, fine = organs.plausible(figures, row.positions, real_figures, real_positions)
         beside = np.concatenate(
             [
-                anatomy.nearest_positions(p, real_positions)[: None if np.isnan(p) else FEWEST]
+                organs.nearest_positions(p, real_positions)[: None if np.isnan(p) else FEWEST]
                 for p in row.positions
             ]
         )
-        distances = anatomy.figure_distances(figures, real_figures[beside])
-        table[name] = {"plausible": (together & fine.all(1)).mean(), "organs_together": together.mean()}
+        distances = organs.figure_distances(figures, real_figures[beside])
+        table[name] = {
+            "plausible": (together & fine.all(1)).mean(),
+            "organs_together": together.mean(),
+        }
         table[name] |= {key: np.nanmean(values) for key, values in distances.items()}
         shown = ~np.isnan(figures[:, :, 0])
         for i, organ in enumerate(names):
-            organs[organ][name] = {
+            by_organ[organ][name] = {
                 "shown": shown[:, i].mean(),
-                "plausible_where_shown": fine[shown[:, i], i].mean() if shown[:, i].any() else math.nan,
+                "plausible_where_shown": fine[shown[:, i], i].mean()
+                if shown[:, i].any()
+                else math.nan,
                 **{key: values[i] for key, values in distances.items()},
             }
         if row.masks is not None:
-            _, dice = anatomy.dice_by_patient(masks, row.masks, np.zeros(len(masks)), labels)
+            _, dice = organs.dice_by_patient(masks, row.masks, np.zeros(len(masks)), labels)
             table[name]["agreement"] = np.nanmean(dice)
     bar.close()
-    return table, organs
+    return table, by_organ
 
 
 def score_frechet(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> dict[str, dict]:
@@ -251,13 +275,15 @@ def score_frechet(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> dic
 
     def distance(row: Row) -> float:
         scaled = (encoder_features(inputs.model, row.images) - mean) / spread
-        return realism.frechet_distance((features - mean) / spread, scaled)
+        return metrics.frechet_distance((features - mean) / spread, scaled)
 
     return {name: {"frechet": distance(row)} for name, row in rows.items()}
 
 
 def blind_measures(table: dict[str, dict]) -> list[str]:
-    """The measures by which some control is not worse than real validation slices: they say nothing."""
+    """The measures by which some control is not worse than real validation slices: they say
+    nothing.
+    """
     blind = []
     for measure in table[FLOOR]:
         sign = 1 if measure in HIGHER_IS_BETTER else -1
@@ -268,18 +294,23 @@ def blind_measures(table: dict[str, dict]) -> list[str]:
 
 
 def score_realism(inputs: Inputs, rows: dict[str, Row], rng: np.random.Generator) -> dict:
-    """The table of rows and measures, without the measures that do not see the controls; and the organs."""
+    """The table of rows and measures, without the measures that do not see the controls; and the
+    organs.
+    """
     real = rng.permutation(near(inputs.splits["train"], inputs.position))[:MOST_REAL]
-    table, organs = score_frechet(inputs, rows, real), {}
+    table, by_organ = score_frechet(inputs, rows, real), {}
     if inputs.segmenter is not None:
-        by_anatomy, organs = score_anatomy(inputs, rows, real)
+        by_anatomy, by_organ = score_anatomy(inputs, rows, real)
         table = {name: by_anatomy[name] | table[name] for name in rows}
     blind = blind_measures(table)
     table = {
-        name: {"n": len(rows[name].images)} | {key: value for key, value in row.items() if key not in blind}
+        name: {"n": len(rows[name].images)}
+        | {key: value for key, value in row.items() if key not in blind}
         for name, row in table.items()
     }
-    return plain({"rows": table, "organs": organs, "left_out": blind, "training_slices": len(real)})
+    return plain(
+        {"rows": table, "organs": by_organ, "left_out": blind, "training_slices": len(real)}
+    )
 
 
 def plain(value):
@@ -299,7 +330,7 @@ def score_variety(inputs: Inputs) -> dict | None:
     real = inputs.images("test", inputs.twins[:m])
     span, report = float(np.median(np.ptp(real, (1, 2)))), {"n": m}
     for name, images in (("samples", inputs.samples.images[:m]), ("real", real)):
-        mean, error = realism.mean_pairwise_ms_ssim(images, span, seed=inputs.seed)
+        mean, error = metrics.mean_pairwise_ms_ssim(images, span, seed=inputs.seed)
         report[name] = {"ms_ssim": mean, "standard_error": error}
     return report
 
@@ -312,20 +343,23 @@ class Source:
     """Training slices as an audit compares them with others.
 
     Attributes:
-        take: of a variant and indices (B,), what is compared of those slices: thumbnails or codes, (B, ...).
-        similarity: `realism.nearest` or alike.
+        take: of a variant and indices (B,), what is compared of those slices: thumbnails or codes,
+            (B, ...).
+        similarity: `metrics.nearest` or alike.
         variants: how many of each slice there are.
     """
 
     split: SliceDataset
     take: Callable[[int, np.ndarray], np.ndarray]
-    similarity: Callable[..., realism.Nearest]
+    similarity: Callable[..., metrics.Nearest]
     variants: int
 
 
 @dataclass
 class Found:
-    """Each query's most similar training slice: its index, the similarity and the variant, (N,) each."""
+    """Each query's most similar training slice: its index, the similarity and the variant, (N,)
+    each.
+    """
 
     similarity: np.ndarray
     index: np.ndarray = field(init=False)
@@ -339,7 +373,10 @@ def search(source: Source, queries: dict[str, np.ndarray], label: str) -> dict[s
     """The nearest training slice of every query, among all variants of all of them."""
     found = {name: Found(np.full(len(items), -np.inf)) for name, items in queries.items()}
     bar = tqdm(
-        total=source.variants * len(source.split), desc=f"copying, {label}", unit=" slices", disable=None
+        total=source.variants * len(source.split),
+        desc=f"copying, {label}",
+        unit=" slices",
+        disable=None,
     )
     for variant in range(source.variants):
         for part in np.array_split(np.arange(len(source.split)), -(-len(source.split) // 512)):
@@ -360,25 +397,29 @@ def verdict(audit: dict) -> str:
     flagged = f"{samples['flagged']} of {samples['n']} samples flagged; {audit['margin']:.1%} could be chance"
     if samples["share"] > audit["margin"]:
         nearest = f"One sample in 100 is nearer than {samples['percentiles']['99']:.3f}"
-        return (
-            f"COPIES: {flagged}. {nearest}, half of the known copies than {copies['percentiles']['50']:.3f}"
-        )
+        return f"COPIES: {flagged}. {nearest}, half of the known copies than {copies['percentiles']['50']:.3f}"
     if copies["share"] < 0.5:
         return f"cannot tell: flags only {copies['share']:.1%} of the known copies; {flagged}"
     return f"no copying beyond honest slices' own: {flagged}"
 
 
-def audit(source: Source, queries: dict[str, np.ndarray], label: str) -> tuple[dict, dict[str, Found]]:
-    """How near the sets in `queries`, "samples", "honest" and "copies" among them, come to training slices.
+def audit(
+    source: Source, queries: dict[str, np.ndarray], label: str
+) -> tuple[dict, dict[str, Found]]:
+    """How near the sets in `queries`, "samples", "honest" and "copies" among them, come to training
+    slices.
 
     Returns:
-        The report, with a verdict and the nearest training slice of every sample; and what `search` found.
+        The report, with a verdict and the nearest training slice of every sample; and what `search`
+        found.
     """
     found = search(source, queries, label)
     similarity = {name: best.similarity for name, best in found.items()}
-    report = realism.audit(similarity["samples"], similarity["honest"], similarity["copies"])
+    report = metrics.audit(similarity["samples"], similarity["honest"], similarity["copies"])
     if "reconstructions" in found:
-        others = realism.audit(*(similarity[name] for name in ("reconstructions", "honest", "copies")))
+        others = metrics.audit(
+            *(similarity[name] for name in ("reconstructions", "honest", "copies"))
+        )
         report["reconstructions"] = others["samples"]
     report["verdict"] = verdict(report)
     best = found["samples"]
@@ -395,7 +436,8 @@ def audit(source: Source, queries: dict[str, np.ndarray], label: str) -> tuple[d
 
 
 def make_copies(inputs: Inputs, rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
-    """What an audit must find: the codes of training slices, half of the bottom ones redrawn, and their pictures.
+    """What an audit must find: the codes of training slices, half of the bottom ones redrawn, and
+    their pictures.
 
     A redrawn code is that of another training slice at its place: a copy with another texture.
     """
@@ -411,7 +453,9 @@ def make_copies(inputs: Inputs, rng: np.random.Generator) -> tuple[list[np.ndarr
 def score_copying(
     inputs: Inputs, rows: dict[str, Row], honest: np.ndarray, rng: np.random.Generator
 ) -> tuple[dict, dict]:
-    """The audit by the correlation of pictures and the one by codes in common: reports, and what each found."""
+    """The audit by the correlation of pictures and the one by codes in common: reports, and what
+    each found.
+    """
     train, samples = inputs.splits["train"], inputs.samples
     count = len(inputs.codes["train_top"])
     variants = Variants(count, len(train))
@@ -419,28 +463,32 @@ def score_copying(
     def pictures(variant: int, indices: np.ndarray) -> np.ndarray:
         parts = torch.from_numpy(indices).split(16)
         altered = (variants.images(train.images(part), variant, part)[:, 0] for part in parts)
-        return np.concatenate([realism.thumbnails(part.numpy()) for part in altered])
+        return np.concatenate([metrics.thumbnails(part.numpy()) for part in altered])
 
     def flat(maps: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate([level.reshape(len(level), -1) for level in maps], 1).astype(np.uint16)
+        return np.concatenate([level.reshape(len(level), -1) for level in maps], 1).astype(
+            np.uint16
+        )
 
     everything = [flat(inputs.codes_of("train", np.arange(len(train)), v)) for v in range(count)]
-    bits = realism.code_bits(np.concatenate(everything), inputs.model.config.K)
+    bits = metrics.code_bits(np.concatenate(everything), inputs.model.config.K)
 
-    def in_common(queries: np.ndarray, slices: np.ndarray) -> realism.Nearest:
-        return realism.code_agreement(queries, slices, bits)
+    def in_common(queries: np.ndarray, slices: np.ndarray) -> metrics.Nearest:
+        return metrics.code_agreement(queries, slices, bits)
 
     sources = {
-        "correlation": Source(train, pictures, realism.nearest, count),
-        "code agreement": Source(train, lambda variant, i: everything[variant][i], in_common, count),
+        "correlation": Source(train, pictures, metrics.nearest, count),
+        "code agreement": Source(
+            train, lambda variant, i: everything[variant][i], in_common, count
+        ),
     }
     copies, copied = make_copies(inputs, rng)
     queries = {
         "correlation": {
-            "samples": realism.thumbnails(samples.images),
-            "copies": realism.thumbnails(copied),
-            "honest": realism.thumbnails(inputs.images("test", honest)),
-            "reconstructions": realism.thumbnails(rows[RECONSTRUCTIONS].images),
+            "samples": metrics.thumbnails(samples.images),
+            "copies": metrics.thumbnails(copied),
+            "honest": metrics.thumbnails(inputs.images("test", honest)),
+            "reconstructions": metrics.thumbnails(rows[RECONSTRUCTIONS].images),
         },
         "code agreement": {
             "samples": flat([samples.top, samples.bottom]),
@@ -458,10 +506,11 @@ def score_copying(
 
 
 def appraise(inputs: Inputs) -> tuple[dict, dict]:
-    """What samples are worth, beside what real slices score: the report, and the arrays for its pictures.
+    """What samples are worth, beside what real slices score: the report, and the arrays for its
+    pictures.
 
-    Those are "rows" (`Row` of each), "honest", the test slices (indices) that the audits compare with, and "nearest",
-    what the audits found. Fewer than two validation slices leave out realism.
+    Those are "rows" (`Row` of each), "honest", the test slices (indices) that the audits compare
+    with, and "nearest", what the audits found. Fewer than two validation slices leave out realism.
     """
     rng = np.random.default_rng(inputs.seed)
     report = {"n": len(inputs.samples.images), "likelihood": score_likelihood(inputs, rng)}
@@ -490,9 +539,14 @@ def print_report(report: dict) -> None:
         print(f"\n{'realism':<24}" + "".join(f"{measure:>17}" for measure in measures))
         for name, row in rows.items():
             cells = (row.get(measure) for measure in measures)
-            print(f"  {name:<22}" + "".join(f"{'-' if v is None else format(v, '.4g'):>17}" for v in cells))
+            print(
+                f"  {name:<22}"
+                + "".join(f"{'-' if v is None else format(v, '.4g'):>17}" for v in cells)
+            )
         if blind := realism_report["left_out"]:
-            print(f"  left out, because a control scores as well as real slices: {', '.join(blind)}")
+            print(
+                f"  left out, because a control scores as well as real slices: {', '.join(blind)}"
+            )
     if variety := report["variety"]:
         samples, real = (variety[name]["ms_ssim"] for name in ("samples", "real"))
         print(

@@ -1,10 +1,9 @@
 """Results/index.html: everything that lies in a results folder on one page, to open and to send.
 
-    python page.py Results           # every script does this at its end
-
-The page is written whole from the files beside it, so it never shows what a later run has replaced: what was made
-with a checkpoint that has changed since is left out, and the page says so. It is one file without scripts, and its
-pictures are inside it; the files beside it hold the exact pixels and numbers.
+The page is written whole from the files beside it, so it never shows what a later run has replaced:
+what was made with a checkpoint that has changed since is left out, and the page says so. It is one
+file without scripts, and its pictures are inside it; the files beside it hold the exact pixels and
+numbers.
 """
 
 import base64
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-import runtime
+from support import runtime
 
 NAME = "index.html"
 LABELS = {
@@ -35,16 +34,16 @@ LABELS = {
 }
 FOLDED = ("patients", "percentiles")  # long tables that a click unfolds
 STALE = '<p class="warning">The {} in this folder are of an earlier {}. Run {} again.</p>'
-SYNTHETIC = (
-    '<p class="warning">SYNTHETIC data, a phantom: nothing here says anything about MRI of people.</p>'
-)
+SYNTHETIC = '<p class="warning">SYNTHETIC data, a phantom: nothing here says anything about MRI of people.</p>'
 STYLE = """
 :root { color-scheme: light }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 1240px; padding: 0 16px 48px; background: #fff; color: #1c2430;
        font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
-h1 { font-size: 1.6rem; margin: 24px 0 4px; overflow-wrap: anywhere } h2 { margin: 40px 0 8px; padding-top: 12px;
-     border-top: 1px solid #d5dbe3 } h3 { margin: 24px 0 4px; font-size: 1.05rem } h4 { margin: 16px 0 4px }
+h1 { font-size: 1.6rem; margin: 24px 0 4px; overflow-wrap: anywhere } h2 { margin: 40px 0 8px;
+padding-top: 12px;
+     border-top: 1px solid #d5dbe3 } h3 { margin: 24px 0 4px; font-size: 1.05rem } h4 { margin: 16px
+     0 4px }
 nav { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 12px 0 }
 a { color: #1f5fa8 } p { max-width: 75ch; margin: 8px 0 } small, figcaption { color: #566273 }
 .warning { background: #fff4d6; border-left: 4px solid #d99a00; padding: 8px 12px }
@@ -53,11 +52,12 @@ a { color: #1f5fa8 } p { max-width: 75ch; margin: 8px 0 } small, figcaption { co
 .numbers b { display: block; font-size: 1.35rem }
 .wide { overflow-x: auto; margin: 8px 0 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
-th, td { padding: 3px 12px 3px 0; text-align: right; border-bottom: 1px solid #e7ebf0; vertical-align: top }
-th:first-child, td:first-child, .text td { text-align: left } thead th { color: #566273; font-weight: 600 }
-td:first-child { white-space: nowrap } .text td { overflow-wrap: anywhere; min-width: 90px }
-figure { margin: 16px 0; overflow-x: auto } figure img { max-width: 100%; height: auto; display: block }
-code { font-size: .9em; overflow-wrap: anywhere } summary { cursor: pointer; color: #1f5fa8 }
+th, td { padding: 3px 12px 3px 0; text-align: right; border-bottom: 1px solid #e7ebf0;
+vertical-align: top } th:first-child, td:first-child, .text td { text-align: left } thead th {
+color: #566273; font-weight: 600 } td:first-child { white-space: nowrap } .text td { overflow-wrap:
+anywhere; min-width: 90px } figure { margin: 16px 0; overflow-x: auto } figure img { max-width:
+100%; height: auto; display: block } code { font-size: .9em; overflow-wrap: anywhere } summary {
+cursor: pointer; color: #1f5fa8 }
 """
 
 
@@ -65,7 +65,9 @@ code { font-size: .9em; overflow-wrap: anywhere } summary { cursor: pointer; col
 
 
 def hide_folders(text: str) -> str:
-    """The text with each absolute path cut down to its last name: a page that is sent tells nothing of a disk."""
+    """The text with each absolute path cut down to its last name: a page that is sent tells nothing
+    of a disk.
+    """
     path = r"(?<![\w.~])(?:~|[A-Za-z]:)?[/\\]"
     if found := re.fullmatch(
         rf"(--[\w-]+=)?{path}.*[/\\]([^/\\]+)", text
@@ -104,7 +106,8 @@ def table(rows: dict[str, dict], corner: str = "", kind: str = "") -> str:
 def values(entries: dict) -> str:
     """Two columns, a name and its value."""
     rows = "".join(
-        f"<tr><td>{label(name)}</td><td>{cell(value, 'g')}</td></tr>" for name, value in entries.items()
+        f"<tr><td>{label(name)}</td><td>{cell(value, 'g')}</td></tr>"
+        for name, value in entries.items()
     )
     return f'<div class="wide"><table class="text"><tbody>{rows}</tbody></table></div>'
 
@@ -114,7 +117,8 @@ def folded(title: str, html: str) -> str:
 
 
 def tree(value: dict, level: int = 4) -> str:
-    """Nested results as tables: children that hold numbers become rows, deeper ones get headings and tables.
+    """Nested results as tables: children that hold numbers become rows, deeper ones get headings
+    and tables.
 
     Sentences stand below; lists that are not of sentences (one entry a slice) stay in the JSON.
     """
@@ -126,14 +130,20 @@ def tree(value: dict, level: int = 4) -> str:
         return {name: entry for name, entry in entries.items() if is_cell(entry)}
 
     children = {
-        name: child for name, child in value.items() if isinstance(child, dict) and name not in FOLDED
+        name: child
+        for name, child in value.items()
+        if isinstance(child, dict) and name not in FOLDED
     }
     rows = {name: cells(child) for name, child in children.items() if cells(child)}
     html = values(cells(value)) if cells(value) else ""
     html += table(rows) if rows else ""
     for name, child in children.items():
         inner = tree(
-            {k: v for k, v in child.items() if k not in FOLDED and not (name in rows and is_cell(v))},
+            {
+                k: v
+                for k, v in child.items()
+                if k not in FOLDED and not (name in rows and is_cell(v))
+            },
             level + 1,
         )
         html += f"<h{min(level, 6)}>{label(name)}</h{min(level, 6)}>{inner}" if inner else ""
@@ -142,7 +152,11 @@ def tree(value: dict, level: int = 4) -> str:
         html += folded(name, tree(tables, level + 1)) if tables else ""
     for entry in value.values():
         sentences = (
-            entry if isinstance(entry, list) else [] if isinstance(entry, dict) or is_cell(entry) else [entry]
+            entry
+            if isinstance(entry, list)
+            else []
+            if isinstance(entry, dict) or is_cell(entry)
+            else [entry]
         )
         html += "".join(f"<p>{cell(text)}</p>" for text in sentences if isinstance(text, str))
     return html
@@ -157,7 +171,9 @@ def picture(path: Path, caption: str) -> str:
     except OSError:
         return ""
     data = base64.b64encode(file.getvalue()).decode()
-    least = min(720, width) if width > 2 * height else 0  # a wide picture is scrolled on a small screen
+    least = (
+        min(720, width) if width > 2 * height else 0
+    )  # a wide picture is scrolled on a small screen
     return (
         f'<figure><img style="width: {0.8 * width:.0f}px; min-width: {least}px" alt="{escape(caption)}" '
         f'src="data:image/webp;base64,{data}"><figcaption>{escape(caption)}</figcaption></figure>'
@@ -186,7 +202,9 @@ def read_log(path: Path) -> tuple[dict, list[dict]]:
 
 
 def changed(folder: Path, made_with: dict) -> bool:
-    """Whether the checkpoint {"file", "sha256"} that something was made with is another file by now."""
+    """Whether the checkpoint {"file", "sha256"} that something was made with is another file by
+    now.
+    """
     path = folder / str(made_with.get("file", ""))
     return path.is_file() and runtime.sha256(path) != made_with.get("sha256")
 
@@ -204,14 +222,20 @@ def training(folder: Path, prefix: str) -> str:
     if not epochs:
         return ""
     last = epochs[-1]
-    html = f"<p>{len(epochs)} epochs, {last['step']:,} steps, {last['seconds'] / 60:.1f} minutes.</p>"
+    html = (
+        f"<p>{len(epochs)} epochs, {last['step']:,} steps, {last['seconds'] / 60:.1f} minutes.</p>"
+    )
     html += picture(folder / f"{prefix}loss_plot.png", "Mean loss of each epoch")
-    html += table({"train": last["train"], "validation": last["validate"]}, f"epoch {last['epoch']}")
+    html += table(
+        {"train": last["train"], "validation": last["validate"]}, f"epoch {last['epoch']}"
+    )
     for split, levels in last.get("codes", {}).items():
         html += table(levels, f"codes in use, {split}") if split == "validate" and levels else ""
     parts = ("model_config", "loss_config", "codes_config", "train", "data")
     rows = "".join(
-        f"<h4>{label(part)}</h4>{values(flat(settings[part]))}" for part in parts if part in settings
+        f"<h4>{label(part)}</h4>{values(flat(settings[part]))}"
+        for part in parts
+        if part in settings
     )
     return html + folded("Settings and data", rows)
 
@@ -235,7 +259,12 @@ def score_table(metrics: dict) -> str:
             {f"{name}, {k}": v for k, v in entry.items()} if isinstance(entry, dict) else {}
         )
         scores |= {k: v for k, v in found.items() if isinstance(v, dict) and "per_patient" in v}
-    rows = {"all": {"slices": metrics.get("n"), **{name: score["mean"] for name, score in scores.items()}}}
+    rows = {
+        "all": {
+            "slices": metrics.get("n"),
+            **{name: score["mean"] for name, score in scores.items()},
+        }
+    }
     for end, title in (("low", "95 % from"), ("high", "95 % to")):
         rows[title] = {name: score.get(end) for name, score in scores.items()}
     for patient, n in metrics.get("patients", {}).items():
@@ -257,7 +286,10 @@ def test_scores(folder: Path, metrics: dict) -> str:
         for level, n in metrics.get("codes_used", {}).items()
     }
     html += table(levels, "codes in use") + values(
-        {f"bits per pixel, {kind}": bits for kind, bits in metrics.get("bits_per_pixel", {}).items()}
+        {
+            f"bits per pixel, {kind}": bits
+            for kind, bits in metrics.get("bits_per_pixel", {}).items()
+        }
     )
     return html + picture(
         folder / "code_maps.png", "A slice and its code maps; colours only tell codes apart"
@@ -273,7 +305,10 @@ def priors(folder: Path, settings: dict) -> str:
 
 def versions(runs: dict[str, dict | None]) -> str:
     rows = {
-        name: {"command": command(run), **{key: value for key, value in run.items() if key != "argv"}}
+        name: {
+            "command": command(run),
+            **{key: value for key, value in run.items() if key != "argv"},
+        }
         for name, run in runs.items()
         if run
     }
@@ -288,9 +323,12 @@ def new_slices(folder: Path, generated: Path) -> str:
     if any(changed(folder, manifest.get(model, {})) for model in ("autoencoder", "prior")):
         return STALE.format("new slices", "autoencoder or prior", "generate.py")
     html = f"<p>{escape(manifest.get('note', ''))}</p>"
-    html += picture(generated / "overview.png", "Real slices, their reconstructions, and new slices")
     html += picture(
-        generated / "grid.png", "The first new slices, unselected, beside real ones at the same positions"
+        generated / "overview.png", "Real slices, their reconstructions, and new slices"
+    )
+    html += picture(
+        generated / "grid.png",
+        "The first new slices, unselected, beside real ones at the same positions",
     )
     titles = {
         "likelihood": "Likelihood of the codes of real slices",
@@ -314,7 +352,9 @@ def summary(metrics: dict) -> str:
         "bits per pixel": metrics.get("bits_per_pixel", {}).get("nominal"),
         "test slices": metrics.get("n"),
     }
-    items = "".join(f"<li><b>{cell(v)}</b>{escape(k)}</li>" for k, v in shown.items() if v is not None)
+    items = "".join(
+        f"<li><b>{cell(v)}</b>{escape(k)}</li>" for k, v in shown.items() if v is not None
+    )
     return f'<ul class="numbers">{items}</ul>'
 
 
@@ -323,7 +363,8 @@ def anchor(title: str) -> str:
 
 
 def write(folder: Path | str) -> Path:
-    """Write the page of a results folder from the files in it; for its `generated` folder, the same page.
+    """Write the page of a results folder from the files in it; for its `generated` folder, the same
+    page.
 
     Returns the path of the page. What is not there, or cannot be read, is left out.
     """
@@ -366,16 +407,3 @@ def write(folder: Path | str) -> Path:
     )
     runtime.write_text(folder / NAME, page)
     return folder / NAME
-
-
-def main() -> None:
-    parser = runtime.parser(__doc__)
-    parser.add_argument("folder", nargs="?", default="Results", help="results folder (default: %(default)s)")
-    folder = Path(parser.parse_args().folder)
-    if not folder.is_dir():
-        raise runtime.UserError(f"{folder}: no such folder. Fix: name one that train.py or driver.py wrote.")
-    print(f"open {write(folder)}")
-
-
-if __name__ == "__main__":
-    runtime.run_cli(main)

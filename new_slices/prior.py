@@ -1,19 +1,21 @@
-"""The priors over code maps: p(top | layout), p(bottom | top). Integers in, likelihoods or new maps out; no pixels.
+"""The priors over code maps: p(top | layout), p(bottom | top). Integers in, likelihoods or new maps
+out; no pixels.
 
-Razavi, van den Oord & Vinyals 2019 (arXiv 1906.00446), section 3.2, model both levels by autoregression in raster
-order. A slice sampled so is finished on the left before anything is known of the right. Here both priors are masked
-and bidirectional (MaskGIT, Chang et al. 2022, arXiv 2202.04200): some codes are hidden, and a transformer that sees
-all the others at once, and convolutions after it, predict them. A new map starts with every code hidden and shows
-more of them in each pass. A layout is a mask at the bottom map's resolution (layouts.py): where a study has masks, it
-tells the top level which organs lie where. It may be unknown.
+Razavi, van den Oord & Vinyals 2019 (arXiv 1906.00446), section 3.2, model both levels by
+autoregression in raster order. A slice sampled so is finished on the left before anything is known
+of the right. Here both priors are masked and bidirectional (MaskGIT, Chang et al. 2022, arXiv
+2202.04200): some codes are hidden, and a transformer that sees all the others at once, and
+convolutions after it, predict them. A new map starts with every code hidden and shows more of them
+in each pass. A layout is a mask at the bottom map's resolution (layouts.py): where a study has
+masks, it tells the top level which organs lie where. It may be unknown.
 
-    codes, some hidden --> one token for each patch of codes --+--> transformer --> convolutions --> logits of every
-    row, column and slice position --> MLP --------------------+    over tokens     over codes       code of the map
+    codes, some hidden --> one token for each patch of codes --+--> transformer --> convolutions -->
+    logits of every row, column and slice position --> MLP --------------------+    over tokens     over codes       code of the map
     layout (top level), top codes (bottom level) --------------+
 
-The number of hidden codes is uniform in training, which makes the loss the bound of Hoogeboom et al. 2022
-(arXiv 2110.02037, equation 8) on -log p: the mean number of nats, over all orders, of coding the map one code at a
-time. An arithmetic coder that shares the order reaches it.
+The number of hidden codes is uniform in training, which makes the loss the bound of Hoogeboom et
+al. 2022 (arXiv 2110.02037, equation 8) on -log p: the mean number of nats, over all orders, of
+coding the map one code at a time. An arithmetic coder that shares the order reaches it.
 """
 
 import math
@@ -24,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime import UserError, option
+from support.runtime import UserError, option
 
 EXPAND = 2  # hidden channels of an MLP over its own
 LABEL_CHANNELS = 16  # of the embedding of a layout's class, of which there are few
@@ -55,7 +57,9 @@ class PriorConfig:
             if name.endswith(("layers", "blocks")) and value > 1000:
                 raise UserError(f"{name} is {value}; expected at most 1000")
         if self.prior_channels % self.prior_heads:
-            raise UserError(f"prior_channels is {self.prior_channels}; expected a multiple of prior_heads")
+            raise UserError(
+                f"prior_channels is {self.prior_channels}; expected a multiple of prior_heads"
+            )
         if self.prior_dropout >= 1:
             raise UserError(f"prior_dropout is {self.prior_dropout}; expected less than 1")
 
@@ -69,7 +73,8 @@ class Sampling:
         temperature: divides the logits; 0 takes the likeliest code every time.
         top_p: sample among the fewest codes that hold this much probability, in (0, 1].
         spread: how much chance decides which codes a pass shows: 0 shows the most certain ones.
-        guidance: the change that the other map makes to the logits counts this many times more; 0 leaves it alone.
+        guidance: the change that the other map makes to the logits counts this many times more; 0
+            leaves it alone.
     """
 
     passes: int = 16
@@ -82,7 +87,9 @@ class Sampling:
         if not 1 <= self.passes <= 10_000:
             raise UserError(f"passes is {self.passes}; expected 1 to 10000")
         if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature is {self.temperature}; expected 0 (the likeliest code) or more")
+            raise UserError(
+                f"temperature is {self.temperature}; expected 0 (the likeliest code) or more"
+            )
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; expected 0 < top_p <= 1")
         if not 0 <= self.spread < math.inf:
@@ -91,8 +98,8 @@ class Sampling:
             raise UserError(f"guidance is {self.guidance}; expected 0 or more")
 
 
-# What gave the best slices of priors that trained for an hour (Results/README.md). The top codes place organs; the
-# bottom codes add detail and texture.
+# What gave the best slices of priors that trained for an hour (Results/README.md). The top codes
+# place organs; the bottom codes add detail and texture.
 TOP_SAMPLING = Sampling(passes=16, temperature=1.0, spread=100.0, guidance=1.0)
 BOTTOM_SAMPLING = Sampling(passes=8, temperature=1.0, spread=1.0)
 
@@ -109,7 +116,8 @@ class MLP(nn.Sequential):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block (Vaswani et al. 2017) after a depthwise convolution, which sees the neighbours.
+    """A pre-norm transformer block (Vaswani et al. 2017) after a depthwise convolution, which sees
+    the neighbours.
 
     Every token attends to every other: there is no causal mask.
     """
@@ -135,7 +143,9 @@ class Block(nn.Module):
 
 
 class Refine(nn.Module):
-    """A ConvNeXt block (Liu et al. 2022, arXiv 2201.03545): every code looks at the 5x5 codes around it."""
+    """A ConvNeXt block (Liu et al. 2022, arXiv 2201.03545): every code looks at the 5x5 codes
+    around it.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -150,12 +160,15 @@ class Refine(nn.Module):
 class MaskedPrior(nn.Module):
     """One level: the distribution of every code of a map given those that are not hidden.
 
-    `shape` is the map's height and width. A token stands for patch x patch codes, so that attention, whose cost
-    grows with the square of the tokens, stays cheap: the transformer decides what lies where. The `Refine`
-    blocks then convolve over single codes, so that walls go on from one token to the next. `variants` numbers
-    describe how a slice was altered before it was coded (see `codes.py`). A level also sees another map if that map
-    has `given` values (0 for none): the top level a layout, the bottom level the top map. `times` is its side over
-    this map's, `width` the channels of a value's embedding.
+    `shape` is the map's height and width. A token stands for patch x patch codes, so that
+    attention, whose cost
+    grows with the square of the tokens, stays cheap: the transformer decides what lies where. The
+        `Refine`
+    blocks then convolve over single codes, so that walls go on from one token to the next.
+    `variants` numbers describe how a slice was altered before it was coded (see `codes.py`). A
+    level also sees another map if that map has `given` values (0 for none): the top level a layout,
+    the bottom level the top map. `times` is its side over this map's, `width` the channels of a
+    value's embedding.
     """
 
     def __init__(
@@ -183,26 +196,36 @@ class MaskedPrior(nn.Module):
         self.given = None
         if given:
             self.given_shape = tuple(int(times * side) for side in shape)
-            side = max(int(times * P), 1)  # values of the other map that lie in a token, along each axis
+            side = max(
+                int(times * P), 1
+            )  # values of the other map that lie in a token, along each axis
             self.given = nn.Embedding(given + 1, width)  # the last one stands for an unknown value
-            self.gather = nn.Conv2d(width, C, side + 2, stride=side, padding=1)  # and the ones around them
+            self.gather = nn.Conv2d(
+                width, C, side + 2, stride=side, padding=1
+            )  # and the ones around them
         self.dropout = nn.Dropout(config.prior_dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(layers))
         self.norm = nn.LayerNorm(C)
         self.split = nn.Linear(C, P * P * C)  # a token -> its codes
-        self.local = nn.Conv2d(C, C, 5, padding=2, groups=C)  # what the codes next to a code say of it
+        self.local = nn.Conv2d(
+            C, C, 5, padding=2, groups=C
+        )  # what the codes next to a code say of it
         self.refine = nn.Sequential(*(Refine(C) for _ in range(config.prior_refine_blocks)))
         self.head_norm, self.head = nn.LayerNorm(C), nn.Linear(C, config.K)
         self.start()
 
     def start(self) -> None:
-        """GPT-2's initialisation: normal with standard deviation 0.02, less in what adds to the residual stream."""
+        """GPT-2's initialisation: normal with standard deviation 0.02, less in what adds to the
+        residual stream.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif "norm" not in name:
                 branch = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.blocks)) if branch else 0.02)
+                nn.init.normal_(
+                    parameter, std=0.02 / math.sqrt(2 * len(self.blocks)) if branch else 0.02
+                )
         nn.init.zeros_(self.head.weight)  # an untrained prior is uniform
 
     def forward(self, codes: Tensor, known: Tensor, at: Tensor | None = None) -> Tensor:
@@ -219,7 +242,8 @@ class MaskedPrior(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = self.split(self.norm(x.permute(0, 2, 3, 1)))  # (B, grid, C) -> (B, grid, P*P*C)
-        # channels stay last in memory, which saves two fifths of the time of the depthwise convolutions on a CPU
+        # channels stay last in memory, which saves two fifths of the time of the depthwise
+        # convolutions on a CPU
         x = x.unflatten(3, (self.patch, self.patch, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         x = x[:, :h, :w].permute(0, 3, 1, 2)
         x = self.refine(x + self.local(embedded))  # (B, C, h, w)
@@ -227,17 +251,20 @@ class MaskedPrior(nn.Module):
         return self.head(self.head_norm(x if at is None else x[at]))
 
     def known(self, position: Tensor, variant: Tensor, given: Tensor | None = None) -> Tensor:
-        """What is known before any code is, (B, C, grid): the place in the map, and what the arguments tell.
+        """What is known before any code is, (B, C, grid): the place in the map, and what the
+        arguments tell.
 
         Args:
             position: (B,) the slice's relative position in its volume, in [0, 1]; NaN for unknown.
             variant: (B, variants) float, how the slice was altered; zeros for a slice as it is.
-            given: the other map, int64, for a level that has one: of the top level a layout (B, 2h, 2w) in
-                [0, labels], where labels stands for unknown; of the bottom level top codes (B, h/2, w/2). None:
-                all of it is unknown.
+            given: the other map, int64, for a level that has one: of the top level a layout (B, 2h,
+                2w) in [0, labels], where labels stands for unknown; of the bottom level top codes
+                (B, h/2, w/2). None: all of it is unknown.
         """
         angles = (
-            position.nan_to_num()[:, None] * math.pi * 2.0 ** torch.arange(OCTAVES, device=position.device)
+            position.nan_to_num()[:, None]
+            * math.pi
+            * 2.0 ** torch.arange(OCTAVES, device=position.device)
         )
         about = self.position(torch.cat([angles.sin(), angles.cos()], 1).to(self.rows))
         about = torch.where(position.isnan()[:, None], self.unknown_position, about)
@@ -262,12 +289,20 @@ class Prior(nn.Module):
     def __init__(self, config: PriorConfig, top_shape: tuple[int, int], variants: int = 1):
         super().__init__()
         if len(top_shape) != 2 or min(top_shape) < 1:
-            raise ValueError(f"top_shape is {top_shape}; expected a height and a width of at least 1")
+            raise ValueError(
+                f"top_shape is {top_shape}; expected a height and a width of at least 1"
+            )
         h, w = top_shape
         self.config, self.top_shape, self.variants = config, (h, w), variants
         C = config.prior_channels
         self.top = MaskedPrior(
-            config, (h, w), config.prior_top_layers, variants, config.labels, 2, min(LABEL_CHANNELS, C)
+            config,
+            (h, w),
+            config.prior_top_layers,
+            variants,
+            config.labels,
+            2,
+            min(LABEL_CHANNELS, C),
         )
         self.bottom = MaskedPrior(
             config, (2 * h, 2 * w), config.prior_bottom_layers, variants, config.K, 0.5, C
@@ -275,10 +310,11 @@ class Prior(nn.Module):
 
     @torch.no_grad()
     def start_from(self, codebook_top: Tensor, codebook_bottom: Tensor) -> None:
-        """Start the embeddings and heads from the autoencoder's codebooks, each (K, D): call before training.
+        """Start the embeddings and heads from the autoencoder's codebooks, each (K, D): call before
+        training.
 
-        Codes that mean almost the same then start almost the same, at the input and at the output, and a rare
-        one learns from its neighbours.
+        Codes that mean almost the same then start almost the same, at the input and at the output,
+        and a rare one learns from its neighbours.
         """
         for level, codebook in ((self.top, codebook_top), (self.bottom, codebook_bottom)):
             if codebook.ndim != 2 or len(codebook) != self.config.K:
@@ -302,18 +338,22 @@ class Prior(nn.Module):
         generator: torch.Generator | None = None,
         noise: float = 0.0,
     ) -> dict[str, Tensor]:
-        """An estimate of the bound on -log p in nats a code, unbiased without noise: "top" (B,), "bottom" (n,).
+        """An estimate of the bound on -log p in nats a code, unbiased without noise: "top" (B,),
+        "bottom" (n,).
 
-        top (B, h, w) and bottom (n, 2h, 2w) are int64 in [0, K), and bottom may be that of the first n slices alone;
-        layout (B, 2h, 2w) is int64 in [0, labels], None for unknown.
-        In training a share `noise` of the codes that the network sees, and of the top codes that the bottom level
+        top (B, h, w) and bottom (n, 2h, 2w) are int64 in [0, K), and bottom may be that of the
+        first n slices alone; layout (B, 2h, 2w) is int64 in [0, labels], None for unknown.
+        In training a share `noise` of the codes that the network sees, and of the top codes that
+        the bottom level
         sees, is replaced at random: a sample's context, unlike the truth's, has mistakes in it.
         """
         n = len(bottom)
         seen = replace_at_random(top[:n], noise, self.config.K, generator)
         return {
             "top": self.bound(self.top, top, (position, variant, layout), generator, noise),
-            "bottom": self.bound(self.bottom, bottom, (position[:n], variant[:n], seen), generator, noise),
+            "bottom": self.bound(
+                self.bottom, bottom, (position[:n], variant[:n], seen), generator, noise
+            ),
         }
 
     def bound(
@@ -324,21 +364,30 @@ class Prior(nn.Module):
         generator: torch.Generator | None,
         noise: float,
     ) -> Tensor:
-        """(B,) mean of -log p over the hidden codes of each map, their number uniform in 1 .. h*w."""
+        """(B,) mean of -log p over the hidden codes of each map, their number uniform in 1 ..
+        h*w.
+        """
         hidden = random_masks(codes, generator)
-        context = replace_at_random(codes, noise, self.config.K, generator).masked_fill(hidden, self.config.K)
+        context = replace_at_random(codes, noise, self.config.K, generator).masked_fill(
+            hidden, self.config.K
+        )
         logits = level(context, level.known(*known)).float()
-        nats = F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none").view_as(codes)
+        nats = F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none").view_as(
+            codes
+        )
         return (nats * hidden).sum((1, 2)) / hidden.sum((1, 2))
 
     @torch.inference_mode()
-    def nats(self, top: Tensor, bottom: Tensor, position: Tensor, seed: int = 0) -> dict[str, Tensor]:
-        """An estimate of the bound on -log p of whole maps in nats, "top" (B,) and "bottom" (B,): one mask a map.
+    def nats(
+        self, top: Tensor, bottom: Tensor, position: Tensor, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """An estimate of the bound on -log p of whole maps in nats, "top" (B,) and "bottom" (B,):
+        one mask a map.
 
         Layouts are unknown to it: the codes are all that an arithmetic coder has.
 
-        top (B, h, w) and bottom (B, 2h, 2w) are int64 in [0, K), position (B,) in [0, 1] or NaN for unknown;
-        ValueError if not.
+        top (B, h, w) and bottom (B, 2h, 2w) are int64 in [0, K), position (B,) in [0, 1] or NaN for
+        unknown; ValueError if not.
         """
         maps = {"top": top, "bottom": bottom}
         for name, codes in maps.items():
@@ -369,8 +418,10 @@ class Prior(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """New code maps, top (B, h, w) and bottom (B, 2h, 2w), int64 in [0, K).
 
-        Every slice has random numbers of its own, from its seed. Its codes do not depend on the other slices of the
-        batch, but for rounding: once in some thousand slices a code may differ where two are equally likely.
+        Every slice has random numbers of its own, from its seed. Its codes do not depend on the
+        other slices of the
+        batch, but for rounding: once in some thousand slices a code may differ where two are
+            equally likely.
 
         Args:
             positions, seeds: B values in [0, 1], NaN for unknown; B integers.
@@ -379,8 +430,8 @@ class Prior(nn.Module):
             layouts: (B, 2h, 2w) int64 in [0, labels], of a study with masks; None for unknown.
 
         Raises:
-            ValueError: a position out of its range, no seed, not as many positions as seeds, or layouts of another
-                shape or range.
+            ValueError: a position out of its range, no seed, not as many positions as seeds, or
+                layouts of another shape or range.
         """
         if not len(seeds):
             raise ValueError("no seeds; expected one for each slice")
@@ -389,7 +440,10 @@ class Prior(nn.Module):
         check_positions(positions, len(seeds))
         if layouts is not None:
             expected = (len(seeds), *self.bottom.shape)
-            if layouts.shape != expected or not 0 <= layouts.min() <= layouts.max() <= self.config.labels:
+            if (
+                layouts.shape != expected
+                or not 0 <= layouts.min() <= layouts.max() <= self.config.labels
+            ):
                 raise ValueError(
                     f"layouts of shape {tuple(layouts.shape)}, up to {layouts.max()}; "
                     f"expected {expected} of 0 to {self.config.labels}"
@@ -407,9 +461,11 @@ def whole_patches(x: Tensor, side: int) -> Tensor:
 
 
 def random_masks(codes: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Which codes (B, h, w) are hidden, bool: of each map a number that is uniform in 1 .. h*w, at random places.
+    """Which codes (B, h, w) are hidden, bool: of each map a number that is uniform in 1 .. h*w, at
+    random places.
 
-    The numbers of a batch are spread evenly over that range (stratified), which makes the loss less noisy.
+    The numbers of a batch are spread evenly over that range (stratified), which makes the loss less
+    noisy.
     """
     B, codes_of_a_map = len(codes), codes[0].numel()
     share = (torch.arange(B, device=codes.device) + uniform((B,), codes.device, generator)) / B
@@ -418,13 +474,19 @@ def random_masks(codes: Tensor, generator: torch.Generator | None = None) -> Ten
     return (rank < number[:, None]).view_as(codes)
 
 
-def uniform(shape: Sequence[int], device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """Random numbers in [0, 1) on `device`; those of a CPU's generator are the same on every device."""
+def uniform(
+    shape: Sequence[int], device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """Random numbers in [0, 1) on `device`; those of a CPU's generator are the same on every
+    device.
+    """
     source = generator.device if generator else device
     return torch.rand(shape, generator=generator, device=source).to(device, non_blocking=True)
 
 
-def replace_at_random(codes: Tensor, share: float, K: int, generator: torch.Generator | None) -> Tensor:
+def replace_at_random(
+    codes: Tensor, share: float, K: int, generator: torch.Generator | None
+) -> Tensor:
     """Codes (B, h, w) in [0, K), each replaced with probability `share` by one drawn from all K."""
     if not share:
         return codes
@@ -439,11 +501,13 @@ def unmask(
     sampling: Sampling,
     progress: Callable[[], object] | None,
 ) -> Tensor:
-    """New maps (B, h, w) of one level, from maps that are hidden whole (Chang et al. 2022, section 3.2).
+    """New maps (B, h, w) of one level, from maps that are hidden whole (Chang et al. 2022, section
+    3.2).
 
-    In every pass each hidden code is sampled. Those sampled with the highest probability, with some chance in it
-    that fades from pass to pass, are kept. How many stay hidden falls along a cosine. Guidance (Ho & Salimans
-    2022, arXiv 2207.12598) is by the other map, the last of what is `known`.
+    In every pass each hidden code is sampled. Those sampled with the highest probability, with some
+    chance in it that fades from pass to pass, are kept. How many stay hidden falls along a cosine.
+    Guidance (Ho & Salimans 2022, arXiv 2207.12598) is by the other map, the last of what is
+    `known`.
     """
     B, N, K, T = len(generators), math.prod(level.shape), level.K, sampling.passes
     guided = sampling.guidance and known[-1] is not None
@@ -459,7 +523,9 @@ def unmask(
     for i in range(1, T + 1):
         hidden = codes == K
         at = hidden.view(B, *level.shape)
-        logits = level(codes.view(B, *level.shape), given, at).float()  # (M, K), of all slices together
+        logits = level(
+            codes.view(B, *level.shape), given, at
+        ).float()  # (M, K), of all slices together
         if guided:
             without = level(codes.view(B, *level.shape), not_given, at).float()
             logits = logits + sampling.guidance * (logits - without)
@@ -478,7 +544,8 @@ def unmask(
 
 
 def sample_codes(logits: Tensor, u: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-    """Codes (...) from logits (..., K) by inversion of their cumulative distribution at u (...) in (0, 1).
+    """Codes (...) from logits (..., K) by inversion of their cumulative distribution at u (...) in
+    (0, 1).
 
     temperature and top_p are those of `Sampling`.
     """
@@ -502,4 +569,6 @@ def check_positions(position: Tensor, count: int) -> None:
         )
     outside = (position < 0) | (position > 1)  # NaN is neither
     if outside.any():
-        raise ValueError(f"position {position[outside][0].item():g}; expected 0 to 1, or NaN for unknown")
+        raise ValueError(
+            f"position {position[outside][0].item():g}; expected 0 to 1, or NaN for unknown"
+        )

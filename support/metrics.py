@@ -1,0 +1,442 @@
+"""Arrays in, numbers out: how close a reconstruction is to its slice, and what its codes cost.
+
+Slices here are z-scored (H, W) arrays, the original first. SSIM (Wang et al. 2004, "Image Quality
+Assessment: From Error Visibility to Structural Similarity") follows two protocols, because one
+number says little:
+
+    report    scikit-image's defaults (7x7 uniform window), data_range = max - min of the original z-scored
+              slice.
+    standard  the paper's Gaussian window (11x11, sigma 1.5), data_range 1, on slices scaled to [0, 1] by the
+              ORIGINAL's minimum and maximum. The reconstruction is scaled by the same two numbers
+              and not by its own, which would hide errors of brightness and contrast; it is not
+              clamped.
+
+A slice of one value has no range; it is taken as 1 (the unit of the z-score), so that every score
+stays finite and a reconstruction that is as flat scores best.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.stats import betabinom, binomtest
+from skimage.filters import gaussian, threshold_otsu
+from skimage.measure import label
+from skimage.metrics import structural_similarity
+from skimage.segmentation import clear_border
+from torch import Tensor
+
+SMALLEST = 11  # pixels of a side, of the Gaussian window
+BATCH = (
+    8  # slices at a time: their maps stay in the processor's cache, which is several times faster
+)
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, section 3.2
+GAUSSIAN = torch.softmax(
+    -(torch.arange(-5.0, 6) ** 2) / (2 * 1.5**2), 0
+).tolist()  # SSIM's, sigma 1.5
+PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+BEST_PSNR = 100.0  # dB: given to an exact copy, whose PSNR is infinite, and to anything above
+
+
+def value_range(original: np.ndarray) -> float:
+    """Maximum minus minimum of a slice; 1 for a slice of one value."""
+    return float(np.ptp(original)) or 1.0
+
+
+def ssim_report(original: np.ndarray, reconstruction: np.ndarray) -> tuple[float, np.ndarray]:
+    """SSIM as the report called it, and its map without the 3 outer pixels, whose windows leave the
+    slice.
+    """
+    pair = original.astype(np.float64), reconstruction.astype(np.float64)
+    mean, ssim_map = structural_similarity(*pair, data_range=value_range(original), full=True)
+    return float(mean), ssim_map[3:-3, 3:-3]
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """SSIM of the `report` protocol for batches, differentiable: x, y (B, 1, H, W) -> (B,).
+
+    The data range of each slice is max - min of `x`, the original.
+    """
+    bessel = 49 / 48  # scikit-image's sample covariance
+    span = (x.amax((1, 2, 3)) - x.amin((1, 2, 3))).clamp_min(1e-6).view(-1, 1, 1, 1)
+    c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
+    mx = window_means(x)  # apart from the rest, which has a gradient
+    my, squares, xy = window_means(torch.cat([y, x * x + y * y, x * y], 1)).split(1, 1)
+    mx_my, means = mx * my, mx * mx + my * my
+    similarity = (2 * mx_my + c1) * (2 * bessel * (xy - mx_my) + c2)
+    similarity = similarity / ((means + c1) * (bessel * (squares - means) + c2))
+    return similarity.mean((1, 2, 3))
+
+
+def window_means(x: Tensor) -> Tensor:
+    """Means of all 7x7 windows, (B, C, H, W) -> (B, C, H - 6, W - 6)."""
+    if x.device.type != "cpu":
+        return F.avg_pool2d(F.avg_pool2d(x, (7, 1), 1), (1, 7), 1)
+    # avg_pool2d takes five times as long on a CPU as these sums of 2, 4 and 7 neighbours
+    for dim in (2, 3):
+        n = x.shape[dim] - 6
+        two = x.narrow(dim, 0, n + 5) + x.narrow(dim, 1, n + 5)
+        four = two.narrow(dim, 0, n) + two.narrow(dim, 2, n)
+        x = four + two.narrow(dim, 4, n) + x.narrow(dim, 6, n)
+    return x / 49
+
+
+def ssim_standard(original: np.ndarray, reconstruction: np.ndarray) -> tuple[float, np.ndarray]:
+    """SSIM of Wang et al. 2004, and its map without the 5 outer pixels, whose windows leave the
+    slice.
+    """
+    low, span = float(original.min()), value_range(original)
+    pair = ((image.astype(np.float64) - low) / span for image in (original, reconstruction))
+    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    mean, ssim_map = structural_similarity(*pair, data_range=1, full=True, **window)
+    return float(mean), ssim_map[5:-5, 5:-5]
+
+
+def psnr(
+    original: np.ndarray, reconstruction: np.ndarray, where: np.ndarray | bool = True
+) -> float:
+    """Peak signal-to-noise ratio in dB over the pixels `where`; the peak is max - min of all the
+    original.
+    """
+    errors = np.subtract(original, reconstruction, dtype=np.float64)
+    mse = np.mean(errors**2, where=where) / value_range(original) ** 2
+    return float(min(BEST_PSNR, -10 * np.log10(max(mse, 1e-30))))
+
+
+def mae(original: np.ndarray, reconstruction: np.ndarray) -> float:
+    """Mean absolute error in z units: 1 is one standard deviation of the slice."""
+    return float(np.mean(np.abs(np.subtract(original, reconstruction, dtype=np.float64))))
+
+
+def body_mask(original: np.ndarray) -> np.ndarray:
+    """(H, W) bool, True in the body: foreground by intensity, its large pieces, their holes filled.
+
+    The threshold is half of Otsu's (1979) on square roots of the slice, smoothed: Otsu's own parts
+    bright organs from dark ones, and shaded muscle falls out. A slice of one value is all body.
+    """
+    smooth = gaussian(np.sqrt(original - original.min()), sigma=1.5, mode="nearest")
+    if np.ptp(smooth) == 0:
+        return np.ones(original.shape, bool)
+    pieces = label(smooth > 0.5 * threshold_otsu(smooth))
+    sizes = np.bincount(pieces.ravel())
+    sizes[0] = 0  # the background
+    mask = (sizes >= 0.05 * sizes.max())[pieces] & (pieces > 0)
+    return mask | clear_border(~mask)  # background that no edge of the slice touches is a hole
+
+
+def score_slice(original: np.ndarray, reconstruction: np.ndarray) -> dict[str, float]:
+    """Every score of one slice; `_body` is over `body_mask(original)` alone.
+
+    Args:
+        original, reconstruction: (H, W) z-scored slices, at least 11 pixels a side.
+
+    Raises:
+        ValueError: two shapes, a slice too small for the Gaussian window, or values that are NaN or
+            infinite.
+    """
+    if (
+        original.shape != reconstruction.shape
+        or original.ndim != 2
+        or min(original.shape) < SMALLEST
+    ):
+        raise ValueError(
+            f"slices of shapes {original.shape} and {reconstruction.shape}; expected one shape (H, W), "
+            f"each side at least {SMALLEST}"
+        )
+    if not (np.isfinite(original).all() and np.isfinite(reconstruction).all()):
+        raise ValueError("a slice holds NaN or infinite values; expected finite ones")
+    body = body_mask(original)
+    report, report_map = ssim_report(original, reconstruction)
+    standard, standard_map = ssim_standard(original, reconstruction)
+    return {
+        "ssim_report": report,
+        "ssim_standard": standard,
+        "ssim_report_body": _mean_inside(report_map, body),
+        "ssim_standard_body": _mean_inside(standard_map, body),
+        "psnr": psnr(original, reconstruction),
+        "psnr_body": psnr(original, reconstruction, body),
+        "mae": mae(original, reconstruction),
+    }
+
+
+def _mean_inside(ssim_map: np.ndarray, body: np.ndarray) -> float:
+    """The mean of an SSIM map over the body, or over all of it where no body is inside its
+    margins.
+    """
+    margin = (len(body) - len(ssim_map)) // 2
+    inside = body[margin:-margin, margin:-margin]
+    return float(ssim_map[inside].mean() if inside.any() else ssim_map.mean())
+
+
+def bootstrap_interval(
+    values: Sequence[float], patients: Sequence[int], seed: int = 0, draws: int = 10_000
+) -> tuple[float, float] | tuple[None, None]:
+    """95 % percentile bootstrap interval of the mean over slices, resampling patients and not
+    slices.
+
+    Slices of one patient are near-copies of each other, so a draw is as many patients as there are,
+    with replacement, each with all of their slices; its statistic is the mean over those slices.
+    With one patient
+    there is nothing to resample and no interval: (None, None). With few it is coarse: among three
+        patients
+    it reaches from the worst patient's mean to the best one's.
+
+    Args:
+        values, patients: (N,) the score of each slice, and whose slice it is.
+    """
+    _, whose = np.unique(patients, return_inverse=True)
+    counts, sums = np.bincount(whose), np.bincount(whose, weights=values)
+    if len(counts) < 2:
+        return None, None
+    drawn = np.random.default_rng(seed).integers(len(counts), size=(draws, len(counts)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def code_entropy(counts: np.ndarray) -> float:
+    """Shannon entropy in bits of codes used (K,) `counts` times: log2 K when evenly used, 0 for one
+    code.
+    """
+    p = counts[counts > 0] / counts.sum()
+    return float(np.sum(p * np.log2(1 / p)))
+
+
+def bits_per_pixel(codes: Sequence[int], bits: Sequence[float], pixels: int) -> float:
+    """The rate of a slice of `pixels`: over the levels, how many codes times how many bits a code
+    takes.
+    """
+    return sum(n * each for n, each in zip(codes, bits, strict=True)) / pixels
+
+
+# ---- sets of slices: how real, how varied, and how much of them is copied ----
+
+
+def _batches(slices: np.ndarray, smallest: int) -> Iterator[np.ndarray]:
+    """Slices (N, H, W), a few at a time; ValueError where there are none, or too small, or not
+    finite.
+    """
+    if slices.ndim != 3 or not len(slices) or min(slices.shape[1:]) < smallest:
+        raise ValueError(
+            f"slices of {slices.shape}; expected (N, H, W), each side at least {smallest}"
+        )
+    for start in range(0, len(slices), BATCH):
+        batch = np.array(slices[start : start + BATCH], np.float64)
+        if not np.isfinite(batch).all():
+            raise ValueError("a slice holds NaN or infinite values; expected finite ones")
+        yield batch
+
+
+def pooled_features(maps: np.ndarray | Tensor, grid: tuple[int, int] = (2, 1)) -> np.ndarray:
+    """Maps (N, C, h, w) -> mean and standard deviation of each channel in each cell, (N, 2 C gh gw)
+    float64.
+
+    For an encoder's output before quantisation; few cells gh x gw are better, see
+    `frechet_distance`.
+    """
+    maps = torch.as_tensor(maps).double()
+    mean = F.adaptive_avg_pool2d(maps, grid)
+    centre = maps.mean(
+        (2, 3), keepdim=True
+    )  # squares of large values would lose the variance's digits
+    variance = F.adaptive_avg_pool2d((maps - centre).square(), grid) - (mean - centre).square()
+    return torch.cat([mean, variance.clamp_min(0).sqrt()], 1).flatten(1).cpu().numpy()
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, F), (M, F): Heusel et al.
+    2017, eq. 6.
+
+    With C_a = A^T A and C_b = B^T B the root's trace is the sum of the singular values of A B^T:
+    exact for N below F too. Samples of one distribution are further from 0 the larger F / N:
+    compare at one N only.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(
+            f"features of {a.shape} and {b.shape}; expected (N, F) and (M, F), at least 2 rows"
+        )
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    # R of A = Q R will do for A: at most F rows, and Q changes no singular value
+    root_a, root_b = (
+        np.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r") for x in (a, b)
+    )
+    traces = np.sum(root_a**2) + np.sum(root_b**2)
+    cross = np.linalg.norm(root_a @ root_b.T, "nuc")
+    return float(max(0.0, np.sum((a.mean(0) - b.mean(0)) ** 2) + traces - 2 * cross))
+
+
+def _blur(x: Tensor) -> Tensor:
+    """(..., H, W) -> (..., H - 10, W - 10): Gaussian means, by shifted sums along one axis, then
+    the other.
+    """
+    for axis in (-2, -1):
+        views = [x.narrow(axis, i, x.shape[axis] - len(GAUSSIAN) + 1) for i in range(len(GAUSSIAN))]
+        x = views[0] * GAUSSIAN[0]
+        for view, weight in zip(views[1:], GAUSSIAN[1:], strict=True):
+            x.add_(view, alpha=weight)
+    return x
+
+
+def ms_ssim(x: np.ndarray, y: np.ndarray, data_range: float) -> np.ndarray:
+    """Multi-scale SSIM of pairs of slices, x and y (B, H, W): (B,) float64 in [0, 1], 1 for equal
+    slices.
+
+    Wang, Simoncelli & Bovik 2003, "Multi-Scale Structural Similarity for Image Quality Assessment",
+    equation 7. Of the paper's 5 scales those are taken whose slices hold the window of 11 (4 for
+    256x128), their weights scaled to add up to 1; a scale's mean below 0 counts as 0. Give all sets
+    that are compared one data_range in z units, such as the real slices' median max - min.
+    """
+    if x.shape != y.shape or x.ndim != 3 or min(x.shape[1:]) < len(GAUSSIAN):
+        raise ValueError(
+            f"slices of {x.shape} and {y.shape}; expected one (B, H, W), sides at least 11"
+        )
+    x, y = (torch.as_tensor(np.array(image, np.float32)) for image in (x, y))
+    weights = SCALE_WEIGHTS[: 1 + int(math.log2(min(x.shape[1:]) / len(GAUSSIAN)))]
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    score = torch.ones(len(x), dtype=torch.float64)
+    for scale, weight in enumerate(weights, start=1):
+        mx, my, squares, xy = _blur(torch.stack([x, y, x * x + y * y, x * y]))
+        means = mx * mx + my * my
+        similarity = (2 * (xy - mx * my) + c2) / (squares - means + c2)
+        if scale == len(weights):
+            similarity = similarity * (2 * mx * my + c1) / (means + c1)
+        score *= similarity.double().mean((1, 2)).clamp_min(0) ** (weight / sum(weights))
+        x, y = F.avg_pool2d(torch.stack([x, y]), 2)
+    return score.numpy()
+
+
+def mean_pairwise_ms_ssim(
+    slices: np.ndarray, data_range: float, pairs: int = 512, seed: int = 0
+) -> tuple[float, float]:
+    """Mean `ms_ssim` of random pairs of different slices (N, H, W), and its standard error over the
+    draw.
+
+    Low is varied (noise too!), 1 is one slice N times. One seed and N give the same pairs, so two
+    sets of slices at the same positions, in the same order, are compared like with like.
+    """
+    if len(slices) < 2 or pairs < 2:
+        raise ValueError(f"{len(slices)} slices and {pairs} pairs; expected at least 2 of each")
+    rng = np.random.default_rng(seed)
+    first = rng.integers(len(slices), size=pairs)
+    second = (first + rng.integers(1, len(slices), size=pairs)) % len(slices)
+    parts = np.array_split(np.stack([first, second]), -(-pairs // BATCH), axis=1)
+    scores = np.concatenate([ms_ssim(slices[i], slices[j], data_range) for i, j in parts])
+    return float(scores.mean()), float(scores.std(ddof=1) / math.sqrt(pairs))
+
+
+class Nearest(NamedTuple):
+    """Each query's most similar training slice."""
+
+    index: np.ndarray  # (N,) int64, among the training slices
+    similarity: (
+        np.ndarray
+    )  # (N,) float64: correlation in [-1, 1], or the share of equal codes in [0, 1]
+
+
+def thumbnails(slices: np.ndarray, pool: int = 2) -> np.ndarray:
+    """Slices (N, H, W) as `nearest` takes them: means over pool x pool pixels, mean 0, norm 1,
+    float32.
+
+    A slice of one value becomes zeros, which correlate with nothing. 32 KB for 256x128.
+    """
+    parts = []
+    for batch in _batches(slices, pool):
+        x = F.avg_pool2d(torch.as_tensor(batch), pool)
+        x = x - x.mean((1, 2), keepdim=True)
+        norm = torch.linalg.matrix_norm(x, keepdim=True)
+        parts.append(torch.where(norm > 1e-6, x / norm, 0).float().numpy())
+    return np.concatenate(parts)
+
+
+def nearest(queries: np.ndarray, train: np.ndarray) -> Nearest:
+    """The training slice of the highest correlation with each query; thumbnails (N, h, w) and (M,
+    h, w).
+    """
+    return _best(_flat(queries, train) @ _flat(train, queries).T)
+
+
+def code_bits(train: np.ndarray, K: int) -> np.ndarray:
+    """What each code says of a slice where it stands, in bits: (codes of a slice, K) float32, above
+    0.
+
+    -log2 of the share of training slices that have it there. Codes (M, ...) int in [0, K).
+    """
+    flat = train.reshape(len(train), -1)
+    counts = np.stack([np.bincount(place, minlength=K) for place in flat.T])
+    return np.log2((len(flat) + 1) / (counts + 0.5)).astype(np.float32)
+
+
+def code_agreement(
+    queries: np.ndarray, train: np.ndarray, bits: np.ndarray | None = None
+) -> Nearest:
+    """The training slice that has the most codes in common with each query, each at its place.
+
+    Codes (N, ...) and (M, ...), int below 65536. With the `code_bits` of all training slices a
+    common code counts for
+    its bits: that two slices have air in the same corner says little.
+    """
+    few = _flat(queries, train).astype(np.uint16, copy=False)
+    many = _flat(train, queries).astype(np.uint16, copy=False)
+    places, ones = np.arange(few.shape[1]), np.ones(few.shape[1], np.float32)
+    similarity = np.empty((len(few), len(many)))
+    for i, codes in enumerate(few):
+        worth = ones if bits is None else bits[places, codes]
+        total = worth.sum()
+        for start in range(
+            0, len(many), 128
+        ):  # training slices whose codes stay in the processor's cache
+            equal = many[start : start + 128] == codes
+            similarity[i, start : start + 128] = equal.astype(np.float32) @ worth / total
+    return _best(similarity)
+
+
+def _flat(x: np.ndarray, other: np.ndarray) -> np.ndarray:
+    if x.shape[1:] != other.shape[1:] or not len(x):
+        raise ValueError(
+            f"queries and training slices of {x.shape} and {other.shape}; expected one size"
+        )
+    return x.reshape(len(x), -1)
+
+
+def _best(similarity: np.ndarray) -> Nearest:
+    """The best column of each row of similarity (N, M)."""
+    index = similarity.argmax(1)
+    return Nearest(index, similarity.max(1).astype(np.float64))
+
+
+def audit(samples: np.ndarray, honest: np.ndarray, copies: np.ndarray) -> dict[str, float | dict]:
+    """How near samples are to the training slices, beside honest novelty and beside known copies.
+
+    Each is (N,) `Nearest.similarity`: of generated slices, of real slices of patients outside the
+    training split, and of positive controls, such as altered training slices. A slice is flagged if
+    it is
+    nearer than the honest 1st percentile: more similar than all but n // 100 of the n honest
+        slices. At most
+    1 % of these are flagged then, and of fewer than 100 none: coarse, and more copies pass.
+
+    Returns `threshold`; `expected`, the share of new honest slices above it; `margin`, the share
+    that 19 in 20 sets of N new ones keep to (beta-binomial: the threshold is an estimate too); of
+    each set n, flagged (how many), share, its 95 % interval low to high (Clopper & Pearson 1934),
+    and percentiles. All take slices as independent; those of one patient are not, so the truth is
+    wider. Where few copies are flagged this measure cannot tell, whatever it says of the samples.
+    """
+    if not (len(samples) and len(honest) and len(copies)):
+        raise ValueError(
+            f"{len(samples)} samples, {len(honest)} honest slices, {len(copies)} copies: need all"
+        )
+    n, allowed = len(honest), len(honest) // 100
+    threshold = float(np.sort(honest)[n - 1 - allowed])
+    margin = betabinom.ppf(0.95, len(samples), allowed + 1, n - allowed) / len(samples)
+    result = {"threshold": threshold, "expected": (allowed + 1) / (n + 1), "margin": float(margin)}
+    for name, similarity in (("samples", samples), ("honest", honest), ("copies", copies)):
+        n, flagged = len(similarity), int(np.sum(similarity > threshold))
+        low, high = (float(end) for end in binomtest(flagged, n).proportion_ci())
+        percentiles = zip(
+            map(str, PERCENTILES), np.percentile(similarity, PERCENTILES).tolist(), strict=True
+        )
+        scores = {"n": n, "flagged": flagged, "share": flagged / n, "low": low, "high": high}
+        result[name] = {**scores, "percentiles": dict(percentiles)}
+    return result
