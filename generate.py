@@ -122,10 +122,10 @@ def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, VQVAE2, Prior]:
 
     UserError for models that are not a pair.
     """
-    checkpoint = runtime.load_checkpoint(config.checkpoint, "vqvae2")
+    trained = load_model(config.checkpoint)
     saved = runtime.load_checkpoint(config.prior, "prior")
     study = StudyInfo.from_checkpoint(saved, config.prior)
-    digest, expected = runtime.sha256(config.checkpoint), saved["autoencoder_sha256"]
+    digest, expected = trained.sha256, saved["autoencoder_sha256"]
     fix = "Fix: the pair that was trained together, or train.py --stage prior --checkpoint FILE."
     if digest != expected:
         raise UserError(
@@ -133,7 +133,7 @@ def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, VQVAE2, Prior]:
             f"{config.checkpoint} has {digest[:12]}... {fix}"
         )
     device = runtime.pick_device(config.device)
-    model = load_model(checkpoint, config.checkpoint).to(device)
+    model = trained.model.to(device)
     makes = model.config.code_shapes(study.height, study.width)[0]
     learnt = runtime.from_saved(PriorConfig, saved["model_config"], f"{config.prior}: model_config")
     shape, variants = tuple(saved["top_shape"]), saved["codes_config"].get("variants")

@@ -1,5 +1,5 @@
-"""The VQ-VAE-2: a two-level encoder, a vector quantiser and a decoder. No loss, no files, no
-printing.
+"""The VQ-VAE-2: a two-level encoder, a vector quantiser and a decoder; `load_model` opens a trained
+one. No loss, no printing.
 
 Razavi, van den Oord & Vinyals 2019, "Generating Diverse High-Fidelity Images with VQ-VAE-2" (arXiv
 1906.00446); the quantiser is van den Oord, Vinyals & Kavukcuoglu 2017, "Neural Discrete
@@ -20,16 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.runtime import (
-    UserError,
-    from_saved,
-    load_checkpoint,
-    load_weights,
-    option,
-    rank,
-    sum_over_ranks,
-    world,
-)
+from dataset import StudyInfo
+from support import runtime
+from support.runtime import UserError, option, rank, sum_over_ranks, world
 
 
 @dataclass(frozen=True)
@@ -459,14 +452,25 @@ class VQVAE2(nn.Module):
         return self.decode_with_masks(top, bottom)[0]
 
 
-def load_model(checkpoint: dict | Path | str, path: Path | str = "") -> VQVAE2:
-    """The model of a checkpoint, in `eval()`: of its path alone, or of one that is read already,
-    and its path.
+class Trained(NamedTuple):
+    """A trained autoencoder, and what its checkpoint says of it."""
 
-    UserError if it is no checkpoint of an autoencoder, or its weights do not fit this version's
-    network.
+    model: VQVAE2  # on the CPU, in eval()
+    study: StudyInfo  # that it was trained on
+    path: Path | str  # of the checkpoint
+    sha256: str  # of the checkpoint, by which priors know their autoencoder
+    epoch: int  # after which it was saved
+
+
+def load_model(path: Path | str) -> Trained:
+    """Open the checkpoint of an autoencoder that train.py wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UserError: no autoencoder, or one that is damaged or does not fit this version's network.
     """
-    if not isinstance(checkpoint, dict):
-        checkpoint, path = load_checkpoint(checkpoint, "vqvae2"), checkpoint
-    config = from_saved(VQVAE2Config, checkpoint["model_config"], f"{path}: model_config")
-    return load_weights(lambda: VQVAE2(config), checkpoint, path).eval()
+    saved = runtime.load_checkpoint(path, "vqvae2")
+    config = runtime.from_saved(VQVAE2Config, saved["model_config"], f"{path}: model_config")
+    model = runtime.load_weights(lambda: VQVAE2(config), saved, path).eval()
+    study = StudyInfo.from_checkpoint(saved, path)
+    return Trained(model, study, path, runtime.sha256(path), saved["epoch"])

@@ -28,11 +28,10 @@ from dataset import (
     SIZE,
     DataConfig,
     SliceDataset,
-    StudyInfo,
     open_trained_study,
     save_reconstruction,
 )
-from modules import VQVAE2, load_model
+from modules import VQVAE2, Trained, load_model
 from new_slices import organs
 from new_slices.code_maps import LEVELS
 from support import figures, metrics, nifti, results_page, runtime
@@ -95,14 +94,13 @@ class PredictConfig:
 # ---- a model and its test split ------------------------------------------------------------------
 
 
-def open_splits(checkpoint: dict, path: str, data: DataConfig) -> dict[str, SliceDataset]:
+def open_splits(trained: Trained, data: DataConfig) -> dict[str, SliceDataset]:
     """The study at the size the model was trained at; says where its test files are not the model's
     own.
     """
-    trained = StudyInfo.from_checkpoint(checkpoint, path)
-    splits = open_trained_study(trained, data, path)
+    splits = open_trained_study(trained.study, data, trained.path)
     test = splits["test"]
-    if test.fingerprint != trained.fingerprints.get("test"):
+    if test.fingerprint != trained.study.fingerprints.get("test"):
         print(f"note: {test.study}: its test slices are not those of the study that was trained on")
     return splits
 
@@ -390,11 +388,10 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
         UserError: a checkpoint or slices that cannot be used.
         OSError: a folder that cannot be written.
     """
-    checkpoint = runtime.load_checkpoint(config.checkpoint, "vqvae2")
-    device = runtime.pick_device(config.device)
+    trained, device = load_model(config.checkpoint), runtime.pick_device(config.device)
     out = runtime.writable_folder(config.out or Path(config.checkpoint).parent)
-    model = load_model(checkpoint, config.checkpoint).to(device)
-    splits = open_splits(checkpoint, config.checkpoint, data)
+    model = trained.model.to(device)
+    splits = open_splits(trained, data)
     test = splits["test"]
     patients = [f"{name.patient:03d}" for name in test.names]
     folder = out / "reconstructions" if config.nifti else None
@@ -403,11 +400,10 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
         missing_ok=True
     )  # written last: while it is there, all else is of its run
     scores, maps = score_split(model, test, config.batch_size, folder)
-    labels = StudyInfo.from_checkpoint(checkpoint, config.checkpoint).labels
-    with_masks = bool(model.config.labels and test.labels == labels and test.has_mask.any())
+    known = model.config.labels and test.labels == trained.study.labels
+    with_masks = bool(known and test.has_mask.any())
     kept = Path(config.checkpoint).parent / "segmenter.pth"
     dice = {"dice": score_masks(maps["masks"], splits, kept, device)} if with_masks else {}
-    digest = runtime.sha256(config.checkpoint)
     study = {
         "study": test.study.resolve().name,
         "split": test.split,
@@ -415,8 +411,8 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
     }
     model_file = {
         "file": Path(config.checkpoint).name,
-        "sha256": digest,
-        "epoch": checkpoint["epoch"],
+        "sha256": trained.sha256,
+        "epoch": trained.epoch,
     }
     result = rounded(
         {
@@ -438,9 +434,7 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
     runtime.write_json(out / "metrics.json", result)
 
     what = "SYNTHETIC test slices (a phantom, not MRI)" if test.synthetic else "test slices"
-    print(
-        f"{config.checkpoint} (epoch {checkpoint['epoch']}) on {len(test)} {what} of {test.study}"
-    )
+    print(f"{config.checkpoint} (epoch {trained.epoch}) on {len(test)} {what} of {test.study}")
     print_scores(result)
     print(
         f"wrote {out}/: metrics.json, test_scores.csv, comparison.png, code_maps.png, ssim_histogram.png,"

@@ -236,9 +236,8 @@ def reconstruct_files(
         UserError: a checkpoint that cannot be used; at the end, files that cannot be.
         OSError: a folder that cannot be written.
     """
-    saved = runtime.load_checkpoint(checkpoint, "vqvae2")
-    study = StudyInfo.from_checkpoint(saved, checkpoint)
-    model = load_model(saved, checkpoint).to(runtime.pick_device(device))
+    trained = load_model(checkpoint)
+    study, model = trained.study, trained.model.to(runtime.pick_device(device))
     folder = Path(out or Path(checkpoint).parent / "reconstructed")
     names = find_files(inputs, folder)
     runtime.writable_folder(folder)
@@ -290,7 +289,7 @@ def reconstruct_files(
         "plane": config.plane,
         "scores": "means over the planes of a file, in its own pixels, constant planes left out; see metrics.py",
         "bits": "nominal, log2 K for every code",
-        "checkpoint": {"file": Path(checkpoint).name, "sha256": runtime.sha256(checkpoint)},
+        "checkpoint": {"file": Path(checkpoint).name, "sha256": trained.sha256},
         "provenance": runtime.provenance(),
     }
     if results:

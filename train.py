@@ -243,7 +243,7 @@ class Autoencoder(Stage):
         """Take the weights and codebooks of another autoencoder; only its --bit-weight may
         differ.
         """
-        start = load_model(runtime.load_checkpoint(path, self.kind), path)
+        start = load_model(path).model
         model = self.model.config
         if replace(start.config, bit_weight=model.bit_weight) != model:
             raise UserError(
@@ -365,15 +365,13 @@ class CodePriors(Stage):
     def __init__(self, settings: Settings) -> None:
         codes, config = settings.codes, settings.train
         self.device = runtime.pick_device(config.device)
-        checkpoint = runtime.load_checkpoint(codes.checkpoint, "vqvae2")
-        trained, self.codes = StudyInfo.from_checkpoint(checkpoint, codes.checkpoint), codes
-        self.sha256 = runtime.sha256(codes.checkpoint)
+        trained, self.codes = load_model(codes.checkpoint), codes
+        self.sha256, model = trained.sha256, trained.model.to(self.device)
         with runtime.first_of_node():
-            self.splits = open_trained_study(trained, settings.data, codes.checkpoint)
+            self.splits = open_trained_study(trained.study, settings.data, codes.checkpoint)
         self.study = StudyInfo.from_splits(self.splits, settings.data.allow_patient_overlap)
-        size = trained.height, trained.width
+        size = trained.study.height, trained.study.width
         self.pixels = math.prod(size)
-        model = load_model(checkpoint, codes.checkpoint).to(self.device)
         with runtime.first_of_node():
             file = Path(config.out) / "codes.npz"
             maps = extract_codes(model, self.splits, codes.variants, self.sha256, file)
@@ -515,11 +513,10 @@ def flags(doc: str, *configs: type, without: tuple[str, ...] = ()) -> argparse.A
     )
 
 
-def study_flags(checkpoint: dict, path: str, given: dict) -> dict:
+def study_flags(study: StudyInfo, path: str, given: dict) -> dict:
     """The flags that open the study of a checkpoint as its training did, unless `given` names
     another.
     """
-    study = StudyInfo.from_checkpoint(checkpoint, path)
     names = ("height", "width", "fit", "allow_patient_overlap")
     data = given.get("data") or find_trained_study(study, path, given.get("cache", ""))
     return {"data": data, **{name: getattr(study, name) for name in names}}
@@ -551,7 +548,8 @@ def make_settings(given: dict, preset: str = "") -> Settings:
                 start |= vars(runtime.from_saved(config, checkpoint.get(key), f"{resume}: {key}"))
         if "checkpoint" in start:  # the autoencoder's name: checkpoints name no folders
             start["checkpoint"] = str(Path(resume).parent / start["checkpoint"])
-        start |= {"out": str(Path(resume).parent), **study_flags(checkpoint, resume, given)}
+        study = StudyInfo.from_checkpoint(checkpoint, resume)
+        start |= {"out": str(Path(resume).parent), **study_flags(study, resume, given)}
     else:
         stage = stage or "autoencoder"
         presets = PRESETS[stage]
@@ -561,10 +559,9 @@ def make_settings(given: dict, preset: str = "") -> Settings:
             )
         start = presets.get(named or preset, next(iter(presets.values())))
         if given.get("weights") and stage == "autoencoder":
-            weights = runtime.load_checkpoint(given["weights"], Autoencoder.kind)
-            where = f"{given['weights']}: model_config"
-            model = runtime.from_saved(VQVAE2Config, weights["model_config"], where)
-            start = vars(model) | study_flags(weights, given["weights"], given) | start
+            weights = load_model(given["weights"])
+            study = study_flags(weights.study, given["weights"], given)
+            start = vars(weights.model.config) | study | start
     if useless := [runtime.flag(name) for name in given if name not in flags_of(stage)]:
         other = "prior" if stage == "autoencoder" else "autoencoder"
         raise UserError(f"{', '.join(useless)}: for --stage {other} alone. Fix: leave it out.")

@@ -149,7 +149,7 @@ def main() -> None:
     images = {name: splits[name].images(indices)[:, 0].numpy() for name, indices in chosen.items()}
     sets = {"real validation slices": images["validate"]}
     if args.checkpoint:
-        model = load_model(runtime.load_checkpoint(args.checkpoint, "vqvae2"), args.checkpoint)
+        model = load_model(args.checkpoint).model
         with torch.inference_mode():
             codes = [model.encode(x[None, None]) for x in torch.from_numpy(images["validate"])]
         sets["reconstructions"] = decode(model, *map(torch.cat, zip(*codes, strict=True)))[0]

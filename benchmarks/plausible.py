@@ -99,10 +99,10 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results/plausible.json", help="file to write")
     args = parser.parse_args()
     device = runtime.pick_device(args.device)
-    checkpoint = runtime.load_checkpoint(args.checkpoint, "vqvae2")
-    splits = open_splits(checkpoint, args.checkpoint, DataConfig(data=args.data, cache=args.cache))
+    trained = load_model(args.checkpoint)
+    splits = open_splits(trained, DataConfig(data=args.data, cache=args.cache))
     train, labels = splits["train"], len(splits["train"].labels)
-    model = load_model(checkpoint, args.checkpoint).to(device)
+    model = trained.model.to(device)
     net = organs.segmenter_of(train, Path(args.checkpoint).parent / "segmenter.pth", device)
     images, _ = read_generated(args.generated, train.labels)
     positions = json.loads((args.generated / "manifest.json").read_text())["positions"][

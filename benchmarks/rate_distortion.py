@@ -77,7 +77,7 @@ def score(path: str, prior: str | None, test: SliceDataset, args) -> Contender:
             GenerateConfig(checkpoint=path, prior=prior, device=args.device)
         )
     else:
-        model, priors = load_model(runtime.load_checkpoint(path, "vqvae2"), path), None
+        model, priors = load_model(path).model, None
         model.to(runtime.pick_device(args.device))
     print(f"{path}{f' with {prior}' if prior else ''}")
     return Contender(model, priors, *predict.score_split(model, test, args.batch_size, None))
@@ -188,13 +188,8 @@ def main() -> None:
     out, pairs = runtime.writable_folder(args.out), pair_up(args.checkpoints, args.prior)
     models, test = {}, None
     for path, name in zip(args.checkpoints, labels(args.checkpoints), strict=True):
-        checkpoint, data = (
-            runtime.load_checkpoint(path, "vqvae2"),
-            args.data or (test and str(test.study)),
-        )
-        own = predict.open_splits(checkpoint, path, DataConfig(data=data or "", cache=args.cache))[
-            "test"
-        ]
+        data = DataConfig(data=args.data or (str(test.study) if test else ""), cache=args.cache)
+        own = predict.open_splits(load_model(path), data)["test"]
         if test and own.pixels.shape != test.pixels.shape:
             parser.error(
                 f"{path}: trained at another size than {args.checkpoints[0]}; expected one size"

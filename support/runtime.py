@@ -36,6 +36,11 @@ from tqdm import tqdm
 
 FORMAT = "vqvae2-3"  # of a checkpoint; raised when its keys change meaning
 OLD_FORMATS = ("vqvae2-1", "vqvae2-2")  # written up to revision 5afe7e8
+KINDS = {  # of checkpoints, and what is in them
+    "vqvae2": "an autoencoder",
+    "prior": "the priors of an autoencoder",
+    "segmenter": "a U-Net that finds organs",
+}
 ROOT = Path(__file__).resolve().parents[1]
 RENAMED = {"rate": "bit_weight"}  # flags that had another name: old, new
 PATIENCE = timedelta(
@@ -599,11 +604,15 @@ def load_checkpoint(path: Path | str, *kinds: str) -> dict:
             f"{path}: a checkpoint of format {written}, written by the version before 27 November 2026; expected "
             f"{FORMAT}. Fix: `git checkout 5afe7e8` to use it, or train again."
         )
-    if written != FORMAT or kind not in kinds:
+    if written != FORMAT:
         raise UserError(
-            f"{path}: a checkpoint of format and kind {found}; expected {FORMAT}, {' or '.join(kinds)}. "
-            "Fix: name a checkpoint that train.py wrote for this."
+            f"{path}: a checkpoint of format {written}, which another revision of this program wrote; "
+            f"expected {FORMAT}. Fix: train again."
         )
+    if kind not in kinds:
+        wanted = " or ".join(KINDS[kind] for kind in kinds)
+        names = " or ".join(f"{kind}_best.pth" for kind in kinds)
+        raise UserError(f"{path}: {KINDS.get(kind, kind)}; expected {wanted}. Fix: name {names}.")
     check_weights(checkpoint, path)
     return checkpoint | {"path": str(path)}
 

@@ -14,6 +14,7 @@ import torch
 from test_train import SHAPE_FLAGS, fit
 
 import train
+from modules import load_model
 from support import runtime, trainer
 from support.runtime import UserError
 
@@ -195,3 +196,25 @@ def test_checkpoints_and_logs_name_no_folder(study, tmp_path, monkeypatch):
     checkpoint = runtime.load_checkpoint(tmp_path / "out" / "vqvae2_best.pth", "vqvae2")
     argv = checkpoint["history"][0]["run"]["argv"]
     assert argv[:2] == ["train.py", f"--data={study.name}"] and argv[-2:] == ["--out", "out"]
+
+
+def test_load_model_opens_an_autoencoder_and_says_what_another_file_is(saved, study, tmp_path):
+    trained = load_model(saved)
+    checkpoint = runtime.load_checkpoint(saved, "vqvae2")
+    assert not trained.model.training and trained.epoch == 1
+    assert (trained.path, trained.sha256) == (saved, runtime.sha256(saved))
+    assert trained.study.labels == () and trained.study.study == study.name
+    for name, value in trained.model.state_dict().items():
+        assert torch.equal(value, checkpoint["model"][name])
+    prior = write(checkpoint | {"kind": "prior"}, tmp_path / "prior_best.pth")
+    with pytest.raises(
+        UserError,
+        match=r"prior_best\.pth: the priors of an autoencoder; expected an autoencoder\. "
+        r"Fix: name vqvae2_best\.pth\.",
+    ):
+        load_model(prior)
+    with pytest.raises(UserError, match=r"autoencoder; expected the priors.*name prior_best\.pth"):
+        runtime.load_checkpoint(saved, "prior")
+    foreign = write(checkpoint | {"kind": "cat"}, tmp_path / "cat.pth")
+    with pytest.raises(UserError, match=r"cat\.pth: cat; expected an autoencoder or the priors"):
+        runtime.load_checkpoint(foreign, "vqvae2", "prior")

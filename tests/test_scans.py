@@ -124,7 +124,7 @@ def test_scores_and_bits_are_those_of_the_slice(checkpoint, tmp_path, capsys):
     mean, std, _ = z_score(pixels)
     x = torch.from_numpy((pixels - mean) / std)[None, None]
     with torch.inference_mode():
-        y = load_model(checkpoint)(x).reconstruction
+        y = load_model(checkpoint).model(x).reconstruction
     found = np.asarray(nibabel.load(tmp_path / "out" / "a.nii.gz").dataobj)
     np.testing.assert_allclose(found, y[0, 0].numpy() * std + mean, rtol=1e-4, atol=1e-2)
     (row,) = result["files"]
@@ -259,7 +259,7 @@ def test_from_the_command_line(checkpoint, tmp_path, monkeypatch):
 
 
 def test_a_model_in_python(checkpoint):
-    model = load_model(checkpoint)
+    model = load_model(checkpoint).model
     assert not model.training and model.config == SMALL
     for shape in ((2, 64, 32), (1, 3, 64, 32)):
         with pytest.raises(ValueError, match=r"expected \(B, 1, height, width\)"):

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import generate
 import train
-from dataset import DataConfig, StudyInfo, open_study, open_trained_study
+from dataset import DataConfig, open_study, open_trained_study
 from modules import load_model
 from new_slices import code_maps, layouts
 from new_slices.code_maps import Variants, extract_codes
@@ -39,11 +39,8 @@ def fit_prior(autoencoder, out, epochs=1, checkpoint=None, **settings):
 
 
 def model_and_splits(autoencoder):
-    checkpoint = runtime.load_checkpoint(autoencoder, "vqvae2")
-    splits = open_trained_study(
-        StudyInfo.from_checkpoint(checkpoint, ""), DataConfig(), autoencoder
-    )
-    return load_model(checkpoint, ""), splits
+    trained = load_model(autoencoder)
+    return trained.model, open_trained_study(trained.study, DataConfig(), autoencoder)
 
 
 def test_codes_are_the_autoencoder_s_and_kept_for_it_alone(autoencoder, tmp_path):
