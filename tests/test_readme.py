@@ -3,7 +3,7 @@ is there.
 
 Snippets run as pasted, in order, in a folder of their own. Stand-ins: the flags in `SHORTER`
 shorten trainings; `pip`, the virtual environment and driver.py without data run in .ci/run,
-torchrun in test_distributed.py, and the slicing of volumes in test_volumes.py.
+torchrun in test_distributed.py, and the slicing of volumes in test_slice_volumes.py.
 """
 
 import importlib
@@ -69,7 +69,7 @@ def test_every_snippet_of_the_readme_runs_as_pasted(study, tmp_path, monkeypatch
         ):
             continue
         script, arguments = found
-        if script == "slice_volumes":  # in test_volumes.py
+        if script == "slice_volumes":  # in test_slice_volumes.py
             continue
         if "SCAN.nii.gz" in command:
             shutil.copy(next((study / "keras_slices_test").iterdir()), "SCAN.nii.gz")

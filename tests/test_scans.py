@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from test_predict import SMALL, write_checkpoint
-from test_volumes import landmark, stored
+from test_slice_volumes import landmark, stored
 
 import predict
 from dataset import Placement, z_score

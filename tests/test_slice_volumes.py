@@ -1,7 +1,7 @@
 """Tiny volumes cut into slices; nibabel is the reference for where a plane lies."""
 
 import json
-import os
+import shutil
 
 import nibabel
 import numpy as np
@@ -112,36 +112,26 @@ def test_a_volume_without_orientation_needs_the_axis_flag(tmp_path):
     assert len(list((tmp_path / "other").rglob("case_*"))) == 12
 
 
-def test_slicing_resumes_without_touching_whole_files(tmp_path):
+def test_a_folder_that_holds_slices_is_refused(tmp_path):
+    """Slices of masks that were corrected since must not pass for those of the new ones."""
     release, out = write_release(tmp_path / "a", (4, 36, 40)), tmp_path / "out"
     run_slice(release, out)
-    files = sorted(out.rglob("*.nii.gz"))
-    lost = files[3]
-    expected = lost.read_bytes()
-    lost.unlink()
-    for file in files:
-        if file != lost:
-            os.utime(file, ns=(10**18, 10**18))
+    before = {file: file.read_bytes() for file in sorted(out.rglob("*.*"))}
+    save(release / f"{SCHEMES['anonymous'][1].format(4, 0)}.nii.gz", np.ones(SHAPE, "u1"), RAS)
+    with pytest.raises(UserError, match=r"out: already holds slices, such as .* Fix: delete it"):
+        run_slice(release, out)
+    assert before == {file: file.read_bytes() for file in sorted(out.rglob("*.*"))}
+    shutil.rmtree(out)
     run_slice(release, out)
-    assert lost.read_bytes() == expected and sorted(out.rglob("*.nii.gz")) == files
-    assert all(file.stat().st_mtime_ns == 10**18 for file in files if file != lost)
-
-
-def test_a_folder_of_other_planes_or_another_split_is_not_completed(tmp_path):
-    release, out = write_release(tmp_path / "a", (4, 36, 40)), tmp_path / "out"
-    run_slice(release, out)
-    with pytest.raises(ValueError, match="first: -1, now 2"):
-        run_slice(release, out, first=2)
-    write_release(release, range(101, 110))  # now the split is a random one
-    with pytest.raises(ValueError, match=r"patient \d\d\d: \w+, now"):
-        for seed in range(20):
-            run_slice(release, out, seed=seed)
+    mask = nibabel.load(out / "keras_slices_seg_train" / "seg_004_week_0_slice_0.nii.gz")
+    assert (np.asarray(mask.dataobj) == 1).all()
 
 
 def test_settings_that_cut_nothing_bind_nobody(tmp_path):
     release = write_release(tmp_path / "a", (4, 36, 40))
     with pytest.raises(ValueError, match="--count within"):
         run_slice(release, tmp_path / "out", first=9, count=4)
+    assert not (tmp_path / "out").exists()
     run_slice(release, tmp_path / "out")
     assert list((tmp_path / "out").rglob("case_*"))
 
@@ -183,13 +173,12 @@ def test_patients_are_split_as_in_the_course_or_by_seed():
 
 
 def test_the_command_ends_in_code_2_and_one_line(tmp_path):
-    code, _, err = run("dataset.py", "slice", "--volumes", tmp_path)
+    code, _, err = run("slice_volumes.py", "--volumes", tmp_path)
     assert code == 2 and err.startswith("error: ") and "no volumes" in err
     assert "Traceback" not in err
 
 
-# ---- anyone's volumes
-# -------------------------------------------------------------------------------------
+# ---- anyone's volumes ---------------------------------------------------------------------------
 
 ORIENTATIONS = ("RAS", "LPS", "RPI", "PIR", "SAL", "ILA")
 
@@ -328,6 +317,42 @@ def test_masks_of_a_folder_of_their_own(tmp_path):
         mask.rename(tmp_path / "m" / f"{patient}.nii.gz")
     run_slice(tmp_path / "b", tmp_path / "out", masks=str(tmp_path / "m"), count=0)
     assert len(list((tmp_path / "out").rglob("seg_*"))) == 36
+
+
+def test_two_masks_of_one_volume_are_refused(tmp_path, capsys):
+    """A file for each organ, in a folder of the subject: to take one would leave organs out."""
+    for patient in (1, 2, 3):
+        path = write_subject(tmp_path / "b", patient, mask_codes="RAS")
+        target = tmp_path / "export" / f"P{patient:04d}" / "t2.nii.gz"
+        (target.parent / "segmentations").mkdir(parents=True)
+        mask = path.with_name(path.name.replace("T2w", "T2w_seg"))
+        mask.rename(target.parent / "segmentations" / "liver.nii.gz")
+        path.rename(target)
+    shutil.copytree(tmp_path / "export", tmp_path / "several")
+    organ = tmp_path / "several" / "P0002" / "segmentations" / "liver.nii.gz"
+    shutil.copy(organ, organ.with_name("kidney.nii.gz"))
+    with pytest.raises(UserError, match=r"two masks of one volume, .*kidney.* and .*liver"):
+        run_slice(tmp_path / "several", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    run_slice(tmp_path / "export", tmp_path / "out")
+    assert "3 of them with a mask" in capsys.readouterr().out
+
+
+def test_a_lonely_volume_and_the_masks_of_one_other_session(tmp_path, capsys):
+    """They belong together if it is one mask; of two neither is taken in silence."""
+    for patient in (1, 2, 3):
+        path = write_subject(tmp_path / "b", patient, mask_codes="RAS")
+        mask = path.with_name(path.name.replace("T2w", "T2w_seg"))
+        mask.rename(mask.with_name(mask.name.replace("ses-2_", "ses-3_")))
+    run_slice(tmp_path / "b", tmp_path / "out")
+    assert "3 of them with a mask" in capsys.readouterr().out
+    lost = mask.with_name("sub-09_ses-2_seg.nii.gz")
+    shutil.copy(mask.with_name(mask.name.replace("ses-2_", "ses-3_")), lost)
+    run_slice(tmp_path / "b", tmp_path / "other")
+    assert "1 masks are of none of these volumes, such as " in capsys.readouterr().out
+    lost.rename(lost.with_name(mask.name.replace("ses-2_", "ses-3_").replace("T2w", "liver")))
+    with pytest.raises(UserError, match="two masks of one volume"):
+        run_slice(tmp_path / "b", tmp_path / "third")
 
 
 @pytest.mark.parametrize(
