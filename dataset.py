@@ -334,6 +334,11 @@ class Placement:
         ratios = np.divide(self.size, self.shape)
         return "resized" if abs(ratios[0] / ratios[1] - 1) < 0.01 else "stretched"
 
+    @property
+    def own(self) -> tuple[slice, slice]:
+        """The rows and columns of the model's grid that show the slice; around them lies padding."""
+        return self._windows()[0]
+
     def _windows(self) -> tuple[tuple, tuple]:
         """Where the two grids overlap: in the model's, and in the scaled slice."""
         starts = [(max(move, 0), max(-move, 0)) for move in self.offset]
@@ -833,6 +838,13 @@ class SliceDataset(torch.utils.data.Dataset):
     def placement(self, index: int) -> Placement:
         """How the source slice `index` lies in the model's grid."""
         return Placement.make(tuple(self.shapes[index].tolist()), self.pixels.shape[1:], self.fit)
+
+    def own(self, index: int) -> tuple[slice, slice]:
+        """The rows and columns of the model's grid that show slice `index`: `image[split.own(i)]`.
+
+        What lies around them is padding, which a score must not count.
+        """
+        return self.placement(index).own
 
     def grid_affine(self, index: int) -> np.ndarray:
         """(4, 4): the affine of the model's grid where it lies over slice `index`."""

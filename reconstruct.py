@@ -93,12 +93,12 @@ class Scan:
             self.planes = values.reshape(1, *values.shape[:2])
             return
         if self.image.oriented:
-            self.turning = nifti.plane_axes(self.image.affine, plane)
+            self.turning = nifti.turning(self.image.affine, nifti.PLANES[plane])
         else:
-            self.turning = (0, 1, 2), (False,) * 3
+            self.turning = nifti.UNTURNED
             self.note = "volumes have no orientation in their header: cut along their last axis"
         frames = values.reshape(*values.shape[:3], -1)  # more axes are more volumes
-        turned = [nifti.turn(frames[..., t], *self.turning) for t in range(frames.shape[3])]
+        turned = [nifti.turn(frames[..., t], self.turning) for t in range(frames.shape[3])]
         self.planes = np.concatenate([np.moveaxis(volume, 2, 0) for volume in turned])
 
     def write(self, path: str, planes: np.ndarray) -> bool:
@@ -112,8 +112,9 @@ class Scan:
             return False
         shape = self.raw.shape
         if self.turning is not None:
-            frames = planes.reshape(-1, shape[self.turning[0][2]], *planes.shape[1:])
-            back = [nifti.turn_back(np.moveaxis(frame, 0, 2), *self.turning) for frame in frames]
+            depth = nifti.turn(self.raw, self.turning).shape[2]
+            frames = planes.reshape(-1, depth, *planes.shape[1:])
+            back = [nifti.turn_back(np.moveaxis(frame, 0, 2), self.turning) for frame in frames]
             planes = np.stack(back, axis=-1)
         pixels = planes.reshape(shape)
         integers = self.raw.dtype.kind in "iub" and not self.image.scaled

@@ -281,18 +281,17 @@ class Cut(NamedTuple):
     moved: bool  # its mask's affine puts the mask elsewhere by a voxel or more
 
 
-def _turning(image: nifti.Image, config: SliceConfig) -> tuple[tuple, tuple]:
-    """The axes for row, column and slice, and which are reversed; UserError where nothing tells
-    them.
-    """
-    if config.axis >= 0:
-        return (*(other for other in range(3) if other != config.axis), config.axis), (False,) * 3
+def _turning(image: nifti.Image, config: SliceConfig) -> np.ndarray:
+    """How to turn a volume, see `nifti.turning`; UserError where nothing tells it."""
+    if config.axis >= 0:  # this axis becomes the last one, the others keep their order
+        order = [*(axis for axis in range(3) if axis != config.axis), config.axis]
+        return np.array([[order.index(axis), 1] for axis in range(3)])
     if not image.oriented:
         found = "an affine that is none" if image.broken else "no orientation"
         raise UserError(
             f"{found} in its header. Fix: --axis (1 for a 256x256x128 volume of HipMRI)"
         )
-    return nifti.plane_axes(image.affine, config.plane)
+    return nifti.turning(image.affine, nifti.PLANES[config.plane])
 
 
 def _range(depth: int, config: SliceConfig) -> range:
@@ -341,11 +340,11 @@ def _slice_volume(job: tuple[Volume, str], config: SliceConfig) -> Cut | str:
     stacks, moved, reading = {}, False, ""
     try:
         image, raw = read_volume(volume.path)
-        axes, reverse = _turning(image, config)
-        planes = _range(raw.shape[axes[2]], config)
+        turning = _turning(image, config)
+        planes = _range(nifti.turn(raw, turning).shape[2], config)
 
         def chosen(array: np.ndarray) -> np.ndarray:
-            return nifti.turn(array, axes, reverse)[..., planes.start : planes.stop]
+            return nifti.turn(array, turning)[..., planes.start : planes.stop]
 
         stacks[f"keras_slices_{split}", "case"] = nifti.finite(image.values(chosen(raw)))
         if volume.mask:
@@ -355,7 +354,7 @@ def _slice_volume(job: tuple[Volume, str], config: SliceConfig) -> Cut | str:
             stacks[f"keras_slices_seg_{split}", "seg"] = labels
     except (UserError, OSError) as error:
         return f"{reading}{error}"
-    affine = nifti.turn_affine(image.affine, raw.shape, axes, reverse)
+    affine = nifti.turn_affine(image.affine, raw.shape, turning)
     for (folder, kind), stack in stacks.items():
         for number, plane in enumerate(planes):
             name = f"{kind}_{volume.patient:03d}_week_{volume.week}_slice_{number}.nii.gz"

@@ -13,11 +13,13 @@ import gzip
 import os
 import stat
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel
 import numpy as np
+from nibabel.orientations import ornt_transform
 
 from support.runtime import UserError, atomic_path
 
@@ -27,11 +29,10 @@ HEADERS = {
     540: nibabel.Nifti2Header,
 }  # by their size, the file's first number
 SPARE = 4096  # bytes that may follow the array, as some programs pad their files
-PLANES = {
-    "coronal": "RSA",
-    "axial": "RAS",
-    "sagittal": "ASR",
-}  # the world's axes of row, column and slice
+# Where rows, columns and slices of a plane run: to the patient's right, front (A) or head (S).
+PLANES = {"coronal": "RSA", "axial": "RAS", "sagittal": "ASR"}
+AXES = {"R": "RL", "A": "AP", "S": "SI"}  # the two ends of each axis of the world
+UNTURNED = np.array([[0, 1], [1, 1], [2, 1]])  # an orientation of nibabel
 
 
 @dataclass(frozen=True)
@@ -260,63 +261,34 @@ def grid_affine(
     return affine @ grid
 
 
-def plane_axes(
-    affine: np.ndarray, plane: str
-) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
-    """The volume's axes that become row, column and slice number of a plane, and which of them are
-    reversed.
+def turning(affine: np.ndarray, ends: str) -> np.ndarray:
+    """How to turn a volume so that its rows, columns and slices run to the three `ends`, as "RSA".
 
-    Afterwards rows run to the patient's right (sagittal: front), columns to his head (axial:
-    front), and slices to his front (axial: head; sagittal: right). An oblique volume gives the
-        plane that is nearest.
+    That is an orientation of nibabel, (3, 2): the new place of each axis, and -1 where it is
+    reversed. An oblique volume is turned to the axes of the world that are nearest to its own.
     """
-    names = nibabel.aff2axcodes(affine)
-    axes = tuple(
-        next(i for i, name in enumerate(names) if name in pair)
-        for pair in map(PAIRS.get, PLANES[plane])
-    )
-    return axes, tuple(names[axis] != end for axis, end in zip(axes, PLANES[plane], strict=True))
+    return ornt_transform(nibabel.io_orientation(affine), nibabel.orientations.axcodes2ornt(ends))
 
 
-PAIRS = {"R": "RL", "A": "AP", "S": "SI"}
+def turn(array: np.ndarray, turning: np.ndarray) -> np.ndarray:
+    """A view of `array` whose first three axes are turned; see `turn_affine`."""
+    return nibabel.apply_orientation(array, turning)
 
 
-def turn(
-    array: np.ndarray, axes: tuple[int, int, int], reverse: tuple[bool, bool, bool]
-) -> np.ndarray:
-    """A view of a 3-D array with its axes in another order and some of them reversed; see
-    `turn_affine`.
-    """
-    return array.transpose(axes)[tuple(slice(None, None, -1 if back else 1) for back in reverse)]
-
-
-def turn_affine(affine: np.ndarray, shape, axes: tuple[int, int, int], reverse) -> np.ndarray:
-    """The affine of what `turn` makes of an array of `shape`: every voxel stays where it is in the
-    world.
-    """
-    step = np.zeros((4, 4))
-    for new, (old, back) in enumerate(zip(axes, reverse, strict=True)):
-        step[old, new] = -1 if back else 1
-        step[old, 3] = shape[old] - 1 if back else 0
-    step[3, 3] = 1
-    return affine @ step
-
-
-def turn_back(array: np.ndarray, axes: tuple[int, int, int], reverse) -> np.ndarray:
+def turn_back(array: np.ndarray, turning: np.ndarray) -> np.ndarray:
     """What `turn` made into `array`."""
-    array = array[tuple(slice(None, None, -1 if back else 1) for back in reverse)]
-    return array.transpose(np.argsort(axes))
+    return nibabel.apply_orientation(array, ornt_transform(UNTURNED, turning))
+
+
+def turn_affine(affine: np.ndarray, shape: Sequence[int], turning: np.ndarray) -> np.ndarray:
+    """The affine of what `turn` makes of an array of `shape`: every voxel stays in its place."""
+    return affine @ nibabel.orientations.inv_ornt_aff(turning, shape[:3])
 
 
 def turn_to(image: Image, array: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`array` of `image` with its axes along those of the affine `target`; returns it and its
-    affine.
-    """
-    here, there = map(nibabel.io_orientation, (image.affine, target))
-    change = nibabel.orientations.ornt_transform(here, there)
-    axes = tuple(int(axis) for axis in np.argsort(change[:, 0]))
-    reverse = tuple(bool(change[axis, 1] < 0) for axis in axes)
-    return turn(array, axes, reverse), turn_affine(image.affine, array.shape, axes, reverse)
+    """`array` of `image` with its axes along those of the affine `target`, and its new affine."""
+    turning = ornt_transform(*map(nibabel.io_orientation, (image.affine, target)))
+    return turn(array, turning), turn_affine(image.affine, array.shape, turning)
 
 
 def directions(affines: np.ndarray) -> list[str]:
@@ -332,12 +304,17 @@ def directions(affines: np.ndarray) -> list[str]:
     ]
 
 
+def plane_of(ends: str) -> str:
+    """The plane of slices whose rows and columns run to `ends`, as "RS" or "IL"; else ""."""
+    axes = {axis for axis, letters in AXES.items() if set(letters) & set(ends)}
+    return next((plane for plane, names in PLANES.items() if axes == set(names[:2])), "")
+
+
 def obliquity(affine: np.ndarray) -> float:
-    """Degrees between an axis of the volume and the nearest of the world, of the axis where it is
-    most.
-    """
-    cosines = np.abs(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)).max(axis=0)
-    return float(np.degrees(np.arccos(np.clip(cosines, 0, 1)).max()))
+    """Degrees between the volume's axes and the world's, of the axis where it is most."""
+    # Rounding can make a cosine a little more than 1, whose angle is NaN.
+    with np.errstate(invalid="ignore"):
+        return float(np.degrees(np.nan_to_num(nibabel.affines.obliquity(affine)).max()))
 
 
 # ---- writing

@@ -632,6 +632,20 @@ def test_the_affine_of_the_model_s_grid_covers_a_slice_of_another_size(study, co
     np.testing.assert_array_equal(train.grid_affine(1), AFFINE)
 
 
+def test_a_slice_s_own_pixels_are_those_that_no_padding_touches(study, config):
+    put(study, noise(8, (40, 16)), 0)  # padded to the left and right of its columns
+    put(study, noise(9, (32, 30)), 1)  # padded above and below
+    train = open_study(config)["train"]
+    assert train.own(2) == (slice(0, 32), slice(0, 16))
+    assert train.own(0) == (slice(0, 32), slice(1, 14))
+    assert train.own(1) == (slice(7, 24), slice(0, 16))
+    inside = np.zeros(SIZE, bool)
+    inside[train.own(1)] = True
+    assert (train.pixels[1][~inside] == train.pixels[1].min()).all()
+    cropped = open_study(replace(config, fit="crop"))["train"]
+    assert cropped.own(0) == cropped.own(2)
+
+
 def test_a_record_of_a_study_comes_back_and_a_damaged_one_is_named(config):
     info = StudyInfo.from_splits(open_study(config))
     assert StudyInfo.from_checkpoint({"data": info.as_dict()}, "c.pth") == info
