@@ -254,11 +254,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     exact for N below F too. Samples of one distribution are further from 0 the larger F / N:
     compare at one N only.
     """
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(
-            f"features of {a.shape} and {b.shape}; expected (N, F) and (M, F), at least 2 rows"
-        )
-    a, b = a.astype(np.float64), b.astype(np.float64)
+    a, b = _features(a, b)
     # R of A = Q R will do for A: at most F rows, and Q changes no singular value
     root_a, root_b = (
         np.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r") for x in (a, b)
@@ -266,6 +262,46 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     traces = np.sum(root_a**2) + np.sum(root_b**2)
     cross = np.linalg.norm(root_a @ root_b.T, "nuc")
     return float(max(0.0, np.sum((a.mean(0) - b.mean(0)) ** 2) + traces - 2 * cross))
+
+
+def kernel_distance(
+    a: np.ndarray, b: np.ndarray, halves: int = 100, seed: int = 0
+) -> tuple[float, float]:
+    """KID of features (N, F) and (M, F), at least 4 of each, and its standard error.
+
+    KID is the unbiased estimate of the squared maximum mean discrepancy under the kernel
+    (x . y / F + 1)^3 (Binkowski et al. 2018, "Demystifying MMD GANs", section 4). Unlike the
+    Fréchet distance it does not depend on N: for two sets of one distribution it is 0 on average,
+    so it may be a little below. The error is the standard deviation over random halves of both
+    sets: the delete-d jackknife of Shao & Wu 1989 for d = N / 2, where its factor is 1. Between
+    sets of one distribution it is too large, up to 1.7 times.
+    """
+    a, b = _features(a, b, 4)
+    within_a, within_b, between = (
+        (x @ y.T / a.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b))
+    )
+
+    def estimate(i: np.ndarray, j: np.ndarray) -> float:
+        pairs = within_a[np.ix_(i, i)], within_b[np.ix_(j, j)]
+        # without the diagonal: a slice beside itself would make the estimate too large
+        own = ((k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in pairs)
+        return float(sum(own) - 2 * between[np.ix_(i, j)].mean())
+
+    rng, (n, m) = np.random.default_rng(seed), between.shape
+    drawn = [
+        estimate(rng.permutation(n)[: n // 2], rng.permutation(m)[: m // 2]) for _ in range(halves)
+    ]
+    return estimate(np.arange(n), np.arange(m)), float(np.std(drawn, ddof=1))
+
+
+def _features(a: np.ndarray, b: np.ndarray, least: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """Features (N, F) and (M, F) as float64; ValueError for other shapes or fewer rows than `least`."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < least:
+        raise ValueError(
+            f"features of {a.shape} and {b.shape}; expected (N, F) and (M, F), "
+            f"at least {least} rows"
+        )
+    return a.astype(np.float64), b.astype(np.float64)
 
 
 def _blur(x: Tensor) -> Tensor:

@@ -78,6 +78,29 @@ def test_frechet_with_fewer_rows_than_features():
     assert metrics.frechet_distance(a @ turn.T, a @ turn.T) == pytest.approx(0, abs=1e-9)
 
 
+def test_kernel_distance_by_a_double_loop():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(7, 5)), rng.normal(size=(6, 5)) + 0.3
+
+    def mean(x, y):
+        pairs = [(i, j) for i in range(len(x)) for j in range(len(y)) if x is not y or i != j]
+        return sum((sum(x[i] * y[j]) / 5 + 1) ** 3 for i, j in pairs) / len(pairs)
+
+    expected = mean(a, a) + mean(b, b) - 2 * mean(a, b)
+    assert metrics.kernel_distance(a, b)[0] == pytest.approx(expected, rel=1e-12)
+    assert metrics.kernel_distance(a, b) == metrics.kernel_distance(a, b)  # seeded
+
+
+@pytest.mark.parametrize(("shift", "low", "high"), [(0.4, 0.8, 1.3), (0.0, 1.0, 2.0)])
+def test_kernel_distance_is_unbiased_and_knows_its_error(shift, low, high):
+    """Over 200 pairs of sets: 0 on average for one distribution, and the spread that it states."""
+    rng = np.random.default_rng(1)
+    sets = [(rng.normal(size=(60, 8)), rng.normal(size=(50, 8)) + shift) for _ in range(200)]
+    found, errors = np.array([metrics.kernel_distance(*pair) for pair in sets]).T
+    assert (abs(found.mean()) < 3 * found.std() / 200**0.5) == (shift == 0)
+    assert low < errors.mean() / found.std() < high
+
+
 # variety
 
 
@@ -237,6 +260,7 @@ def test_what_cannot_be_measured_is_named():
     for call, message in (
         (lambda: metrics.thumbnails(x * np.nan), "NaN"),
         (lambda: metrics.frechet_distance(features, features[:, :3]), r"\(5, 3\)"),
+        (lambda: metrics.kernel_distance(features[:3], features), "at least 4 rows"),
         (lambda: metrics.ms_ssim(x, x[:, :-1], 4), r"\(3, 63, 32\)"),
         (lambda: metrics.mean_pairwise_ms_ssim(x[:1], 4), "1 slices"),
         (lambda: metrics.nearest(x, x[:, ::2]), r"\(3, 32, 32\)"),
