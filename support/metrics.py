@@ -11,8 +11,9 @@ number says little:
               and not by its own, which would hide errors of brightness and contrast; it is not
               clamped.
 
-A slice of one value has no range; it is taken as 1 (the unit of the z-score), so that every score
-stays finite and a reconstruction that is as flat scores best.
+A slice of one value has no range; it is taken as 1 (the unit of the z-score), in the scores and in
+the loss of training alike, so that every score stays finite and a reconstruction that is as flat
+scores best.
 """
 
 import math
@@ -43,7 +44,8 @@ BEST_PSNR = 100.0  # dB: given to an exact copy, whose PSNR is infinite, and to 
 
 def value_range(original: np.ndarray) -> float:
     """Maximum minus minimum of a slice; 1 for a slice of one value."""
-    return float(np.ptp(original)) or 1.0
+    span = np.ptp(original)
+    return float(span + (span == 0))
 
 
 def ssim_report(original: np.ndarray, reconstruction: np.ndarray) -> tuple[float, np.ndarray]:
@@ -58,10 +60,11 @@ def ssim_report(original: np.ndarray, reconstruction: np.ndarray) -> tuple[float
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """SSIM of the `report` protocol for batches, differentiable: x, y (B, 1, H, W) -> (B,).
 
-    The data range of each slice is max - min of `x`, the original.
+    The data range of each slice is the `value_range` of `x`, the original.
     """
     bessel = 49 / 48  # scikit-image's sample covariance
-    span = (x.amax((1, 2, 3)) - x.amin((1, 2, 3))).clamp_min(1e-6).view(-1, 1, 1, 1)
+    span = (x.amax((1, 2, 3)) - x.amin((1, 2, 3))).view(-1, 1, 1, 1)
+    span = span + (span == 0)  # as `value_range`
     c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
     mx = window_means(x)  # apart from the rest, which has a gradient
     my, squares, xy = window_means(torch.cat([y, x * x + y * y, x * y], 1)).split(1, 1)

@@ -57,10 +57,18 @@ def test_window_means_are_the_same_on_a_cpu_and_elsewhere():
     torch.testing.assert_close(metrics.window_means(x), torch.nn.functional.avg_pool2d(x, 7, 1))
 
 
-def test_ssim_of_a_constant_slice_is_finite():
-    x = torch.zeros(1, 1, 16, 16)
-    assert metrics.ssim(x, x).item() == pytest.approx(1)
-    assert torch.isfinite(metrics.ssim(x, x + 1)).all()
+@pytest.mark.parametrize("flat", [0.0, 0.7])
+def test_a_constant_slice_has_one_ssim_in_training_and_in_the_scores(flat):
+    """The range of a slice of one value is 1 for both, beside a slice whose range is its own."""
+    x = torch.stack([torch.full((16, 12), flat), torch.randn(16, 12)])[:, None].double()
+    for error in (0.0, 1e-3, 0.05, 1.0):
+        y = x + error * torch.randn_like(x)
+        expected = [
+            metrics.ssim_report(a[0].numpy(), b[0].numpy())[0] for a, b in zip(x, y, strict=True)
+        ]
+        assert metrics.ssim(x, y).tolist() == pytest.approx(expected, abs=1e-9)
+    assert metrics.ssim(x, x).tolist() == pytest.approx([1, 1])
+    assert metrics.value_range(x[0].numpy()) == 1 and metrics.value_range(3 * x[1].numpy()) > 3
 
 
 def test_ssim_report_is_the_uniform_window_with_sample_covariance():
