@@ -46,6 +46,7 @@ CACHE_VERSION = 5  # raised when what is cached changes meaning: older caches ar
 ARRAYS = ("pixels.npy", "masks.npy", "table.npz")  # of a cache, all splits one after another
 NO_MASK = 255  # every pixel of a slice that has no mask; no class has this index
 LARGEST = 2**26  # pixels of a slice
+A_SLICE = "a 2-D slice. Fix: `python slice_volumes.py` cuts volumes into slices"
 FITS = ("auto", "pad", "crop", "stretch")
 STANDARD_NAME = re.compile(r"(?:case|seg)_(\d+)_week_(\d+)_slice_(\d+)\.nii(?:\.gz)?")
 # Numbers that a word announces: patient012_z034, sub-01_ses-2. ADNI's patients are written
@@ -407,7 +408,7 @@ def read_slice(path: str) -> tuple[np.ndarray, nifti.Image]:
     """The 2-D array of a file, in the file's units, and the file as it was read. UserError for a
     volume.
     """
-    image = nifti.read(path, max_axes=2, max_pixels=LARGEST)
+    image = nifti.read(path, max_axes=2, max_pixels=LARGEST, expected=A_SLICE)
     shape = image.shape
     if len(shape) < 2 or min(shape[:2]) < 2 or max(shape[2:], default=1) > 1:
         raise UserError(f"an array of shape {shape}; expected a 2-D slice")

@@ -1,17 +1,17 @@
 """NIfTI files: reading, writing, and where their voxels lie in the world.
 
     image = nifti.read("case_004_week_0_slice_0.nii.gz")
-    image.values()         # the array, scaled by the header's slope and intercept
-    image.affine           # (4, 4), voxel indices to millimetres; image.oriented says whether the header gave it
+    image.values()    # the array, scaled by the header's slope and intercept
+    image.affine      # (4, 4), voxel indices to millimetres
+    image.oriented    # whether the header gave that affine, or voxel sizes alone
     nifti.write("out.nii.gz", pixels, image.affine)
 
-Every fault of a file is a `UserError` that says what was found, without the file's name: the caller
-knows it.
+Errors are `UserError`s that do not name the file: callers add it.
 """
 
 import gzip
+import math
 import os
-import stat
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,10 +24,8 @@ from nibabel.orientations import ornt_transform
 from support.runtime import UserError, atomic_path
 
 SUFFIXES = (".nii", ".nii.gz")
-HEADERS = {
-    348: nibabel.Nifti1Header,
-    540: nibabel.Nifti2Header,
-}  # by their size, the file's first number
+# The file's first number is the size of its header.
+HEADERS = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
 SPARE = 4096  # bytes that may follow the array, as some programs pad their files
 # Where rows, columns and slices of a plane run: to the patient's right, front (A) or head (S).
 PLANES = {"coronal": "RSA", "axial": "RAS", "sagittal": "ASR"}
@@ -42,6 +40,7 @@ class Image:
     Attributes:
         raw: the stored array, at least one axis, without the header's scale.
         header: nibabel's, NIfTI-1 or NIfTI-2, of the file's byte order.
+        scale: the header's slope and intercept; None, None where it has none.
         affine: (4, 4) float64, voxel indices to millimetres; always finite and invertible.
         oriented: whether the header gave that affine; else it holds voxel sizes alone.
         broken: the header names an affine that is none (all zero, NaN, flat): it was not used.
@@ -49,6 +48,7 @@ class Image:
 
     raw: np.ndarray
     header: nibabel.Nifti1Header
+    scale: tuple[float | None, float | None]
     affine: np.ndarray
     oriented: bool
     broken: bool
@@ -60,55 +60,80 @@ class Image:
     @property
     def scaled(self) -> bool:
         """Whether the header's slope and intercept change the stored values."""
-        return self.header.get_slope_inter() not in ((None, None), (1, 0))
+        return self.scale not in ((None, None), (1, 0))
 
     def values(self, raw: np.ndarray | None = None) -> np.ndarray:
         """The array, or the part `raw` of it, in the file's units: raw * slope + intercept."""
         raw = self.raw if raw is None else raw
         if not self.scaled:
             return raw
-        slope, intercept = self.header.get_slope_inter()
-        with np.errstate(
-            over="ignore"
-        ):  # beyond float64 is Inf, which is an error where pixels are checked
+        slope, intercept = self.scale
+        # What becomes too large for float64 is Inf, and an error where pixels are checked.
+        with np.errstate(over="ignore"):
             return raw.astype(np.float64) * slope + intercept
 
 
-# ---- reading
-# ----------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def is_nifti(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def read(path: Path | str, max_axes: int = 7, max_pixels: int = 2**48) -> Image:
-    """Read a NIfTI-1 or NIfTI-2 file, gzipped or not.
+def read(
+    path: Path | str,
+    max_axes: int = 7,
+    max_pixels: int = 2**48,
+    expected: str = "lengths of 1 or more",
+) -> Image:
+    """Read a NIfTI-1 or NIfTI-2 file, gzipped or not; UserError for what is no such file.
 
-    Takes memory for what the file holds and never for what its header claims, and nothing at all
-    for an array with more than `max_axes` axes that are longer than 1 or more than `max_pixels`.
-    UserError for what is no such file.
+    An array with more than `max_axes` axes that are longer than 1, or with more than `max_pixels`,
+    is refused before it is unpacked, with `expected` in the message.
     """
-    # Without O_NONBLOCK, opening a named pipe waits for a writer.
-    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise UserError("not a regular file")
+    if not os.path.isfile(path):  # whoever opens a named pipe waits for somebody to write to it
+        raise UserError("not a regular file")
+    with open(path, "rb") as file:
         data = file.read()
     try:
-        return _parse(data, max_axes, max_pixels)
-    except (EOFError, zlib.error) as error:
-        raise UserError(f"not a whole NIfTI file ({error})") from error
-    except MemoryError as error:
-        raise UserError("its array does not fit into this machine's memory") from error
+        return _parse(data, max_axes, max_pixels, expected)
+    except UserError:
+        raise
+    except Exception as error:  # nibabel, NumPy and zlib have a dozen for a damaged file
+        raise UserError(f"not a whole NIfTI file ({type(error).__name__}: {error})") from error
+
+
+def _parse(data: bytes, max_axes: int, max_pixels: int, expected: str) -> Image:
+    zipped = data[:2] == b"\x1f\x8b"
+    header = _read_header(_unzip(data, max(HEADERS)) if zipped else data)
+    shape, dtype = header.get_data_shape(), header.get_data_dtype()
+    pixels, start = math.prod(shape), int(header["vox_offset"])
+    if dtype.kind not in "biuf":
+        label = header.get_value_label("datatype")
+        raise UserError(f"pixels of type {label}; expected one real number a pixel")
+    times = "x".join(map(str, shape))
+    if sum(length > 1 for length in shape) > max_axes or not 0 < pixels <= max_pixels:
+        raise UserError(f"an array of {times} pixels; expected {expected}")
+    if start < header["sizeof_hdr"]:
+        raise UserError(f"a damaged header: its array begins at byte {start}, within the header")
+    end = start + pixels * dtype.itemsize
+    data = _unzip(data, end + SPARE + 1) if zipped else data
+    if len(data) > end + SPARE:
+        raise UserError(f"more data than its header describes, an array of {times} pixels")
+    raw = np.frombuffer(data, dtype, count=pixels, offset=start)  # ValueError for too few bytes
+    raw = raw.reshape(shape, order="F")
+    return Image(raw, header, header.get_slope_inter(), *best_affine(header))
 
 
 def _unzip(data: bytes, limit: int) -> bytes:
-    """The first `limit` bytes, or all there are, of gzip members; one that is read to its end is
-    checked.
+    """The first `limit` bytes of gzip members, or all there are; EOFError where they break off.
+
+    One call of zlib for a member, which leaves the other threads free: a GzipFile takes half as
+    long again. A member that is read to its end has its checksum compared.
     """
     parts, length = [], 0
     while data and length < limit:
-        member = zlib.decompressobj(31)  # not GzipFile: this is one call, and it releases the GIL
+        member = zlib.decompressobj(wbits=31)
         parts.append(member.decompress(data, limit - length))
         length += len(parts[-1])
         if not member.eof and length < limit:
@@ -117,69 +142,18 @@ def _unzip(data: bytes, limit: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _parse(data: bytes, max_axes: int, max_pixels: int) -> Image:
-    zipped = data[:2] == b"\x1f\x8b"
-    header = _read_header(_unzip(data, max(HEADERS)) if zipped else data)
-    dtype, shape = header.get_data_dtype(), header.get_data_shape()
-    if sum(length > 1 for length in shape) > max_axes:
-        if max_axes == 2:
-            fix = "Fix: python volumes.py --volumes DIR --out STUDY makes slices of volumes"
-            raise UserError(f"a volume of {_times(shape)}; expected a 2-D slice. {fix}")
-        raise UserError(f"an array of {_times(shape)}; expected at most {max_axes} axes")
-    pixels = int(np.prod(shape, dtype=object))
-    if pixels > max_pixels:
-        raise UserError(f"an array of {_times(shape)}; expected at most {max_pixels} pixels")
-    start = int(header["vox_offset"])
-    end = start + pixels * dtype.itemsize
-    if zipped:  # takes memory as the stream fills it
-        data = _unzip(data, end + SPARE + 1)
-    if len(data) < end:
-        raise EOFError(f"{len(data)} bytes, where its header describes {end}")
-    if len(data) > end + SPARE:
-        raise UserError(f"more data than its header describes, an array of {_times(shape)}")
-    raw = np.frombuffer(data, dtype, count=pixels, offset=start)
-    return Image(raw.reshape(shape, order="F"), header, *best_affine(header))
-
-
 def _read_header(data: bytes) -> nibabel.Nifti1Header:
-    """nibabel's header at the start of `data`, without nibabel's own checks: those print a line a
-    file.
-    """
-    sizes = [int.from_bytes(data[:4], order) for order in ("little", "big")]
-    kind = next((HEADERS[size] for size in sizes if size in HEADERS), None)
+    """nibabel's header at the start of `data`; its own checks would print a line for each file."""
+    little, big = (int.from_bytes(data[:4], order) for order in ("little", "big"))
+    kind = HEADERS.get(little) or HEADERS.get(big)
     if kind is None:
         raise UserError("not a NIfTI file")
-    if len(data) < kind.template_dtype.itemsize:
-        raise EOFError("it ends within its header")
-    block = data[: kind.template_dtype.itemsize]
-    header = kind(block, endianness="<" if sizes[0] in HEADERS else ">", check=False)
-    magic = header["magic"].item()
-    if magic[:1] != b"n" or magic[2:3] not in b"12":
-        raise UserError("no NIfTI file but one of ANALYZE. Fix: convert it to .nii.gz")
-    if magic[1:2] != b"+":
-        raise UserError("its pixels are in another file, an .img. Fix: convert the pair to .nii.gz")
-    try:
-        dtype = header.get_data_dtype()
-        header.get_slope_inter()
-    except (
-        KeyError,
-        nibabel.spatialimages.HeaderDataError,
-    ) as error:  # KeyError: a type that is none
-        raise UserError(f"a damaged header ({error})") from error
-    if dtype.kind not in "biuf":
-        label = header.get_value_label("datatype")
-        raise UserError(f"pixels of type {label}; expected one real number a pixel")
-    axes, lengths = int(header["dim"][0]), header["dim"][1:].tolist()
-    if not 1 <= axes <= 7 or min(lengths[:axes]) < 1:
-        raise UserError(f"a damaged header: {axes} axes of lengths {lengths[: max(0, axes)]}")
-    offset = float(header["vox_offset"])
-    if not int(header["sizeof_hdr"]) <= offset < 2**40:
-        raise UserError(f"a damaged header: its array begins at byte {offset:g}")
+    block, order = data[: kind.template_dtype.itemsize], "<" if little in HEADERS else ">"
+    header = kind(block, endianness=order, check=False)
+    if header["magic"].item()[:2] != b"n+":
+        pair = "a file of ANALYZE, or half of a pair .hdr and .img"
+        raise UserError(f"{pair}. Fix: convert it to .nii.gz")
     return header
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
 
 
 def finite(pixels: np.ndarray) -> np.ndarray:
@@ -191,8 +165,7 @@ def finite(pixels: np.ndarray) -> np.ndarray:
     return pixels
 
 
-# ---- affines
-# ----------------------------------------------------------------------------------------------
+# ---- affines -------------------------------------------------------------------------------------
 
 
 def usable(affine: np.ndarray) -> bool:
@@ -204,17 +177,16 @@ def usable(affine: np.ndarray) -> bool:
 
 
 def _qform(header: nibabel.Nifti1Header) -> np.ndarray:
-    """The header's quaternion as an affine. One a little longer than 1 is shortened, as FSL and ITK
-    do.
+    """The header's quaternion as an affine; NaN for one that is much longer than 1.
+
+    `quat2mat` shortens one that is a little longer, as FSL and ITK do.
     """
     x, y, z = (float(header[f"quatern_{letter}"]) for letter in "bcd")
-    length = x * x + y * y + z * z
-    if length > 1:
-        if not length < 1.01:
-            return np.full((4, 4), np.nan)
-        x, y, z, length = x / length**0.5, y / length**0.5, z / length**0.5, 1
+    left = 1 - (x * x + y * y + z * z)
+    if not left > -0.01:
+        return np.full((4, 4), np.nan)
     affine = np.eye(4)
-    affine[:3, :3] = nibabel.quaternions.quat2mat((max(0.0, 1 - length) ** 0.5, x, y, z))
+    affine[:3, :3] = nibabel.quaternions.quat2mat((max(0.0, left) ** 0.5, x, y, z))
     sizes = np.abs(header["pixdim"][1:4].astype(float))
     affine[:3, :3] *= sizes * (1, 1, -1 if header["pixdim"][0] < 0 else 1)
     affine[:3, 3] = [float(header[f"qoffset_{letter}"]) for letter in "xyz"]
@@ -317,8 +289,7 @@ def obliquity(affine: np.ndarray) -> float:
         return float(np.degrees(np.nan_to_num(nibabel.affines.obliquity(affine)).max()))
 
 
-# ---- writing
-# ----------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def write(

@@ -191,7 +191,7 @@ def test_a_last_axis_of_one_is_welcome_and_a_volume_is_sent_to_the_slicer(study,
         open_study(config)["train"].pixels[1], noise(7, (*SIZE, 1))[:, :, 0]
     )
     put(study, noise(6, (*SIZE, 3)), 0)
-    with pytest.raises(ValueError, match=r"slice_0.*a volume of 32x16x3.*python volumes.py"):
+    with pytest.raises(ValueError, match=r"slice_0.*an array of 32x16x3 .*slice_volumes\.py"):
         open_study(config)
 
 
