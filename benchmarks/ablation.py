@@ -1,12 +1,14 @@
 """What each choice of the recipe is worth: one thing changed at a time, on the validation split.
 
-    python -m benchmarks.ablation --data keras_slices_data                          # every row, one seed
-    python -m benchmarks.ablation --data keras_slices_data --only recipe --seed 1   # more seeds of a row
-    python -m benchmarks.ablation --table                                           # what has been measured
+    python -m benchmarks.ablation --data keras_slices_data                         # every row
+    python -m benchmarks.ablation --data keras_slices_data --only recipe --seed 1  # another seed
+    python -m benchmarks.ablation --table                                          # what is known
 
 The recipe is that of `--preset best` with the network of `quick`. Every run sees the same number of
 slices (--epochs), so other work on the machine changes no score; the CPU time for a slice stands
-beside the score. Rows are added to --out one at a time.
+beside the score. Rows are added to --out one at a time. Eleven rows of the file (ReLU, GroupNorm,
+cosine codes, the rotation trick, other K by level, SSIM of three scales, a patch-GAN, weight
+averaging, shifts, intensities) needed changed code that is gone: they can be shown, not rerun.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import numpy as np
 
 from support import runtime
 
+WIDE = "--channels 96 --top-channels 192 --residual-channels 48"
 VARIANTS = {
     "recipe": "",
     "AdamW": "--optimiser adam",
@@ -43,38 +46,21 @@ VARIANTS = {
     "no revival": "--revive 0",
     "D 16": "--D 16",
     "half as wide": "--channels 32 --top-channels 64 --residual-channels 16",
-    "1.5 x as wide": "--channels 96 --top-channels 192 --residual-channels 48",
-    "shape of --preset best": "--channels 96 --top-channels 192 --residual-channels 48 --decoder-blocks 4",
+    "1.5 x as wide": WIDE,
+    "shape of --preset best": f"{WIDE} --decoder-blocks 4",
     "decoder as shallow as the encoder": "--decoder-blocks 1",
     "lambda 0.01": "--bit-weight 0.01",
 }
-CHANGED = {  # a function of variants.py with its arguments, and flags
-    "ReLU": ("relu", ""),
-    "GroupNorm": ("group_norm", ""),
-    "cosine codes, D 16": ("cosine_codes", "--D 16"),
-    "rotation trick": ("rotation_trick", ""),
-    "K 32 top, 1024 bottom": ("small_codebook quantiser_top 32", "--K 1024"),
-    "K 8192 top, 256 bottom": ("small_codebook quantiser_bottom 256", "--K 8192"),
-    "SSIM of three scales": ("ssim_of_scales", ""),
-    "patch-GAN, weight 0.02": ("patch_gan", ""),
-    "weight averaging": ("weight_averaging", ""),
-    "shifts": ("shifts", ""),
-    "intensities": ("intensities", ""),
-}
-NAMES = [*VARIANTS, *CHANGED]
 KEY = ("name", "epochs", "seed")  # a new row replaces one with the same key
 
 
 def measure(name: str, data: str, epochs: int, seed: int) -> dict:
     """Train one variant in a process of its own and return its row."""
     with tempfile.TemporaryDirectory() as out:
-        change, own_flags = CHANGED.get(name) or ("", VARIANTS[name])
-        flags = f"--preset quick --lr 1.5e-3 --minutes 0 --epochs {epochs} --seed {seed} {own_flags}".split()
-        script = ["-m", "benchmarks.variants", *change.split()] if change else ["train.py"]
+        flags = f"--preset quick --lr 1.5e-3 --minutes 0 --epochs {epochs} --seed {seed}"
+        command = [sys.executable, "train.py", "--data", data, "--out", out]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        if subprocess.run(
-            [sys.executable, *script, "--data", data, "--out", out, *flags]
-        ).returncode:
+        if subprocess.run(command + f"{flags} {VARIANTS[name]}".split()).returncode:
             raise runtime.UserError(
                 f"{name}: training failed, see above. The rows before it are kept."
             )
@@ -84,7 +70,7 @@ def measure(name: str, data: str, epochs: int, seed: int) -> dict:
     return {
         "name": name,
         "seed": seed,
-        "flags": f"{change} {own_flags}".strip(),
+        "flags": VARIANTS[name],
         "epochs": epochs,
         "ssim": 1 - last["validate"]["ssim"],
         "mse": last["validate"]["mse"],
@@ -104,10 +90,8 @@ def table(rows: list[dict]) -> None:
     for (epochs, *_, torch), found in groups.items():
         scores = {name: [row["ssim"] for row in seeds] for name, seeds in found.items()}
         recipe = np.mean(scores.get("recipe", np.nan))
-        title = f"{epochs} epochs, torch {torch}"
-        print(
-            f"{title:<36}{'seeds':>6}{'val. SSIM':>11}{'spread':>9}{'to recipe':>10}{'CPU ms a slice':>16}"
-        )
+        head = f"{'seeds':>6}{'val. SSIM':>11}{'spread':>9}{'to recipe':>10}{'CPU ms a slice':>16}"
+        print(f"{f'{epochs} epochs, torch {torch}':<36}{head}")
         for name in sorted(found, key=lambda name: -np.mean(scores[name])):
             mean, n = np.mean(scores[name]), len(scores[name])
             spread = f"{np.std(scores[name], ddof=1):.4f}" if n > 1 else ""
@@ -122,7 +106,9 @@ def main() -> None:
     parser.add_argument("--data", help="study folder")
     parser.add_argument("--epochs", type=int, default=2, help="passes over the train split")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
+    parser.add_argument(
+        "--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ablation.json"))
     parser.add_argument(
         "--table", action="store_true", help="print the rows of --out and measure nothing"
@@ -136,9 +122,8 @@ def main() -> None:
         for i, name in enumerate(args.only, 1):
             print(f"{name} ({i} of {len(args.only)})")
             row = measure(name, args.data, args.epochs, args.seed)
-            rows = (
-                json.loads(args.out.read_text()) if args.out.is_file() else []
-            )  # others may have written
+            # Another process may have written its row meanwhile, so the file is read again.
+            rows = json.loads(args.out.read_text()) if args.out.is_file() else []
             rows = [r for r in rows if any(r[key] != row[key] for key in KEY)] + [row]
             runtime.write_json(args.out, rows)
     table(rows)

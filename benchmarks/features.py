@@ -4,13 +4,16 @@
     python -m benchmarks.features Results/generated --data phantom_slices_data
 
 Features are EfficientNet-Lite0's last maps, averaged over the slice: 1280 numbers (weights learnt
-on ImageNet come with the package). Sets of --n slices are compared with as many real test slices:
-real validation slices (the floor, other patients), reconstructions of these with --checkpoint, and
-the generated ones. For each:
+on ImageNet come with the package). Sets of --n slices are compared with as many test slices:
+validation slices (the floor, other patients), reconstructions of these with --checkpoint, and the
+generated ones. For each:
 
-    frechet             Fréchet distance; it falls with n, so compare at one n only
-    precision, recall   share of slices among real ones, and of real ones among them (Kynkäänniemi et al. 2019)
-    auc                 of a linear classifier of them against real slices of patients it has not seen: 0.5 is chance
+    frechet     Fréchet distance; it falls with n, so compare at one n only
+    kid         kernel distance (KID) and its standard error; 0 for two sets of one distribution
+    precision   share of them among the test slices (Kynkäänniemi et al. 2019)
+    recall      share of the test slices among them
+    auc         of a linear classifier that tells them from test slices of patients it has not seen;
+                0.5 is chance
 
 Writes --out, a JSON file.
 """
@@ -52,14 +55,10 @@ def features(network: torch.nn.Module, images: np.ndarray, label: str) -> np.nda
     """
     parts = []
     for x in tqdm(
-        torch.from_numpy(np.ascontiguousarray(images, np.float32)).split(8),
-        desc=label,
-        disable=None,
+        torch.from_numpy(np.ascontiguousarray(images, np.float32)).split(8), label, disable=None
     ):
         low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)
-        x = (
-            (x - low) / (high - low).clamp_min(1e-6) * 255 - 127
-        ) / 128  # as the network was trained
+        x = (255 * (x - low) / (high - low).clamp_min(1e-6) - 127) / 128  # as it was trained
         maps = network.extract_features(x[:, None].expand(-1, 3, -1, -1).contiguous())
         parts.append(maps.mean((2, 3)).double().numpy())
     return np.concatenate(parts)
@@ -92,7 +91,7 @@ def linear_auc(real: np.ndarray, fake: np.ndarray, groups: np.ndarray, seed: int
     held out.
 
     Real rows of one group (a patient), (N,), are in one fold: else the classifier would know the
-        patient again.
+    patient again.
     """
     rng = np.random.default_rng(seed)
     _, whose = np.unique(groups, return_inverse=True)
@@ -123,8 +122,16 @@ def read_slices(folder: Path, n: int) -> np.ndarray:
 
 def compare(real: np.ndarray, found: np.ndarray, groups: np.ndarray) -> dict:
     precision, recall = precision_recall(real, found)
-    row = {"n": len(found), "frechet": metrics.frechet_distance(real, found)}
-    return row | {"precision": precision, "recall": recall, "auc": linear_auc(real, found, groups)}
+    kid, error = metrics.kernel_distance(real, found)
+    return {
+        "n": len(found),
+        "frechet": metrics.frechet_distance(real, found),
+        "kid": kid,
+        "kid_error": error,
+        "precision": precision,
+        "recall": recall,
+        "auc": linear_auc(real, found, groups),
+    }
 
 
 def main() -> None:
@@ -147,7 +154,7 @@ def main() -> None:
         name: np.sort(rng.permutation(len(splits[name]))[:n]) for name in ("validate", "test")
     }
     images = {name: splits[name].images(indices)[:, 0].numpy() for name, indices in chosen.items()}
-    sets = {"real validation slices": images["validate"]}
+    sets = {"validation slices": images["validate"]}
     if args.checkpoint:
         model = load_model(args.checkpoint).model
         with torch.inference_mode():
@@ -155,15 +162,13 @@ def main() -> None:
         sets["reconstructions"] = decode(model, *map(torch.cat, zip(*codes, strict=True)))[0]
     sets |= {name: slices[:n] for name, slices in generated.items()}
     groups = np.array([splits["test"].names[i].patient for i in chosen["test"]])
-    real = features(network, images["test"], "real test slices")
+    real = features(network, images["test"], "test slices")
     rows = {
         name: compare(real, features(network, slices, name), groups)
         for name, slices in sets.items()
     }
-    print(
-        f"\n{f'against {n} real test slices':<34}"
-        + "".join(f"{key:>11}" for key in next(iter(rows.values())))
-    )
+    heads = "".join(f"{key:>11}" for key in next(iter(rows.values())))
+    print(f"\n{f'against {n} test slices':<34}{heads}")
     for name, row in rows.items():
         print(f"{name:<34}" + "".join(f"{value:>11.4g}" for value in row.values()))
     data = {"study": splits["test"].study.resolve().name, "fingerprint": splits["test"].fingerprint}

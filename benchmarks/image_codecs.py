@@ -1,11 +1,10 @@
-"""What image codecs make of slices: bits and scores to compare a learned code with. Slices in,
-numbers out.
+"""What image codecs make of slices: bits and scores to compare a learned code with.
 
 JPEG, JPEG 2000, WebP and AVIF, as Pillow has them, get 8-bit pictures: a z-scored slice, scaled
 from its own minimum and maximum to 0..255. What they return is scaled back by the same two numbers
 and scored against the float slice by `metrics.score_slice`, as the model's reconstruction is. Each
-codec has the settings that did best on real
-MR slices, except AVIF, whose last few per cent take minutes: see `with_avif_speed`.
+codec has the settings that did best on MRI, except AVIF, whose last few per cent take minutes: see
+`with_avif_speed`.
 
 A rate is that of the whole file, headers included. In pictures this small they count, and
 `overhead` says how much. A curve's rate is the mean over slices at one quality, so a codec may
@@ -28,16 +27,14 @@ from scipy.interpolate import PchipInterpolator
 from support import metrics
 from support.runtime import UserError
 
-Points = dict[str, list[dict[str, float]]]  # one slice: codec -> rate and scores at each quality
-Curves = dict[
-    str, dict[str, np.ndarray]
-]  # many slices: codec -> rate and scores, each (qualities,)
+# Of one slice: codec -> its rate and scores at each quality.
+Points = dict[str, list[dict[str, float]]]
+# Of many slices: codec -> rate and scores, (qualities,) each.
+Curves = dict[str, dict[str, np.ndarray]]
 
 
 class Codec(NamedTuple):
-    """A codec and how it is called. Where there are several `settings`, the smallest file
-    counts.
-    """
+    """A codec and how it is called. Of several `settings` the one with the smallest file counts."""
 
     format: str  # as Pillow calls it
     feature: str  # as PIL.features calls its library
@@ -94,9 +91,8 @@ def check() -> None:
 
 
 def version(codec: Codec) -> str:
-    turbo = (
-        codec.feature == "jpg"
-    )  # for "jpg", PIL.features knows only the version of the interface
+    # for "jpg", PIL.features knows only the version of the interface
+    turbo = codec.feature == "jpg"
     found = features.version_feature("libjpeg_turbo") if turbo else features.version(codec.feature)
     return f"{codec.library} {found or 'of unknown version'}"
 

@@ -2,7 +2,7 @@
 stored.
 
     pip install monai
-    python -m benchmarks.peers                      # on this machine's CPU, or on its GPU where there is one
+    python -m benchmarks.peers                      # on a GPU where there is one, else on the CPU
     python -m benchmarks.peers --only ours single   # without MONAI
 
     ours      the default network of train.py
@@ -13,8 +13,8 @@ stored.
 Every model takes the same step: a batch of slices forward, the mean squared error and the
 quantiser's loss, backward, Adam. Each round times every model in turn, so that a machine that slows
 down slows them all; the table has medians over rounds. Every timing has a process of its own, whose
-peak memory includes the libraries. How well
-the models reconstruct is not compared: the peers would need hours to converge.
+peak memory includes the libraries. How well the models reconstruct is not compared: the peers would
+need hours to converge.
 """
 
 import importlib.util
@@ -142,19 +142,22 @@ def merge(rounds: list[dict]) -> dict:
 
 def table(rows: dict[str, dict]) -> str:
     """The rows as Markdown."""
-    lines = [
-        "| model | parameters | bits per pixel | slices/s | peak memory, MiB | ours is faster by |",
-        "|---|---|---|---|---|---|",
-    ]
+    heads = (
+        "model",
+        "parameters",
+        "bits per pixel",
+        "slices/s",
+        "peak memory, MiB",
+        "ours is faster by",
+    )
+    lines = [heads, ["---"] * len(heads)]
     for name, row in rows.items():
-        ratio = ""
+        speed, ratio = row["slices_per_s"], ""
         if "ours" in rows and name != "ours":
-            ratio = f"{rows['ours']['slices_per_s'] / row['slices_per_s']:.1f} x"
-        lines.append(
-            f"| {name} | {row['parameters'] / 1e6:.2f} M | {row['bits_per_pixel']:.4g} | {row['slices_per_s']:.3g} | "
-            f"{row['peak_memory_mib']} | {ratio} |"
-        )
-    return "\n".join(lines)
+            ratio = f"{rows['ours']['slices_per_s'] / speed:.1f} x"
+        size, bits = f"{row['parameters'] / 1e6:.2f} M", f"{row['bits_per_pixel']:.4g}"
+        lines.append([name, size, bits, f"{speed:.3g}", str(row["peak_memory_mib"]), ratio])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
 """Plausible slices by set: studies that mix, say, hearts and abdomens are never pooled.
 
-    python -m benchmarks.plausible Results/generated --data DIR --checkpoint Results/vqvae2_best.pth --below 100
+    python -m benchmarks.plausible Results/generated --data DIR --below 100
 
-Real validation slices, their reconstructions, real test slices and the slices that generate.py
-wrote, each beside the real training slices of its own set. A real slice belongs to a set by its
-patient's number, a generated one by the organs that the U-Net (anatomy.py) sees most of in it.
+Validation slices, their reconstructions, test slices and the slices that generate.py wrote, each
+beside the training slices of its own set. A slice of the study belongs to a set by its patient's
+number, a generated one by the organs that the U-Net (new_slices/organs.py) sees most of in it.
 "both sets" counts slices in which the U-Net sees organs of both, such as half a heart in an
 abdomen; slices without an organ are counted and belong to no set. Prints and writes to --out the
 shares of plausible slices, with standard errors over slices.
@@ -12,11 +12,13 @@ shares of plausible slices, with standard errors over slices.
 
 import json
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.per_set import study_sets
 from benchmarks.utility import read_generated
@@ -30,11 +32,9 @@ from support import runtime
 
 
 class Measured(NamedTuple):
-    """Slices as the U-Net sees them: their `organs.measure` (n, O, 7), positions (n,) and set names
-    (n,).
-    """
+    """Slices as the U-Net sees them: `organs.measure` (n, O, 7), positions (n,), set names (n,)."""
 
-    figures: np.ndarray
+    values: np.ndarray
     positions: np.ndarray
     sets: np.ndarray
 
@@ -54,34 +54,42 @@ def organs_of(train: SliceDataset, sets: np.ndarray) -> dict[str, np.ndarray]:
     return shown
 
 
-def by_organs(figures: np.ndarray, organs: dict[str, np.ndarray]) -> tuple[np.ndarray, int]:
-    """The set (n,) whose organs fill most of each slice, "" where there is no organ; and how many
-    show both sets'.
+def by_organs(values: np.ndarray, shows: dict[str, np.ndarray]) -> tuple[np.ndarray, int]:
+    """The set, (n,), whose organs fill most of each slice, "" where there is none; and how many
+    slices show organs of both sets. `shows` is what `organs_of` returns.
     """
-    area = np.nan_to_num(figures[:, :, 0])  # (n, O)
-    filled = np.stack([area[:, own].sum(1) for own in organs.values()], 1)  # (n, sets)
-    names = np.where(filled.max(1) > 0, np.array(list(organs))[filled.argmax(1)], "")
+    area = np.nan_to_num(values[:, :, 0])  # (n, O)
+    filled = np.stack([area[:, own].sum(1) for own in shows.values()], 1)  # (n, sets)
+    names = np.where(filled.max(1) > 0, np.array(list(shows))[filled.argmax(1)], "")
     return names, int(((filled > 0).sum(1) > 1).sum())
 
 
-def shares(row: Measured, real: dict[str, Measured], organs: dict[str, np.ndarray]) -> dict:
-    """How many slices show no organ and organs of both sets, and the share of each set's that are
-    plausible.
+def shares(row: Measured, trained: dict[str, Measured], shows: dict[str, np.ndarray]) -> dict:
+    """How many slices show no organ, and organs of both sets, and the share of each set's that are
+    plausible beside its training slices.
     """
-    found, both = by_organs(row.figures, organs)
+    found, both = by_organs(row.values, shows)
     result = {"n": len(found), "no organ": int((found == "").sum()), "both sets": both}
-    for name, others in real.items():
-        shown = (row.sets == name) & (
-            found != ""
-        )  # without an organ there is no place or shape to judge
+    for name, others in trained.items():
+        # without an organ there is no place or shape to judge
+        shown = (row.sets == name) & (found != "")
         together, fine = organs.plausible(
-            row.figures[shown], row.positions[shown], others.figures, others.positions
+            row.values[shown], row.positions[shown], others.values, others.positions
         )
-        n = int(shown.sum())
-        share = float((together & fine.all(1)).mean()) if n else math.nan
-        error = math.sqrt(share * (1 - share) / n) if n else math.nan
+        good, n = together & fine.all(1), int(shown.sum())
+        share = float(good.mean()) if n else math.nan
+        error = math.sqrt(share * (1 - share) / max(n, 1))
         result[name] = {"n": n, "plausible": share, "standard_error": error}
     return result
+
+
+def show(result: dict[str, dict], sets: Iterable[str]) -> None:
+    print(f"{'':<26}{'n':>6}{'no organ':>10}{'both sets':>11}" + "".join(f"{s:>26}" for s in sets))
+    for row, scores in result.items():
+        cells = (scores[name] for name in sets)
+        texts = (f"{c['plausible']:.3f} +- {c['standard_error']:.3f} (n {c['n']})" for c in cells)
+        counts = f"{scores['n']:>6}{scores['no organ']:>10}{scores['both sets']:>11}"
+        print(f"{row:<26}{counts}" + "".join(f"{text:>26}" for text in texts))
 
 
 def main() -> None:
@@ -89,80 +97,51 @@ def main() -> None:
     parser.add_argument("generated", type=Path, help="folder that generate.py wrote")
     parser.add_argument("--data", default="", help="study folder")
     parser.add_argument("--checkpoint", default="Results/vqvae2_best.pth", help="the autoencoder")
-    parser.add_argument(
-        "--below", type=int, required=True, help="patients below are one set, the rest another"
-    )
-    parser.add_argument(
-        "--cache", default="", help="decoded slices; empty is ~/.cache/vqvae2-slices"
-    )
+    parser.add_argument("--below", type=int, required=True, help="patients below are the first set")
+    parser.add_argument("--cache", default="", help="of decoded slices; empty: ~/.cache")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--out", default="benchmarks/results/plausible.json", help="file to write")
     args = parser.parse_args()
-    device = runtime.pick_device(args.device)
-    trained = load_model(args.checkpoint)
+    device, trained = runtime.pick_device(args.device), load_model(args.checkpoint)
     splits = open_splits(trained, DataConfig(data=args.data, cache=args.cache))
-    train, labels = splits["train"], len(splits["train"].labels)
-    model = trained.model.to(device)
+    train, model = splits["train"], trained.model.to(device)
     net = organs.segmenter_of(train, Path(args.checkpoint).parent / "segmenter.pth", device)
+    sets = {name: sets_of(split, args.below) for name, split in splits.items()}
     images, _ = read_generated(args.generated, train.labels)
-    positions = json.loads((args.generated / "manifest.json").read_text())["positions"][
-        : len(images)
-    ]
+    positions = json.loads((args.generated / "manifest.json").read_text())["positions"]
 
-    def figures_of(images: np.ndarray) -> np.ndarray:
-        return organs.measure(organs.segment(net, images), labels)
+    def measure(x: Tensor) -> np.ndarray:
+        return organs.measure(organs.segment(net, x[:, 0].numpy()), len(train.labels))
 
-    def measured(
-        split: SliceDataset, chosen: np.ndarray, sets: np.ndarray, reconstruct: bool = False
-    ) -> Measured:
-        found = []
-        for part in np.array_split(chosen, -(-len(chosen) // 64)):
-            x = split.images(part)
-            if reconstruct:
-                with torch.inference_mode():
-                    x = torch.from_numpy(decode(model, *model.encode(x.to(device)))[0])[:, None]
-            found.append(figures_of(x[:, 0].numpy()))
-        return Measured(np.concatenate(found), split.positions[chosen], sets[chosen])
+    def reconstruct(x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return torch.from_numpy(decode(model, *model.encode(x.to(device)))[0])[:, None]
 
-    rng, sets = (
-        np.random.default_rng(0),
-        {name: sets_of(split, args.below) for name, split in splits.items()},
-    )
-    shows = organs_of(train, sets["train"])
-    real = {
-        name: measured(
-            train, rng.permutation(np.flatnonzero(sets["train"] == name))[:MOST_REAL], sets["train"]
-        )
+    def measured(name: str, chosen: np.ndarray, change: Callable = lambda x: x) -> Measured:
+        split = splits[name]
+        parts = np.array_split(chosen, -(-len(chosen) // 64))
+        found = np.concatenate([measure(change(split.images(part))) for part in parts])
+        return Measured(found, split.positions[chosen], sets[name][chosen])
+
+    rng, shows = np.random.default_rng(0), organs_of(train, sets["train"])
+    beside = {
+        name: measured("train", rng.permutation(np.flatnonzero(sets["train"] == name))[:MOST_REAL])
         for name in shows
     }
-    everything = {name: np.arange(len(split)) for name, split in splits.items()}
+    every = {name: np.arange(len(split)) for name, split in splits.items()}
     rows = {
-        "real validation slices": measured(
-            splits["validate"], everything["validate"], sets["validate"]
-        ),
-        "real test slices": measured(splits["test"], everything["test"], sets["test"]),
-        "reconstructions": measured(
-            splits["validate"], everything["validate"], sets["validate"], True
-        ),
+        "validation slices": measured("validate", every["validate"]),
+        "test slices": measured("test", every["test"]),
+        "reconstructions": measured("validate", every["validate"], reconstruct),
     }
-    figures = figures_of(images[:, 0].numpy())
-    rows["generated"] = Measured(figures, np.array(positions, float), by_organs(figures, shows)[0])
-    result = {name: shares(row, real, shows) for name, row in rows.items()}
-    print(
-        f"{'':<26}{'n':>6}{'no organ':>10}{'both sets':>11}"
-        + "".join(f"{name:>26}" for name in organs)
-    )
-    for row, scores in result.items():
-        cells = (scores[name] for name in organs)
-        text = (f"{c['plausible']:.3f} +- {c['standard_error']:.3f} (n {c['n']})" for c in cells)
-        print(
-            f"{row:<26}{scores['n']:>6}{scores['no organ']:>10}{scores['both sets']:>11}"
-            + "".join(f"{t:>26}" for t in text)
-        )
+    values = measure(images)
+    of_set, _ = by_organs(values, shows)
+    rows["generated"] = Measured(values, np.array(positions[: len(images)], float), of_set)
+    result = {name: shares(row, beside, shows) for name, row in rows.items()}
+    show(result, shows)
     data = {"study": train.study.resolve().name, "fingerprint": train.fingerprint}
-    runtime.write_json(
-        args.out, {"rows": plain(result), "data": data, "provenance": runtime.provenance()}
-    )
+    found = {"rows": plain(result), "data": data, "provenance": runtime.provenance()}
+    runtime.write_json(args.out, found)
     print(f"wrote {args.out}")
 
 

@@ -1,22 +1,23 @@
 """Rate against distortion on a test split: trained models beside JPEG, JPEG 2000, WebP and AVIF.
 
     python -m benchmarks.rate_distortion Results/vqvae2_best.pth --prior Results/prior_best.pth
-    python -m benchmarks.rate_distortion low.pth middle.pth high.pth --below 100 --sets abdomen heart
+    python -m benchmarks.rate_distortion low.pth high.pth --below 100 --sets abdomen heart
 
 A model's bits are counted in up to three ways: nominal (log2 K for each code), by the entropy of
 its code histogram over the slices, and by the bound on -log2 p of those codes under its prior, if
-one is given. Patients numbered below
---below are one set and the others the second, as in per_set.py; a study with only one of them is
-one set.
+one is given. Patients numbered below --below are one set and the others the second, as in
+per_set.py; a study with only one of them is one set.
 
 Writes rate_distortion.json and rate_distortion.png to --out.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import PIL
+from matplotlib.lines import Line2D
 
 import predict
 from benchmarks import image_codecs
@@ -29,13 +30,14 @@ from new_slices.code_maps import LEVELS
 from new_slices.prior import Prior
 from support import figures, runtime
 
+# The first four colours of matplotlib are the codecs'.
+MODEL_COLOURS = ("black", *(f"tab:{name}" for name in ("purple", "brown", "pink", "olive", "cyan")))
+MARKERS = {"nominal": "o", "code entropy": "s", "prior": "D"}  # by the way of counting bits
 SCORES = {"ssim_report": "SSIM report", "ssim_standard": "SSIM standard", "psnr": "PSNR dB"}
 
 
 class Contender(NamedTuple):
-    """A model, its prior if there is one, the scores of every slice, and its maps: codes (N, h, w)
-    and masks.
-    """
+    """A model, its prior if any, every slice's scores, and the maps: codes (N, h, w) and masks."""
 
     model: VQVAE2
     prior: Prior | None
@@ -60,9 +62,7 @@ def labels(checkpoints: list[str]) -> list[str]:
 
 
 def pair_up(checkpoints: list[str], priors: list[str]) -> dict[str, str]:
-    """checkpoint -> its prior. A prior that belongs to none goes to the first, where `load_models`
-    refuses it.
-    """
+    """checkpoint -> its prior. One of none of them goes to the first: `load_models` refuses it."""
     digests = {runtime.sha256(path): path for path in checkpoints if Path(path).is_file()}
     pairs = {}
     for prior in priors:
@@ -109,7 +109,7 @@ def sweep(test: SliceDataset, codecs: dict[str, image_codecs.Codec]) -> list[ima
 
 
 def rate_panel(curves: image_codecs.Curves, models: dict[str, dict]) -> tuple[dict, dict]:
-    """One panel of figures.rate_distortion: the codecs' curves and the models' points, by name."""
+    """One panel of `draw`: the codecs' curves and the models' points, by name."""
     lines = {
         codec: image_codecs.curve_points(curve, "ssim_report") for codec, curve in curves.items()
     }
@@ -122,12 +122,12 @@ def rate_panel(curves: image_codecs.Curves, models: dict[str, dict]) -> tuple[di
 
 
 def print_set(title: str, board: dict, curves: image_codecs.Curves, rates: list[float]) -> None:
-    print(
-        f"\n{title}: {board['n']} slices of {board['people']} people; SSIM of the report's protocol / PSNR in dB"
-    )
-    print(
-        f"{'bits per pixel':<34}" + "".join(f"{rate:>16.4g}" for rate in rates) + f"{'headers':>10}"
-    )
+    """Each codec's SSIM and PSNR at the rates, each model's scores, and what bits its SSIM costs a
+    codec.
+    """
+    print(f"\n{title}: {board['n']} slices, {board['people']} people; SSIM, report / PSNR, dB")
+    heads = "".join(f"{rate:>16.4g}" for rate in rates)
+    print(f"{'bits per pixel':<34}{heads}{'headers':>10}")
     for codec, curve in curves.items():
         cells = (
             [image_codecs.score_at(curve, score, rate) for score in ("ssim_report", "psnr")]
@@ -139,21 +139,61 @@ def print_set(title: str, board: dict, curves: image_codecs.Curves, rates: list[
     print(f"{'model':<34}" + "".join(f"{name:>16}" for name in SCORES.values()))
     for name, model in board["models"].items():
         print(f"{name:<34}" + "".join(f"{model[score]['mean']:>#16.4g}" for score in SCORES))
-    print(
-        f"{'for the same SSIM, report':<34}{'bits per pixel':>16}"
-        + "".join(f"{c:>16}" for c in curves)
-    )
+    heads = "".join(f"{codec:>16}" for codec in curves)
+    print(f"{'for the same SSIM, report':<34}{'bits per pixel':>16}{heads}")
     for name, model in board["models"].items():
         for kind, bits in model["bits_per_pixel"].items():
-            needs = (
-                codec["bits_per_pixel_for"]["ssim_report"] for codec in model["codecs"].values()
+            needs = [c["bits_per_pixel_for"]["ssim_report"] for c in model["codecs"].values()]
+            cells = ["-" if b is None else f"{b:.3f} ({b / bits - 1:+.0%})" for b in needs]
+            row = "".join(f"{cell:>16}" for cell in cells)
+            print(f"{f'{name}, {kind}':<34}{bits:>16.3f}{row}")
+
+
+def draw(path: Path | str, panels: Mapping[str, tuple[Mapping, Mapping]], note: str = "") -> None:
+    """SSIM over bits per pixel, a panel for each set of slices: codecs are curves, models points.
+
+    A model has one point for each way of counting its bits, joined by a line of its colour.
+
+    Args:
+        panels: title -> (codec -> (bits (Q,), SSIM (Q,)), model -> way of counting -> its point).
+    """
+    figure = figures.new_figure(4.6 * len(panels) + 2.4, 4.6)
+    figure.suptitle(note, fontsize=10)
+    every_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    legend: dict[str, dict[str, Line2D]] = {"image codecs": {}, "models": {}, "bits counted by": {}}
+    for axes, (title, (codecs, models)) in zip(every_axes, panels.items(), strict=True):
+        for i, (name, curve) in enumerate(codecs.items()):
+            (legend["image codecs"][name],) = axes.plot(*curve, color=f"C{i}", lw=1.5, label=name)
+        for i, (name, counted) in enumerate(models.items()):
+            colour, joined = (
+                MODEL_COLOURS[i % len(MODEL_COLOURS)],
+                zip(*counted.values(), strict=True),
             )
-            cells = (
-                "-" if need is None else f"{need:.3f} ({need / bits - 1:+.0%})" for need in needs
-            )
-            print(
-                f"{f'{name}, {kind}':<34}{bits:>16.3f}" + "".join(f"{cell:>16}" for cell in cells)
-            )
+            line = {"color": colour, "lw": 2.5, "label": name, "zorder": 3}
+            (legend["models"][name],) = axes.plot(*map(list, joined), **line)
+            for way, point in counted.items():
+                marker = {"marker": MARKERS.get(way, "^"), "ls": "", "label": way}
+                axes.plot(*point, color=colour, zorder=4, **marker)
+                legend["bits counted by"][way] = Line2D([], [], color="black", **marker)
+        _zoom_to_models(axes, codecs, models)
+        axes.set(title=title, xlabel="bits per pixel", ylabel="SSIM, the report's protocol")
+        axes.grid(alpha=0.3)
+    # One legend for all panels. A heading is an entry without a line.
+    entries = {}
+    for heading, lines in legend.items():
+        entries |= {f"{heading}:": Line2D([], [], ls="")} | lines
+    figure.legend(entries.values(), entries, loc="outside right upper", fontsize=8)
+    figures.save(figure, path)
+
+
+def _zoom_to_models(axes, codecs: Mapping[str, tuple], models: Mapping[str, Mapping]) -> None:
+    """Show what can be compared: the models' points, and the curves near their rates."""
+    bits, ssim = np.array([point for counted in models.values() for point in counted.values()]).T
+    left, right = 0.5 * bits.min(), 1.3 * bits.max()
+    at_the_ends = [np.interp((left, right), *curve) for curve in codecs.values()]
+    low, high = min(ssim.min(), np.min(at_the_ends)), max(ssim.max(), np.max(at_the_ends))
+    margin = 0.05 * (high - low)
+    axes.set(xlim=(0.9 * left, 1.02 * right), ylim=(low - margin, high + margin))
 
 
 def parse_flags():
@@ -211,9 +251,7 @@ def main() -> None:
         print_set(title, board, curves, args.rates)
         result["sets"][title] = board
         panels[f"{title} (n = {board['n']})"] = rate_panel(curves, board["models"])
-    print(
-        f"\nAVIF at speed {args.avif_speed}; headers: that part of a codec's bits per pixel, of the whole file"
-    )
+    print(f"\nAVIF at speed {args.avif_speed}; headers are part of each codec's bits per pixel")
     result |= {
         "data": {"study": test.study.resolve().name, "fingerprint": test.fingerprint},
         "checkpoints": {path: runtime.sha256(path) for path in (*args.checkpoints, *args.prior)},
@@ -221,7 +259,7 @@ def main() -> None:
         "provenance": runtime.provenance(),
     }
     runtime.write_json(out / "rate_distortion.json", predict.rounded(result))
-    figures.rate_distortion(out / "rate_distortion.png", panels, predict.SYNTHETIC * test.synthetic)
+    draw(out / "rate_distortion.png", panels, predict.SYNTHETIC * test.synthetic)
     print(f"wrote {out}/: rate_distortion.json, rate_distortion.png")
 
 

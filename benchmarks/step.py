@@ -1,21 +1,16 @@
-"""A training step of train.py: slices/s by batch size, and where its time goes. On a GPU also the
-share of the bfloat16 matrix rate that its convolutions reach, and the time of an epoch.
+"""A training step of train.py: slices/s by batch size, memory, and on a CPU where its time goes.
 
-    python -m benchmarks.step --data keras_slices_data                                   # --preset report
+    python -m benchmarks.step --data keras_slices_data                        # --preset report
     python -m benchmarks.step --data keras_slices_data --preset best --batch-size 1
-    python -m benchmarks.step --data keras_slices_data --batch-size 64 256 --compile on  # on a GPU
-    python -m benchmarks.step --data keras_slices_data --preset best --batch-size 1 --against ../before
+    python -m benchmarks.step --data keras_slices_data --batch-size 64 256    # on a GPU
 
-Takes the very steps of loop.py, data included, and writes --out, benchmarks/results/step.json: one
-entry a preset.
+Takes the very steps of train.py, data included, and writes --out, benchmarks/results/step.json: one
+entry a preset. To compare two revisions, run it in a worktree of each, by turns.
 """
 
 import collections
 import json
 import resource
-import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -30,19 +25,14 @@ from dataset import DataConfig
 from modules import VectorQuantiser
 from support import runtime, trainer
 
-EPOCH = 11_460  # training slices of HipMRI's sliced set
-# what the profiler calls a part of a step; an operation belongs to the first that it or a parent is
-# named
+# What the profiler calls the parts of a step. An operation belongs to the first part that names it,
+# or names an operation around it.
 PARTS = {
     "optimiser": ("Optimizer.step", "clip_grad_norm_"),
     "quantiser": ("quantiser",),
     "data": ("data",),
-    "convolutions": (
-        "convolution",
-        "ConvolutionBackward",
-        "aten::linear",
-        "AddmmBackward",
-    ),  # 1x1: products
+    # those of 1x1 are matrix products
+    "convolutions": ("convolution", "ConvolutionBackward", "aten::linear", "AddmmBackward"),
     "loss": ("loss",),
 }
 
@@ -114,18 +104,6 @@ def shares(run: trainer.Trainer, batch: torch.Tensor, steps: int) -> dict[str, f
     return {part: round(spent[part] / whole, 4) for part in (*PARTS, "pointwise", "Python")}
 
 
-def matrix_rate(device: torch.device, n: int = 8192, rounds: int = 20) -> float:
-    """FLOP/s of bfloat16 products of n x n matrices."""
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    for count in (3, rounds):  # the first to warm up
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(count):
-            a @ b
-        torch.cuda.synchronize()
-    return 2 * n**3 * rounds / (time.perf_counter() - began)
-
-
 def measure(args, batch_size: int) -> dict:
     run, batch = prepare(args, batch_size)
     if run.device.type == "cuda":
@@ -143,64 +121,12 @@ def measure(args, batch_size: int) -> dict:
         "bf16": run.bf16,
     }
     if run.device.type == "cuda":
-        row["seconds_per_epoch"] = round(EPOCH / rate, 3)
-        row["peak_memory_mib"] = round(
-            torch.cuda.max_memory_allocated() / 2**20
-        )  # before `matrix_rate`'s matrices
-        row["share_of_bf16_matrix_rate"] = round(
-            1e9 * row["gflop_per_s"] / matrix_rate(run.device), 4
-        )
+        row["peak_memory_mib"] = torch.cuda.max_memory_allocated() >> 20
     else:
-        # of the whole process so far, without the profiler
+        # of the whole process so far, which is why it comes before the profiler
         row["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         row["shares"] = shares(run, batch, steps)
     return row
-
-
-CHILD = """
-import argparse, dataclasses, sys
-sys.path[:0] = ["", "benchmarks"]
-preset, batch_size, data = sys.argv[1:]
-sys.argv = ["step.py"]
-from benchmarks import step
-fields = {field.name: field.default for field in dataclasses.fields(step.DataConfig)} | {"data":
-data} run, batch = step.prepare(argparse.Namespace(**fields, preset=preset, compile="off",
-device="cpu"), int(batch_size)) step.seconds(run, batch, 6)
-print("ready", flush=True)
-for steps in sys.stdin:
-    print(step.seconds(run, batch, int(steps)), flush=True)
-"""
-
-
-def compare(args, batch_size: int, rounds: int = 24, steps: int = 4) -> dict:
-    """CPU steps of this checkout and of the one at `args.against`, in turns, so that both meet the
-    same load.
-    """
-    words = [args.preset, str(batch_size), str(Path(args.data).resolve())]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    children = [
-        subprocess.Popen([sys.executable, "-c", CHILD, *words], cwd=folder, **pipes)
-        for folder in (args.against, runtime.ROOT)
-    ]
-    for child in children:
-        while child.stdout.readline() not in ("ready\n", ""):
-            pass
-    times = [[], []]
-    for _ in range(rounds):
-        for child, of_child in zip(children, times, strict=True):
-            print(steps, file=child.stdin, flush=True)
-            of_child.append(float(child.stdout.readline()) / steps)
-    for child in children:
-        child.communicate()
-    ratios = sorted(after / before for before, after in zip(*times, strict=True))
-    return {
-        "ms_before": round(1e3 * statistics.median(times[0]), 1),
-        "ms_after": round(1e3 * statistics.median(times[1]), 1),
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_quartiles": [round(ratios[rounds // 4], 3), round(ratios[-rounds // 4], 3)],
-        "rounds": rounds,
-        "steps": steps,
-    }
 
 
 def main() -> None:
@@ -212,15 +138,11 @@ def main() -> None:
     )
     parser.add_argument("--compile", default="auto", choices=trainer.SWITCH)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument(
-        "--against", type=Path, help="another checkout: only the ratio of its CPU steps to these"
-    )
     parser.add_argument("--out", default="benchmarks/results/step.json")
     args = parser.parse_args()
     rows = {}
     for batch_size in args.batch_size:
-        row = compare(args, batch_size) if args.against else measure(args, batch_size)
-        rows[f"batch {batch_size}"] = row
+        row = rows[f"batch {batch_size}"] = measure(args, batch_size)
         print(f"{args.preset}, batch {batch_size}:", ", ".join(f"{k} {v}" for k, v in row.items()))
     out = Path(args.out)
     known = json.loads(out.read_text()) if out.is_file() else {}
@@ -230,8 +152,7 @@ def main() -> None:
         **rows,
         **runtime.provenance(),
     }
-    name = f"{args.preset}, against {args.against.name}" if args.against else args.preset
-    runtime.write_json(out, known | {name: entry})
+    runtime.write_json(out, known | {args.preset: entry})
     print(f"wrote {out}")
 
 

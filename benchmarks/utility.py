@@ -1,13 +1,13 @@
-"""What generated slices are good for: a segmentation network that learnt from them, tested on real
-test patients.
+"""What generated slices are good for: a U-Net that learnt from them, tested on held-out patients.
 
-    python -m benchmarks.utility Results/generated --data phantom_slices_data
-    python -m benchmarks.utility Results/generated --data DIR --patients 4 8 16 --below 100   # sets, never pooled
+    python -m benchmarks.utility Results/generated --data phantom_slices_data --steps 300
+    python -m benchmarks.utility Results/generated --data DIR --patients 4 8 16 --below 100
 
-One network and one recipe (anatomy.py's U-Net) learn from real slices, from the generated slices
-alone, and from both; with --patients also from the slices of a few real patients, with and without
-the generated ones. Every network takes the same number of steps. In a mixture half of each batch is
-real. The generated folder must hold masks, as generate.py writes them for a study that has masks.
+One network and one recipe (new_slices/organs.py) learn from the study's slices ("real" in the
+names of the rows), from the generated slices alone, and from both; with --patients also from the
+slices of a few of the study's patients, with and without the generated ones. Every network takes
+the same number of steps. In a mixture half of each batch is of the study. The generated folder must
+hold masks, as generate.py writes them for a study that has masks.
 
 Prints and writes to --out the mean Dice over organs and test patients, with 95 % intervals over
 patients, and each organ's. With --below, patients numbered below that are one set and the rest
@@ -42,9 +42,7 @@ def real_pairs(split: SliceDataset, chosen: np.ndarray) -> Pairs:
 
 
 def generated_slices(folder: Path) -> list[Path]:
-    """The slices that generate.py wrote to a folder, in the order of its manifest.json; UserError
-    if none.
-    """
+    """The slices that generate.py wrote, in the order of its manifest.json; UserError if none."""
     found = sorted((folder / "keras_slices_synthetic").glob("case_*.nii.gz"), key=parse_name)
     if not found:
         raise UserError(
@@ -54,9 +52,7 @@ def generated_slices(folder: Path) -> list[Path]:
 
 
 def read_generated(folder: Path, labels: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The slices (N, 1, H, W) of a folder that generate.py wrote, z-scored, and their masks (N, H,
-    W).
-    """
+    """The slices (N, 1, H, W) that generate.py wrote to a folder, z-scored, and masks (N, H, W)."""
     images, masks = [], []
     for path in generated_slices(folder):
         mask_path = folder / "keras_slices_seg_synthetic" / path.name.replace("case_", "seg_", 1)
@@ -101,12 +97,10 @@ def score(
 
 
 def summarise(runs: list[np.ndarray], patients: np.ndarray, labels: tuple[int, ...]) -> dict:
-    """Of Dice (P, organs), one array a seed: the mean, its interval over patients, each organ's and
-    each seed's.
-    """
+    """Of Dice (P, organs), an array a seed: the mean, its interval, and each organ's and seed's."""
     dice = np.mean(
         runs, 0
-    )  # (P, organs); NaN where a patient lacks the organ and some network sees none
+    )  # (P, organs); NaN where a patient lacks an organ and a network sees none
     by_patient = np.nanmean(dice, 1)
     known = ~np.isnan(by_patient)
     low, high = metrics.bootstrap_interval(by_patient[known], patients[known])
@@ -141,32 +135,50 @@ def masked(split: SliceDataset, below: int | None) -> dict[str, np.ndarray]:
 
 
 def of_the_set(masks: Tensor, train: SliceDataset, chosen: np.ndarray) -> np.ndarray:
-    """The generated slices (indices) whose organs are those of the real slices `chosen`, or that
-    show none.
-    """
+    """The generated slices (indices) that show no organs but those of the slices `chosen`."""
     own = np.unique(train.masks(chosen).numpy())
     shown = [np.unique(mask) for mask in masks.numpy()]
-    return np.flatnonzero([np.isin(organs, [0, *own[own != NO_MASK]]).all() for organs in shown])
+    return np.flatnonzero([np.isin(each, [0, *own[own != NO_MASK]]).all() for each in shown])
+
+
+def compare(
+    train: SliceDataset, test: SliceDataset, slices: dict[str, np.ndarray], synthetic: Pairs, args
+) -> dict:
+    """The rows of one set: what a network is worth that learnt from each kind of slices.
+
+    `slices` are the indices of the set's slices with masks, of "train" and of "test".
+    """
+    device, labels = runtime.pick_device(args.device), train.labels
+    runs: dict[str, list[np.ndarray]] = {}
+    for seed in range(args.seeds):
+        real = real_pairs(train, slices["train"])
+        kinds = {"real": real, "synthetic alone": synthetic}
+        kinds["real and synthetic"] = mixture(real, synthetic)
+        for count in args.patients:
+            # every seed draws other patients
+            few = real_pairs(train, few_patients(train, slices["train"], count, seed))
+            kinds[f"{count} real patients"] = few
+            kinds[f"{count} real patients and synthetic"] = mixture(few, synthetic)
+        for kind, pairs in kinds.items():
+            net = organs.train_segmenter(
+                pairs.take, pairs.count, len(labels), args.steps, device=device, seed=seed
+            )
+            patients, dice = score(net, test, slices["test"])
+            runs.setdefault(kind, []).append(dice)
+    return {kind: summarise(dice, patients, labels) for kind, dice in runs.items()}
 
 
 def main() -> None:
     parser = runtime.parser(__doc__)
     parser.add_argument("generated", type=Path, help="folder that generate.py wrote")
     parser.add_argument("--data", default="", help="study folder")
-    parser.add_argument(
-        "--patients", type=int, nargs="*", default=[], help="few real patients: how many"
-    )
-    parser.add_argument(
-        "--below", type=int, default=None, help="patients below are one set, the rest another"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=3000, help="of each network; 300 do for the phantom"
-    )
+    parser.add_argument("--patients", type=int, nargs="*", default=[], help="few: how many")
+    parser.add_argument("--below", type=int, help="patients below are one set, the rest another")
+    parser.add_argument("--steps", type=int, default=3000, help="of each network")
     parser.add_argument("--seeds", type=int, default=3, help="networks of each kind")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--out", default="benchmarks/results/utility.json", help="file to write")
     args = parser.parse_args()
-    device = runtime.pick_device(args.device)
     height, width = read_slice(str(generated_slices(args.generated)[0]))[0].shape
     splits = open_study(DataConfig(data=args.data, height=height, width=width))
     train, test = splits["train"], splits["test"]
@@ -180,28 +192,13 @@ def main() -> None:
         tested = masked(test, args.below).get(name, np.array([], int))
         own = of_the_set(masks, train, chosen)
         if not len(tested) or not len(own):
-            print(f"{name}: {len(tested)} real test slices and {len(own)} generated ones; left out")
+            print(f"{name}: {len(tested)} test slices and {len(own)} generated ones; left out")
             continue
         synthetic = Pairs(lambda i, own=own: (images[own[i]], masks[own[i]]), len(own))
-        runs = {}
-        for seed in range(args.seeds):
-            kinds = {"real": real_pairs(train, chosen), "synthetic alone": synthetic}
-            kinds["real and synthetic"] = mixture(kinds["real"], synthetic)
-            for count in args.patients:
-                few = real_pairs(train, few_patients(train, chosen, count, seed))
-                kinds[f"{count} real patients"] = few
-                kinds[f"{count} real patients and synthetic"] = mixture(few, synthetic)
-            for kind, pairs in kinds.items():
-                net = organs.train_segmenter(
-                    pairs.take, pairs.count, len(train.labels), args.steps, device=device, seed=seed
-                )
-                patients, dice = score(net, test, tested)
-                runs.setdefault(kind, []).append(dice)
-        rows = {kind: summarise(dice, patients, train.labels) for kind, dice in runs.items()}
-        result["sets"][name] = {"test_patients": len(patients), "generated": len(own), "rows": rows}
-        print(
-            f"\n{name}: Dice on {len(tested)} slices of {len(patients)} real test patients, {len(own)} generated"
-        )
+        rows = compare(train, test, {"train": chosen, "test": tested}, synthetic, args)
+        people = len({test.names[i].patient for i in tested})
+        result["sets"][name] = {"test_patients": people, "generated": len(own), "rows": rows}
+        print(f"\n{name}: Dice on {len(tested)} slices of {people} people, {len(own)} generated")
         for kind, row in rows.items():
             interval = "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
             by_organ = "  ".join(f"{organ} {value:.3f}" for organ, value in row["organs"].items())

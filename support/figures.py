@@ -17,7 +17,6 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
@@ -27,21 +26,15 @@ DPI = 120
 PANEL = 3.0  # inches, the height of a slice in a sheet
 MOST_COLOURS = 20  # a histogram of more patients has one colour
 NO_MASK = 255  # in a mask: nothing is known of this pixel
-MODEL_COLOURS = (
-    "black",
-    "tab:purple",
-    "tab:brown",
-    "tab:pink",
-    "tab:olive",
-    "tab:cyan",
-)  # no codec's
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of width x height inches, whose parts matplotlib keeps from overlapping."""
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
-def _save(figure: Figure, path: Path | str) -> None:
+def save(figure: Figure, path: Path | str) -> None:
+    """Write a figure as PNG, whole or not at all."""
     with atomic_path(path) as part:
         FigureCanvasAgg(figure).print_png(part)
 
@@ -77,7 +70,7 @@ def save_slice(path: Path | str, image: np.ndarray, low: float, high: float) -> 
 
 def loss_plot(path: Path | str, train_losses: Sequence[float], val_losses: Sequence[float]) -> None:
     """Plot the mean loss of each epoch, train and validation."""
-    figure = _figure(7, 4.5)
+    figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
     for losses, name, marker in ((train_losses, "train", "o"), (val_losses, "validation", "s")):
         axes.plot(range(1, len(losses) + 1), losses, marker=marker, markersize=4, label=name)
@@ -87,7 +80,7 @@ def loss_plot(path: Path | str, train_losses: Sequence[float], val_losses: Seque
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def comparison_sheet(
@@ -154,7 +147,7 @@ def comparison_sheet(
     bar.set_label("of the original's range", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     figure.text(0.5, 1 - 0.08 / size[1], note, fontsize=10, ha="center", va="top")
-    _save(figure, path)
+    save(figure, path)
 
 
 def code_maps(
@@ -165,7 +158,7 @@ def code_maps(
     Codes have no order: colours only tell them apart.
     """
     height, width = original.shape
-    figure = _figure(3 * PANEL * width / height + 2.6, PANEL + 0.9)
+    figure = new_figure(3 * PANEL * width / height + 2.6, PANEL + 0.9)
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots(1, 3)
     _show(axes[0], original, f"original {height}x{width}")
@@ -175,14 +168,14 @@ def code_maps(
             panel, codes, f"{name} {codes.shape[0]}x{codes.shape[1]}: {used} codes", cmap="turbo"
         )
         figure.colorbar(image, ax=panel, label="code").ax.tick_params(labelsize=7)
-    _save(figure, path)
+    save(figure, path)
 
 
 def ssim_histogram(path: Path | str, values: Mapping[str, Sequence[float]], note: str = "") -> None:
     """Draw the histogram of SSIM over slices, stacked by patient; `values` has each patient's
     slices.
     """
-    figure = _figure(8, 4.5)
+    figure = new_figure(8, 4.5)
     axes = figure.add_subplot()
     everything = np.concatenate([np.asarray(scores, float) for scores in values.values()])
     edges = np.histogram_bin_edges(everything, bins=30)
@@ -198,7 +191,7 @@ def ssim_histogram(path: Path | str, values: Mapping[str, Sequence[float]], note
     title = f"SSIM of the test slices (n = {len(everything)})" + (f"\n{note}" if note else "")
     axes.set(xlabel="SSIM, the report's protocol", ylabel="slices", title=title)
     figure.legend(loc="outside right upper", fontsize=8, title="patient")
-    _save(figure, path)
+    save(figure, path)
 
 
 def slice_grid(
@@ -245,7 +238,7 @@ def slice_grid(
             middle, 1 - (head - 0.15) / size[1], title, fontsize=10, ha="center", va="center"
         )
     figure.text(0.5, 1 - 0.14 / size[1], note, fontsize=9, ha="center", va="center")
-    _save(figure, path)
+    save(figure, path)
 
 
 def similarity_histograms(
@@ -261,7 +254,7 @@ def similarity_histograms(
         sets: measure -> name of a set -> similarity of each of its slices (n,).
         thresholds: measure -> the similarity above which a slice is flagged.
     """
-    figure = _figure(5 * len(sets), 4)
+    figure = new_figure(5 * len(sets), 4)
     figure.suptitle(note, fontsize=10)
     every_axes = figure.subplots(1, len(sets), squeeze=False)[0]
     for axes, (measure, similarities) in zip(every_axes, sets.items(), strict=True):
@@ -281,7 +274,7 @@ def similarity_histograms(
         )
         axes.set(xlabel=f"{measure} with the nearest training slice", ylabel="share of the set")
         axes.legend(fontsize=7)
-    _save(figure, path)
+    save(figure, path)
 
 
 def realism_chart(
@@ -294,7 +287,7 @@ def realism_chart(
     measures = list(dict.fromkeys(key for values in rows.values() for key in values if key != "n"))
     if not measures:
         return
-    figure = _figure(3 + 2.4 * len(measures), 0.9 + 0.3 * len(rows))
+    figure = new_figure(3 + 2.4 * len(measures), 0.9 + 0.3 * len(rows))
     figure.suptitle(note, fontsize=10)
     panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for axes, measure in zip(panels, measures, strict=True):
@@ -306,75 +299,4 @@ def realism_chart(
         axes.set_title(measure.replace("_", " "), fontsize=9)
         axes.margins(x=0.2)
     panels[0].invert_yaxis()
-    _save(figure, path)
-
-
-def rate_distortion(
-    path: Path | str,
-    panels: Mapping[
-        str, tuple[Mapping[str, tuple], Mapping[str, Mapping[str, tuple[float, float]]]]
-    ],
-    note: str = "",
-) -> None:
-    """Draw SSIM over bits per pixel: codecs as curves, models as points, a panel for each set of
-    slices.
-
-    A model has one point for each way of counting its bits, joined by a line of the model's colour.
-
-    Args:
-        panels: title -> (codec -> (bits (Q,), SSIM (Q,)), model -> way of counting its bits ->
-            (bits, SSIM)).
-    """
-    figure = _figure(4.6 * len(panels) + 2.4, 4.6)
-    figure.suptitle(note, fontsize=10)
-    every_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    shapes: dict[str, str] = {}  # of the points, by the way of counting bits
-    legend: dict[str, dict[str, Line2D]] = {"image codecs": {}, "models": {}, "bits counted by": {}}
-    for axes, (title, (codecs, models)) in zip(every_axes, panels.items(), strict=True):
-        for i, (name, (bits, ssim)) in enumerate(codecs.items()):
-            (legend["image codecs"][name],) = axes.plot(
-                bits, ssim, color=f"C{i}", lw=1.5, label=name
-            )
-        for i, (name, counted) in enumerate(models.items()):
-            points = np.array(list(counted.values()))  # (ways of counting, 2)
-            colour = MODEL_COLOURS[i % len(MODEL_COLOURS)]
-            (legend["models"][name],) = axes.plot(
-                *points.T, color=colour, lw=2.5, label=name, zorder=3
-            )
-            for way, point in counted.items():
-                marker = {
-                    "marker": shapes.setdefault(way, "osD^v"[len(shapes)]),
-                    "ls": "",
-                    "label": way,
-                }
-                axes.plot(*point, color=colour, zorder=4, **marker)
-                legend["bits counted by"][way] = Line2D([], [], color="black", **marker)
-        _zoom_to_models(axes, codecs, models)
-        axes.set(title=title, xlabel="bits per pixel", ylabel="SSIM, the report's protocol")
-        axes.grid(alpha=0.3)
-    handles, labels = [], []
-    for heading, entries in legend.items():
-        handles += [Line2D([], [], ls=""), *entries.values()]
-        labels += [heading, *entries]
-    drawn = figure.legend(handles, labels, loc="outside right upper", fontsize=8)
-    for text in drawn.get_texts():
-        if text.get_text() in legend:
-            text.set_weight("bold")
-    _save(figure, path)
-
-
-def _zoom_to_models(
-    axes, codecs: Mapping[str, tuple], models: Mapping[str, Mapping[str, tuple]]
-) -> None:
-    """Limit the axes to what can be compared: the models' points, and the curves near their
-    rates.
-    """
-    points = np.array(
-        [point for counted in models.values() for point in counted.values()]
-    )  # (n, 2)
-    left, right = 0.5 * points[:, 0].min(), 1.3 * points[:, 0].max()
-    at_the_ends = [np.interp((left, right), *curve) for curve in codecs.values()]
-    low = min(points[:, 1].min(), np.min(at_the_ends))
-    high = max(points[:, 1].max(), np.max(at_the_ends))
-    margin = 0.05 * (high - low)
-    axes.set(xlim=(0.9 * left, 1.02 * right), ylim=(low - margin, high + margin))
+    save(figure, path)

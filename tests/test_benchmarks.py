@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import baselines, peers, plausible, startup
+from benchmarks import ablation, baselines, peers, plausible, startup, step
 from dataset import DataConfig, open_study
 from modules import VQVAE2, VQVAE2Config
 
@@ -136,3 +136,42 @@ def test_a_slice_belongs_to_the_set_whose_organs_fill_it():
     organs = {"a": np.array([True, False, False]), "b": np.array([False, True, True])}
     names, both = plausible.by_organs(figures, organs)
     assert names.tolist() == ["a", "b", "b", ""] and both == 1
+
+
+def test_shares_are_of_the_set_s_slices_that_show_an_organ(monkeypatch):
+    values = np.full((5, 2, 7), np.nan)
+    values[[0, 1, 2], 0, 0], values[3, 1, 0] = 50, 50  # three of set a, one of b, one of no organ
+    rows = plausible.Measured(values, np.zeros(5), np.array(["a", "a", "a", "b", "a"]))
+    together, fine = np.array([True, True, False]), np.array([[1, 1], [1, 0], [1, 1]], bool)
+
+    def judge(shown, *_):
+        return together[: len(shown)], fine[: len(shown)]
+
+    monkeypatch.setattr(plausible.organs, "plausible", judge)
+    shows = {"a": np.array([True, False]), "b": np.array([False, True])}
+    found = plausible.shares(rows, {"a": rows, "b": rows}, shows)
+    assert (found["n"], found["no organ"], found["both sets"]) == (5, 1, 0)
+    error = pytest.approx((2 / 9 / 3) ** 0.5)
+    assert found["a"] == {"n": 3, "plausible": pytest.approx(1 / 3), "standard_error": error}
+    assert found["b"] == {"n": 1, "plausible": 1, "standard_error": 0}
+
+
+def test_a_step_of_the_best_preset_is_timed_and_its_parts_add_up(
+    study, tmp_path, monkeypatch, capsys
+):
+    flags = "--preset best --batch-size 1 --slices 3 --height 64 --width 32 --device cpu".split()
+    flags += ["--data", str(study), "--cache", str(tmp_path), "--out", str(tmp_path / "step.json")]
+    monkeypatch.setattr("sys.argv", ["step.py", *flags])
+    step.main()
+    row = json.loads((tmp_path / "step.json").read_text())["best"]["batch 1"]
+    assert row["slices_per_s"] > 0 and row["gflop_per_slice"] > 0.1
+    assert sum(row["shares"].values()) == pytest.approx(1, abs=0.01)
+    assert all(row["shares"][part] > 0 for part in step.PARTS)
+    assert "best, batch 1: slices_per_s" in capsys.readouterr().out
+
+
+def test_the_ablation_s_kept_rows_are_shown_with_those_that_can_be_rerun(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ablation.py", "--table"])
+    ablation.main()
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in (*ablation.VARIANTS, "rotation trick", "weight averaging"))

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
+from benchmarks import rate_distortion
 from support import figures
 
 RNG = np.random.default_rng(0)
@@ -130,7 +131,7 @@ def test_rate_distortion_draws_every_curve_and_point(tmp_path, drawn, models):
         for i in range(models)
     }
     panels = {"abdomen (n = 4)": (codecs, points), "heart (n = 9)": (codecs, points)}
-    figures.rate_distortion(tmp_path / "r.png", panels, "synthetic phantom, not MRI")
+    rate_distortion.draw(tmp_path / "r.png", panels, "synthetic phantom, not MRI")
     assert len(drawn[0].axes) == 2
     for axes in drawn[0].axes:
         lines = [(line.get_label(), line.get_xydata()) for line in axes.lines]

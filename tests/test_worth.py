@@ -172,7 +172,7 @@ def test_features_of_a_folder(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["features.py", *map(str, arguments)])
     features.main()
     rows = json.loads((tmp_path / "features.json").read_text())["rows"]
-    assert [row["n"] for row in rows.values()] == [6, 6] and "real validation slices" in rows
+    assert [row["n"] for row in rows.values()] == [6, 6] and "validation slices" in rows
     assert all(
         np.isfinite(list(row.values())).all() and 0 <= row["auc"] <= 1 for row in rows.values()
     )
