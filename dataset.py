@@ -959,18 +959,9 @@ class StudyInfo:
     @classmethod
     def from_checkpoint(cls, checkpoint: dict, path: Path | str) -> "StudyInfo":
         """The record in a checkpoint; UserError, which names `path`, where it is not one."""
-        data = checkpoint.get("data")
-        if isinstance(data, dict):  # fields with a default may be missing
-            data = {
-                "synthetic": False,
-                "allow_patient_overlap": False,
-                "labels": (),
-                "fit": "auto",
-            } | data
-            data["labels"] = (
-                tuple(data["labels"]) if isinstance(data["labels"], list) else data["labels"]
-            )
-        return runtime.from_saved(cls, data, f"{path}: data")
+        with runtime.reading(path):
+            data = dict(checkpoint["data"])
+            return runtime.from_saved(cls, data | {"labels": tuple(data.get("labels", ()))})
 
     def as_dict(self) -> dict:
         """For the checkpoint, which holds plain containers only."""

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from dataset import SIZE, DataConfig, SliceDataset, StudyInfo, open_trained_study
 from modules import VQVAE2, load_model
 from new_slices import layouts
-from new_slices.code_maps import MOST_VARIANTS, NUMBERS, Samples, Variants, decode, extract_codes
+from new_slices.code_maps import NUMBERS, Samples, Variants, decode, extract_codes
 from new_slices.organs import segmenter_of
 from new_slices.prior import BOTTOM_SAMPLING, TOP_SAMPLING, Prior, PriorConfig, Sampling
 from new_slices.sample_report import Inputs, appraise, near, print_report
@@ -134,22 +134,11 @@ def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, VQVAE2, Prior]:
         )
     device = runtime.pick_device(config.device)
     model = trained.model.to(device)
-    makes = model.config.code_shapes(study.height, study.width)[0]
-    learnt = runtime.from_saved(PriorConfig, saved["model_config"], f"{config.prior}: model_config")
-    shape, variants = tuple(saved["top_shape"]), saved["codes_config"].get("variants")
-    if (shape, learnt.K) != (makes, model.config.K) or learnt.labels not in (
-        0,
-        model.config.labels,
-    ):
-        raise UserError(
-            f"{config.prior}: priors over top maps of {shape}, {learnt.K} codes and {learnt.labels} labels; "
-            f"{config.checkpoint} makes {makes}, {model.config.K} and {model.config.labels}. {fix}"
-        )
-    if type(variants) is not int or not 1 <= variants <= MOST_VARIANTS:
-        raise UserError(
-            f"{config.prior}: variants is {variants!r}; expected 1 to {MOST_VARIANTS}. {fix}"
-        )
-    prior = runtime.load_weights(lambda: Prior(learnt, shape, NUMBERS), saved, config.prior)
+    with runtime.reading(config.prior):
+        learnt = runtime.from_saved(PriorConfig, saved["model_config"])
+        shape, variants = tuple(saved["top_shape"]), saved["codes_config"]["variants"]
+        prior = Prior(learnt, shape, NUMBERS)
+        prior.load_state_dict(saved["model"])
     return study, variants, model, prior.to(device).eval()
 
 

@@ -470,7 +470,8 @@ def load_model(path: Path | str) -> Trained:
         UserError: no autoencoder, or one that is damaged or does not fit this version's network.
     """
     saved = runtime.load_checkpoint(path, "vqvae2")
-    config = runtime.from_saved(VQVAE2Config, saved["model_config"], f"{path}: model_config")
-    model = runtime.load_weights(lambda: VQVAE2(config), saved, path).eval()
     study = StudyInfo.from_checkpoint(saved, path)
-    return Trained(model, study, path, runtime.sha256(path), saved["epoch"])
+    with runtime.reading(path):
+        model = VQVAE2(runtime.from_saved(VQVAE2Config, saved["model_config"]))
+        model.load_state_dict(saved["model"])
+        return Trained(model.eval(), study, path, runtime.sha256(path), int(saved["epoch"]))

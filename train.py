@@ -542,10 +542,11 @@ def make_settings(given: dict, preset: str = "") -> Settings:
         if stage and stage != resumed:
             raise UserError(f"--stage {stage}: {resume} is of the other. Fix: leave out --stage.")
         stage, start = resumed, {}
-        for name, config in CONFIGS.items():
-            if name not in ("data", *NOT_OF_STAGE[stage]):
-                key = "model_config" if name in ("model", "prior") else f"{name}_config"
-                start |= vars(runtime.from_saved(config, checkpoint.get(key), f"{resume}: {key}"))
+        with runtime.reading(resume):
+            for name, config in CONFIGS.items():
+                if name not in ("data", *NOT_OF_STAGE[stage]):
+                    key = "model_config" if name in ("model", "prior") else f"{name}_config"
+                    start |= vars(runtime.from_saved(config, checkpoint[key]))
         if "checkpoint" in start:  # the autoencoder's name: checkpoints name no folders
             start["checkpoint"] = str(Path(resume).parent / start["checkpoint"])
         study = StudyInfo.from_checkpoint(checkpoint, resume)

@@ -173,9 +173,11 @@ def segmenter_of(train, file: Path | str, device: torch.device | str = "cpu") ->
     try:
         saved = runtime.load_checkpoint(file, "segmenter")
         if saved["data"] == data:
-            net = runtime.load_weights(lambda: Segmenter(**saved["model_config"]), saved, file)
+            with runtime.reading(file):
+                net = Segmenter(**saved["model_config"])
+                net.load_state_dict(saved["model"])
             return net.to(device).eval()
-    except (FileNotFoundError, runtime.UserError, TypeError):
+    except (FileNotFoundError, runtime.UserError):
         pass  # not there, or of another version
     masked = np.flatnonzero(train.has_mask)
 

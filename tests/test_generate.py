@@ -350,25 +350,15 @@ def test_models_that_are_not_a_pair(trained, tmp_path):
     _, model, prior, splits = trained
     save_models(tmp_path, splits["train"].study, splits, model, prior)
     saved = runtime.load_checkpoint(tmp_path / "prior_best.pth", "prior")
-    runtime.save_checkpoint(tmp_path / "maps.pth", {**saved, "top_shape": [4, 4]})
-    with pytest.raises(ValueError, match=r"maps\.pth: priors over top maps of \(4, 4\)"):
-        generate.generate(config((tmp_path,), tmp_path / "out", prior=str(tmp_path / "maps.pth")))
     runtime.save_checkpoint(tmp_path / "prior_best.pth", {**saved, "autoencoder_sha256": "0" * 64})
     files = ("--checkpoint", tmp_path / "vqvae2_best.pth", "--prior", tmp_path / "prior_best.pth")
     code, _, err = run("generate.py", *files, "--out", tmp_path / "out")
     assert (
         code == 2 and "prior_best.pth" in err and "vqvae2_best.pth" in err and "000000000000" in err
     )
-    hostile = [
-        {"top_shape": "8x4"},
-        {"autoencoder_sha256": None},
-        {"codes_config": {}},
-        {"codes_config": {"variants": 10**9}},
-        {"model_config": {}},
-    ]
-    for keys in hostile:
+    for keys in ({"top_shape": [4, 4]}, {"codes_config": {}}, {"model_config": {"K": 8}}):
         runtime.save_checkpoint(tmp_path / "keys.pth", saved | keys)
-        with pytest.raises(runtime.UserError, match=r"keys\.pth"):
+        with pytest.raises(runtime.UserError, match=r"keys\.pth: damaged"):
             generate.generate(config(trained, tmp_path / "out", prior=str(tmp_path / "keys.pth")))
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         generate.generate(config((tmp_path / "none",), tmp_path / "out"))

@@ -1,4 +1,5 @@
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -128,19 +129,15 @@ def test_checkpoints_come_back_without_running_code(tmp_path):
     torch.save({"args": argparse.Namespace()}, tmp_path / "pickle.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"model": {}}, tmp_path / "foreign.pth")
-    runtime.save_checkpoint(tmp_path / "keyless.pth", {"kind": "vqvae2", "model": {}})
-    for name in ("cut", "empty", "pickle", "list", "foreign", "keyless"):
-        with pytest.raises(ValueError, match=f"{name}.pth.*Fix"):
+    torch.save({**saved, "model": {"w": torch.tensor([math.nan])}}, tmp_path / "nan.pth")
+    for name in ("cut", "empty", "pickle", "list", "foreign", "nan"):
+        with pytest.raises(runtime.UserError, match=f"{name}.pth: damaged, or not written.*Fix"):
             runtime.load_checkpoint(tmp_path / f"{name}.pth", "vqvae2")
     with pytest.raises(ValueError, match="prior"):
         runtime.load_checkpoint(tmp_path / "a.pth", "prior")
     torch.save({**saved, "format": "vqvae2-2"}, tmp_path / "old.pth")
-    with pytest.raises(
-        runtime.UserError, match=r"old.pth.*before 27 November 2026.*Fix: `git checkout 5afe7e8`"
-    ):
+    with pytest.raises(runtime.UserError, match=r"format vqvae2-2, which another revision.*Fix"):
         runtime.load_checkpoint(tmp_path / "old.pth", "vqvae2")
-    with pytest.raises(FileNotFoundError, match="Fix"):
-        runtime.load_checkpoint(tmp_path / "none.pth", "vqvae2")
 
 
 @pytest.mark.skipif(
@@ -253,18 +250,6 @@ def test_a_file_replaces_no_folder(tmp_path):
     with pytest.raises(OSError, match="a'"):
         runtime.write_text(tmp_path / "a", "x")
     assert (tmp_path / "a" / "inside").is_dir() and os.listdir(tmp_path) == ["a"]
-
-
-@pytest.mark.parametrize(
-    "value, hint, fits",
-    [
-        (1, int, True), (True, int, False), (1, float, True), ("1", float, False), (None, str, False),
-        ({"a": 1}, dict[str, int], True), ({1: 1}, dict[str, int], False), ([], dict, False), ({}, dict, True),
-        ([1, 2], tuple[int, ...], True), ([1, "2"], tuple[int, ...], False), ("12", list[str], False),
-    ],
-)  # fmt: skip
-def test_types_of_what_a_file_holds(value, hint, fits):
-    assert runtime.matches(value, hint) is fits
 
 
 def test_help_has_headings_and_the_values_that_will_be_used():

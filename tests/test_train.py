@@ -359,7 +359,6 @@ def test_flags_win_over_presets_and_checkpoints(study, tmp_path, monkeypatch):
             ["--stage", "prior", "--preset", "report"],
             "the presets of --stage prior are quick, best",
         ),
-        (["--rate", 0.03], "is called --bit-weight now. Fix: --bit-weight 0.03"),
     ],
 )
 def test_flags_without_effect_are_refused(flags, words, monkeypatch, capsys):
@@ -401,7 +400,10 @@ def test_users_mistakes_exit_with_2_and_no_traceback(study, tmp_path, monkeypatc
     runtime.save_checkpoint(tmp_path / "older.pth", checkpoint)
     for flags, said in (
         (["--data", tmp_path / "nowhere"], "nowhere"),
-        (["--resume", tmp_path / "older.pth"], "weights of another network"),
+        (
+            ["--resume", tmp_path / "older.pth"],
+            "older.pth: damaged, or not written by this program",
+        ),
         (["--data", study, "--resume", tmp_path / "none.pth"], "none.pth"),
         (["--data", study, "--resume", tmp_path / "cut.pth"], "cut.pth"),
         (["--data", study, "--out", tmp_path / "file"], "file"),
