@@ -649,15 +649,8 @@ def test_a_slice_s_own_pixels_are_those_that_no_padding_touches(study, config):
 def test_a_record_of_a_study_comes_back_and_a_damaged_one_is_named(config):
     info = StudyInfo.from_splits(open_study(config))
     assert StudyInfo.from_checkpoint({"data": info.as_dict()}, "c.pth") == info
-    changes = [
-        {"height": "32"},
-        {"fit": "squeeze"},
-        {"labels": ["1"]},
-        {"fingerprints": 3},
-        {"width": 0},
-    ]
-    for change in changes:
-        with pytest.raises(UserError, match=r"c\.pth"):
+    for change in ({"height": "32"}, {"fit": "squeeze"}, {"width": 0}):
+        with pytest.raises(UserError, match=r"c\.pth: damaged"):
             StudyInfo.from_checkpoint({"data": info.as_dict() | change}, "c.pth")
 
 
