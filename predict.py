@@ -3,7 +3,6 @@
     python predict.py                        # Results/vqvae2_best.pth, on the study it was trained on
     python predict.py --checkpoint FILE --data DIR --out DIR
     python predict.py --nifti                # the reconstructions as NIfTI too, in scanner units
-    python predict.py SCAN.nii.gz --out DIR  # files or folders of your own in place of a study: see scans.py
 
 Writes to the checkpoint's folder (or --out): metrics.json (means, patients, intervals, bits per
 pixel, codes used), test_scores.csv (every slice), original_N.png and reconstruction_N.png,
@@ -22,7 +21,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import reconstruct
 from dataset import (
     RECONSTRUCTION,
     SIZE,
@@ -47,25 +45,6 @@ COLUMNS = {  # of the terminal's table
     "ssim_standard_body": "standard, body",
     "psnr": "PSNR dB",
     "mae": "MAE",
-}
-PROTOCOL = {
-    "split": "every slice of the test split once, in file order, z-scored; the model in float32",
-    "ssim_report": "scikit-image's defaults (7x7 uniform window) on z-scored slices; data_range = max - min "
-    "of the original",
-    "ssim_standard": "Wang et al. 2004: Gaussian 11x11 window, sigma 1.5, population covariance, data_range "
-    "1; both slices scaled by the minimum and maximum of the original, unclamped",
-    "body": "as above, over the original's foreground by intensity with its holes filled (metrics.body_mask)",
-    "psnr": "dB; the peak is max - min of the original; at most 100, for an exact copy",
-    "mae": "mean absolute error in standard deviations of the original",
-    "mean": "over slices; per_patient: over the slices of each patient",
-    "interval": f"low and high: 95 % percentile bootstrap of the mean over slices, {DRAWS} draws of patients "
-    f"with replacement, seed {SEED}; null for one patient, coarse for few",
-    "bits_per_pixel": "nominal: log2 K bits a code; code_entropy: the entropy of each level's code histogram "
-    "over the split, no context, the histogram itself not counted",
-    "perplexity": "2 to the power of that entropy",
-    "dice": "2 |A and B| / (|A| + |B|) over all slices of a patient that have a mask, by label; mean: over labels; "
-    "then means over patients, with the interval over patients. unet: a U-Net of about the autoencoder's cost "
-    "(anatomy.py), which learnt from the train split; most_frequent: the label that each place has most often there",
 }
 MASKS = {  # where a mask comes from
     "decoded": "decoded from the codes",
@@ -423,7 +402,6 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
             **dice,
             "data": {**study, "synthetic": test.synthetic},
             "checkpoint": model_file,
-            "protocol": PROTOCOL,
             "provenance": runtime.provenance(),
         }
     )
@@ -448,30 +426,8 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
 
 
 def main() -> None:
-    flags = runtime.parser(__doc__, PredictConfig, DataConfig, reconstruct.ScanConfig, without=SIZE)
-    flags.usage = "%(prog)s [files or folders] [flags]"
-    flags.add_argument(
-        "inputs", nargs="*", help="slices, volumes or pictures to reconstruct in place of a study"
-    )
-    args = flags.parse_args()
-    config, data, of_scans = (
-        runtime.from_flags(each, args)
-        for each in (PredictConfig, DataConfig, reconstruct.ScanConfig)
-    )
-    if not args.inputs:
-        if of_scans != reconstruct.ScanConfig():
-            raise UserError(
-                "--plane and --codes are for files of your own. Fix: name them, or leave these out."
-            )
-        predict(config, data)
-        return
-    if data.data or config.nifti or data.allow_patient_overlap:
-        raise UserError(
-            "--data, --nifti and --allow-patient-overlap are for a study. Fix: leave them out, or the files."
-        )
-    reconstruct.reconstruct_files(
-        config.checkpoint, args.inputs, config.out, of_scans, config.batch_size, config.device
-    )
+    args = runtime.parser(__doc__, PredictConfig, DataConfig, without=SIZE).parse_args()
+    predict(*(runtime.from_flags(config, args) for config in (PredictConfig, DataConfig)))
 
 
 if __name__ == "__main__":

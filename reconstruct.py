@@ -1,133 +1,138 @@
-"""A trained model on any files: slices, volumes, pictures and folders of them. It needs no study.
+"""A trained model on any files: slices, volumes and folders of them. It needs no study.
 
-    python predict.py SCAN.nii.gz --out reconstructed          # a volume, plane by plane
-    python predict.py FOLDER --out reconstructed --codes       # all files in it and below, with their codes
-    python predict.py SLICE.png --out reconstructed
+    python reconstruct.py SCAN.nii.gz --out reconstructed              # a volume, plane by plane
+    python reconstruct.py FOLDER SLICE.png --out reconstructed --codes  # with the codes of all
 
 A reconstruction has its file's name, shape, affines and units; integer types stay, all others
-become float32. A picture becomes a grey PNG of 8 or 16 bits. Also written: scans.json with SSIM,
-PSNR and bits of every file, and with
---codes the file codes.npz: "top" (N, h, w) and "bottom" (N, 2h, 2w), uint16, of the plane "plane"
-(N,) of the file "name" (N,).
+become float32. Beside it lies the mask that the codes tell, seg_NAME.nii.gz, where the model has
+learnt masks. Also written: scans.json with the scores of metrics.py and the bits of every
+file, and with --codes the file codes.npz: "top" (N, h, w) and "bottom" (N, 2h, 2w), uint16, of the
+plane "plane" (N,) of the file "name" (N,).
 """
 
 import os
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from nibabel import Nifti1Header
+from skimage.io import imread, imsave
 from tqdm import tqdm
 
-from dataset import RECONSTRUCTION, Placement, StudyInfo, find_nifti, raise_bad, way_in, z_score
-from modules import VQVAE2, load_model
+from dataset import RECONSTRUCTION, Placement, find_nifti, raise_bad, way_in, z_score
+from modules import Trained, load_model
+from new_slices.organs import likeliest
 from slice_volumes import is_mask
 from support import metrics, nifti, runtime
 from support.runtime import UserError, option
 
-PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 SCORES = {"ssim_report": "SSIM report", "ssim_standard": "SSIM standard", "psnr": "PSNR dB"}
+SHOWN = 40  # files of the terminal's table
 
 
 @dataclass(frozen=True)
-class ScanConfig:
-    """What a model does with files of your own."""
+class ReconstructConfig:
+    """Which model, and what it does with files of your own."""
 
+    checkpoint: str = option("Results/vqvae2_best.pth", "the model, as train.py wrote it")
+    out: str = option("", "folder to write to; empty is reconstructed/ beside the checkpoint")
     plane: str = option(
         "coronal", "plane to cut volumes along, by their affine", choices=tuple(nifti.PLANES)
     )
     codes: bool = option(False, "write the code maps of all planes to codes.npz")
+    batch_size: int = option(32, "planes at a time")
+    device: str = option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size is {self.batch_size}; expected at least 1")
+
+
+# ---- files as stacks of planes -------------------------------------------------------------------
 
 
 class Scan:
-    """One file as a stack of planes, and the way back: `planes` (N, rows, columns) float32."""
+    """One file as a stack of planes, and the way back.
+
+    Attributes:
+        planes: (N, rows, columns) float32, in the file's units.
+        notes: what to say of how the file was read and written.
+    """
 
     def __init__(self, path: str, plane: str) -> None:
         """Read a file; UserError for one that cannot be used."""
-        self.path, self.note = path, ""
-        if path.lower().endswith(PICTURES):
-            self._read_picture()
-        else:
-            self._read_nifti(plane)
-        if min(self.planes.shape[1:]) < 2:
-            raise UserError(
-                f"planes of shape {self.planes.shape[1:]}; expected at least 2 pixels a side"
-            )
+        self.notes: list[str] = []
+        self.image = (read_png if path.lower().endswith(".png") else nifti.read)(path)
+        self.raw = self.image.raw
+        values = nifti.finite(self.image.values())
+        # A slice is a volume of one plane, and what has more axes than three is several volumes.
+        volumes = values.reshape(*(*values.shape, 1, 1)[:3], -1)
+        self.turning = self._turning(volumes, plane)
+        turned = nifti.turn(volumes, self.turning)  # (rows, columns, planes, volumes)
+        self.turned = turned.shape
+        self.planes = turned.transpose(3, 2, 0, 1).reshape(-1, *turned.shape[:2])
 
-    def _read_picture(self) -> None:
-        try:
-            with Image.open(self.path) as picture:
-                pages, grey = getattr(picture, "n_frames", 1), picture.mode == "L"
-                deep = picture.mode in ("I", "F") or picture.mode.startswith("I;16")
-                self.raw = np.asarray(picture if deep else picture.convert("L"))
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            UnidentifiedImageError,
-            Image.DecompressionBombError,
-        ) as error:
-            raise UserError(f"not a whole picture ({error})") from error
-        if pages > 1:
-            raise UserError(f"{pages} pages; expected one. Fix: a file for each, or a NIfTI volume")
-        if deep:
-            with np.errstate(invalid="ignore"):
-                shallow = self.raw.astype(np.uint16)
-            if not np.array_equal(self.raw, shallow):
-                raise UserError("pixels that 16 bits do not hold. Fix: a 16-bit PNG, or NIfTI")
-            self.raw = shallow
-        elif not grey:
-            self.note = "pictures were turned grey"
-        self.planes = self.raw[None].astype(np.float32)
-        self.suffix = ".png"
+    def _turning(self, volumes: np.ndarray, plane: str) -> np.ndarray:
+        """How volumes (X, Y, Z, T) are turned so that their planes lie in the first two axes.
 
-    def _read_nifti(self, plane: str) -> None:
-        self.image = nifti.read(self.path)
-        self.raw, self.suffix = self.image.raw, ""
-        values, self.turning = nifti.finite(self.image.values()), None
-        if values.ndim < 2:
-            raise UserError(f"an array of shape {values.shape}; expected a slice or a volume")
-        if values.ndim == 2 or max(values.shape[2:]) == 1:
-            self.planes = values.reshape(1, *values.shape[:2])
-            return
-        if self.image.oriented:
-            self.turning = nifti.turning(self.image.affine, nifti.PLANES[plane])
-        else:
-            self.turning = nifti.UNTURNED
-            self.note = "volumes have no orientation in their header: cut along their last axis"
-        frames = values.reshape(*values.shape[:3], -1)  # more axes are more volumes
-        turned = [nifti.turn(frames[..., t], self.turning) for t in range(frames.shape[3])]
-        self.planes = np.concatenate([np.moveaxis(volume, 2, 0) for volume in turned])
-
-    def write(self, path: str, planes: np.ndarray) -> bool:
-        """Write what became of the planes, as the file was; returns whether its type had to become
-        float32.
+        These are planes of the kind `plane`. But a film of one slice, or a volume of a few thick
+        ones, has few pixels along one axis: then it is cut across that one.
         """
-        if self.suffix:
-            pixels = _to_integers(planes[0], self.raw.dtype)
+        turnings, least = [nifti.UNTURNED], metrics.SMALLEST
+        if volumes.shape[2:] != (1, 1):  # a slice is taken as it is, as those of a study are
+            if not self.image.oriented:
+                self.notes.append("have no orientation in their header: cut along their last axis")
+                plane = "axial"
+            ends = [nifti.PLANES[name] for name in (plane, *nifti.PLANES)]
+            turnings = [nifti.turning(self.image.affine, each) for each in ends]
+        fits = [each for each in turnings if min(nifti.turn(volumes, each).shape[:2]) >= least]
+        if not fits:
+            raise UserError(f"an array of shape {self.raw.shape}; expected {least} pixels a side")
+        if fits[0] is not turnings[0]:
+            self.notes.append(f"are less than {least} pixels thick: cut across that side")
+        return fits[0]
+
+    def write(self, path: Path, planes: np.ndarray) -> None:
+        """Write what became of the planes (N, rows, columns), with the file's shape, type and
+        header.
+        """
+        pixels = self._back(planes)
+        if self.raw.dtype.kind in "iu" and not self.image.scaled:
+            limits = np.iinfo(self.raw.dtype)
+            pixels = np.clip(np.round(pixels.astype(np.float64)), limits.min, limits.max)
+            pixels = pixels.astype(self.raw.dtype.newbyteorder("="))
+        elif self.raw.dtype != np.float32:
+            self.notes.append("became float32")
+        if not nifti.is_nifti(path.name):
             with runtime.atomic_path(path) as part:
-                Image.fromarray(pixels).save(part, format="png")
-            return False
-        shape = self.raw.shape
-        if self.turning is not None:
-            depth = nifti.turn(self.raw, self.turning).shape[2]
-            frames = planes.reshape(-1, depth, *planes.shape[1:])
-            back = [nifti.turn_back(np.moveaxis(frame, 0, 2), self.turning) for frame in frames]
-            planes = np.stack(back, axis=-1)
-        pixels = planes.reshape(shape)
-        integers = self.raw.dtype.kind in "iub" and not self.image.scaled
-        pixels = _to_integers(pixels, self.raw.dtype) if integers else pixels.astype(np.float32)
+                imsave(part, pixels, check_contrast=False)
+            return
         nifti.write(path, pixels, None, RECONSTRUCTION, like=self.image.header)
-        return pixels.dtype != self.raw.dtype
+
+    def write_mask(self, path: Path, labels: np.ndarray) -> None:
+        """Write the labels (N, rows, columns) of the planes as NIfTI, in the place of the file."""
+        nifti.write(path, self._back(labels), None, RECONSTRUCTION, like=self.image.header)
+
+    def _back(self, planes: np.ndarray) -> np.ndarray:
+        """What `__init__` did to the file's array, undone."""
+        rows, columns, count, volumes = self.turned
+        turned = planes.reshape(volumes, count, rows, columns).transpose(2, 3, 1, 0)
+        return nifti.turn_back(turned, self.turning).reshape(self.raw.shape)
 
 
-def _to_integers(pixels: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    limits = np.iinfo(dtype)
-    return np.clip(np.round(pixels.astype(np.float64)), limits.min, limits.max).astype(
-        dtype.newbyteorder("=")
-    )
+def read_png(path: str) -> nifti.Image:
+    """A grey picture of 8 or 16 bits as if it were a NIfTI file; UserError for any other."""
+    try:
+        pixels = imread(path)
+    except Exception as error:  # the readers behind skimage.io have a dozen for a damaged file
+        raise UserError(f"not a whole PNG ({error})") from error
+    if pixels.ndim != 2:
+        raise UserError(f"a picture of shape {pixels.shape}; expected a grey one. Fix: save it so")
+    return nifti.Image(pixels, Nifti1Header(), (1, 0), np.eye(4), oriented=False, broken=False)
 
 
 def find_files(inputs: list[str], out: Path) -> dict[str, str]:
@@ -135,199 +140,188 @@ def find_files(inputs: list[str], out: Path) -> dict[str, str]:
     left aside.
 
     FileNotFoundError for an input that is not there, or a folder without any; UserError for one
-    name of two files.
+    name of two files, and for a file that its own reconstruction would replace.
     """
-    found, others, masks = [], [], []
+    found, passed = defaultdict(list), {"masks": [], "other files": []}
     for source in inputs:
-        if os.path.isdir(source):
-            below = []
-            paths = [entry.path for entry in find_nifti(source, below)]
-            paths += [path for path in below if path.lower().endswith(PICTURES)]
-            paths = [path for path in paths if out.resolve() not in Path(path).resolve().parents]
-            named = [(path, os.path.relpath(path, source)) for path in sorted(paths)]
-            masks += [path for path, name in named if is_mask(name)]
-            found += [(path, name) for path, name in named if not is_mask(name)]
-            others += [path for path in below if not path.lower().endswith(PICTURES)]
-        elif os.path.exists(source):
-            if not source.lower().endswith((*nifti.SUFFIXES, *PICTURES)):
-                hint = way_in([source])
-                raise UserError(
-                    f"{source}: expected .nii, .nii.gz or a picture such as .png.{hint}"
-                )
-            found.append((source, os.path.basename(source)))
-        else:
+        if not os.path.exists(source):
             raise FileNotFoundError(f"{source}: no such file or folder. Fix: check its path.")
+        if os.path.isfile(source):  # named by the user, so taken whatever it is called
+            found[os.path.basename(source)].append(source)
+            continue
+        others: list[str] = []
+        paths = [entry.path for entry in find_nifti(source, others)] + others
+        for path in sorted(paths):
+            name = os.path.relpath(path, source)
+            if out.resolve() in Path(path).resolve().parents:
+                continue
+            if not name.lower().endswith((*nifti.SUFFIXES, ".png")):
+                passed["other files"].append(path)
+            elif is_mask(name):
+                passed["masks"].append(path)
+            else:
+                found[name].append(path)
     if not found:
-        raise FileNotFoundError(f"{', '.join(inputs)}: no NIfTI files or pictures.{way_in(others)}")
-    for kind, paths in (("other files", others), ("masks", masks)):
+        hint = way_in(passed["other files"])
+        raise FileNotFoundError(f"{', '.join(inputs)}: no NIfTI files or PNG pictures.{hint}")
+    for kind, paths in passed.items():
         if paths:
             print(f"{len(paths)} {kind} were passed over, such as {paths[0]}")
-    names: dict[str, str] = {}
-    for path, name in found:
-        name = os.path.splitext(name)[0] + ".png" if name.lower().endswith(PICTURES) else name
-        if name in names:
+    for name, (path, *more) in found.items():
+        if more:
             raise UserError(
-                f"{path} and {names[name]} would both be written as {name}. Fix: one at a time, with an --out each."
+                f"{path} and {more[0]} would both be written as {name}. "
+                "Fix: one at a time, with an --out each."
             )
-        names[name] = path
-    return names
+        if (out / name).exists() and os.path.samefile(out / name, path):
+            raise UserError(f"{path}: its reconstruction would replace it. Fix: another --out.")
+    return {name: paths[0] for name, paths in found.items()}
+
+
+# ---- the model's part ----------------------------------------------------------------------------
+
+
+class Made(NamedTuple):
+    """What a model makes of N planes."""
+
+    planes: np.ndarray  # (N, rows, columns) float32, in the units of the planes
+    labels: np.ndarray | None  # (N, rows, columns), as the codes tell them, if the model has masks
+    top: np.ndarray  # (N, h, w) uint16
+    bottom: np.ndarray  # (N, 2h, 2w) uint16
 
 
 @torch.inference_mode()
-def reconstruct_planes(
-    model: VQVAE2, study: StudyInfo, planes: np.ndarray, batch_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Planes (N, rows, columns), in any units, as the model gives them back, in batches.
+def reconstruct_planes(trained: Trained, planes: np.ndarray, batch_size: int) -> Made:
+    """Planes (N, rows, columns), in any units, as the model gives them back.
 
     Each plane is z-scored and fitted into the model's grid as the training slices were, and back.
-    Yields reconstructions (B, rows, columns) float32, top codes (B, h, w) and bottom codes (B, 2h,
-    2w), uint16. A constant plane stays as it is.
     """
+    model, study = trained.model, trained.study
     device = next(model.parameters()).device
     placement = Placement.make(planes.shape[1:], (study.height, study.width), study.fit)
+    values = np.array(study.labels, np.min_scalar_type(max(study.labels, default=0)))
+    restored, labels, top, bottom = [], [], [], []
     for first in range(0, len(planes), batch_size):
-        batch = planes[first : first + batch_size]
-        grids = np.stack([placement.place(plane, fill=plane.min()) for plane in batch])
-        means, stds, constant = (
-            np.array(column) for column in zip(*map(z_score, grids), strict=True)
-        )
-        x = torch.from_numpy((grids - means[:, None, None]) / stds[:, None, None]).float()
-        output = model(x.unsqueeze(1).to(device))
-        images = (
-            output.reconstruction[:, 0].cpu().numpy() * stds[:, None, None] + means[:, None, None]
-        )
-        restored = [
-            plane if flat else placement.restore(image.astype(np.float32))
-            for plane, image, flat in zip(batch, images, constant, strict=True)
-        ]
-        top, bottom = (
-            level.codes.cpu().numpy().astype(np.uint16) for level in (output.top, output.bottom)
-        )
-        yield np.stack(restored), top, bottom
+        grids = [placement.place(p, fill=p.min()) for p in planes[first : first + batch_size]]
+        means, stds, _ = (np.array(column) for column in zip(*map(z_score, grids), strict=True))
+        means, stds = means[:, None, None], stds[:, None, None]
+        x = torch.from_numpy((np.stack(grids) - means) / stds).float().unsqueeze(1)
+        output = model(x.to(device))
+        images = output.reconstruction[:, 0].cpu().numpy() * stds + means
+        restored += [placement.restore(image.astype(np.float32)) for image in images]
+        top += list(output.top.codes.cpu().numpy().astype(np.uint16))
+        bottom += list(output.bottom.codes.cpu().numpy().astype(np.uint16))
+        if output.mask_logits is not None:
+            masks = values[likeliest(output.mask_logits).cpu().numpy()]
+            labels += [placement.restore(mask, nearest=True) for mask in masks]
+    found = np.stack(labels) if labels else None
+    return Made(np.stack(restored), found, np.stack(top), np.stack(bottom))
 
 
-def score_plane(pair: tuple[np.ndarray, np.ndarray]) -> dict[str, float] | None:
-    """The scores of a plane and its reconstruction in their own pixels; None for a constant or a
-    tiny one.
+def reconstruct_file(
+    trained: Trained, path: str, target: Path, config: ReconstructConfig, pool: ThreadPoolExecutor
+) -> tuple[dict, Made]:
+    """Write the reconstruction of a file, and its mask; returns its row of the table, and what the
+    model made.
+
+    Scores are means over the file's planes. UserError for a file that cannot be used.
     """
-    original, reconstruction = pair
-    mean, std, constant = z_score(original)
-    if constant or min(original.shape) < metrics.SMALLEST:
-        return None
-    x, y = (original - mean) / std, (reconstruction - mean) / std
-    return {
-        "ssim_report": metrics.ssim_report(x, y)[0],
-        "ssim_standard": metrics.ssim_standard(x, y)[0],
-        "psnr": metrics.psnr(x, y),
-    }
+    scan = Scan(path, config.plane)
+    made = reconstruct_planes(trained, scan.planes, config.batch_size)
+    scores = list(pool.map(metrics.score_slice, scan.planes, made.planes))
+    scan.write(target, made.planes)
+    if made.labels is not None:
+        name = target.name.removeprefix("case_").replace(".png", ".nii.gz")
+        scan.write_mask(target.with_name(f"seg_{name}"), made.labels)
+    row = {"shape": list(scan.raw.shape), "planes": len(scan.planes)}
+    row |= {name: round(np.mean([score[name] for score in scores]), 6) for name in scores[0]}
+    height, width = trained.study.height, trained.study.width
+    bits = trained.model.config.bits_per_pixel(height, width) * height * width * len(scan.planes)
+    row |= {"bits": round(bits), "bits_per_pixel": round(bits / scan.planes.size, 6)}
+    return row | {"notes": scan.notes}, made
 
 
-def reconstruct_files(
-    checkpoint: str,
-    inputs: list[str],
-    out: str,
-    config: ScanConfig,
-    batch_size: int = 32,
-    device: str = "auto",
-) -> dict:
-    """Reconstruct every file into `out`, print a table and return what scans.json holds.
+# ---- the run as a whole --------------------------------------------------------------------------
+
+
+def reconstruct(inputs: list[str], config: ReconstructConfig = ReconstructConfig()) -> dict:
+    """Reconstruct every file, print a table and return what scans.json holds.
 
     Raises:
         FileNotFoundError: no checkpoint, or no files.
         UserError: a checkpoint that cannot be used; at the end, files that cannot be.
         OSError: a folder that cannot be written.
     """
-    trained = load_model(checkpoint)
-    study, model = trained.study, trained.model.to(runtime.pick_device(device))
-    folder = Path(out or Path(checkpoint).parent / "reconstructed")
-    names = find_files(inputs, folder)
-    runtime.writable_folder(folder)
-    for name, path in names.items():
-        if (folder / name).exists() and os.path.samefile(folder / name, path):
-            raise UserError(
-                f"{path}: its reconstruction would replace it. Fix: --out, another folder."
-            )
-    grid, results, notes, bad = study.height * study.width, [], {}, {}
-    bits = model.config.bits_per_pixel(study.height, study.width) * grid  # of a plane
-    kept = {"name": [], "plane": [], "top": [], "bottom": []}
-    bar = tqdm(total=len(names), desc="reconstructing", unit="file", disable=None)
-    with bar, runtime.thread_pool() as pool:
-        for name, path in names.items():
-            bar.update()
+    trained = load_model(config.checkpoint)
+    trained.model.to(runtime.pick_device(config.device))
+    out = Path(config.out or Path(config.checkpoint).parent / "reconstructed")
+    files = find_files(inputs, out)
+    runtime.writable_folder(out)
+    for name in ("scans.json", "codes.npz"):  # those of an earlier run tell nothing of this one
+        (out / name).unlink(missing_ok=True)
+    rows, codes, bad = {}, defaultdict(list), {}
+    with runtime.thread_pool() as pool:
+        for name, path in tqdm(files.items(), desc="reconstructing", unit="file", disable=None):
             try:
-                scan = Scan(path, config.plane)
-                batches = reconstruct_planes(model, study, scan.planes, batch_size)
-                planes, top, bottom = map(np.concatenate, zip(*batches, strict=True))
-                became_float = scan.write(str(folder / name), planes)
+                rows[name], made = reconstruct_file(trained, path, out / name, config, pool)
             except (UserError, OSError) as error:
                 bad[path] = str(error)
                 continue
             if config.codes:
-                kept["name"] += [name] * len(planes)
-                kept["plane"] += range(len(planes))
-                kept["top"].append(top)
-                kept["bottom"].append(bottom)
-            found = list(filter(None, pool.map(score_plane, zip(scan.planes, planes, strict=True))))
-            row = {
-                "file": name,
-                "shape": list(scan.raw.shape),
-                "planes": len(planes),
-                "scored": len(found),
-            }
-            row |= {
-                key: round(float(np.mean([score[key] for score in found])), 6) if found else None
-                for key in SCORES
-            }
-            row |= {
-                "bits": round(bits * len(planes)),
-                "bits_per_pixel": round(bits * len(planes) / planes.size, 6),
-            }
-            results.append(row)
-            for note in filter(None, (scan.note, "files became float32" if became_float else "")):
-                notes[note] = notes.get(note, 0) + 1
+                found = (
+                    np.full(len(made.top), name),
+                    np.arange(len(made.top)),
+                    made.top,
+                    made.bottom,
+                )
+                for key, values in zip(("name", "plane", "top", "bottom"), found, strict=True):
+                    codes[key].append(values)
     result = {
-        "files": results,
+        "files": rows,
         "plane": config.plane,
-        "scores": "means over the planes of a file, in its own pixels, constant planes left out; see metrics.py",
-        "bits": "nominal, log2 K for every code",
-        "checkpoint": {"file": Path(checkpoint).name, "sha256": trained.sha256},
+        "checkpoint": {"file": Path(config.checkpoint).name, "sha256": trained.sha256},
         "provenance": runtime.provenance(),
     }
-    if results:
-        runtime.write_json(folder / "scans.json", result)
-    if kept["name"]:
-        arrays = {"name": kept["name"], "plane": np.array(kept["plane"], np.int32)}
-        arrays |= {level: np.concatenate(kept[level]) for level in ("top", "bottom")}
-        with runtime.atomic_path(folder / "codes.npz") as part:
-            np.savez(part, **arrays)
-    print_table(results)
-    if any(row["planes"] > 1 for row in results):
+    if rows:
+        runtime.write_json(out / "scans.json", result)
+        print_table(rows)
+    if codes:
+        with runtime.atomic_path(out / "codes.npz") as part:
+            np.savez(part, **{key: np.concatenate(values) for key, values in codes.items()})
+    if any(row["planes"] > 1 for row in rows.values()):
         print(f"volumes were cut in {config.plane} planes (--plane) and put together again")
-    for note, count in notes.items():
-        print(f"{count} {note}")
-    print(
-        f"wrote {folder}/: {len(results)} files, scans.json{', codes.npz' if kept['name'] else ''}"
-    )
+    for note, count in Counter(note for row in rows.values() for note in row["notes"]).items():
+        print(f"{count} files {note}")
+    print(f"wrote {out}/: {len(rows)} files, scans.json{', codes.npz' if codes else ''}")
     if bad:
-        raise_bad(" ".join(inputs), bad, len(names))
+        raise_bad(" ".join(inputs), bad, len(files))
     return result
 
 
-def print_table(results: list[dict]) -> None:
+def print_table(rows: dict[str, dict]) -> None:
     """A line for each of the first files, and their mean."""
-    titles = [*SCORES.values(), "bits/pixel"]
-    print(f"{'file':<40}{'planes':>7}" + "".join(f"{title:>15}" for title in titles))
+    columns = {**SCORES, "bits_per_pixel": "bits/pixel"}
+    print(f"{'file':<40}{'planes':>7}" + "".join(f"{title:>15}" for title in columns.values()))
 
-    def line(label: str, planes: int, cells: list) -> None:
-        shown = "".join(f"{'-' if cell is None else format(cell, '#.4g'):>15}" for cell in cells)
-        print(f"{label[-39:]:<40}{planes:>7}{shown}")
+    def line(label: str, planes: int, cells: list[float]) -> None:
+        print(f"{label[-39:]:<40}{planes:>7}" + "".join(f"{cell:>#15.4g}" for cell in cells))
 
-    columns = [*SCORES, "bits_per_pixel"]
-    for row in results[:40]:
-        line(row["file"], row["planes"], [row[column] for column in columns])
-    if len(results) > 40:
-        print(f"... and {len(results) - 40} more, in scans.json")
-    if len(results) > 1:
-        found = [[row[column] for row in results if row[column] is not None] for column in columns]
-        means = [float(np.mean(cells)) if cells else None for cells in found]
-        line("mean of the files", sum(row["planes"] for row in results), means)
+    cells = {name: [row[key] for key in columns] for name, row in rows.items()}
+    for name in list(rows)[:SHOWN]:
+        line(name, rows[name]["planes"], cells[name])
+    if len(rows) > SHOWN:
+        print(f"... and {len(rows) - SHOWN} more, in scans.json")
+    total = sum(row["planes"] for row in rows.values())
+    line("mean of the files", total, np.mean(list(cells.values()), axis=0))
+
+
+def main() -> None:
+    flags = runtime.parser(__doc__, ReconstructConfig)
+    flags.usage = "%(prog)s FILE_OR_FOLDER ... [flags]"
+    flags.add_argument("inputs", nargs="+", help="slices, volumes, PNG pictures or folders of them")
+    args = flags.parse_args()
+    reconstruct(args.inputs, runtime.from_flags(ReconstructConfig, args))
+
+
+if __name__ == "__main__":
+    runtime.run_cli(main)

@@ -79,7 +79,7 @@ def test_every_snippet_of_the_readme_runs_as_pasted(study, tmp_path, monkeypatch
         monkeypatch.setattr("sys.argv", [f"{script}.py", *arguments, *more.split()])
         importlib.import_module(script).main()
         ran.append(script)
-    assert {"driver", "train", "predict", "generate"} == set(ran) and len(ran) >= 9
+    assert {"driver", "train", "predict", "reconstruct", "generate"} == set(ran) and len(ran) >= 9
     files = ("index.html", "reconstructions", "generated/report.json", "fewer-bits/vqvae2_best.pth")
     for file in (f"Results/{name}" for name in files):
         assert (tmp_path / file).exists(), file
