@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -670,11 +670,81 @@ def _fill_cache(
 # ---------------------------------------------------------------------------------------------
 
 
-def flip_left_right(x: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
-    """Mirror along axis H, the patient's left-right, the slices of x (B, ..., H, W) where (B,) is
-    True.
+@dataclass(frozen=True)
+class Mirror:
+    """How slices of a study are mirrored left to right, and their masks with them.
+
+    A mirrored left kidney looks like a right one. So two labels that lie on opposite sides are
+    exchanged in the mask of a mirrored slice: else nobody could tell which of the two is meant.
+
+    Attributes:
+        axis: the one of (..., H, W) that runs left-right, -2 or -1. None: nothing is mirrored.
+        partners: pairs of classes on opposite sides.
+        note: what was found out, for the user; "" where there is nothing to say.
     """
-    return torch.where(mirrored.view(-1, *[1] * (x.ndim - 1)), x.flip(-2), x)
+
+    axis: int | None = -2
+    partners: tuple[tuple[int, int], ...] = ()
+    note: str = ""
+
+    @classmethod
+    def of(cls, train: "SliceDataset") -> "Mirror":
+        """Find out from the affines and masks of a training split.
+
+        A slice whose affine tells no directions counts as HipMRI's do: rows run left-right. Two
+        classes are partners if each lies, mirrored, where the other one does, more than where any
+        other class or itself does. Where the places of such a pair overlap by less than a half
+        (Dice of their maps), they may be a pair or not, and nothing is mirrored.
+        """
+        runs = set(nifti.directions(train.affines[train.oriented])) or {"RS"}
+        axes = {next((i - 2 for i in (0, 1) if letters[i] in "RL"), None) for letters in runs}
+        axis = axes.pop() if len(axes) == 1 else None
+        if axis is None:
+            return cls(None, (), "slices are not mirrored: they do not all show left and right")
+        if len(train.labels) < 3:  # one organ has no partner
+            return cls(axis)
+        overlap = mirrored_overlap(train, axis)
+        nearest = overlap.argmax(1)
+        pairs = [(a, int(b)) for a, b in enumerate(nearest) if a < b and nearest[b] == a]
+        names = ", ".join(f"{train.labels[a + 1]} and {train.labels[b + 1]}" for a, b in pairs)
+        if any(overlap[pair] < 0.5 for pair in pairs):
+            note = f"slices are not mirrored: it is unclear whether labels {names} are a left and"
+            return cls(None, (), f"{note} a right organ")
+        note = f"labels {names} lie on opposite sides: mirrored slices exchange them"
+        partners = tuple((a + 1, b + 1) for a, b in pairs)
+        return cls(axis, partners, note if pairs else "")
+
+    def images(self, x: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
+        """Slices x (B, ..., H, W), those mirrored where `mirrored` (B,) is True."""
+        if self.axis is None:
+            return x
+        return torch.where(mirrored.view(-1, *[1] * (x.ndim - 1)), x.flip(self.axis), x)
+
+    def masks(self, masks: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
+        """Their masks (B, ..., H, W) of classes: mirrored too, with partners exchanged."""
+        exchanged = masks
+        for a, b in self.partners:
+            exchanged = torch.where(masks == a, b, torch.where(masks == b, a, exchanged))
+        where = mirrored.view(-1, *[1] * (masks.ndim - 1))
+        return self.images(torch.where(where, exchanged, masks), mirrored)
+
+
+def mirrored_overlap(train: "SliceDataset", axis: int, most: int = 1000) -> np.ndarray:
+    """How much each organ, mirrored, lies in the place of each: (O, O), Dice of their mean maps.
+
+    Over at most `most` training slices, evenly spread; O is the number of classes but background.
+    """
+    masked = np.flatnonzero(train.has_mask)
+    chosen = masked[:: max(1, len(masked) // most)]
+    places = np.zeros((len(train.labels) - 1, *train.pixels.shape[1:]))
+    for indices in np.array_split(chosen, -(-len(chosen) // 64)):
+        masks = train.masks(indices).numpy()
+        for organ, place in enumerate(places, start=1):
+            place += (masks == organ).sum(0)
+    turned = np.flip(places, axis)
+    shared = np.array([[np.minimum(a, b).sum() for b in places] for a in turned])
+    sizes = places.sum((1, 2))
+    return 2 * shared / np.maximum(sizes[:, None] + sizes, 1)
 
 
 def relative_positions(names: Sequence[SliceName]) -> np.ndarray:
@@ -790,6 +860,11 @@ class SliceDataset(torch.utils.data.Dataset):
             self._masks_checked,
         )
         return torch.from_numpy(self._classes[batch])
+
+    @cached_property
+    def mirror(self) -> Mirror:
+        """How these slices are mirrored; ask the train split."""
+        return Mirror.of(self)
 
     def fits_on(self, device: torch.device) -> bool:
         """Whether `device` is a GPU with room for the images and masks of the split."""

@@ -369,7 +369,7 @@ def write_pictures(album: Album, inputs: Inputs, report: dict, drawn: dict) -> N
     }
     figures.slice_grid(album.out / "overview.png", groups, n, album.span, album.note, panel=2.5)
 
-    variants = Variants(len(inputs.codes["train_top"]), len(train))
+    variants = Variants(len(inputs.codes["train_top"]), len(train), train.mirror)
 
     def pairs(which: str, images: Callable, names: Callable) -> list[tuple]:
         best, shown = drawn["nearest"]["correlation"][which], []

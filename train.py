@@ -25,14 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataset import (
-    DataConfig,
-    StudyInfo,
-    find_trained_study,
-    flip_left_right,
-    open_study,
-    open_trained_study,
-)
+from dataset import DataConfig, StudyInfo, find_trained_study, open_study, open_trained_study
 from modules import VQVAE2, Output, VQVAE2Config, load_model
 from new_slices.code_maps import MOST_VARIANTS, Variants, extract_codes
 from new_slices.layouts import middles
@@ -98,7 +91,10 @@ class LossConfig:
     l1: float = option(0.0, "weight of the mean absolute error in the reconstruction term")
     ssim: float = option(0.0, "weight of 1 - SSIM in the reconstruction term")
     mask: float = option(0.02, "weight of the cross-entropy and Dice losses of masks and layouts")
-    flip: bool = option(False, "mirror every second slice left-right, at random")
+    flip: bool = option(
+        False,
+        "mirror each slice left-right with probability 1/2, and exchange left and right labels",
+    )
 
     def __post_init__(self) -> None:
         for name in ("beta", "mse", "l1", "ssim", "mask"):
@@ -228,6 +224,9 @@ class Autoencoder(Stage):
             self.masks = {
                 name: self.splits[name].masks_on(self.device, self.held[name]) for name in self.held
             }
+        self.mirror = self.splits["train"].mirror
+        if self.mirror.note and self.loss.flip:
+            print(f"{self.splits['train'].study}: {self.mirror.note}")
         runtime.seed_everything(config.seed)
         self.model = VQVAE2(replace(settings.model, labels=len(labels)))
         if config.weights and not settings.checkpoint:
@@ -268,8 +267,8 @@ class Autoencoder(Stage):
         masks = self.masks[split](indices) if self.model.config.labels else None
         if self.loss.flip and self.model.training:
             mirrored = self.mirrored[indices.to(self.device, non_blocking=True)]
-            x = flip_left_right(x, mirrored)
-            masks = masks if masks is None else flip_left_right(masks, mirrored)
+            x = self.mirror.images(x, mirrored)
+            masks = masks if masks is None else self.mirror.masks(masks, mirrored)
         return self.losses_of(x, masks)
 
     def losses_of(self, x: Tensor, masks: Tensor | None) -> dict[str, Tensor]:
@@ -385,7 +384,8 @@ class CodePriors(Stage):
         }
         runtime.seed_everything(config.seed)
         self.top_shape = model.config.code_shapes(*size)[0]
-        self.numbers = Variants(codes.variants, len(self.splits["train"])).numbers.to(self.device)
+        train = self.splits["train"]
+        self.numbers = Variants(codes.variants, len(train), train.mirror).numbers.to(self.device)
         labels = len(
             self.splits["train"].labels
         )  # layouts, where the autoencoder knows these masks too

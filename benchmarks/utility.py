@@ -161,7 +161,13 @@ def compare(
             kinds[f"{count} real patients and synthetic"] = mixture(few, synthetic)
         for kind, pairs in kinds.items():
             net = organs.train_segmenter(
-                pairs.take, pairs.count, len(labels), args.steps, device=device, seed=seed
+                pairs.take,
+                pairs.count,
+                len(labels),
+                train.mirror,
+                args.steps,
+                device=device,
+                seed=seed,
             )
             patients, dice = score(net, test, slices["test"])
             runs.setdefault(kind, []).append(dice)

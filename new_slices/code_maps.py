@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset import SPLITS, SliceDataset, flip_left_right
+from dataset import SPLITS, Mirror, SliceDataset
 from modules import VQVAE2
 from new_slices.layouts import layouts_of, likely
 from new_slices.organs import likeliest
@@ -81,7 +81,8 @@ class Variants:
             are told.
     """
 
-    def __init__(self, count: int, slices: int, seed: int = 0) -> None:
+    def __init__(self, count: int, slices: int, mirror: Mirror, seed: int = 0) -> None:
+        self.mirror = mirror
         generator = torch.Generator().manual_seed(seed)
         self.numbers = torch.rand(count, slices, NUMBERS, generator=generator) * 2 - 1
         self.numbers[:, :, 0] = (self.numbers[:, :, 0] > 0).float()
@@ -99,16 +100,24 @@ class Variants:
         """Slices x (B, 1, H, W), those of `indices` (B,), altered as `variant` says and z-scored
         again.
         """
+        x = self.mirror.images(x, self.mirrored(x, variant, indices))
         if variant < 2:
-            return self.moved(x, variant, indices, "bilinear")
+            return x
         x = self.moved(x - x.amin((2, 3), keepdim=True), variant, indices, "bilinear")
         x = x * (SHADE * self.smooth(x, self.fields[variant, indices, 2:])).exp()
         std, mean = torch.std_mean(x, (2, 3), correction=0, keepdim=True)
         return (x - mean) / std.clamp_min(1e-6)
 
     def masks(self, masks: Tensor, variant: int, indices: Tensor) -> Tensor:
-        """Their masks (B, H, W) uint8, altered alike."""
+        """Their masks (B, H, W) uint8, altered alike; left and right labels are exchanged."""
+        masks = self.mirror.masks(masks, self.mirrored(masks, variant, indices))
+        if variant < 2:
+            return masks
         return self.moved(masks[:, None].float(), variant, indices, "nearest")[:, 0].to(torch.uint8)
+
+    def mirrored(self, x: Tensor, variant: int, indices: Tensor) -> Tensor:
+        """(B,) bool, where x lies: which of these slices the variant mirrors."""
+        return self.numbers[variant, indices, 0].to(x.device) > 0
 
     @staticmethod
     def smooth(x: Tensor, fields: Tensor) -> Tensor:
@@ -118,11 +127,8 @@ class Variants:
         return F.interpolate(fields.to(x.device), x.shape[2:], mode="bicubic", align_corners=True)
 
     def moved(self, x: Tensor, variant: int, indices: Tensor, mode: str) -> Tensor:
-        """x (B, 1, H, W) mirrored and, from variant 2 on, shifted, turned, stretched and bent."""
+        """x (B, 1, H, W) shifted, turned, stretched and bent."""
         numbers = self.numbers[variant, indices].to(x.device)
-        x = flip_left_right(x, numbers[:, 0] > 0)
-        if variant < 2:
-            return x
         bend_r, bend_c = (BEND * self.smooth(x, self.fields[variant, indices, :2])).unbind(1)
         height, width = x.shape[2:]
         rows = (
@@ -156,7 +162,7 @@ def extract_codes(
     Raises:
         UserError: more than the memory or the disk holds.
     """
-    key = " ".join(["2", sha256, str(variants), *(splits[name].fingerprint for name in SPLITS)])
+    key = " ".join(["3", sha256, str(variants), *(splits[name].fingerprint for name in SPLITS)])
     for file in files:
         try:
             with np.load(file) as saved:
@@ -177,7 +183,7 @@ def extract_codes(
     bar = tqdm(total=total, desc="codes", unit=" slices", disable=None)
     maps = {}
     for name, split in splits.items():
-        altered = Variants(counts[name], len(split))
+        altered = Variants(counts[name], len(split), splits["train"].mirror)
         shapes = model.config.code_shapes(*split.pixels.shape[1:])
         for level, shape in zip(LEVELS, shapes, strict=True):
             maps[f"{name}_{level}"] = np.empty((counts[name], len(split), *shape), np.uint16)

@@ -19,7 +19,7 @@ from skimage.measure import label, regionprops
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset import NO_MASK, flip_left_right
+from dataset import NO_MASK, Mirror
 from support import runtime
 
 SMALLEST_PIECE = (
@@ -105,6 +105,7 @@ def train_segmenter(
     pairs: Callable[[np.ndarray], tuple[Tensor, Tensor]],
     count: int,
     labels: int,
+    mirror: Mirror,
     steps: int = 3000,
     batch_size: int = 8,
     device: torch.device | str = "cpu",
@@ -116,11 +117,11 @@ def train_segmenter(
         pairs: from indices (B,) below `count` to z-scored slices (B, 1, H, W) and their masks (B,
             H, W) uint8.
         labels: how many there are, the background among them.
+        mirror: of these slices.
         steps, batch_size: how long to train, and the slices of a step; 300 steps take half a minute
             on two cores.
 
-    Every slice is mirrored left to right (along H) with probability 0.5, and gets a random gain,
-    offset and noise.
+    Every slice is mirrored with probability 0.5, and gets a random gain, offset and noise.
     """
     with torch.random.fork_rng(devices=[]):  # whoever calls draws what it would have drawn
         torch.manual_seed(seed)
@@ -134,7 +135,7 @@ def train_segmenter(
     for step in tqdm(range(steps), desc="segmenter", unit=" steps", disable=None):
         images, masks = pairs(order[step * batch_size : (step + 1) * batch_size])
         mirrored = torch.rand(len(images), generator=generator) < 0.5
-        images, masks = (flip_left_right(x, mirrored) for x in (images, masks))
+        images, masks = mirror.images(images, mirrored), mirror.masks(masks, mirrored)
         gain, offset = 0.2 * torch.randn(2, len(images), 1, 1, 1, generator=generator)
         noise = torch.randn(images.shape, generator=generator)
         images = (
@@ -170,6 +171,7 @@ def segmenter_of(train, file: Path | str, device: torch.device | str = "cpu") ->
     One that was trained on other slices is trained again.
     """
     data = {"fingerprint": train.fingerprint, "labels": list(train.labels)}
+    data["partners"] = [list(pair) for pair in train.mirror.partners]
     try:
         saved = runtime.load_checkpoint(file, "segmenter")
         if saved["data"] == data:
@@ -187,7 +189,7 @@ def segmenter_of(train, file: Path | str, device: torch.device | str = "cpu") ->
     # The phantom's organs are learnt in 300 steps; on real hearts and abdomens 1200 are still too
     # few.
     steps = 300 if train.synthetic else 3000
-    net = train_segmenter(pairs, len(masked), len(train.labels), steps=steps, device=device)
+    net = train_segmenter(pairs, len(masked), len(train.labels), train.mirror, steps, device=device)
     config = {"labels": net.labels, "channels": net.channels}
     weights = {name: value.cpu() for name, value in net.state_dict().items()}
     saved = {

@@ -458,7 +458,7 @@ def score_copying(
     """
     train, samples = inputs.splits["train"], inputs.samples
     count = len(inputs.codes["train_top"])
-    variants = Variants(count, len(train))
+    variants = Variants(count, len(train), train.mirror)
 
     def pictures(variant: int, indices: np.ndarray) -> np.ndarray:
         parts = torch.from_numpy(indices).split(16)

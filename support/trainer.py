@@ -439,7 +439,8 @@ class Trainer:
 
     def batch_loss(self, split: str, indices: Tensor, sums: Tensor) -> Tensor:
         """The loss () of a batch; adds every loss of its slices to `sums`."""
-        with runtime.autocast(self.device, self.bf16):
+        # Validation is float32 always: scores must not depend on what the machine is fast at.
+        with runtime.autocast(self.device, self.bf16 and self.model.training):
             losses = self.stage.batch_losses(split, indices)
         means = torch.stack([losses[name].detach() for name in self.stage.loss_names])
         sums.add_(means.double(), alpha=len(indices))

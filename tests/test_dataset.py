@@ -20,7 +20,7 @@ from skimage.transform import resize
 
 import dataset
 from dataset import SPLITS, DataConfig, StudyInfo, open_study, parse_name
-from support import runtime
+from support import nifti, runtime
 from support.runtime import UserError
 
 SIZE = (32, 16)
@@ -724,3 +724,80 @@ def test_of_studies_of_one_name_that_of_the_training_is_found(study, tmp_path, m
         ) == str(copy)
     with pytest.raises(FileNotFoundError, match=r"x\.pth was trained on is not there"):
         dataset.find_trained_study(info, "x.pth", str(tmp_path / "empty"))
+
+
+# ---- mirroring ----
+
+
+def sided_study(folder, affine, axis, radii=(6, 6)):
+    """Slices with two discs beside the middle, along an axis: labels 3 and 9, and 5 between."""
+    rng, grid = np.random.default_rng(0), np.mgrid[:64, :64]
+    for split, patients in {"train": (1, 2, 3), "validate": (4,), "test": (5,)}.items():
+        for patient in patients:
+            for number in range(6):
+                along, across = grid[axis], grid[1 - axis]
+                off, middle = 15 + rng.integers(-2, 3), 31.5 + rng.integers(-2, 3)
+                sides = zip((-off, off), radii, strict=True)
+                discs = [np.hypot(along - 31.5 - side, across - middle) < r for side, r in sides]
+                mask = 3 * discs[0] + 9 * discs[1] + 5 * (np.abs(along - 31.5) + across < 8)
+                name = f"case_{patient:03d}_week_0_slice_{number}.nii.gz"
+                image = (100 + 100 * (mask > 0) + rng.normal(size=mask.shape)).astype(np.float32)
+                nifti.write(folder / f"keras_slices_{split}" / name, image, affine)
+                name = name.replace("case", "seg")
+                nifti.write(
+                    folder / f"keras_slices_seg_{split}" / name, mask.astype(np.uint8), affine
+                )
+    return open_study(DataConfig(str(folder), 64, 64))["train"]
+
+
+def turned_affine(letters: str) -> np.ndarray:
+    """The affine of a slice whose rows and columns run to these ends of the patient."""
+    affine = np.eye(4)
+    affine[:3, :2] = 0
+    for column, letter in enumerate(letters):
+        affine["RAS".index(letter), column] = 1
+    affine[:3, 2] = np.cross(affine[:3, 0], affine[:3, 1])
+    return affine
+
+
+@pytest.mark.parametrize("letters, axis", [("RA", 0), ("AR", 1), ("SR", 1), ("RS", 0)])
+def test_left_and_right_labels_are_found_and_exchanged_along_the_patient_s_axis(
+    letters, axis, tmp_path
+):
+    train = sided_study(tmp_path, turned_affine(letters), axis)
+    mirror = train.mirror
+    assert mirror.axis == axis - 2 and mirror.partners == ((1, 3),)  # of labels 0, 3, 5, 9
+    assert "labels 3 and 9 lie on opposite sides" in mirror.note
+    masks, images, some = train.masks([0, 1]), train.images([0, 1]), torch.tensor([True, False])
+    mirrored = mirror.masks(masks, some)
+    labels = np.array(train.labels)[mirrored[0].numpy()]
+    expected = np.flip(np.array(train.labels)[masks[0].numpy()], axis)
+    exchange = {0: 0, 3: 9, 5: 5, 9: 3}
+    assert (labels == np.vectorize(exchange.get)(expected)).all()
+    assert mirrored[1].equal(masks[1])
+    moved = mirror.images(images, some)
+    assert moved[0, 0].equal(images[0, 0].flip(axis)) and moved[1].equal(images[1])
+    unknown = torch.full_like(masks, dataset.NO_MASK)
+    assert mirror.masks(unknown, some).equal(unknown)
+
+
+def test_sagittal_slices_are_not_mirrored(tmp_path):
+    mirror = sided_study(tmp_path, turned_affine("AS"), 0).mirror
+    x = torch.randn(2, 1, 4, 4)
+    assert mirror.axis is None and "not mirrored" in mirror.note
+    assert mirror.images(x, torch.tensor([True, True])).equal(x)
+
+
+def test_an_unclear_pair_of_labels_is_not_mirrored(tmp_path):
+    mirror = sided_study(tmp_path, turned_affine("RA"), 0, radii=(10, 4)).mirror
+    assert mirror.axis is None and "unclear whether labels" in mirror.note
+
+
+def test_mirrored_overlap_is_the_dice_of_mean_maps(tmp_path):
+    train = sided_study(tmp_path, turned_affine("RA"), 0)
+    masks = train.masks(range(len(train))).numpy()
+    maps = np.stack([(masks == organ).mean(0) for organ in (1, 2, 3)])
+    for i, one in enumerate(maps[:, ::-1]):
+        for j, other in enumerate(maps):
+            dice = 2 * np.minimum(one, other).sum() / (one.sum() + other.sum())
+            assert dataset.mirrored_overlap(train, -2)[i, j] == pytest.approx(dice)

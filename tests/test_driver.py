@@ -72,7 +72,7 @@ def test_without_data_it_makes_a_phantom_and_says_so(tmp_path, monkeypatch, caps
     monkeypatch.setattr(
         organs,
         "train_segmenter",
-        lambda *args, steps, **settings: train_segmenter(*args, steps=2, **settings),
+        lambda *args, **settings: train_segmenter(*args[:4], 2, **settings),
     )
     flags = "--K 16 --D 8 --channels 8 --top-channels 8 --minutes 0 --epochs 1 --device cpu --prior-minutes 0".split()
     monkeypatch.setattr("sys.argv", ["driver.py", *flags])

@@ -17,7 +17,7 @@ from conftest import run
 from PIL import Image
 
 import generate
-from dataset import DataConfig, open_study, parse_name
+from dataset import DataConfig, Mirror, open_study, parse_name
 from modules import VQVAE2, VQVAE2Config
 from new_slices import code_maps, sample_report
 from new_slices.prior import Prior, PriorConfig
@@ -247,7 +247,11 @@ def test_a_prior_that_repeats_its_training_slices_is_caught(
 def test_altered_training_slices_are_found(trained):
     """A slice that was shifted, turned and bent as a variant is, is a copy of that variant."""
     _, model, prior, splits = trained
-    train, variants, indices = splits["train"], code_maps.Variants(4, 14), torch.tensor([3, 8])
+    train, variants, indices = (
+        splits["train"],
+        code_maps.Variants(4, 14, Mirror()),
+        torch.tensor([3, 8]),
+    )
     maps = code_maps.extract_codes(model, splits, 4, "model", trained[0] / "four.npz")
     copied = variants.images(train.images(indices), 3, indices)[:, 0].numpy()
     levels = (maps[f"train_{level}"][3, indices].astype(np.int64) for level in code_maps.LEVELS)

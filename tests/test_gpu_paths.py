@@ -13,6 +13,7 @@ import generate
 import modules
 import predict
 import train
+from dataset import Mirror
 from support import trainer
 
 SMALL = {
@@ -156,7 +157,7 @@ def test_a_compiled_step_is_one_graph(study, tmp_path, monkeypatch):
 
 def test_a_mixture_of_devices_is_found(trained, monkeypatch):
     monkeypatch.setattr(
-        train, "flip_left_right", lambda x, m: torch.where(m.cpu().view(-1, 1, 1, 1), x.flip(2), x)
+        Mirror, "images", lambda _, x, m: torch.where(m.cpu().view(-1, 1, 1, 1), x.flip(2), x)
     )
     with stand_in.device(), pytest.raises(RuntimeError, match="same device"):
         take_steps(trainer_of("autoencoder", trained))

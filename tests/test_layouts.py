@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_prior import TINY, make_prior, random_maps
 
-from dataset import NO_MASK
+from dataset import NO_MASK, Mirror
 from modules import VQVAE2, VQVAE2Config
 from new_slices import layouts
 from new_slices.code_maps import Variants, decode
@@ -129,7 +129,7 @@ def test_a_new_layout_lies_between_two_patients_with_the_same_organs(monkeypatch
 def test_masks_are_altered_as_their_slices_are():
     mask = torch.from_numpy(np.kron(disc(6, 10, 7), np.ones((4, 4)))).to(torch.uint8)[None]
     x = 2 * mask[:, None].float() - 1
-    variants, indices = Variants(6, 3), torch.tensor([1])
+    variants, indices = Variants(6, 3, Mirror()), torch.tensor([1])
     for variant in range(6):
         image = variants.images(x, variant, indices)[0, 0]
         moved = variants.masks(mask, variant, indices)[0]

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import generate
 import train
-from dataset import DataConfig, open_study, open_trained_study
+from dataset import DataConfig, Mirror, open_study, open_trained_study
 from modules import load_model
 from new_slices import code_maps, layouts
 from new_slices.code_maps import Variants, extract_codes
@@ -68,7 +68,7 @@ def test_codes_are_the_autoencoder_s_and_kept_for_it_alone(autoencoder, tmp_path
 def test_variants_are_altered_as_their_numbers_say(autoencoder):
     _, splits = model_and_splits(autoencoder)
     x, indices = splits["train"].images(range(6)), torch.arange(6)
-    variants = Variants(4, 14)
+    variants = Variants(4, 14, Mirror())
     assert not variants.numbers[0].any() and (variants.numbers[1, :, 0] == 1).all()
     assert variants.images(x, 0, indices).equal(x) and variants.images(x, 1, indices).equal(
         x.flip(2)
@@ -111,7 +111,7 @@ def test_the_prior_is_told_the_variant_it_sees(autoencoder, tmp_path):
         chosen = stage.variant[index]
         assert top[i].equal(stage.maps["train_top"][chosen, index].long())
         assert bottom[i].equal(stage.maps["train_bottom"][chosen, index].long())
-        assert variant[i].equal(Variants(4, 14).numbers[chosen, index])
+        assert variant[i].equal(Variants(4, 14, Mirror()).numbers[chosen, index])
         assert position[i] == stage.splits["train"].positions[index]
     stage.model.eval()
     stage.batch_losses("validate", torch.arange(3))
@@ -123,7 +123,7 @@ def test_the_top_prior_is_told_the_layout_of_the_variant_it_sees(masked_study, t
     config = trainer.TrainConfig(out=str(tmp_path), device="cpu", batch_size=4)
     settings = train.CodesConfig(checkpoint=str(autoencoder), variants=4, forget=0.5)
     stage = train.CodePriors(train.Settings("prior", codes=settings, prior=TINY, train=config))
-    train_split, variants = stage.splits["train"], Variants(4, 14)
+    train_split, variants = stage.splits["train"], Variants(4, 14, Mirror())
     assert stage.model.config.labels == 2
     seen, indices = [], torch.arange(14)
     stage.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))

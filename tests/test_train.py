@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from tqdm import tqdm
 
 import train
-from dataset import NO_MASK, DataConfig, open_study
+from dataset import NO_MASK, DataConfig, Mirror, open_study
 from modules import VQVAE2, Output, Quantised, VQVAE2Config
 from new_slices.layouts import layouts_of
 from support import metrics, runtime, trainer
@@ -105,7 +105,7 @@ def test_learning_rate_rises_then_falls():
 def test_flips_are_left_right_and_half():
     x = torch.arange(12.0).view(1, 1, 4, 3).expand(400, 1, 4, 3)
     mirrored = torch.rand(400) < 0.5
-    flipped = train.flip_left_right(x, mirrored)
+    flipped = Mirror().images(x, mirrored)
     assert torch.equal((flipped == x.flip(2)).flatten(1).all(1), mirrored)
     assert torch.equal((flipped == x).flatten(1).all(1), ~mirrored)
 
@@ -480,5 +480,5 @@ def test_slices_without_masks_give_the_mask_head_no_gradient():
 def test_flipping_masks_flips_them_with_their_slices():
     x = torch.arange(2 * 4 * 3.0).view(2, 1, 4, 3)
     mirrored = torch.tensor([False, True])
-    expected = train.flip_left_right(x, mirrored)[:, 0]
-    assert train.flip_left_right(x[:, 0], mirrored).equal(expected)
+    expected = Mirror().images(x, mirrored)[:, 0]
+    assert Mirror().images(x[:, 0], mirrored).equal(expected)

@@ -194,7 +194,7 @@ def test_an_appraisal_by_anatomy_sees_what_is_broken(folders):
     def pairs(indices):
         return train.images(indices), train.masks(indices)
 
-    net = organs.train_segmenter(pairs, len(train), 2, steps=60)
+    net = organs.train_segmenter(pairs, len(train), 2, train.mirror, steps=60)
     inputs = sample_report.Inputs(None, None, splits, {}, None, np.zeros(6), np.arange(6), net)
     real = validate.images(range(6))[:, 0].numpy()
     split, moved = real.copy(), np.roll(real, 12, axis=2)
