@@ -13,7 +13,6 @@ beside what real slices and worthless ones score. Not for diagnosis.
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,10 +199,7 @@ def sample(
     form = "{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
     bar = tqdm(total=config.n, desc="sampling", unit=" slices", bar_format=form, disable=None)
     parts = []
-    began, size = (
-        time.monotonic(),
-        config.batch_size or (4 if next(model.parameters()).device.type == "cpu" else 256),
-    )
+    size = config.batch_size or (4 if next(model.parameters()).device.type == "cpu" else 256)
     with runtime.stop_signals() as stopped, bar:
 
         def progress() -> None:
@@ -226,10 +222,6 @@ def sample(
             samples = Samples(images, *(level.cpu().numpy() for level in codes), masks)
             keep(first, samples)
             parts.append(samples)
-            if first == 0:
-                runtime.note_if_long(
-                    f"{config.n} slices", (time.monotonic() - began) * config.n / len(batch)
-                )
             if stopped:
                 raise KeyboardInterrupt
     return Samples(
@@ -427,11 +419,6 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     study, variants, model, prior = load_models(config)
     splits = open_splits(config, data, study)
     out, test = runtime.writable_folder(config.out), splits["test"]
-    pixels = config.n * study.height * study.width
-    runtime.check_room(
-        f"{config.n} samples", 6 * pixels, "a smaller --n, in several runs of other --seed"
-    )
-    runtime.check_room(f"the files of {config.n} samples", 4 * pixels, "a smaller --n", out)
     pool, rng = near(test, config.position), np.random.default_rng(config.seed)
     # real slices in a random order, over and over: what sample i stands beside does not depend on n
     rounds = math.ceil(config.n / len(pool))

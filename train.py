@@ -346,8 +346,8 @@ def train_autoencoder(settings: Settings) -> Path:
         raise UserError(
             f"--resume: --height and --width are {size}; the checkpoint's are {trained}. Fix: leave them out."
         )
-    with runtime.only_run_in(settings.train.out):
-        return fit_or_resume(Autoencoder(settings), settings)
+    runtime.writable_folder(settings.train.out)
+    return fit_or_resume(Autoencoder(settings), settings)
 
 
 # ---- stage two: the priors ----
@@ -461,14 +461,14 @@ def train_prior(settings: Settings) -> Path:
         raise UserError(
             f"--bottom-every is {codes.bottom_every}, --batch-size {config.batch_size}: expected a multiple of it"
         )
-    with runtime.only_run_in(config.out):
-        stage = CodePriors(settings)
-        if checkpoint and checkpoint.get("autoencoder_sha256") != stage.sha256:
-            raise UserError(
-                f"{checkpoint['path']}: the prior of another autoencoder than {codes.checkpoint}. "
-                "Fix: name its own with --checkpoint, or train again."
-            )
-        return fit_or_resume(stage, settings)
+    runtime.writable_folder(config.out)
+    stage = CodePriors(settings)
+    if checkpoint and checkpoint.get("autoencoder_sha256") != stage.sha256:
+        raise UserError(
+            f"{checkpoint['path']}: the prior of another autoencoder than {codes.checkpoint}. "
+            "Fix: name its own with --checkpoint, or train again."
+        )
+    return fit_or_resume(stage, settings)
 
 
 # ---- the command line ----

@@ -7,7 +7,6 @@ picture and then coded. The priors are told how (`Variants.numbers`), though of 
 only that there is some. In sampling they are asked for unaltered slices.
 """
 
-import math
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -158,9 +157,6 @@ def extract_codes(
     Returns:
         "train_top" (variants, N, h, w), "train_bottom" (variants, N, 2h, 2w), "validate_top" (1, N,
         h, w), ... uint16; and "train_layout" (variants, N, 2h, 2w), ... of a study with masks.
-
-    Raises:
-        UserError: more than the memory or the disk holds.
     """
     key = " ".join(["3", sha256, str(variants), *(splits[name].fingerprint for name in SPLITS)])
     for file in files:
@@ -173,13 +169,6 @@ def extract_codes(
     counts = {name: variants if name == "train" else 1 for name in SPLITS}
     total = sum(counts[name] * len(splits[name]) for name in SPLITS)
     device = next(model.parameters()).device
-    top, bottom = map(math.prod, model.config.code_shapes(*splits["train"].pixels.shape[1:]))
-    layout = bottom if splits["train"].labels else 0
-    size = (top + bottom + layout) * 2 * total
-    for room in (None, files[-1].parent):
-        runtime.check_room(
-            f"the codes of {total} slices and variants", size, "fewer --variants", room
-        )
     bar = tqdm(total=total, desc="codes", unit=" slices", disable=None)
     maps = {}
     for name, split in splits.items():

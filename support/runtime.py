@@ -6,6 +6,7 @@ written to a temporary place and moved (`atomic_path`), so that nobody ever read
 """
 
 import argparse
+import atexit
 import dataclasses
 import fcntl
 import hashlib
@@ -13,7 +14,6 @@ import json
 import os
 import platform
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from datetime import timedelta
-from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -237,29 +236,6 @@ def in_parallel(function: Callable, items: Sequence, label: str, unit: str) -> I
                 yield result
 
 
-def check_room(what: str, size: float, fix: str, folder: Path | None = None) -> None:
-    """UserError if `size` bytes are more than the free space of a folder's disk or, without one,
-    than the memory.
-    """
-    if folder:
-        room, where = shutil.disk_usage(folder).free, f"{folder} has"
-    else:
-        room, where = (
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "this machine's memory is",
-        )
-    if size > room:
-        raise UserError(
-            f"{what} take {size / 1e9:.3g} GB; {where} {room / 1e9:.3g} GB. Fix: {fix}."
-        )
-
-
-def note_if_long(what: str, seconds: float) -> None:
-    """Say how long `what` will take if it is more than a day."""
-    if seconds > 86_400 and rank() == 0:
-        tqdm.write(f"note: at this speed {what} take {seconds / 86_400:.1f} days")
-
-
 # ---- device, seeds -------------------------------------------------------------------------------
 
 
@@ -426,36 +402,14 @@ def lock(folder: Path | str) -> int:
     return descriptor
 
 
-@contextmanager
-def only_run_in(folder: Path | str) -> Iterator[None]:
-    """Hold `folder`, made where it is not there, for this run: UserError while another run holds
-    it.
-
-    OSError, before anything is computed, if nothing can be written there.
-    """
-    descriptor = None
-    if rank() == 0:
-        writable_folder(folder)
-        try:
-            descriptor = lock(folder)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another run is writing there. Fix: wait for its end, or another --out."
-            ) from None
-        except OSError:
-            pass  # no locks here: as good as held
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
 def writable_folder(path: Path | str) -> Path:
-    """`path`, made where it is not there; OSError, before anything is computed, if it cannot be
-    written.
+    """Make the folder `path` where there is none, before anything is computed.
+
+    If this process ends without having written to it, it goes again. OSError if nothing can be
+    written there.
     """
     path = Path(path)
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path).cleanup()
@@ -463,75 +417,57 @@ def writable_folder(path: Path | str) -> Path:
         raise OSError(
             f"{path}: cannot write there ({error.strerror}). Fix: another --out."
         ) from error
+    atexit.register(remove_empty, new)
     return path
 
 
-@cache
-def sweep(folder: Path) -> None:
-    """Delete what killed processes left in `folder`: the temporary folders that nobody holds a lock
-    on.
-    """
-    for left in folder.glob(f"{TEMPORARY}*/"):
-        with suppress(OSError):  # in use, or just deleted by another process, or another user's
-            descriptor = lock(left)
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(descriptor)
-
-
-@contextmanager
-def temporary_folder(parent: Path) -> Iterator[Path]:
-    """A new folder in `parent` to which only this user may write: nobody can have put a link into
-    it.
-    """
-    while True:
-        folder, descriptor = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent)), None
-        try:
-            descriptor = lock(folder)
-        except (
-            BlockingIOError
-        ):  # the `sweep` of another thread or process was quicker, and deletes it
-            continue
-        except OSError:
-            pass  # deleted already, or a file system without locks
-        if folder.exists():
-            break
-        if descriptor is not None:
-            os.close(descriptor)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if descriptor is not None:
-            os.close(descriptor)
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Delete those of the folders that hold nothing, inner ones first."""
+    for folder in folders:
+        with suppress(OSError):  # it holds something, or is gone already
+            folder.rmdir()
 
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yields a path to write to, of the same name in a temporary folder; it becomes `path` if the
-    block succeeds.
+    """Yields a path to write a file or a folder to, which becomes `path` if the block succeeds.
 
-    It may be a file or a folder, which replaces `path` whole. An OSError of the block names `path`.
+    Until then it has the same name in a temporary folder beside `path`, to which nobody else may
+    write. A file replaces a file, and a folder a folder, whole; where another process put a folder
+    there in the meantime, that one stays. An OSError of the block names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent)
     try:
-        with temporary_folder(path.parent) as folder:
-            part = folder / path.name
+        with tempfile.TemporaryDirectory(
+            prefix=TEMPORARY, dir=path.parent, ignore_cleanup_errors=True
+        ) as folder:
+            part = Path(folder, path.name)
             yield part
-            if part.is_dir() and path.exists():
-                os.replace(path, folder / f"old-{path.name}")
-            os.replace(part, path)
+            if part.is_dir():
+                # No system puts a folder in the place of one that holds something.
+                with suppress(FileNotFoundError):
+                    os.replace(path, Path(folder, f"old-{path.name}"))
+            move(part, path)
     except OSError as error:
-        inside = str(error.filename or "").startswith(str(path.parent / TEMPORARY))
-        if error.errno and (inside or error.filename is None):
+        # Users know `path`, and nothing of the temporary folder.
+        if error.errno and TEMPORARY in str(error.filename or TEMPORARY):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
+def move(part: Path, path: Path) -> None:
+    """Give `part` the name `path`. Where both are folders, another process was quicker: accept it."""
+    try:
+        os.replace(part, path)
+    except OSError:
+        if not (part.is_dir() and path.is_dir()):
+            raise
+
+
 def write_text(path: Path | str, text: str) -> None:
     with atomic_path(path) as part:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path | str, value) -> None:

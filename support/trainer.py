@@ -351,7 +351,6 @@ class Trainer:
         self.began = time.monotonic() - self.progress.seconds
         self.clock = 0.0  # rank 0's `elapsed`, the same on every rank
         self.loss_shown_at = 0.0
-        self.speed_known_at = self.progress.seconds + 10  # of the clock
         self.prefix = "" if stage.kind == "vqvae2" else f"{stage.kind}_"  # of the names of logs
         settings = {"train": shareable(config), "ranks": runtime.world(), **stage.settings()}
         self.progress.history.append(
@@ -384,15 +383,6 @@ class Trainer:
         runtime.sum_over_ranks(shared)
         self.clock = shared[0].item()
         return bool(shared[1])
-
-    def note_if_long(self) -> None:
-        """Ten seconds into a run by epochs, say how long it will take if that is more than a
-        day.
-        """
-        if self.clock > self.speed_known_at:
-            self.speed_known_at = math.inf
-            if not self.config.minutes:
-                runtime.note_if_long(f"{self.config.epochs} epochs", self.clock / self.done())
 
     # training
 
@@ -485,7 +475,6 @@ class Trainer:
             progress.seen += len(batch)
             progress.step += 1
             stop = self.should_stop(stopped)
-            self.note_if_long()
             if self.config.minutes:
                 # nobody knows how many slices fit into the minutes; the bar's estimate follows from
                 # this

@@ -143,15 +143,6 @@ def test_a_broken_best_checkpoint_stops_no_resume(saved, tmp_path):
     assert runtime.load_checkpoint(best, "vqvae2")["epoch"] == 2
 
 
-def test_two_runs_into_one_folder_are_refused(study, tmp_path):
-    with (
-        runtime.only_run_in(tmp_path / "out"),
-        pytest.raises(UserError, match="another run is writing there"),
-    ):
-        fit(study, tmp_path / "out", epochs=1)
-    assert not list((tmp_path / "out").iterdir())
-
-
 def test_progress_is_all_of_a_run_that_is_kept():
     """A field that no checkpoint restored would begin at its default after a resume."""
     assert set(vars(trainer.Progress())) == {

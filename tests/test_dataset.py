@@ -20,7 +20,7 @@ from skimage.transform import resize
 
 import dataset
 from dataset import SPLITS, DataConfig, StudyInfo, open_study, parse_name
-from support import nifti, runtime
+from support import nifti
 from support.runtime import UserError
 
 SIZE = (32, 16)
@@ -567,11 +567,6 @@ def test_first_decodes_at_once_all_succeed(study, tmp_path):
     assert [process.returncode for process in running] == [0] * 3
     assert len({output.splitlines()[-1] for output in outputs}) == 1
     assert sum("from the cache" in output for output in outputs) == 2
-
-
-def test_a_cache_in_a_locked_results_folder_is_no_deadlock(study, config, tmp_path):
-    with runtime.only_run_in(tmp_path / "out"):
-        assert open_study(replace(config, cache=str(tmp_path / "out")))
 
 
 def test_nothing_but_regular_files_is_opened(study, config):

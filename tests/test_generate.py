@@ -366,10 +366,3 @@ def test_models_that_are_not_a_pair(trained, tmp_path):
             generate.generate(config(trained, tmp_path / "out", prior=str(tmp_path / "keys.pth")))
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         generate.generate(config((tmp_path / "none",), tmp_path / "out"))
-
-
-def test_what_does_not_fit_is_said_before_anything_is_sampled(trained, tmp_path):
-    with pytest.raises(
-        runtime.UserError, match=r"10000000000 samples take .* GB; .* Fix: a smaller --n"
-    ):
-        generate.generate(config(trained, tmp_path / "out", n=10**10))

@@ -3,7 +3,9 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -193,56 +195,67 @@ def test_a_line_reaches_a_file_when_it_is_printed(tmp_path):
         process.wait()
 
 
-def test_a_temporary_folder_that_another_thread_sweeps_is_not_used(tmp_path, monkeypatch):
-    lock, swept = runtime.lock, {}
-
-    def quicker(folder):
-        if not swept:
-            swept[folder] = lock(folder)  # the other thread's, just before ours
-        return lock(folder)
-
-    monkeypatch.setattr(runtime, "lock", quicker)
-    with runtime.temporary_folder(tmp_path) as folder:
-        assert swept and folder not in swept
-
-
-def test_temporary_folders_are_ours_alone_and_follow_no_link(tmp_path):
+def test_a_temporary_folder_is_ours_alone_and_goes(tmp_path):
     with runtime.atomic_path(tmp_path / "a.txt") as part:
         assert part.parent.stat().st_mode & 0o777 == 0o700
         assert part.name == "a.txt" and not part.exists()
-        with pytest.raises(BlockingIOError):  # held: no other run sweeps it away
-            runtime.lock(part.parent)
         part.write_text("x")
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_only_what_nobody_holds_is_swept(tmp_path):
-    for name in ("held", "left"):
-        (tmp_path / f"{runtime.TEMPORARY}{name}").mkdir()
-    (tmp_path / f"{runtime.TEMPORARY}file").write_text("")
-    held = runtime.lock(tmp_path / f"{runtime.TEMPORARY}held")
-    runtime.write_text(tmp_path / "a.txt", "x")
-    os.close(held)
-    assert set(os.listdir(tmp_path)) == {
-        "a.txt",
-        f"{runtime.TEMPORARY}held",
-        f"{runtime.TEMPORARY}file",
-    }
+def test_of_two_processes_that_make_one_folder_both_find_it_whole(tmp_path):
+    both = threading.Barrier(2)
+
+    def make(number):
+        with runtime.atomic_path(tmp_path / "made") as part:
+            part.mkdir()
+            (part / "one").write_text(number)
+            (part / "other").write_text(number)
+            both.wait()
+
+    for _ in range(50):
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(make, "12"))
+        assert os.listdir(tmp_path) == ["made"]
+        one, other = ((tmp_path / "made" / name).read_text() for name in ("one", "other"))
+        assert one == other
 
 
-def test_one_run_holds_a_folder_at_a_time(tmp_path):
-    with runtime.only_run_in(tmp_path / "out"):
-        with pytest.raises(runtime.UserError, match=r"another run is writing there\. Fix"):
-            runtime.only_run_in(tmp_path / "out").__enter__()
-        assert not os.listdir(tmp_path / "out")
-    with runtime.only_run_in(tmp_path / "out"):
-        pass
-    (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(OSError, match="file: cannot write there"),
-        runtime.only_run_in(tmp_path / "file"),
-    ):
-        pass
+def test_where_another_process_was_quicker_its_folder_stays(tmp_path):
+    for name in ("ours", "theirs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    runtime.move(tmp_path / "ours", tmp_path / "theirs")
+    assert os.listdir(tmp_path / "theirs") == ["theirs"]
+
+
+def test_a_run_that_fails_leaves_no_empty_folder(tmp_path):
+    code = """import sys; from support import runtime
+def main():
+    out = runtime.writable_folder(sys.argv[1])
+    if sys.argv[2:]: runtime.write_text(out / "written", "")
+    raise runtime.UserError("no")
+runtime.run_cli(main)"""
+    for out, more in (("a/b", []), ("kept/b", ["write"])):
+        done = subprocess.run([sys.executable, "-c", code, tmp_path / out, *more], cwd=ROOT)
+        assert done.returncode == 2
+    assert os.listdir(tmp_path) == ["kept"]
+    assert os.listdir(tmp_path / "kept" / "b") == ["written"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file: cannot write there .* Fix: another --out"):
+        runtime.writable_folder(tmp_path / "file")
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A power cut then leaves the old one. A renamed file whose bytes are still to come is empty."""
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append("fsync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
+    runtime.save_checkpoint(tmp_path / "a.pth", {**KEYS, "model": {}})
+    assert done == ["fsync", "replace"]
 
 
 def test_a_file_replaces_no_folder(tmp_path):

@@ -325,11 +325,3 @@ def test_the_model_gets_the_drawn_variants_and_forgets_positions(
     top, _, position = seen[-1][:3]
     assert torch.equal(position, torch.from_numpy(stage.splits["validate"].positions))
     assert torch.equal(top, stage.maps["validate_top"][0].long())
-
-
-def test_the_room_that_is_asked_for_is_that_of_the_maps(masked_study, tmp_path, monkeypatch):
-    model, splits = model_and_splits(fit(masked_study, tmp_path, epochs=1))
-    asked = []
-    monkeypatch.setattr(runtime, "check_room", lambda what, size, *_: asked.append(size))
-    maps = extract_codes(model, splits, 3, "", tmp_path / "codes.npz")
-    assert "train_layout" in maps and asked == [sum(each.nbytes for each in maps.values())] * 2

@@ -204,13 +204,3 @@ def test_keep_and_save_every_choose_the_checkpoints(make, tmp_path):
         trainer.end_epoch()
     names = {path.name for path in tmp_path.glob("vqvae2_epoch_*")}
     assert names == {"vqvae2_epoch_6.pth", "vqvae2_epoch_8.pth"}
-
-
-def test_a_run_of_days_is_said_once(make, capsys):
-    trainer = make(epochs=10)
-    trainer.progress.epoch = 1  # a tenth is done
-    said = []
-    for trainer.clock in (9.0, 0.3 * 86_400, 0.3 * 86_400):
-        trainer.note_if_long()
-        said.append("10 epochs take 3.0 days" in capsys.readouterr().out)
-    assert said == [False, True, False]
