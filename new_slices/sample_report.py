@@ -58,6 +58,21 @@ PROTOCOL = {
     "bounds": "bounds the copying of these samples under these measures; no guarantee of privacy. Not for diagnosis",
 }
 
+WORDS = {  # of the scorecard
+    "likeness": "How far the pictures lie from training slices, as the encoder sees them (Fréchet "
+    "distance). The floor is how far slices of other people lie.",
+    "coverage": "How alike two of them are on average (MS-SSIM). Much more than the floor would "
+    "mean one slice again and again, as in the control.",
+    "constraint": "The share without impossible anatomy: a U-Net finds each organ in a place, a "
+    "size and a shape that training slices have.",
+    "masks": "How well the mask that comes with a slice fits its picture (Dice with the mask that "
+    "a U-Net draws). The floor is that of reconstructions.",
+    "utility": "Whether a U-Net learns from them is measured apart: benchmarks/utility.py.",
+    "privacy": "How many lie closer to a training slice than 99 in 100 held-out slices do; up to "
+    "{:.1%} can be chance. The control is planted copies, which must be found.",
+    "unknown": "Cannot tell: not measured, or the measure took a control for held-out slices.",
+}
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -520,7 +535,48 @@ def appraise(inputs: Inputs) -> tuple[dict, dict]:
     report["variety"] = score_variety(inputs)
     honest = near(inputs.splits["test"], inputs.position)
     report["copying"], nearest = score_copying(inputs, rows, honest, rng)
+    report["scorecard"] = scorecard(report)
     return report | {"protocol": PROTOCOL}, {"rows": rows, "honest": honest, "nearest": nearest}
+
+
+def scorecard(report: dict) -> dict[str, dict]:
+    """What new slices are asked, and what the rest of the report answers.
+
+    Returns question -> what the new slices score, the floor (what held-out slices score), the
+    control (what slices score that are wrong on purpose: of several the best), whether the new
+    slices pass, None where that cannot be told, and a line in words. They pass a measure by
+    scoring better than every control, and an audit of copies by what it flags within chance.
+    """
+    rows = (report["realism"] or {}).get("rows", {})
+    variety = report["variety"] or {}
+
+    def line(question: str, new, floor, control, passed: bool | None) -> dict:
+        words = WORDS["unknown" if new is None else question]
+        numbers = {"new slices": new, "floor": floor, "control": control}
+        return {**numbers, "passed": passed, "in words": words}
+
+    def beside(question: str, measure: str, best: Callable, floor: str = FLOOR) -> dict:
+        new, floor, *others = (rows.get(n, {}).get(measure) for n in (SAMPLES, floor, *CONTROLS))
+        control = best((value for value in others if value is not None), default=None)
+        known = new is not None and control is not None
+        return line(question, new, floor, control, best(new, control) == new if known else None)
+
+    alike, floor = (variety.get(name, {}).get("ms_ssim") for name in ("samples", "real"))
+    card = {
+        "likeness": beside("likeness", "frechet", min),
+        "coverage": line("coverage", alike, floor, 1.0, None),
+        "constraint": beside("constraint", "plausible", max),
+        "masks": beside("masks", "agreement", max, RECONSTRUCTIONS),
+        "utility": line("utility", None, None, None, None) | {"in words": WORDS["utility"]},
+    }
+    for name, found in report["copying"].items():
+        sets = (found[kind] for kind in ("samples", "honest", "copies"))
+        counts = (f"{of['flagged']} of {of['n']}" for of in sets)
+        sees = found["copies"]["share"] >= 0.5  # else it cannot tell
+        passed = found["samples"]["share"] <= found["margin"] if sees else None
+        words = {"in words": WORDS["privacy"].format(found["margin"])}
+        card[f"privacy, by {name}"] = line("privacy", *counts, passed) | words
+    return card
 
 
 def print_report(report: dict) -> None:

@@ -35,7 +35,7 @@ def test_data_training_scores_and_new_slices_in_one_command(study, tmp_path):
     assert json.loads((results / "generated" / "report.json").read_text())["n"] == 3
     assert out.splitlines()[-1] == "open Results/index.html"
     shown = (results / "index.html").read_text()
-    assert shown.count("<h2") == 5 and shown.count("<img") == 10 and str(tmp_path) not in shown
+    assert shown.count("<h2") == 4 and shown.count("<img") == 9 and str(tmp_path) not in shown
     assert "nominal" in out and (results / "generated" / "grid.png").stat().st_size > 0
     scores = json.loads((results / "metrics.json").read_text())
     assert scores["n"] == 6 and set(scores["ssim_report"]["per_patient"]) == {"040", "041"}
