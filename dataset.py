@@ -17,33 +17,34 @@ import json
 import os
 import re
 import shutil
-import sys
+import tempfile
 import time
-import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from skimage.transform import resize
 
 from support import nifti, runtime
-from support.runtime import UserError, in_parallel, option, run_cli, write_json
+from support.runtime import UserError, in_parallel, option, write_json
 
 SPLITS = ("train", "validate", "test")
 STUDY_NAMES = (
     "keras_slices_data",
     "HipMRI_study_keras_slices_data",
 )  # looked for in the working directory
-CACHE_VERSION = 5  # raised when what is cached changes meaning: older caches are then rebuilt
-ARRAYS = ("pixels.npy", "masks.npy", "table.npz")  # of a cache, all splits one after another
+# The files of a cache; the arrays hold the splits one after another.
+CACHED = PIXELS, MASKS, TABLE, INDEX = "pixels.npy", "masks.npy", "table.npz", "index.json"
+CACHE_VERSION = 6  # increase it when what is cached changes its meaning
+MOST_NOTES = 9
 NO_MASK = 255  # every pixel of a slice that has no mask; no class has this index
 LARGEST = 2**26  # pixels of a slice
 A_SLICE = "a 2-D slice. Fix: `python slice_volumes.py` cuts volumes into slices"
@@ -106,8 +107,15 @@ class SourceFile(NamedTuple):
     mtime_ns: int
 
 
-# ---- a study's files, none of them opened
-# -----------------------------------------------------------------
+class Job(NamedTuple):
+    """A slice to decode, with its mask if it has one."""
+
+    split: str
+    file: SourceFile
+    mask: SourceFile | None
+
+
+# ---- a study's files, none of them opened --------------------------------------------------------
 
 
 def parse_name(path: Path | str) -> SliceName:
@@ -299,8 +307,7 @@ def raise_bad(where: Path | str, bad: dict[str, str], total: int) -> None:
     raise UserError(f"{where}: {len(bad)} of {total} files cannot be used:{listing}\n{fix}")
 
 
-# ---- from a file's slice to the model's and back
-# ----------------------------------------------------------
+# ---- from a file's slice to the model's and back -------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -443,184 +450,31 @@ def _read_mask(path: str, of_slice: nifti.Image) -> np.ndarray:
 
 
 def _decode(
-    job: tuple[str, str | None], size: tuple[int, int], fit: str
+    job: Job, size: tuple[int, int], fit: str
 ) -> tuple[np.ndarray, np.ndarray | None, dict] | str:
     """A slice at `size`, float32 in scanner units, its mask, int64 labels, and its row of the
-    table.
-
-    `job` is the paths of the slice and of its mask. A string says why a file cannot be used.
+    table. A string says why a file cannot be used.
     """
-    path, mask_path = job
+    mask, reading = None, ""
     try:
-        pixels, image = read_slice(path)
+        pixels, image = read_slice(job.file.path)
         pixels = nifti.finite(pixels)
-        placement, mask = Placement.make(pixels.shape, size, fit), None
-        if mask_path:
-            try:
-                mask = placement.place(_read_mask(mask_path, image), nearest=True)
-            except (UserError, OSError) as error:
-                raise UserError(f"its mask {mask_path}: {error}") from error
+        placement = Placement.make(pixels.shape, size, fit)
+        if job.mask:
+            reading = f"its mask {job.mask.path}: "
+            mask = placement.place(_read_mask(job.mask.path, image), nearest=True)
     except (UserError, OSError) as error:
-        return str(error)
+        return f"{reading}{error}"
     row = {"affines": image.affine, "shapes": pixels.shape}
     row |= {"broken": image.broken, "oriented": image.oriented}
     pixels = placement.place(pixels, fill=pixels.min())
     row["mean"], row["std"], row["constant"] = z_score(pixels)
-    row["crc32"] = zlib.crc32(np.ascontiguousarray(pixels))
-    row["has_mask"], row["mask_crc32"] = mask is not None, 0 if mask is None else zlib.crc32(mask)
+    row["sum"] = zlib.crc32(np.ascontiguousarray(pixels))
+    row["has_mask"], row["mask_sum"] = mask is not None, 0 if mask is None else zlib.crc32(mask)
     return pixels, mask, row
 
 
-# ---- the cache: <cache>/<study>-<digest of path, size and fit>/ holds ARRAYS and index.json
-# ---------------
-
-
-def _listing(folder: Path, files: list[SourceFile | None], config: DataConfig) -> str:
-    """A digest of what the cache of these files depends on, found without opening one."""
-    listing = [
-        file and (os.path.relpath(file.path, folder), file.size, file.mtime_ns) for file in files
-    ]
-    settings = (CACHE_VERSION, config.height, config.width, config.fit)
-    return hashlib.sha256(repr((*settings, listing)).encode()).hexdigest()
-
-
-def _stamps(folder: Path) -> list[list[int]]:
-    """Size and time of each array in a cache folder: those in its index must match for it to be
-    trusted.
-    """
-    return [
-        [stat.st_size, stat.st_mtime_ns] for stat in (os.stat(folder / name) for name in ARRAYS)
-    ]
-
-
-def _cache_problem(folder: Path, listings: dict[str, str]) -> str:
-    """Why the cache in `folder` cannot be used, or an empty string."""
-    try:
-        index = json.loads((folder / "index.json").read_text())
-        if index["listings"] != listings:
-            return "was made from other files or settings"
-        np.load(folder / ARRAYS[2]).close()
-        return "" if index["arrays"] == _stamps(folder) else "holds other arrays than were written"
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        return f"is not whole ({type(error).__name__})"
-
-
-def _to_indices(
-    mask: np.ndarray | None, indices: dict[int, int], size: tuple[int, int]
-) -> np.ndarray:
-    """`mask` as uint8 indices of its labels; labels that `indices` does not have yet are appended
-    to it.
-    """
-    if mask is None:
-        return np.full(size, NO_MASK, np.uint8)
-    values, positions = np.unique(mask, return_inverse=True)
-    for value in values.tolist():
-        indices.setdefault(value, len(indices))
-    if len(indices) > NO_MASK:
-        raise UserError(f"more than {NO_MASK} different labels; is it an image?")
-    return np.array([indices[value] for value in values.tolist()], np.uint8)[positions].reshape(
-        size
-    )
-
-
-def _write_cache(folder: Path, key: dict, jobs: list[tuple], config: DataConfig, bad: dict) -> None:
-    """Decode all slices, and their masks, into `folder`; UserError at the end if any file is
-    bad.
-    """
-    paths, size = [path for path, _ in jobs], (config.height, config.width)
-    rows, total = [], len(paths) + len(bad)
-    indices = {0: 0}  # of each label, in order of appearance
-    any_masks = any(mask for _, mask in jobs)
-    # Arrays go into plain files: written through a memory map, a full disk is a SIGBUS and not an
-    # OSError.
-    with open(folder / ARRAYS[0], "wb") as out, open(folder / ARRAYS[1], "wb") as masks_out:
-        for file, dtype, count in (
-            (out, "<f4", len(paths)),
-            (masks_out, "|u1", len(paths) * any_masks),
-        ):
-            header = {"descr": dtype, "fortran_order": False, "shape": (count, *size)}
-            np.lib.format.write_array_header_2_0(file, header)
-        work = in_parallel(partial(_decode, size=size, fit=config.fit), jobs, "decoding", "slice")
-        for (path, mask_path), decoded in zip(jobs, work, strict=True):
-            if isinstance(decoded, str):
-                bad[path] = decoded
-                continue
-            pixels, mask, row = decoded
-            out.write(pixels.astype("<f4", copy=False).data)
-            rows.append(row)
-            if any_masks and len(indices) <= NO_MASK:
-                try:
-                    masks_out.write(_to_indices(mask, indices, size).data)
-                except UserError as error:
-                    bad[mask_path] = str(error)
-        for file in (out, masks_out):
-            file.flush()
-            os.fsync(file.fileno())
-    if bad:
-        raise_bad(Path(next(iter(bad))).parents[1], bad, total)
-    table = {key: np.array([row[key] for row in rows]) for key in rows[0]}
-    labels = list(indices) if any_masks else []
-    np.savez(folder / ARRAYS[2], labels=np.array(labels, np.int64), **table)
-    odd = {
-        "slices have an affine that is none in their header (voxel sizes alone were used)": table[
-            "broken"
-        ],
-        "slices have one value only (kept, std 1)": table["constant"],
-        "slices have no mask": ~table["has_mask"] & any_masks,
-    }
-    notes = [
-        f"{hit.sum()} {what}, such as {paths[hit.argmax()]}"
-        for what, hit in odd.items()
-        if hit.any()
-    ]
-    for shape in sorted(set(map(tuple, table["shapes"].tolist())) - {size}):
-        hit, verb = (
-            (table["shapes"] == shape).all(axis=1),
-            Placement.make(shape, size, config.fit).verb,
-        )
-        what = f"slices of {shape[0]}x{shape[1]} were {verb} to {size[0]}x{size[1]} (--fit {config.fit})"
-        notes.append(f"{hit.sum()} {what}, such as {paths[hit.argmax()]}")
-    runs = Counter(nifti.directions(table["affines"][table["oriented"]]))
-    if len(runs) > 1:
-        listing = ", ".join(f"{count} {letters}" for letters, count in runs.most_common())
-        notes.insert(
-            0,
-            f"warning: by their affines, rows and columns of slices run in different directions: {listing}",
-        )
-    notes = (
-        notes if len(notes) <= 8 else [*notes[:8], f"... and {len(notes) - 8} more sizes of slices"]
-    )
-    study = Path(os.path.abspath(paths[0])).parents[1]
-    index = {"study": str(study), "listings": key, "arrays": _stamps(folder), "notes": notes}
-    write_json(folder / "index.json", index)
-
-
-@contextmanager
-def _one_at_a_time(root: Path) -> Iterator[bool]:
-    """Only one process goes through the block for the cache `root`; yields whether that is so.
-
-    It is not so on a file system without locks, or where `root` cannot be written.
-    """
-    descriptor, told = None, False
-    with suppress(OSError):
-        place = root / ".lock"  # not `root` itself, which --out may name and lock
-        root.mkdir(
-            mode=0o700, parents=True, exist_ok=True
-        )  # a copy of patient data is its owner's alone
-        place.mkdir(exist_ok=True)
-        while descriptor is None:
-            try:
-                descriptor = runtime.lock(place)
-            except BlockingIOError:
-                if not told:
-                    print(f"cache {root}: another run is decoding into it; waiting for it")
-                told = True
-                time.sleep(0.2)
-    try:
-        yield descriptor is not None
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
+# ---- the cache: <cache>/<study>-<digest of its path>-<digest of its contents>/ -------------------
 
 
 def _cache_root(cache: str) -> Path:
@@ -629,45 +483,150 @@ def _cache_root(cache: str) -> Path:
     return Path(cache) if cache else own
 
 
-def _cache_folder(study: Path, config: DataConfig) -> Path:
-    """Where the decoded slices of a study are kept, at this size."""
-    place = repr((str(study.resolve()), config.height, config.width, config.fit))
-    digest = hashlib.sha256(place.encode()).hexdigest()
-    return _cache_root(config.cache) / f"{study.resolve().name}-{digest[:12]}"
+def _cache_folder(study: Path, jobs: list[Job], config: DataConfig) -> Path:
+    """Where the decoded slices of `jobs` are kept: its name changes with all that they depend on.
+
+    A file counts as changed when its size or time has changed; none is opened to find that out.
+    """
+    files = [(job.split, job.file[0], job.file[2:], job.mask and job.mask[2:]) for job in jobs]
+    place = str(study.resolve()), config.height, config.width, config.fit
+    contents = CACHE_VERSION, files
+    digests = [hashlib.sha256(repr(key).encode()).hexdigest()[:12] for key in (place, contents)]
+    return _cache_root(config.cache) / "-".join([study.resolve().name, *digests])
 
 
-def _fill_cache(
-    folder: Path, jobs: list[tuple], listings: dict, config: DataConfig, bad: dict, locked: bool
-) -> None:
-    """Make sure that `folder` is a cache that matches `listings`; raises if any file is bad."""
-    problem = "" if bad else _cache_problem(folder, listings)
-    if not bad and not problem:
-        print(f"decoded slices: from the cache {folder}")
-        return
-    if problem and folder.exists():
-        print(f"cache {folder} {problem}: decoding again")
-    start, size = time.perf_counter(), len(jobs) * config.height * config.width * 5
+def _is_whole(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in CACHED)
+
+
+def _fill_cache(folder: Path, study: Path, jobs: list[Job], config: DataConfig, bad: dict) -> None:
+    """Decode all slices and masks into `folder`; UserError at the end if any file is bad.
+
+    Several runs may do so at once: each decodes into a folder of its own, and the first to be done
+    gives its folder the name.
+    """
+    started = time.perf_counter()
     try:
-        if shutil.disk_usage(folder.parent).free < size:
-            raise OSError("there is not enough room")
-        with runtime.atomic_path(folder) as part:
+        # Decoded slices are as private as the patients' files: only their owner may read them.
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".decoding-", dir=folder.parent) as work:
+            part = Path(work, folder.name)
             part.mkdir(mode=0o700)
-            _write_cache(part, listings, jobs, config, bad)
+            _write_cache(part, study, jobs, config, bad)
+            # Decoded before files of the study changed, or robbed of an array by a tidy system.
+            for old in folder.parent.glob(f"{glob.escape(folder.name[:-12])}*"):
+                if old != folder or not _is_whole(old):
+                    shutil.rmtree(old, ignore_errors=True)
+            part.rename(folder)
     except OSError as error:
-        if locked or _cache_problem(
-            folder, listings
-        ):  # else another run has just made the same one
+        if not _is_whole(folder):  # else another run was quicker, and its slices are the same
+            size = len(jobs) * config.height * config.width * 5 / 1e9
             raise OSError(
-                f"{folder}: cannot write the cache of decoded slices ({error.strerror or error}). "
-                f"Fix: --cache DIR, a folder that you may write to with {size / 1e9:.2f} GB free."
+                f"{folder}: cannot write the decoded slices ({error.strerror or error}). "
+                f"Fix: --cache DIR, a folder that you may write to with {size:.2f} GB free."
             ) from error
-    print(
-        f"decoded slices: {len(jobs)} into the cache {folder} in {time.perf_counter() - start:.1f} s"
-    )
+    seconds = time.perf_counter() - started
+    print(f"decoded slices: {len(jobs)} into the cache {folder} in {seconds:.1f} s")
 
 
-# ---- datasets
-# ---------------------------------------------------------------------------------------------
+def _write_cache(
+    folder: Path, study: Path, jobs: list[Job], config: DataConfig, bad: dict[str, str]
+) -> None:
+    """Decode all slices, and their masks, into `folder`; UserError at the end if any file is
+    bad.
+    """
+    rows, total = [], len(jobs) + len(bad)
+    labels = {0: 0}  # the place of each label, in the order in which they appear
+    size, any_masks = (config.height, config.width), any(job.mask for job in jobs)
+    work = in_parallel(partial(_decode, size=size, fit=config.fit), jobs, "decoding", "slice")
+    # Arrays go into plain files: written through a memory map, a full disk ends the process with
+    # a SIGBUS and without a message.
+    with (
+        _array(folder / PIXELS, "<f4", (len(jobs), *size)) as pixels_file,
+        _array(folder / MASKS, "|u1", (len(jobs) * any_masks, *size)) as masks_file,
+    ):
+        for job, decoded in zip(jobs, work, strict=True):
+            if isinstance(decoded, str):
+                bad[job.file.path] = decoded
+                continue
+            pixels, mask, row = decoded
+            pixels_file.write(pixels.astype("<f4", copy=False).data)
+            rows.append(row)
+            if any_masks and len(labels) <= NO_MASK:
+                masks_file.write(_to_indices(mask, labels, size).data)
+                if len(labels) > NO_MASK:
+                    bad[job.mask.path] = f"more than {NO_MASK} different labels; is it an image?"
+    if bad:
+        raise_bad(study, bad, total)
+    table = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+    values = np.array(list(labels) if any_masks else [], np.int64)
+    np.savez(folder / TABLE, labels=values, **table)
+    fingerprints = {
+        split: _fingerprint(jobs, table, np.array([job.split == split for job in jobs]), size)
+        for split in SPLITS
+    }
+    notes = _notes([job.file.path for job in jobs], table, config, any_masks)
+    where = {"study": str(study.resolve()), "fingerprints": fingerprints, "notes": notes}
+    write_json(folder / INDEX, where)
+
+
+@contextmanager
+def _array(path: Path, dtype: str, shape: tuple[int, ...]) -> Iterator[BinaryIO]:
+    """A .npy file of that shape, open for its data to be written."""
+    with open(path, "wb") as file:
+        header = {"descr": dtype, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_2_0(file, header)
+        yield file
+
+
+def _to_indices(
+    mask: np.ndarray | None, labels: dict[int, int], size: tuple[int, int]
+) -> np.ndarray:
+    """`mask` as the uint8 places of its labels in `labels`, to which new ones are appended."""
+    if mask is None:
+        return np.full(size, NO_MASK, np.uint8)
+    values, positions = np.unique(mask, return_inverse=True)
+    places = [labels.setdefault(value, len(labels)) for value in values.tolist()]
+    return np.array(places).astype(np.uint8)[positions].reshape(size)
+
+
+def _fingerprint(jobs: list[Job], table: dict, chosen: np.ndarray, size: tuple[int, int]) -> str:
+    """A digest of the names, pixels and masks of the `chosen` (N,) slices; where they lie on the
+    disk does not count.
+    """
+    names = [tuple(job.file.name) for job, here in zip(jobs, chosen, strict=True) if here]
+    content = ((len(names), *size), names, table["sum"][chosen].tolist())
+    if table["has_mask"][chosen].any():
+        content += (table["mask_sum"][chosen].tolist(),)
+    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+def _notes(paths: list[str], table: dict, config: DataConfig, any_masks: bool) -> list[str]:
+    """What is odd in a study, in a line for each kind."""
+    notes, size = [], (config.height, config.width)
+    runs = Counter(nifti.directions(table["affines"][table["oriented"]]))
+    if len(runs) > 1:
+        listing = ", ".join(f"{count} {letters}" for letters, count in runs.most_common())
+        notes.append(f"warning: rows and columns of slices run in different directions: {listing}")
+    odd = {
+        "slices have an affine that is none in their header (voxel sizes alone were used)": table[
+            "broken"
+        ],
+        "slices have one value only (kept, std 1)": table["constant"],
+        "slices have no mask": ~table["has_mask"] & any_masks,
+    }
+    for shape in sorted(set(map(tuple, table["shapes"].tolist())) - {size}):
+        verb = Placement.make(shape, size, config.fit).verb
+        what = f"slices of {shape[0]}x{shape[1]} were {verb} to {size[0]}x{size[1]}"
+        odd[f"{what} (--fit {config.fit})"] = (table["shapes"] == shape).all(axis=1)
+    for what, hit in odd.items():
+        if hit.any():
+            notes.append(f"{hit.sum()} {what}, such as {paths[hit.argmax()]}")
+    more = [f"... and {len(notes) - MOST_NOTES} more such lines"] if len(notes) > MOST_NOTES else []
+    return notes[:MOST_NOTES] + more
+
+
+# ---- datasets ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -789,30 +748,20 @@ class SliceDataset(torch.utils.data.Dataset):
         self.synthetic = (study / "SYNTHETIC.txt").is_file()
         self.positions = relative_positions(self.names)
         rows = slice(start, start + len(files))
-        self.pixels = np.load(cache / ARRAYS[0], mmap_mode="r")[rows]
-        with np.load(cache / ARRAYS[2]) as table:
+        self.pixels = np.load(cache / PIXELS, mmap_mode="r")[rows]
+        with np.load(cache / TABLE) as table:
             self.mean, self.std = table["mean"][rows], table["std"][rows]
             self.affines, self.shapes = table["affines"][rows], table["shapes"][rows]
             self.oriented = table["oriented"][rows]
-            self._sums, self._mask_sums = table["crc32"][rows], table["mask_crc32"][rows]
             self.has_mask, self._values = table["has_mask"][rows], table["labels"]
         self.labels = tuple(sorted(self._values.tolist()))
-        self._mask_indices = (
-            np.load(cache / ARRAYS[1], mmap_mode="r")[rows] if self.labels else None
-        )
+        self._mask_indices = np.load(cache / MASKS, mmap_mode="r")[rows] if self.labels else None
         self._classes = np.full(256, NO_MASK, np.uint8)  # of an index in order of appearance
         self._classes[: len(self._values)] = (
             np.searchsorted(self.labels, self._values) if self.labels else []
         )
-        self._checked, self._masks_checked = np.zeros((2, len(files)), bool)
-        names, mask_sums = [tuple(name) for name in self.names], [self._mask_sums.tolist()]
-        content = (
-            self.pixels.shape,
-            names,
-            self._sums.tolist(),
-            *mask_sums * bool(self.has_mask.any()),
-        )
-        self.fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()
+        index = json.loads((cache / INDEX).read_text())
+        self.fingerprint = index["fingerprints"][split]
 
     def __reduce__(self):
         """A pickled memory map would carry its pixels; a worker process opens the file instead."""
@@ -821,25 +770,10 @@ class SliceDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def _check(
-        self, batch: np.ndarray, indices: np.ndarray, sums: np.ndarray, checked: np.ndarray
-    ) -> None:
-        """Compare what the cache gives with the sums of what was written, once for each slice."""
-        for row in np.flatnonzero(~checked[indices]):
-            index = indices[row]
-            if zlib.crc32(np.ascontiguousarray(batch[row])) != sums[index]:
-                raise UserError(
-                    f"{self._cache}: damaged where it holds {self.paths[index].name}. Fix: delete that folder."
-                )
-            checked[index] = True
-
     def images(self, indices: Sequence[int]) -> torch.Tensor:
-        """A whole batch at once: (B, 1, height, width) float32, z-scored. UserError for a damaged
-        cache.
-        """
+        """A whole batch at once: (B, 1, height, width) float32, z-scored."""
         indices = np.asarray(indices)
         batch = np.asarray(self.pixels)[indices]  # (B, height, width), a copy
-        self._check(batch, indices, self._sums, self._checked)
         batch -= self.mean[indices, None, None]
         batch /= self.std[indices, None, None]
         return torch.from_numpy(batch).unsqueeze(1)
@@ -850,16 +784,7 @@ class SliceDataset(torch.utils.data.Dataset):
         """
         if not self.labels:
             raise UserError(f"{self.study}: a study without masks")
-        indices = np.asarray(indices)
-        batch = np.asarray(self._mask_indices)[indices]
-        with_mask = self.has_mask[indices]
-        self._check(
-            self._values.take(batch[with_mask], mode="clip"),
-            indices[with_mask],
-            self._mask_sums,
-            self._masks_checked,
-        )
-        return torch.from_numpy(self._classes[batch])
+        return torch.from_numpy(self._classes[np.asarray(self._mask_indices)[np.asarray(indices)]])
 
     @cached_property
     def mirror(self) -> Mirror:
@@ -956,37 +881,33 @@ def open_study(config: DataConfig) -> dict[str, SliceDataset]:
     files = _scan_study(study, bad)
     _check_patients(study, files, config.allow_patient_overlap)
     masks = _scan_masks(study, files, bad)
-    listings = {split: _listing(study, [*files[split], *masks[split]], config) for split in SPLITS}
-    pairs = [pair for split in SPLITS for pair in zip(files[split], masks[split], strict=True)]
-    jobs = [(file.path, mask and mask.path) for file, mask in pairs]
-    cache = _cache_folder(study, config)
-    with _one_at_a_time(
-        cache.parent
-    ) as locked:  # until the arrays are open: then nobody can take them away
-        _fill_cache(cache, jobs, listings, config, bad, locked)
-        splits, start = {}, 0
-        for split in SPLITS:
-            splits[split] = SliceDataset(study, split, files[split], cache, start, config.fit)
-            start += len(files[split])
-        index = json.loads((cache / "index.json").read_text())
-        fingerprints = {name: split.fingerprint for name, split in splits.items()}
-        if index.get("fingerprints") != fingerprints:
-            with suppress(OSError):  # in a cache that may only be read
-                write_json(cache / "index.json", index | {"fingerprints": fingerprints})
+    jobs = [
+        Job(split, file, mask)
+        for split in SPLITS
+        for file, mask in zip(files[split], masks[split], strict=True)
+    ]
+    cache = _cache_folder(study, jobs, config)
+    if bad or not _is_whole(cache):
+        _fill_cache(cache, study, jobs, config, bad)
+    else:
+        print(f"decoded slices: from the cache {cache}")
+    splits, start = {}, 0
+    for split in SPLITS:
+        splits[split] = SliceDataset(study, split, files[split], cache, start, config.fit)
+        start += len(files[split])
     for split in SPLITS:
         patients = len({file.name.patient for file in files[split]})
         print(f"{study}: {split:<8} {len(files[split]):>6} slices of {patients} patients")
     if labels := splits["train"].labels:
         print(f"{study}: masks with the labels {', '.join(map(str, labels))}")
-    for note in index["notes"]:
+    for note in json.loads((cache / INDEX).read_text())["notes"]:
         print(note)
     if splits["train"].synthetic:
         print(f"{study}: SYNTHETIC, a phantom drawn by a program and not MRI")
     return splits
 
 
-# ---- what a checkpoint says of its study
-# ------------------------------------------------------------------
+# ---- what a checkpoint says of its study ---------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -1053,17 +974,14 @@ def find_trained_study(trained: StudyInfo, checkpoint: str, cache: str = "") -> 
     name = trained.study
     if Path(name).is_dir():
         return name
-    found = []
-    for path in _cache_root(cache).glob(f"{glob.escape(Path(name).name)}-*/index.json"):
-        with suppress(OSError, ValueError, KeyError, TypeError):  # of another version, or damaged
-            index = json.loads(path.read_text())
-            if Path(index["study"]).is_dir():
-                found.append((index.get("fingerprints") == trained.fingerprints, index["study"]))
-    if found:
-        return max(found)[1]
-    raise FileNotFoundError(
-        f"{name}: the study that {checkpoint} was trained on is not there. Fix: --data DIR."
-    )
+    indices = _cache_root(cache).glob(f"{glob.escape(Path(name).name)}-*/{INDEX}")
+    known = [json.loads(path.read_text()) for path in indices]
+    there = [index for index in known if Path(index["study"]).is_dir()]
+    if not there:
+        raise FileNotFoundError(
+            f"{name}: the study that {checkpoint} was trained on is not there. Fix: --data DIR."
+        )
+    return max(there, key=lambda index: index.get("fingerprints") == trained.fingerprints)["study"]
 
 
 def open_trained_study(
@@ -1092,16 +1010,3 @@ def save_reconstruction(
     pixels = dataset.placement(index).restore(pixels)
     oriented = bool(dataset.oriented[index])
     nifti.write(path, pixels, dataset.affines[index], RECONSTRUCTION, oriented=oriented)
-
-
-def main() -> None:
-    """`python dataset.py slice ...` is `python volumes.py ...`."""
-    import slice_volumes  # which imports this file: not at the top
-
-    if sys.argv[1:2] == ["slice"]:
-        del sys.argv[1]
-    slice_volumes.main()
-
-
-if __name__ == "__main__":
-    run_cli(main)
