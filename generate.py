@@ -444,8 +444,8 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     write_grid(album, test, samples, twins)
     segmenter = None
     if splits["train"].has_mask.any():
-        kept = Path(config.checkpoint).parent / "segmenter.pth"
-        segmenter = segmenter_of(splits["train"], kept, runtime.pick_device(config.device))
+        folders, device = (Path(config.checkpoint).parent, out), runtime.pick_device(config.device)
+        segmenter = segmenter_of(splits["train"], *folders, device=device)
     inputs = Inputs(
         model,
         prior,

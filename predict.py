@@ -212,14 +212,14 @@ def most_frequent_labels(split: SliceDataset) -> np.ndarray:
 
 
 def score_masks(
-    decoded: np.ndarray, splits: dict[str, SliceDataset], segmenter: Path, device: torch.device
+    decoded: np.ndarray, splits: dict[str, SliceDataset], folders: list[Path], device: torch.device
 ) -> dict:
     """Dice of each organ, by `MASKS`: means over patients, intervals, patients; `decoded` (N, H, W)
     by the model.
     """
     test = splits["test"]
     chosen = np.flatnonzero(test.has_mask)
-    net = organs.segmenter_of(splits["train"], segmenter, device)
+    net = organs.segmenter_of(splits["train"], *folders, device=device)
     parts = np.array_split(chosen, -(-len(chosen) // 64))
     found = {
         "decoded": decoded[chosen],
@@ -381,7 +381,7 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
     scores, maps = score_split(model, test, config.batch_size, folder)
     known = model.config.labels and test.labels == trained.study.labels
     with_masks = bool(known and test.has_mask.any())
-    kept = Path(config.checkpoint).parent / "segmenter.pth"
+    kept = [Path(config.checkpoint).parent, out]
     dice = {"dice": score_masks(maps["masks"], splits, kept, device)} if with_masks else {}
     study = {
         "study": test.study.resolve().name,

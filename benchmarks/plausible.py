@@ -32,7 +32,7 @@ from support import runtime
 
 
 class Measured(NamedTuple):
-    """Slices as the U-Net sees them: `organs.measure` (n, O, 7), positions (n,), set names (n,)."""
+    """Slices as the U-Net sees them: `organs.measure` (n, O, 8), positions (n,), set names (n,)."""
 
     values: np.ndarray
     positions: np.ndarray
@@ -105,7 +105,7 @@ def main() -> None:
     device, trained = runtime.pick_device(args.device), load_model(args.checkpoint)
     splits = open_splits(trained, DataConfig(data=args.data, cache=args.cache))
     train, model = splits["train"], trained.model.to(device)
-    net = organs.segmenter_of(train, Path(args.checkpoint).parent / "segmenter.pth", device)
+    net = organs.segmenter_of(train, Path(args.checkpoint).parent, device=device)
     sets = {name: sets_of(split, args.below) for name, split in splits.items()}
     images, _ = read_generated(args.generated, train.labels)
     positions = json.loads((args.generated / "manifest.json").read_text())["positions"]

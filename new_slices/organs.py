@@ -2,13 +2,15 @@
 are whole.
 
 A small U-Net, `train_segmenter`, learns the masks of real training slices and then reads any slice,
-new ones too. `measure` turns masks into figures of each organ, and `plausible` compares them with
-those of real training slices.
+new ones too. `measure` takes measurements of each organ in a mask; `plausible` compares them with
+those of real training slices, and `judge_masks` says which organs a network that draws masks has
+not learnt.
 Masks hold class indices: 0 is the background, the others are called organs here; 255 means that
 nothing is known.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +24,16 @@ from tqdm import tqdm
 from dataset import NO_MASK, Mirror
 from support import runtime
 
-SMALLEST_PIECE = (
-    8  # pixels: smaller pieces and holes are noise of the segmentation and are not counted
-)
+# In pixels: smaller pieces and holes are noise of a segmentation and are not counted.
+SMALLEST_PIECE = 8
 NEAREST = 128  # real training slices, nearest in position, that a slice is compared with
 RAREST = 0.01  # the share of those that must show the same organs
-TAILS = (0.01, 0.99)  # between these quantiles of theirs lies every figure of a plausible slice
-FIGURES = ("area", "row", "column", "pieces", "holes", "solidity", "asymmetry")
+TAILS = (0.01, 0.99)  # quantiles of real slices between which a plausible slice's measurements lie
+MEASUREMENTS = ("area", "row", "column", "pieces", "holes", "solidity", "asymmetry", "roughness")
+JUDGED = ("pieces", "holes", "roughness")  # of a mask, beside its Dice
+LOWEST_DICE = 0.1  # below it an organ was not learnt
+FAR = 1.5  # nor where a median is so many times outside what real masks have between `TAILS`
+KEPT = "segmenter.pth"  # the file of a trained U-Net
 
 
 # ---- the segmenter -------------------------------------------------------------------------------
@@ -39,8 +44,7 @@ class Segmenter(nn.Module):
     each pixel.
 
     It costs about as much as the autoencoder: blocks of 4x4 pixels become channels at the input and
-        pixels again
-    at the output, so no layer works on whole resolution.
+    pixels again at the output, so no layer works on whole resolution.
     """
 
     BLOCK = 4  # pixels, side of a block
@@ -132,7 +136,7 @@ def train_segmenter(
         optimiser, 1e-2, total_steps=steps + 1, pct_start=0.2
     )
     order = np.concatenate([rng.permutation(count) for _ in range(1 + steps * batch_size // count)])
-    for step in tqdm(range(steps), desc="segmenter", unit=" steps", disable=None):
+    for step in tqdm(range(steps), desc="U-Net", unit=" steps", disable=None):
         images, masks = pairs(order[step * batch_size : (step + 1) * batch_size])
         mirrored = torch.rand(len(images), generator=generator) < 0.5
         images, masks = mirror.images(images, mirrored), mirror.masks(masks, mirrored)
@@ -164,60 +168,65 @@ def segment(net: Segmenter, images: np.ndarray) -> np.ndarray:
     return np.concatenate([likeliest(net(part.to(device))).cpu().numpy() for part in parts])
 
 
-def segmenter_of(train, file: Path | str, device: torch.device | str = "cpu") -> Segmenter:
-    """The segmenter of a training split that has masks: read from `file` if it is there, else
-    trained and kept.
+def segmenter_of(train, *folders: Path, device: torch.device | str = "cpu") -> Segmenter:
+    """The segmenter of a training split that has masks: read from one of the `folders`, else
+    trained, and kept in the first of them that can be written.
 
     One that was trained on other slices is trained again.
     """
     data = {"fingerprint": train.fingerprint, "labels": list(train.labels)}
     data["partners"] = [list(pair) for pair in train.mirror.partners]
-    try:
-        saved = runtime.load_checkpoint(file, "segmenter")
-        if saved["data"] == data:
-            with runtime.reading(file):
-                net = Segmenter(**saved["model_config"])
-                net.load_state_dict(saved["model"])
-            return net.to(device).eval()
-    except (FileNotFoundError, runtime.UserError):
-        pass  # not there, or of another version
+    for file in (folder / KEPT for folder in folders):
+        try:
+            saved = runtime.load_checkpoint(file, "segmenter")
+            if saved["data"] == data:
+                with runtime.reading(file):
+                    net = Segmenter(**saved["model_config"])
+                    net.load_state_dict(saved["model"])
+                return net.to(device).eval()
+        except (FileNotFoundError, runtime.UserError):
+            pass  # not there, or of another version
     masked = np.flatnonzero(train.has_mask)
 
     def pairs(indices: np.ndarray) -> tuple[Tensor, Tensor]:
         return train.images(masked[indices]), train.masks(masked[indices])
 
     # The phantom's organs are learnt in 300 steps; on real hearts and abdomens 1200 are still too
-    # few.
+    # few. A step on slices of 256x128 takes a tenth of a second on two cores.
     steps = 300 if train.synthetic else 3000
+    minutes = steps / 600 * train.pixels[0].size / (256 * 128)
+    print(
+        f"training a U-Net on {len(masked)} slices with masks, to compare with: {steps} steps, "
+        f"about {max(1, round(minutes))} min on two cores. It is kept for the next time"
+    )
     net = train_segmenter(pairs, len(masked), len(train.labels), train.mirror, steps, device=device)
     config = {"labels": net.labels, "channels": net.channels}
     weights = {name: value.cpu() for name, value in net.state_dict().items()}
-    saved = {
-        "kind": "segmenter",
-        "model_config": config,
-        "model": weights,
-        "data": data,
-        "epoch": 0,
-    }
-    runtime.save_checkpoint(file, saved)
+    saved = {"kind": "segmenter", "model_config": config, "model": weights, "data": data}
+    for folder in folders:  # a model's folder may be one that others may only read
+        with suppress(OSError):
+            runtime.save_checkpoint(folder / KEPT, saved)
+            return net
+    print("the U-Net is not kept: none of the folders can be written")
     return net
 
 
-# ---- figures of organs ---------------------------------------------------------------------------
+# ---- measurements of organs ----------------------------------------------------------------------
 
 
 def measure(masks: np.ndarray, labels: int) -> np.ndarray:
-    """What masks (N, H, W) of `labels` classes show: (N, labels - 1, 7) float64, NaN for an organ
+    """What masks (N, H, W) of `labels` classes show: (N, labels - 1, 8) float64, NaN for an organ
     that is not there.
 
-    The last axis is `FIGURES`: area in pixels; row and column of the centre; how many connected
-    pieces and how many holes; solidity, the area over that of the convex hull; asymmetry, the share
-    of the organ that its own left-right mirror image (axis H, in its bounding box) does not cover.
-    Pieces and holes of fewer than 8 pixels do not count.
+    The last axis is `MEASUREMENTS`: area in pixels; row and column of the centre; how many
+    connected pieces and how many holes; solidity, the area over that of the convex hull; asymmetry,
+    the share of the organ that its own mirror image (along axis H, in its bounding box) does not
+    cover; roughness of the outline, its length squared over the area, 4 pi for a disc. Pieces and
+    holes of fewer than 8 pixels do not count.
     """
 
-    def figures_of(mask: np.ndarray) -> np.ndarray:
-        figures = np.full((labels - 1, len(FIGURES)), np.nan)
+    def measure_one(mask: np.ndarray) -> np.ndarray:
+        measured = np.full((labels - 1, len(MEASUREMENTS)), np.nan)
         for region in regionprops(np.where(mask == NO_MASK, 0, mask)):
             pieces = label(region.image, connectivity=2)
             small = np.bincount(pieces.ravel())[1:] < SMALLEST_PIECE
@@ -226,10 +235,9 @@ def measure(masks: np.ndarray, labels: int) -> np.ndarray:
             kept = region.image & ~np.isin(pieces, 1 + np.flatnonzero(small))
             (organ,) = regionprops(kept.astype(np.uint8))
             image = organ.image
-            gaps = np.bincount(
-                label(np.pad(~image, 1, constant_values=True), connectivity=1).ravel()
-            )[2:]
-            figures[region.label - 1] = (
+            outside = label(np.pad(~image, 1, constant_values=True), connectivity=1)
+            gaps = np.bincount(outside.ravel())[2:]  # 1 is what lies around the organ
+            measured[region.label - 1] = (
                 organ.area,
                 region.bbox[0] + organ.centroid[0],
                 region.bbox[1] + organ.centroid[1],
@@ -237,11 +245,59 @@ def measure(masks: np.ndarray, labels: int) -> np.ndarray:
                 np.count_nonzero(gaps >= SMALLEST_PIECE),
                 organ.solidity,
                 1 - np.count_nonzero(image & image[::-1]) / organ.area,
+                organ.perimeter**2 / organ.area,
             )
-        return figures
+        return measured
 
     with runtime.thread_pool() as pool:
-        return np.stack(list(pool.map(figures_of, masks)))
+        return np.stack(list(pool.map(measure_one, masks)))
+
+
+def judge_masks(
+    masks: np.ndarray, reference: np.ndarray, real: np.ndarray, labels: Sequence[int]
+) -> dict[str, dict]:
+    """Masks judged as masks, organ by organ: a mean over organs can be high beside one that is
+    noise.
+
+    Args:
+        masks: (N, H, W) that a network has drawn.
+        reference: (N, H, W) of the same slices: their real masks or, for new slices, the U-Net's.
+        real: (M, H, W) real masks of any slices, whose shapes these should have.
+        labels: the value of each class, the background's first.
+
+    Returns:
+        {"label_7": {"dice", "pieces", "holes", "roughness", "faults"}}: Dice over all slices, None
+        where no reference shows the organ; means {"masks", "real"} of measurements, None where no
+        mask shows it; and `faults`, a list of sentences. An organ with faults was not learnt: its
+        Dice is below 0.1, or the median of its pieces or of its roughness is far outside what real
+        masks have.
+    """
+    _, dice = dice_by_patient(masks, reference, np.zeros(len(masks)), len(labels))
+    measured = {"masks": measure(masks, len(labels)), "real": measure(real, len(labels))}
+    verdicts = {}
+    for organ, value in enumerate(labels[1:]):
+        shown = {name: m[~np.isnan(m[:, organ, 0]), organ] for name, m in measured.items()}
+        known = bool((reference == organ + 1).any())
+        verdict = {"dice": float(dice[0, organ]) if known else None}
+        faults = [f"Dice {verdict['dice']:.3f}"] if known and dice[0, organ] < LOWEST_DICE else []
+        for name in JUDGED:
+            values = {each: m[:, MEASUREMENTS.index(name)] for each, m in shown.items()}
+            verdict[name] = {
+                each: float(v.mean()) if len(v) else None for each, v in values.items()
+            }
+            if name != "holes" and all(map(len, values.values())):
+                low, high = np.quantile(values["real"], TAILS, method="inverted_cdf")
+                median = np.quantile(values["masks"], 0.5, method="inverted_cdf")
+                if not low / FAR <= median <= high * FAR:
+                    faults.append(f"{name} {median:.3g}, in real masks {low:.3g} to {high:.3g}")
+        verdicts[f"label_{value}"] = verdict | {"faults": faults}
+    return verdicts
+
+
+def not_learnt(verdicts: dict[str, dict]) -> str:
+    """A line that names the organs with faults, by `judge_masks`; "" where all were learnt."""
+    bad = {name: verdict["faults"] for name, verdict in verdicts.items() if verdict["faults"]}
+    return "; ".join(f"{name} was not learnt ({', '.join(faults)})" for name, faults in bad.items())
 
 
 def nearest_positions(position: float, positions: np.ndarray) -> np.ndarray:
@@ -251,24 +307,24 @@ def nearest_positions(position: float, positions: np.ndarray) -> np.ndarray:
 
 
 def plausible(
-    figures: np.ndarray, positions: np.ndarray, real: np.ndarray, real_positions: np.ndarray
+    measured: np.ndarray, positions: np.ndarray, real: np.ndarray, real_positions: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whether slices look like real ones near their positions, by the `measure` of both.
 
     A slice is compared with the 128 real slices whose positions are nearest, with all of them where
-    its own is unknown. At least 1 % of these must show just the organs that it shows. Each figure
-    of an organ must lie within the central 98 % of the 128 nearest real slices that have the organ;
-    of fewer than 100, between their extremes.
+    its own is unknown. At least 1 % of these must show just the organs that it shows. Each
+    measurement of an organ must lie within the central 98 % of the 128 nearest real slices that
+    have the organ; of fewer than 100, between their extremes.
 
     Args:
-        figures (n, O, F), positions (n,); real (N, O, F), real_positions (N,).
+        measured (n, O, F), positions (n,); real (N, O, F), real_positions (N,).
 
     Returns:
-        (n,) bool: these organs occur together; (n, O) bool: all of an organ's figures are
+        (n,) bool: these organs occur together; (n, O) bool: all of an organ's measurements are
         plausible, or it is not there. A slice is plausible where all of them are True.
     """
-    shown, real_shown = ~np.isnan(figures[..., 0]), ~np.isnan(real[..., 0])
-    together, organs = np.ones(len(figures), bool), np.ones(shown.shape, bool)
+    shown, real_shown = ~np.isnan(measured[..., 0]), ~np.isnan(real[..., 0])
+    together, organs = np.ones(len(measured), bool), np.ones(shown.shape, bool)
     for i, position in enumerate(positions):
         order = nearest_positions(position, real_positions)
         most = len(order) if np.isnan(position) else NEAREST
@@ -276,24 +332,24 @@ def plausible(
         together[i] = alike.mean() >= RAREST
         for organ in np.flatnonzero(shown[i]):
             others = real[order[real_shown[order, organ]][:most], organ]
-            if len(others):
-                low, high = np.quantile(others, TAILS, axis=0, method="inverted_cdf")
-                organs[i, organ] = ((low <= figures[i, organ]) & (figures[i, organ] <= high)).all()
-            else:
+            if not len(others):  # no real slice shows this organ at all
                 organs[i, organ] = False
+                continue
+            low, high = np.quantile(others, TAILS, axis=0, method="inverted_cdf")
+            organs[i, organ] = ((low <= measured[i, organ]) & (measured[i, organ] <= high)).all()
     return together, organs
 
 
-def figure_distances(figures: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
-    """Wasserstein-1 distances of each organ's figures in two sets, `measure`'s (n, O, F) and (N, O,
-    F): (O,) each.
+def measurement_distances(measured: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
+    """Wasserstein-1 distances of each organ's measurements in two sets, `measure`'s (n, O, F) and
+    (N, O, F): (O,) each.
 
     "area" as a share of the real mean area; "centre" in pixels, of rows and columns together (their
     root sum of squares). NaN where a set never shows the organ.
     """
-    found = {name: np.full(figures.shape[1], np.nan) for name in ("area", "centre")}
-    for organ in range(figures.shape[1]):
-        a, b = (x[~np.isnan(x[:, organ, 0]), organ] for x in (figures, real))
+    found = {name: np.full(measured.shape[1], np.nan) for name in ("area", "centre")}
+    for organ in range(measured.shape[1]):
+        a, b = (x[~np.isnan(x[:, organ, 0]), organ] for x in (measured, real))
         if len(a) and len(b):
             area, row, column = (wasserstein_distance(a[:, i], b[:, i]) for i in range(3))
             found["area"][organ] = area / b[:, 0].mean()

@@ -261,7 +261,7 @@ def score_anatomy(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tup
                 for p in row.positions
             ]
         )
-        distances = organs.figure_distances(figures, real_figures[beside])
+        distances = organs.measurement_distances(figures, real_figures[beside])
         table[name] = {
             "plausible": (together & fine.all(1)).mean(),
             "organs_together": together.mean(),

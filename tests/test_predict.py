@@ -370,7 +370,7 @@ def test_dice_of_the_decoded_masks(study, tmp_path, monkeypatch, capsys):
     }
     runtime.save_checkpoint(tmp_path / "vqvae2_best.pth", {**kept, "epoch": 1})
     net = organs.Segmenter(3).eval()
-    monkeypatch.setattr(organs, "segmenter_of", lambda *_: net)
+    monkeypatch.setattr(organs, "segmenter_of", lambda *_, **__: net)
     result = predict.predict(
         predict.PredictConfig(checkpoint=str(tmp_path / "vqvae2_best.pth"), device="cpu")
     )

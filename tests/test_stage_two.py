@@ -159,7 +159,7 @@ def test_new_slices_start_from_layouts_of_the_study(masked_study, tmp_path, monk
         ),
     )
     monkeypatch.setattr(generate, "account", lambda *_: {})
-    monkeypatch.setattr(generate, "segmenter_of", lambda *_: None)
+    monkeypatch.setattr(generate, "segmenter_of", lambda *_, **__: None)
     for name in ("SHIFT", "STRETCH"):
         monkeypatch.setattr(layouts, name, 0.0)
     files = {"checkpoint": str(autoencoder), "prior": str(prior), "out": str(tmp_path / "new")}

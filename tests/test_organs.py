@@ -1,15 +1,16 @@
-"""Figures of drawn shapes by hand, the plausible told from the broken, and a segmenter that
-learns.
+"""Drawn shapes measured by hand, the plausible told from the broken, masks judged as masks, and a
+segmenter that learns.
 """
 
 import numpy as np
 import pytest
 import torch
 
+from dataset import Mirror
 from new_slices import organs
 from support import runtime
 
-AREA, ROW, COLUMN, PIECES, HOLES, SOLIDITY, ASYMMETRY = range(7)
+AREA, ROW, COLUMN, PIECES, HOLES, SOLIDITY, ASYMMETRY, ROUGHNESS = range(8)
 
 
 def disc(row, column, radius, shape=(64, 48)):
@@ -17,7 +18,7 @@ def disc(row, column, radius, shape=(64, 48)):
     return np.hypot(rows - row, columns - column) < radius
 
 
-def test_figures_by_hand():
+def test_measurements_by_hand():
     mask = np.zeros((64, 48), np.uint8)
     mask[10:20, 5:25] = 1  # a rectangle with a hole, and a hole that is too small to count
     mask[12:16, 8:12], mask[12:14, 20:22] = 0, 0
@@ -44,6 +45,19 @@ def test_asymmetry():
     mask[1, 10:30, 5:10], mask[1, 20:30, 10:15] = 1, 1
     symmetric, skew = organs.measure(mask, 2)[:, 0, ASYMMETRY]
     assert symmetric == 0 and skew == pytest.approx(50 / 150)
+
+
+def test_roughness_of_the_outline():
+    """4 pi for a disc, 16 for a square; a ring has two outlines, a ragged shape a long one."""
+    mask = np.zeros((4, 64, 48), np.uint8)
+    mask[0][disc(30, 20, 15)], mask[1, 10:30, 5:25] = 1, 1
+    mask[2][disc(30, 20, 15) & ~disc(30, 20, 10)] = 1
+    mask[3, 10:30:2, 5:25], mask[3, 10:30, 5] = 1, 1  # a comb
+    found = organs.measure(mask, 2)[:, 0, ROUGHNESS]
+    assert found[0] == pytest.approx(4 * np.pi, rel=0.1) and found[1] == pytest.approx(76**2 / 400)
+    outlines, area = 2 * np.pi * (15 + 10), np.pi * (15**2 - 10**2)
+    assert found[2] == pytest.approx(outlines**2 / area, rel=0.1)
+    assert found[3] > 5 * found[1]
 
 
 def bodies(n, seed=0):
@@ -101,20 +115,20 @@ def test_kinds_of_slices_that_never_mix():
     kinds = np.arange(600) % 2 == 0
     masks[kinds] = np.where(masks[kinds] > 0, masks[kinds] + 2, 0)  # 3 and 4 instead of 1 and 2
     unknown = np.full(600, np.nan, np.float32)
-    figures = organs.measure(masks, 5)
-    together, fine = organs.plausible(figures, unknown, figures, unknown)
+    measured = organs.measure(masks, 5)
+    together, fine = organs.plausible(measured, unknown, measured, unknown)
     assert (together & fine.all(1)).mean() > 0.85
     chimera = masks[~kinds][:50].copy()
     chimera[:, 28:36, 20:28] = 3
-    together, _ = organs.plausible(organs.measure(chimera, 5), unknown[:50], figures, unknown)
+    together, _ = organs.plausible(organs.measure(chimera, 5), unknown[:50], measured, unknown)
     assert not together.any()
 
 
 def test_distances_by_hand():
-    a, b = np.zeros((2, 4, 2, 7))
+    a, b = np.zeros((2, 4, 2, 8))
     a[:, 0, :3], b[:, 0, :3] = [110, 13, 24], [100, 10, 20]
     a[:, 1], b[:, 1] = np.nan, 1
-    found = organs.figure_distances(a, b)
+    found = organs.measurement_distances(a, b)
     assert found["area"][0] == pytest.approx(0.1) and found["centre"][0] == pytest.approx(5)
     assert np.isnan([found["area"][1], found["centre"][1]]).all()
 
@@ -130,6 +144,64 @@ def test_dice_by_hand():
     np.testing.assert_allclose(scores, [[np.nan, 1], [8 / 28, np.nan]])
 
 
+def shuffled(masks, organ, seed=0):
+    """The 4x4 blocks of one organ's bounding box in another order: wrong on purpose."""
+    rng, masks = np.random.default_rng(seed), masks.copy()
+    for mask in masks:
+        rows, columns = (
+            slice(axis.min() // 4 * 4, axis.max() // 4 * 4 + 4)
+            for axis in np.nonzero(mask == organ)
+        )
+        box = mask[rows, columns] == organ
+        h, w = np.array(box.shape) // 4
+        blocks = box.reshape(h, 4, w, 4).swapaxes(1, 2).reshape(-1, 4, 4)
+        blocks = rng.permutation(blocks).reshape(h, w, 4, 4).swapaxes(1, 2)
+        mask[mask == organ] = 0
+        mask[rows, columns][blocks.reshape(box.shape)] = organ
+    return masks
+
+
+def ovals(n, seed):
+    """Masks of a large and a small oval whose size and place vary."""
+    rng, masks = np.random.default_rng(seed), np.zeros((n, 64, 48), np.uint8)
+    rows, columns = np.mgrid[:64, :48]
+    for mask in masks:
+        for organ, row, size in ((1, 20, 13), (2, 48, 8)):
+            a, b = size + rng.uniform(-2, 2, 2)
+            row, column = row + rng.uniform(-2, 2), 24 + rng.uniform(-4, 4)
+            mask[((rows - row) / a) ** 2 + ((columns - column) / b) ** 2 < 1] = organ
+    return masks
+
+
+@pytest.mark.parametrize("wrong", [1, 2])
+def test_an_organ_that_was_not_learnt_is_named_and_no_other(wrong):
+    """A mean over organs stays high beside one that is a heap of blocks; its roughness does not."""
+    truth, train = ovals(30, 0), ovals(100, 1)
+    drawn = np.roll(truth, 1, axis=1)  # as a network that is a pixel off
+    fine = organs.judge_masks(drawn, truth, train, (0, 5, 9))
+    assert not organs.not_learnt(fine) and min(v["dice"] for v in fine.values()) > 0.9
+    found = organs.judge_masks(shuffled(drawn, wrong), truth, train, (0, 5, 9))
+    bad, good = ("label_5", "label_9") if wrong == 1 else ("label_9", "label_5")
+    assert found[bad]["dice"] > 0.4 and not found[good]["faults"]
+    assert found[bad]["roughness"]["masks"] > 2 * found[bad]["roughness"]["real"]
+    line = organs.not_learnt(found)
+    assert line.startswith(f"{bad} was not learnt (") and good not in line and "roughness" in line
+
+
+def test_masks_without_an_organ():
+    """No Dice of 1 where nobody shows the organ; one of 0 where only the real masks do."""
+    truth = ovals(10, 0)
+    only_first = np.where(truth == 2, 0, truth)
+    never = organs.judge_masks(only_first, only_first, truth, (0, 5, 9))
+    assert never["label_9"]["dice"] is None and not never["label_9"]["faults"]
+    assert never["label_9"]["roughness"]["masks"] is None
+    invented = organs.judge_masks(truth, only_first, truth, (0, 5, 9))
+    assert invented["label_9"]["dice"] is None
+    missed = organs.judge_masks(only_first, truth, truth, (0, 5, 9))
+    assert missed["label_9"] | {"dice": 0.0, "faults": ["Dice 0.000"]} == missed["label_9"]
+    assert missed["label_5"]["dice"] == 1 and not missed["label_5"]["faults"]
+
+
 class Split:
     """What `segmenter_of` reads of a dataset: bright discs of two kinds, some slices without a
     mask.
@@ -137,7 +209,7 @@ class Split:
 
     synthetic = True
 
-    labels, fingerprint = (0, 3, 7), "abc"
+    labels, fingerprint, mirror = (0, 3, 7), "abc", Mirror()
 
     def __init__(self, n=64, seed=0):
         rng = np.random.default_rng(seed)
@@ -157,26 +229,46 @@ class Split:
         return torch.from_numpy(self.truth[indices])
 
 
-def test_a_segmenter_learns_and_is_kept(tmp_path, monkeypatch):
+def test_a_segmenter_learns_and_is_kept(tmp_path, monkeypatch, capsys):
     split, test = Split(), Split(seed=1)
     train = organs.train_segmenter
-    monkeypatch.setattr(organs, "train_segmenter", lambda *a, **k: train(*a, **k | {"steps": 120}))
+    monkeypatch.setattr(organs, "train_segmenter", lambda *a, **k: train(*a[:4], 120, **k))
     drawn = torch.random.get_rng_state()
-    net = organs.segmenter_of(split, tmp_path / "segmenter.pth")
+    net = organs.segmenter_of(split, tmp_path / "a", tmp_path / "b")
     assert torch.equal(torch.random.get_rng_state(), drawn)
+    assert "training a U-Net on 48 slices with masks" in capsys.readouterr().out
     found = organs.segment(net, test.pixels)
     assert found.dtype == np.uint8 and found.shape == test.truth.shape
     _, scores = organs.dice_by_patient(found, test.truth, np.zeros(64), 3)
     assert scores.min() > 0.8
     monkeypatch.setattr(organs, "train_segmenter", lambda *a, **k: pytest.fail("trained again"))
-    again = organs.segmenter_of(split, tmp_path / "segmenter.pth")
+    assert not (tmp_path / "b").exists()
+    again = organs.segmenter_of(split, tmp_path / "b", tmp_path / "a")  # wherever it is found
     np.testing.assert_array_equal(organs.segment(again, test.pixels), found)
     split.fingerprint = "other slices"
     with pytest.raises(pytest.fail.Exception):
-        organs.segmenter_of(split, tmp_path / "segmenter.pth")
-    runtime.write_text(tmp_path / "segmenter.pth", "rubbish")
+        organs.segmenter_of(split, tmp_path / "a")
+    runtime.write_text(tmp_path / "a" / organs.KEPT, "rubbish")
     with pytest.raises(pytest.fail.Exception):
-        organs.segmenter_of(split, tmp_path / "segmenter.pth")
+        organs.segmenter_of(split, tmp_path / "a")
+
+
+def test_a_folder_that_may_only_be_read_costs_nothing(tmp_path, monkeypatch, capsys):
+    """The U-Net is kept in the next folder, or not at all; what was computed is not lost."""
+    split, train, save = Split(), organs.train_segmenter, runtime.save_checkpoint
+    monkeypatch.setattr(organs, "train_segmenter", lambda *a, **k: train(*a[:4], 1, **k))
+
+    def denied(path, checkpoint):
+        if "shared" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        save(path, checkpoint)
+
+    monkeypatch.setattr(runtime, "save_checkpoint", denied)
+    organs.segmenter_of(split, tmp_path / "shared", tmp_path / "mine")
+    assert [path.name for path in tmp_path.rglob("*.pth")] == [organs.KEPT]
+    assert "is not kept" not in capsys.readouterr().out
+    assert isinstance(organs.segmenter_of(split, tmp_path / "shared"), organs.Segmenter)
+    assert "is not kept" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("shape", [(64, 32), (40, 24), (256, 128)])
