@@ -49,19 +49,30 @@ NO_MASK = 255  # every pixel of a slice that has no mask; no class has this inde
 LARGEST = 2**26  # pixels of a slice
 A_SLICE = "a 2-D slice. Fix: `python slice_volumes.py` cuts volumes into slices"
 FITS = ("auto", "pad", "crop", "stretch")
-STANDARD_NAME = re.compile(r"(?:case|seg)_(\d+)_week_(\d+)_slice_(\d+)\.nii(?:\.gz)?")
-# Numbers that a word announces: patient012_z034, sub-01_ses-2. ADNI's patients are written
-# 002_S_0004.
-PATIENT = re.compile(
-    r"(?<![a-z])(?:case|patient|pat|subject|subj|sub)[_-]?(\d+)|(?<!\d)\d{3}_S_(\d+)", re.IGNORECASE
+STANDARD_NAME = re.compile(
+    r"(?:case|seg)_(\d+)_week_(\d+)_slice_(\d+)\.nii(?:\.gz)?", re.IGNORECASE
 )
-WEEK = re.compile(
-    r"(?<![a-z])(?:week|wk|session|ses|visit|timepoint|frame)[_-]?(\d+)", re.IGNORECASE
-)
-SLICE = re.compile(r"(?<![a-z])(?:slice|plane|sl|z)[_-]?(\d+)", re.IGNORECASE)
-NUMBER = re.compile(r"(?<![a-z0-9])\d+(?![a-z0-9])", re.IGNORECASE)  # alone between separators
+# How other names tell their numbers: by a word that announces one, or as public data sets do.
+ANNOUNCED = {
+    "patient": r"""(?<![a-z]) sub-([a-z0-9]+)                                  # BIDS
+        | (?<![a-z]) (?:case|patient|pat|subject|subj|sub) [_-]?(\d+)
+        | (?<![a-z]) B(\d+)_Week                                              # HipMRI: B006_Week0
+        | BraTS\d*_(?:Training_|Validation_)?(\d+) | BraTS-[a-z]+-(\d+)
+        | OAS[12]_(\d+)_MR | OAS(3\d{4})_MR                                     # OASIS
+        | (?<!\d) \d{3}_S_(\d+)                                         # ADNI: site_S_subject""",
+    "week": r"""(?<![a-z]) ses-([a-z0-9]+)                                     # BIDS
+        | (?<![a-z]) (?:week|wk|session|ses|visit|timepoint|frame) [_-]?(\d+)
+        | BraTS-[a-z]+-\d+-(\d+) | OAS[12]_\d+_MR(\d+) | OAS3\d{4}_MR_d(\d+)""",
+    "slice": r"(?<![a-z]) (?:slice|plane|sl|z) [_-]?(\d+)",
+}
+ANNOUNCED = {
+    key: re.compile(written, re.IGNORECASE | re.VERBOSE) for key, written in ANNOUNCED.items()
+}
 RECONSTRUCTION = "VQ-VAE-2 reconstruction, not for clinical use"  # in the header of every one
-NEW_NAME = "Fix: rename it to case_004_week_0_slice_0.nii.gz, with its own numbers."
+NEW_NAME = (
+    "Fix: rename it like case_004_week_0_slice_0.nii.gz, or tell its parts with --name-pattern, "
+    r"such as '(?P<patient>\d+)_visit(?P<week>\d+)_(?P<slice>\d+)'"
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,11 @@ class DataConfig:
         choices=FITS,
     )
     allow_patient_overlap: bool = option(False, "let splits share a patient")
+    name_pattern: str = option(
+        "",
+        "what files are called, a regular expression with the groups patient, week and slice, of "
+        "which only patient must be there; empty: names that announce their numbers",
+    )
     cache: str = option("", "decoded slices; empty is ~/.cache/vqvae2-slices")
 
     def __post_init__(self) -> None:
@@ -89,9 +105,20 @@ class DataConfig:
             )
         if self.fit not in FITS:
             raise UserError(f"--fit is {self.fit}; expected one of {', '.join(FITS)}")
+        check_pattern(self.name_pattern)
+
+
+def check_pattern(pattern: str) -> None:
+    """UserError where a --name-pattern is no regular expression with a group `patient`."""
+    try:
+        if pattern and "patient" not in re.compile(pattern).groupindex:
+            raise re.error(r"it has no group (?P<patient>\d+)")
+    except re.error as error:
+        raise UserError(f"--name-pattern {pattern}: {error}") from error
 
 
 SIZE = ("height", "width", "fit")  # fields of `DataConfig` that a trained model decides
+KEPT = (*SIZE, "allow_patient_overlap", "name_pattern")  # that its checkpoint keeps
 
 
 class SliceName(NamedTuple):
@@ -118,44 +145,38 @@ class Job(NamedTuple):
 # ---- a study's files, none of them opened --------------------------------------------------------
 
 
-def parse_name(path: Path | str) -> SliceName:
-    """Patient, week and slice in a file's name; a week or slice that is not named is 0.
+def name_parts(path: Path | str, pattern: str = "") -> dict[str, str]:
+    """What the path of a file says of it: its "patient" and, where it says so, "week" and "slice".
 
     Reads case_004_week_0_slice_12.nii.gz, Case_004_Week0_LFOV.nii, B006_Week0_LFOV.nii,
-    patient012_z034.nii, IM-0001-0034.nii (patient 1, slice 34), sub-01_ses-2_T2w.nii.gz,
-    BraTS20_Training_004.nii, OAS1_0004_MR1.nii and ADNI_002_S_0004.nii (patient 4). Where the name
-    does not say "patient" or the like, a folder above may. UserError where no patient number is
-    found.
+    patient012_z034.nii, sub-01_ses-2_T2w.nii.gz, BraTS20_Training_004.nii, OAS1_0004_MR1.nii and
+    ADNI_002_S_0004.nii; or what the groups of the regular expression `pattern` match in the path.
+    A number that nothing announces is never taken for a patient: 12-05-2024_prostate.nii.gz is a
+    date, and the same person of another day would become another patient. UserError then.
     """
-    *folders, name = str(path).replace("\\", "/").split("/")
-    if match := STANDARD_NAME.fullmatch(name):
+    path, parts = str(path).replace("\\", "/"), {}
+    if pattern and (match := re.search(pattern, path)):
+        parts = {key: text for key, text in match.groupdict().items() if text}
+    # The file's own name comes first, then the folders above it, from the innermost one on.
+    for name in path.split("/")[::-1] * (not pattern):
+        for key, written in ANNOUNCED.items():
+            if match := written.search(name):
+                parts.setdefault(key, match[match.lastindex])
+    if "patient" not in parts:
+        raise UserError(f"no patient in its name. {NEW_NAME}")
+    return parts
+
+
+def parse_name(path: Path | str, pattern: str = "") -> SliceName:
+    """The numbers in a slice's path, see `name_parts`; a week or slice that is not named is 0."""
+    match = STANDARD_NAME.fullmatch(os.path.basename(path))
+    if match and not pattern:
         return SliceName(*map(int, match.groups()))
-    name = re.sub(r"\.nii(\.gz)?$", "", name, flags=re.IGNORECASE)
-    found: dict[str, int | None] = {}
-    for key, pattern in (("week", WEEK), ("slice", SLICE), ("patient", PATIENT)):
-        match = pattern.search(name)
-        found[key] = int(next(filter(None, match.groups()))) if match else None
-        name = name[: match.start()] + "__" + name[match.end() :] if match else name
-    numbers = [int(number) for number in NUMBER.findall(name)]
-    for key, pattern in (("patient", PATIENT), ("week", WEEK)):
-        matches = [match for folder in folders if (match := pattern.search(folder))]
-        if found[key] is None and matches:
-            found[key] = int(next(filter(None, matches[-1].groups())))
-    if found["patient"] is None and numbers:
-        found["patient"] = numbers.pop(0)
-    for folder in reversed(folders):
-        if found["patient"] is None and (above := NUMBER.findall(folder)):
-            found["patient"] = int(above[0])
-    if found["patient"] is None:  # one digit may be a T2 or an MR1
-        match = re.search(r"\d{2,}", name)
-        if not match:
-            raise UserError(f"no patient number in the name. {NEW_NAME}")
-        found["patient"] = int(match[0])
-    if found["slice"] is None and numbers:
-        found["slice"] = numbers.pop()
-    if found["week"] is None and numbers:
-        found["week"] = numbers.pop(0)
-    return SliceName(found["patient"], found["week"] or 0, found["slice"] or 0)
+    parts = name_parts(path, pattern)
+    numbers = [parts.get(key, "0") for key in SliceName._fields]
+    if not all(map(str.isdecimal, numbers)):
+        raise UserError(f"{', '.join(numbers)}; expected numbers of patient, week and slice")
+    return SliceName(*map(int, numbers))
 
 
 def find_study(data: str = "") -> Path | None:
@@ -193,8 +214,10 @@ def find_nifti(
             others.append(entry.path)
 
 
-def scan(folder: Path | str, bad: dict[str, str], others: list[str]) -> list[SourceFile]:
-    """The slices in `folder` and below, in order of patient, week and slice.
+def scan(
+    folder: Path | str, pattern: str, bad: dict[str, str], others: list[str]
+) -> list[SourceFile]:
+    """The slices in `folder` and below, named by `pattern`, in order of patient, week and slice.
 
     Those that cannot be used go into `bad`, with the reason, and files that are no NIfTI into
     `others`.
@@ -208,12 +231,13 @@ def scan(folder: Path | str, bad: dict[str, str], others: list[str]) -> list[Sou
                     if os.path.exists(entry.path)
                     else "a link to a file that is not there"
                 )
-            name = parse_name(os.path.relpath(entry.path, folder))
+            name = parse_name(os.path.relpath(entry.path, folder), pattern)
             status = entry.stat()  # one stat for a file
             if name in files:
                 patient, week, number = name
                 raise UserError(
-                    f"read as patient {patient}, week {week}, slice {number}, as {files[name].path} is. {NEW_NAME}"
+                    f"read as patient {patient}, week {week}, slice {number}, as "
+                    f"{files[name].path} is. {NEW_NAME}"
                 )
         except (UserError, OSError) as error:
             bad[entry.path] = str(error)
@@ -236,11 +260,11 @@ def way_in(others: list[str]) -> str:
     return ""
 
 
-def _scan_study(study: Path, bad: dict[str, str]) -> dict[str, list[SourceFile]]:
+def _scan_study(study: Path, pattern: str, bad: dict[str, str]) -> dict[str, list[SourceFile]]:
     """The files of each split; FileNotFoundError for a split that is missing or empty."""
     folders, others = {split: study / f"keras_slices_{split}" for split in SPLITS}, []
     files = {
-        split: scan(folder, bad, others) if folder.is_dir() else []
+        split: scan(folder, pattern, bad, others) if folder.is_dir() else []
         for split, folder in folders.items()
     }
     missing = [
@@ -263,13 +287,15 @@ def _scan_study(study: Path, bad: dict[str, str]) -> dict[str, list[SourceFile]]
 
 
 def _scan_masks(
-    study: Path, files: dict[str, list[SourceFile]], bad: dict[str, str]
+    study: Path, pattern: str, files: dict[str, list[SourceFile]], bad: dict[str, str]
 ) -> dict[str, list]:
     """The mask file of every slice of each split, or None where it has none."""
     masks = {}
     for split in SPLITS:
         folder = study / f"keras_slices_seg_{split}"
-        found = {file.name: file for file in scan(folder, bad, [])} if folder.is_dir() else {}
+        found = (
+            {file.name: file for file in scan(folder, pattern, bad, [])} if folder.is_dir() else {}
+        )
         for name in found.keys() - {file.name for file in files[split]}:
             bad[found[name].path] = f"a mask without its slice in keras_slices_{split}"
         masks[split] = [found.get(file.name) for file in files[split]]
@@ -740,10 +766,16 @@ class SliceDataset(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, study: Path, split: str, files: list[SourceFile], cache: Path, start: int, fit: str
+        self,
+        study: Path,
+        split: str,
+        files: list[SourceFile],
+        cache: Path,
+        start: int,
+        config: DataConfig,
     ) -> None:
-        self._made_of = (study, split, files, cache, start, fit)
-        self.study, self.split, self.fit, self._cache = study, split, fit, cache
+        self._made_of = (study, split, files, cache, start, config)
+        self.study, self.split, self.config = study, split, config
         self.paths, self.names = [Path(file.path) for file in files], [file.name for file in files]
         self.synthetic = (study / "SYNTHETIC.txt").is_file()
         self.positions = relative_positions(self.names)
@@ -838,7 +870,9 @@ class SliceDataset(torch.utils.data.Dataset):
 
     def placement(self, index: int) -> Placement:
         """How the source slice `index` lies in the model's grid."""
-        return Placement.make(tuple(self.shapes[index].tolist()), self.pixels.shape[1:], self.fit)
+        return Placement.make(
+            tuple(self.shapes[index].tolist()), self.pixels.shape[1:], self.config.fit
+        )
 
     def own(self, index: int) -> tuple[slice, slice]:
         """The rows and columns of the model's grid that show slice `index`: `image[split.own(i)]`.
@@ -878,9 +912,9 @@ def open_study(config: DataConfig) -> dict[str, SliceDataset]:
             "Fix: --data DIR, or `python driver.py`, which makes a synthetic study."
         )
     bad: dict[str, str] = {}
-    files = _scan_study(study, bad)
+    files = _scan_study(study, config.name_pattern, bad)
     _check_patients(study, files, config.allow_patient_overlap)
-    masks = _scan_masks(study, files, bad)
+    masks = _scan_masks(study, config.name_pattern, files, bad)
     jobs = [
         Job(split, file, mask)
         for split in SPLITS
@@ -893,7 +927,7 @@ def open_study(config: DataConfig) -> dict[str, SliceDataset]:
         print(f"decoded slices: from the cache {cache}")
     splits, start = {}, 0
     for split in SPLITS:
-        splits[split] = SliceDataset(study, split, files[split], cache, start, config.fit)
+        splits[split] = SliceDataset(study, split, files[split], cache, start, config)
         start += len(files[split])
     for split in SPLITS:
         patients = len({file.name.patient for file in files[split]})
@@ -917,7 +951,7 @@ class StudyInfo:
     Attributes:
         study: the name of its folder, not where it lies: checkpoints are shared. See
             `find_trained_study`.
-        height, width, fit, allow_patient_overlap: as in `DataConfig`.
+        height, width, fit, allow_patient_overlap, name_pattern: as in `DataConfig`.
         fingerprints: of each split, see `SliceDataset`.
         labels: in the masks; () for a study without masks.
     """
@@ -930,6 +964,7 @@ class StudyInfo:
     allow_patient_overlap: bool = False
     labels: tuple[int, ...] = ()
     fit: str = "auto"
+    name_pattern: str = ""
 
     def __post_init__(self) -> None:
         DataConfig(
@@ -937,19 +972,14 @@ class StudyInfo:
         )  # raises for what these may not be
 
     @classmethod
-    def from_splits(
-        cls, splits: dict[str, SliceDataset], allow_patient_overlap: bool = False
-    ) -> "StudyInfo":
+    def from_splits(cls, splits: dict[str, SliceDataset]) -> "StudyInfo":
         train = splits["train"]
         return cls(
             study=train.study.resolve().name,
-            height=train.pixels.shape[1],
-            width=train.pixels.shape[2],
             fingerprints={name: split.fingerprint for name, split in splits.items()},
             synthetic=train.synthetic,
-            allow_patient_overlap=allow_patient_overlap,
             labels=train.labels,
-            fit=train.fit,
+            **{name: getattr(train.config, name) for name in KEPT},
         )
 
     @classmethod
@@ -991,8 +1021,10 @@ def open_trained_study(
 
     `trained` is the record of the checkpoint at the path `checkpoint`. Raises as `open_study` does.
     """
-    data = config.data or find_trained_study(trained, checkpoint, config.cache)
-    return open_study(replace(config, data=data, **{name: getattr(trained, name) for name in SIZE}))
+    given = {name: getattr(config, name) or getattr(trained, name) for name in KEPT}
+    given |= {name: getattr(trained, name) for name in SIZE}
+    given["data"] = config.data or find_trained_study(trained, checkpoint, config.cache)
+    return open_study(replace(config, **given))
 
 
 def save_reconstruction(

@@ -25,7 +25,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset import SPLITS, STUDY_NAMES, find_nifti, parse_name, raise_bad, read_labels, way_in
+from dataset import (
+    SPLITS,
+    STUDY_NAMES,
+    check_pattern,
+    find_nifti,
+    name_parts,
+    raise_bad,
+    read_labels,
+    way_in,
+)
 from support import nifti
 from support.runtime import UserError, from_flags, in_parallel, option, parser, run_cli, write_json
 
@@ -38,8 +47,6 @@ MASK_NAME = re.compile(
 MASK_FOLDER = re.compile(
     r"(?:semantic_labels.*|labels?|labels?t[rs]|masks?|segmentations?)", re.IGNORECASE
 )
-SUBJECT = re.compile(r"sub-([a-z0-9]+)", re.IGNORECASE)
-SESSION = re.compile(r"ses-([a-z0-9]+)", re.IGNORECASE)
 OBLIQUE = 5  # degrees from which it is said
 RECORDED = ("plane", "axis", "first", "count", "match", "seed")  # of `SliceConfig`, in slices.json
 ENDS = {"R": "right", "A": "front", "S": "head"}  # of the world's axes
@@ -53,6 +60,11 @@ class SliceConfig:
     out: str = option(STUDY_NAMES[0], "study folder to make")
     match: str = option("*", "only volumes with this name or path, such as '*_T2w*'")
     masks: str = option("", "folder of the masks; empty: masks are known by their names")
+    name_pattern: str = option(
+        "",
+        "regular expression with the groups patient and week, for paths in which no word "
+        "announces them",
+    )
     plane: str = option("coronal", "plane to cut, by the affine", choices=tuple(nifti.PLANES))
     axis: int = option(
         -1, "axis of the array to slice along, for volumes without an affine", choices=(-1, 0, 1, 2)
@@ -67,6 +79,7 @@ class SliceConfig:
     seed: int = option(0, "seed of the random 80/10/10 split by patient")
 
     def __post_init__(self) -> None:
+        check_pattern(self.name_pattern)
         if not self.volumes:
             raise UserError("--volumes: name the folder of the volumes")
         if self.count < 0 or self.first < -1:
@@ -92,18 +105,13 @@ class File(NamedTuple):
 # ---- which volumes and masks ---------------------------------------------------------------------
 
 
-def identify(path: str) -> tuple[str, str]:
-    """The subject and session of a volume from its path in its folder; UserError where no subject
-    is named.
+def identify(path: str, pattern: str = "") -> tuple[str, str]:
+    """The subject and session of a volume, in words or numbers, from its path in its folder.
 
-    BIDS says both as sub-01 and ses-2, in words or numbers; other names are read as those of slices
-    are.
+    UserError where no subject is named; see `name_parts`.
     """
-    subject, session = SUBJECT.findall(path), SESSION.findall(path)
-    if subject:
-        return _plain(subject[-1]), _plain(session[-1]) if session else "0"
-    name = parse_name(path)
-    return str(name.patient), str(name.week)
+    parts = name_parts(path, pattern)
+    return _plain(parts["patient"]), _plain(parts.get("week", "0"))
 
 
 def _plain(label: str) -> str:
@@ -155,12 +163,14 @@ def list_files(config: SliceConfig) -> tuple[list[File], list[File]]:
     return wanted, masks
 
 
-def group(files: list[File]) -> tuple[dict[tuple[str, str], list[str]], dict[str, str]]:
+def group(
+    files: list[File], pattern: str
+) -> tuple[dict[tuple[str, str], list[str]], dict[str, str]]:
     """Paths by subject and session, and why the others' names tell none."""
     groups, unnamed = defaultdict(list), {}
     for path, short in files:
         try:
-            groups[identify(short)].append(path)
+            groups[identify(short, pattern)].append(path)
         except UserError as error:
             unnamed[path] = str(error)
     return groups, unnamed
@@ -205,7 +215,9 @@ def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, int
     tell no subject, and for two volumes or two masks of one subject and session.
     """
     files, mask_files = list_files(config)
-    (volumes, unnamed), (masks, _) = group(files), group(mask_files)
+    (volumes, unnamed), (masks, _) = (
+        group(found, config.name_pattern) for found in (files, mask_files)
+    )
     folders = group_by_folder(files)
     apart = all(len(Path(file.short).parts) > 1 for file in files)
     # As scanners export them: P0001/t2_tse.nii.gz, P0002/t2_tse.nii.gz.
@@ -226,7 +238,7 @@ def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, int
     if config.masks and not pairs:
         raise UserError(
             f"{config.masks}: no mask of the subjects in {config.volumes}. Fix: check --masks, and "
-            "the subjects in its names."
+            "the subjects in its names, or tell them with --name-pattern."
         )
     if left:
         print(f"{len(left)} masks are of none of these volumes, such as {left[0]}")

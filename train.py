@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataset import DataConfig, StudyInfo, find_trained_study, open_study, open_trained_study
+from dataset import KEPT, DataConfig, StudyInfo, find_trained_study, open_study, open_trained_study
 from modules import VQVAE2, Output, VQVAE2Config, load_model
 from new_slices.code_maps import MOST_VARIANTS, Variants, extract_codes
 from new_slices.layouts import middles
@@ -254,7 +254,7 @@ class Autoencoder(Stage):
         return {
             "model_config": dataclasses.asdict(self.model.config),
             "loss_config": dataclasses.asdict(self.loss),
-            "data": StudyInfo.from_splits(self.splits, self.data.allow_patient_overlap).as_dict(),
+            "data": StudyInfo.from_splits(self.splits).as_dict(),
         }
 
     def start_epoch(self, generator: torch.Generator) -> None:
@@ -368,7 +368,7 @@ class CodePriors(Stage):
         self.sha256, model = trained.sha256, trained.model.to(self.device)
         with runtime.first_of_node():
             self.splits = open_trained_study(trained.study, settings.data, codes.checkpoint)
-        self.study = StudyInfo.from_splits(self.splits, settings.data.allow_patient_overlap)
+        self.study = StudyInfo.from_splits(self.splits)
         size = trained.study.height, trained.study.width
         self.pixels = math.prod(size)
         with runtime.first_of_node():
@@ -517,9 +517,8 @@ def study_flags(study: StudyInfo, path: str, given: dict) -> dict:
     """The flags that open the study of a checkpoint as its training did, unless `given` names
     another.
     """
-    names = ("height", "width", "fit", "allow_patient_overlap")
     data = given.get("data") or find_trained_study(study, path, given.get("cache", ""))
-    return {"data": data, **{name: getattr(study, name) for name in names}}
+    return {"data": data, **{name: getattr(study, name) for name in KEPT}}
 
 
 def make_settings(given: dict, preset: str = "") -> Settings:

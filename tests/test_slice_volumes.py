@@ -315,8 +315,20 @@ def test_masks_of_a_folder_of_their_own(tmp_path):
         mask = path.with_name(path.name.replace("T2w", "T2w_seg"))
         (tmp_path / "m").mkdir(exist_ok=True)
         mask.rename(tmp_path / "m" / f"{patient}.nii.gz")
-    run_slice(tmp_path / "b", tmp_path / "out", masks=str(tmp_path / "m"), count=0)
+    flags = {"masks": str(tmp_path / "m"), "count": 0}
+    with pytest.raises(UserError, match="no mask of the subjects.* --name-pattern"):
+        run_slice(tmp_path / "b", tmp_path / "out", **flags)  # bare numbers announce nobody
+    pattern = r"^(?:sub-0)?(?P<patient>\d)"
+    run_slice(tmp_path / "b", tmp_path / "out", name_pattern=pattern, **flags)
     assert len(list((tmp_path / "out").rglob("seg_*"))) == 36
+
+
+def test_one_person_of_two_days_is_not_two_patients(tmp_path):
+    """Dates are no patients: the same person could come into training and test split."""
+    for day in (12, 13, 14):
+        save(tmp_path / "b" / f"{day}-05-2024_prostate.nii.gz", noise(day, SHAPE), RAS)
+    with pytest.raises(UserError, match=r"3 of 3 files .*\n.*12-05-2024_.* no patient in its name"):
+        run_slice(tmp_path / "b", tmp_path / "out")
 
 
 def test_two_masks_of_one_volume_are_refused(tmp_path, capsys):
