@@ -881,6 +881,11 @@ class SliceDataset(torch.utils.data.Dataset):
         """
         return self.placement(index).own
 
+    def letters(self, indices: Sequence[int]) -> list[str]:
+        """Where rows and columns run, see `nifti.directions`; "" for a file that does not tell."""
+        told = zip(nifti.directions(self.affines[indices]), self.oriented[indices], strict=True)
+        return [letters * bool(oriented) for letters, oriented in told]
+
     def grid_affine(self, index: int) -> np.ndarray:
         """(4, 4): the affine of the model's grid where it lies over slice `index`."""
         return self.placement(index).affine(self.affines[index])

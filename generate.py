@@ -244,15 +244,18 @@ class Album:
         self.out, self.positions = Path(config.out), positions
         train, test = splits["train"], splits["test"]
         shown = test.images(np.linspace(0, len(test) - 1, min(64, len(test))).astype(int)).numpy()
-        self.span = tuple(
-            np.median(end((1, 2, 3))) for end in (shown.min, shown.max)
-        )  # black and white
+        # black and white
+        self.span = tuple(np.median(end((1, 2, 3))) for end in (shown.min, shown.max))
         self.note = "priors trained on a synthetic phantom, not MRI" if train.synthetic else ""
         self.mean, self.std = float(np.median(train.mean)), float(np.median(train.std))
         like = int(
             (train.shapes == train.pixels.shape[1:]).all(1).argmax()
         )  # the first that was not resized
         self.affine = train.grid_affine(like)
+        # The edges of pictures have names where all slices lie alike.
+        letters = {*train.letters([like]), *test.letters(range(len(test)))}
+        self.look = {"span": self.span, "note": self.note, "label_values": labels}
+        self.look["letters"] = letters.pop() if len(letters) == 1 else ""
         self.labels = np.array(labels, np.uint8 if max(labels, default=0) < 256 else np.int32)
         earlier = self.out / "manifest.json"
         if earlier.is_file():  # no file of an earlier run may pass for one of ours
@@ -335,17 +338,17 @@ def real_slices(split: SliceDataset, indices: np.ndarray, labels: list[str]) -> 
 
 
 def write_grid(album: Album, test: SliceDataset, samples: Samples, twins: np.ndarray) -> None:
-    """The first samples, all of them, beside real slices at the same positions."""
+    """The first samples, all of them, beside held-out slices at the same positions."""
     shown = range(min(SHOWN, len(twins)))
     at = ["" if math.isnan(album.positions[i]) else f"at {album.positions[i]:.2f}" for i in shown]
     masks = None if samples.masks is None else samples.masks[: len(shown)]
     groups = {
-        "real test slices": real_slices(
+        "held-out slices": real_slices(
             test, twins[: len(shown)], [label(test, twins[i]) for i in shown]
         ),
         "generated, random and unselected": with_masks(at, samples.images[: len(shown)], masks),
     }
-    figures.slice_grid(album.out / "grid.png", groups, min(8, len(shown)), album.span, album.note)
+    figures.slice_grid(album.out / "grid.png", groups, min(8, len(shown)), **album.look)
 
 
 def write_pictures(album: Album, inputs: Inputs, report: dict, drawn: dict) -> None:
@@ -353,13 +356,13 @@ def write_pictures(album: Album, inputs: Inputs, report: dict, drawn: dict) -> N
     honest, shown = drawn["honest"], inputs.twins[: min(4, len(inputs.twins))]
     n, blank = len(shown), [""] * len(shown)
     groups = {
-        "real": real_slices(test, shown, blank),
+        "held-out": real_slices(test, shown, blank),
         "reconstruction": with_masks(blank, *inputs.decode(*inputs.codes_of("test", shown))),
         "generated": with_masks(
             blank, samples.images[:n], None if samples.masks is None else samples.masks[:n]
         ),
     }
-    figures.slice_grid(album.out / "overview.png", groups, n, album.span, album.note, panel=2.5)
+    figures.slice_grid(album.out / "overview.png", groups, n, **album.look, panel=2.5)
 
     variants = Variants(len(inputs.codes["train_top"]), len(train), train.mirror)
 
@@ -376,13 +379,13 @@ def write_pictures(album: Album, inputs: Inputs, report: dict, drawn: dict) -> N
         f"generated | nearest training slice (n = {report['n']})": pairs(
             "samples", lambda i: samples.images[i], lambda i: f"{i:04d}"
         ),
-        f"real test | nearest training slice (n = {len(honest)})": pairs(
+        f"held-out | nearest training slice (n = {len(honest)})": pairs(
             "honest",
             lambda i: test.images([honest[i]])[0, 0].numpy(),
             lambda i: label(test, honest[i]),
         ),
     }
-    figures.slice_grid(album.out / "nearest.png", groups, 8, album.span, album.note)
+    figures.slice_grid(album.out / "nearest.png", groups, 8, **album.look)
     sets = {
         measure: {name: best.similarity for name, best in found.items()}
         for measure, found in drawn["nearest"].items()

@@ -312,12 +312,14 @@ def write_pictures(
             f"{title}: patient {patients[i]}, week {name.week}, slice {name.slice}\nSSIM {ssim[i]:.4f}"
         )
     rows = list(zip(titles, found.originals, found.images, strict=True))
-    masks = list(zip(test.masks(indices).numpy(), found.masks, strict=True)) if with_masks else None
-    figures.comparison_sheet(out / "comparison.png", rows, note, masks)
-    title = f"{titles[1]}\n{note}".strip()
-    figures.code_maps(
-        out / "code_maps.png", found.originals[1], found.top[1], found.bottom[1], title
+    masks = list(zip(test.masks(indices).numpy(), found.masks, strict=True)) if with_masks else ()
+    sheet, letters = out / "comparison.png", test.letters(indices)
+    figures.comparison_sheet(sheet, rows, note, masks, letters, test.labels)
+    title, median = (
+        f"{titles[1]}\n{note}".strip(),
+        (found.originals[1], found.top[1], found.bottom[1]),
     )
+    figures.code_maps(out / "code_maps.png", *median, title, letters[1])
     by_patient = {
         patient: ssim[np.array(patients) == patient] for patient in dict.fromkeys(patients)
     }

@@ -1,31 +1,38 @@
-"""Arrays in, pictures out: the only file that uses matplotlib.
+"""Arrays in, pictures out: the only file of the product that uses matplotlib.
 
-No pyplot, so that importing this file sets no backend and leaves no figure open: each function
-draws on a `Figure` of its own and writes it whole or not at all. Slices (H, W) are shown as stored,
-the first row on top.
+No pyplot, which would choose a backend and keep figures open: each function draws on a `Figure` of
+its own and writes it whole or not at all. Slices (H, W) are shown as stored, the first row on top.
+What slices are drawn with, where it is known:
+
+    letters        where rows and columns run in the patient, as `nifti.directions` says it: in a
+                   slice of "RS" the bottom edge is the patient's right and the right edge the head
+    label_values   the value in the study's masks of each class of a mask, for the legend of outlines
 """
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# A notebook's backend may be missing in this Python, and matplotlib would then fail to import. We
-# use none.
+# A notebook hands the name of its backend down to the scripts that it starts. matplotlib would not
+# even be imported where that backend is missing, and we use none.
 os.environ.pop("MPLBACKEND", None)
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
+from support.metrics import value_range
 from support.runtime import atomic_path
 
 DPI = 120
 PANEL = 3.0  # inches, the height of a slice in a sheet
 MOST_COLOURS = 20  # a histogram of more patients has one colour
 NO_MASK = 255  # in a mask: nothing is known of this pixel
+OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -39,6 +46,9 @@ def save(figure: Figure, path: Path | str) -> None:
         FigureCanvasAgg(figure).print_png(part)
 
 
+# ---- what is drawn on a slice --------------------------------------------------------------------
+
+
 def _show(axes, image: np.ndarray, title: str = "", **options):
     """Draw a slice or a code map with square pixels, no ticks and no smoothing."""
     axes.set_xticks([])
@@ -47,14 +57,45 @@ def _show(axes, image: np.ndarray, title: str = "", **options):
     return axes.imshow(image, interpolation="nearest", **{"cmap": "gray", **options})
 
 
+def _classes(mask: np.ndarray) -> list[int]:
+    """The classes of a mask that have an outline: all but the background and what is not known."""
+    return [int(k) for k in np.unique(mask) if k not in (0, NO_MASK)]
+
+
+def _colour(k: int) -> tuple:
+    return mpl.colormaps["tab10"]((k - 1) % 10)
+
+
 def draw_contours(axes, mask: np.ndarray) -> None:
-    """Outline each class above 0 of a mask (H, W), in a colour of its own, on a slice that is shown
-    on `axes`.
-    """
-    for k in np.unique(mask[(mask > 0) & (mask != NO_MASK)]):
-        axes.contour(
-            mask == k, [0.5], colors=[mpl.colormaps["tab10"](int(k - 1) % 10)], linewidths=0.7
-        )
+    """Outline each class of a mask (H, W) in its colour, on a slice that is shown on `axes`."""
+    for k in _classes(mask):
+        axes.contour(mask == k, [0.5], colors=[_colour(k)], linewidths=0.7)
+
+
+def draw_legend(figure: Figure, masks: Sequence[np.ndarray], label_values: Sequence[int]) -> None:
+    """Say along the bottom which label of the study's masks has which colour, if there are any."""
+    classes = sorted({k for mask in masks for k in _classes(mask)})
+    names = [str(label_values[k] if len(label_values) else k) for k in classes]
+    handles = [Line2D([], [], color=_colour(k)) for k in classes]
+    if classes:
+        heading = Line2D([], [], color="none")
+        spacing = {"handlelength": 1.2, "handletextpad": 0.5, "columnspacing": 1.2}
+        style = {"loc": "lower left", "ncols": 1 + len(names), "fontsize": 8, "frameon": False}
+        figure.legend([heading, *handles], ["labels:", *names], **spacing, **style)
+
+
+def draw_letters(axes, letters: str, left: float, top: float, height: int, width: int) -> None:
+    """Name the edges of a slice of height x width whose corner lies at (left, top) of `axes`."""
+    inwards, middle = 0.03 * height, (left + width / 2, top + height / 2)
+    for axis, letter in enumerate(letters):  # nothing where they are not known
+        for name, sign in ((OPPOSITE[letter], -1), (letter, 1)):
+            x, y = middle
+            x += sign * (width / 2 - inwards) * (axis == 1)
+            y += sign * (height / 2 - inwards) * (axis == 0)
+            axes.text(x, y, name, fontsize=6.5, color="yellow", ha="center", va="center")
+
+
+# ---- pictures ------------------------------------------------------------------------------------
 
 
 def save_slice(path: Path | str, image: np.ndarray, low: float, high: float) -> None:
@@ -75,9 +116,8 @@ def loss_plot(path: Path | str, train_losses: Sequence[float], val_losses: Seque
     for losses, name, marker in ((train_losses, "train", "o"), (val_losses, "validation", "s")):
         axes.plot(range(1, len(losses) + 1), losses, marker=marker, markersize=4, label=name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set(
-        xlabel="epoch", ylabel="loss, mean over the split", title="Training and validation loss"
-    )
+    axes.set(xlabel="epoch", ylabel="loss, mean over the split")
+    axes.set_title("Training and validation loss")
     axes.grid(alpha=0.3)
     axes.legend()
     save(figure, path)
@@ -87,10 +127,11 @@ def comparison_sheet(
     path: Path | str,
     rows: Sequence[tuple[str, np.ndarray, np.ndarray]],
     note: str = "",
-    masks: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
+    masks: Sequence[tuple[np.ndarray, np.ndarray]] = (),
+    letters: Sequence[str] = (),
+    label_values: Sequence[int] = (),
 ) -> None:
-    """Draw original | reconstruction | absolute difference of slices side by side, with one colour
-    bar.
+    """Draw original | reconstruction | absolute difference of slices side by side.
 
     Each pair is shown on its original's grey range. The difference is a share of that range, so all
     slices share one colour scale, which ends at the 99.9th percentile of all differences.
@@ -100,58 +141,49 @@ def comparison_sheet(
         note: a line above it all.
         masks: of each slice, those (H, W) whose outlines are drawn on the original and on the
             reconstruction.
+        letters, label_values: see the top of this file; the letters are those of each slice.
     """
-    differences = [np.abs(x - y) / (np.ptp(x) or 1) for _, x, y in rows]
+    differences = [np.abs(x - y) / value_range(x) for _, x, y in rows]
     span = {"cmap": "inferno", "vmin": 0, "vmax": max(np.percentile(differences, 99.9), 1e-6)}
     height, width = rows[0][1].shape
-    panel, gap, group_gap, bottom = (
-        PANEL * width / height,
-        0.06,
-        0.3,
-        0.15,
-    )  # all lengths here are inches
-    size = (
-        len(rows) * (3 * (panel + gap) + group_gap) + 0.9,
-        bottom + PANEL + 0.75 + 0.3 * bool(note),
-    )
-    figure = Figure(figsize=size, dpi=DPI)
+    # All lengths here are inches.
+    panel, gap, group_gap, bottom = PANEL * width / height, 0.06, 0.3, 0.15 + 0.2 * bool(masks)
+    wide = len(rows) * (3 * (panel + gap) + group_gap) + 0.9
+    figure = Figure(figsize=(wide, tall := bottom + PANEL + 0.75 + 0.3 * bool(note)), dpi=DPI)
 
-    def place(left: float, wide: float):
-        return figure.add_axes((left / size[0], bottom / size[1], wide / size[0], PANEL / size[1]))
+    def place(left: float, width: float):
+        return figure.add_axes((left / wide, bottom / tall, width / wide, PANEL / tall))
 
     left = group_gap / 2
-    for i, ((title, original, reconstruction), difference) in enumerate(
-        zip(rows, differences, strict=True)
-    ):
+    for i, (title, original, reconstruction) in enumerate(rows):
         grey = {"vmin": original.min(), "vmax": original.max()}
-        panels = (
-            ("original", original, grey),
-            ("reconstruction", reconstruction, grey),
-            ("|difference|", difference, span),
-        )
-        middle = (left + 1.5 * panel + gap) / size[0]
-        figure.text(
-            middle, (bottom + PANEL + 0.3) / size[1], title, fontsize=9, ha="center", va="bottom"
-        )
-        for j, (name, image, options) in enumerate(panels):
-            axes = place(left, panel)
-            shown = _show(axes, image, name, **options)
-            if masks and j < 2:
+        middle = (left + 1.5 * panel + gap) / wide, (bottom + PANEL + 0.3) / tall
+        figure.text(*middle, title, fontsize=9, ha="center", va="bottom")
+        slices = {"original": original, "reconstruction": reconstruction}
+        for j, (name, image) in enumerate(slices.items()):
+            _show(axes := place(left + j * (panel + gap), panel), image, name, **grey)
+            if masks:
                 draw_contours(axes, masks[i][j])
-            left += panel + gap
-        left += group_gap
+            draw_letters(axes, letters[i] if letters else "", 0, 0, height, width)
+        axes = place(left + 2 * (panel + gap), panel)
+        shown = _show(axes, differences[i], "|difference|", **span)
+        left += 3 * (panel + gap) + group_gap
     percent = FuncFormatter(lambda share, _: f"{100 * share:.3g} %")
-    bar = figure.colorbar(
-        shown, cax=place(left - group_gap + 0.04, 0.12), extend="max", format=percent
-    )
+    bar = figure.colorbar(shown, cax=place(left - group_gap, 0.12), extend="max", format=percent)
     bar.set_label("of the original's range", fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    figure.text(0.5, 1 - 0.08 / size[1], note, fontsize=10, ha="center", va="top")
+    figure.text(0.5, 1 - 0.08 / tall, note, fontsize=10, ha="center", va="top")
+    draw_legend(figure, [mask for pair in masks for mask in pair], label_values)
     save(figure, path)
 
 
 def code_maps(
-    path: Path | str, original: np.ndarray, top: np.ndarray, bottom: np.ndarray, title: str = ""
+    path: Path | str,
+    original: np.ndarray,
+    top: np.ndarray,
+    bottom: np.ndarray,
+    title: str = "",
+    letters: str = "",
 ) -> None:
     """Draw a slice (H, W) beside its code maps (h, w), int in [0, K), all of one height.
 
@@ -162,19 +194,16 @@ def code_maps(
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots(1, 3)
     _show(axes[0], original, f"original {height}x{width}")
-    for panel, name, codes in ((axes[1], "top", top), (axes[2], "bottom", bottom)):
-        used = len(np.unique(codes))
-        image = _show(
-            panel, codes, f"{name} {codes.shape[0]}x{codes.shape[1]}: {used} codes", cmap="turbo"
-        )
+    draw_letters(axes[0], letters, 0, 0, height, width)
+    for panel, level, codes in ((axes[1], "top", top), (axes[2], "bottom", bottom)):
+        size, used = f"{codes.shape[0]}x{codes.shape[1]}", len(np.unique(codes))
+        image = _show(panel, codes, f"{level} {size}: {used} codes", cmap="turbo")
         figure.colorbar(image, ax=panel, label="code").ax.tick_params(labelsize=7)
     save(figure, path)
 
 
 def ssim_histogram(path: Path | str, values: Mapping[str, Sequence[float]], note: str = "") -> None:
-    """Draw the histogram of SSIM over slices, stacked by patient; `values` has each patient's
-    slices.
-    """
+    """Draw the histogram of SSIM over slices, stacked by patient; `values` are by patient."""
     figure = new_figure(8, 4.5)
     axes = figure.add_subplot()
     everything = np.concatenate([np.asarray(scores, float) for scores in values.values()])
@@ -188,7 +217,7 @@ def ssim_histogram(path: Path | str, values: Mapping[str, Sequence[float]], note
     mean = everything.mean()
     axes.axvline(mean, color="black", linestyle="--", label=f"mean {mean:.4f}")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    title = f"SSIM of the test slices (n = {len(everything)})" + (f"\n{note}" if note else "")
+    title = f"SSIM of the test slices (n = {len(everything)})\n{note}".strip()
     axes.set(xlabel="SSIM, the report's protocol", ylabel="slices", title=title)
     figure.legend(loc="outside right upper", fontsize=8, title="patient")
     save(figure, path)
@@ -201,43 +230,45 @@ def slice_grid(
     span: tuple[float, float],
     note: str = "",
     panel: float = 1.6,
+    letters: str = "",
+    label_values: Sequence[int] = (),
 ) -> None:
     """Draw groups of slices side by side, each in rows of `columns`, `panel` inches high.
 
-    A slice is its label, the image (H, W) and its mask (H, W), whose outlines are drawn, or None.
-    All share one grey
-    scale: span[0] is black, span[1] white.
+    A slice is its title, the image (H, W) and its mask (H, W), whose outlines are drawn, or None.
+    All share one grey scale: span[0] is black, span[1] white. The letters, see the top of this
+    file, are those of all slices, and stand on the first of each group.
     """
     height, width = next(iter(groups.values()))[0][1].shape
-    top, side = (
-        round(0.13 * height),
-        max(2, width // 32),
-    )  # free pixels above a slice for its label, and beside it
+    # Free pixels above a slice, for its title, and beside it.
+    top, side = round(0.13 * height), max(2, width // 32)
     rows = max(-(-len(slices) // columns) for slices in groups.values())
     tall, wide = rows * (height + top), columns * (width + side)
-    scale, head = panel / height, 0.3 + 0.25 * bool(note)  # inches a pixel, inches above the slices
-    size = (len(groups) * (wide * scale + 0.3), tall * scale + head + 0.1)
-    figure = Figure(figsize=size, dpi=DPI)
+    # Inches: a pixel, above the slices, below them, and the whole picture.
+    outlined = any(mask is not None for slices in groups.values() for *_, mask in slices)
+    scale, head, foot = panel / height, 0.3 + 0.25 * bool(note), 0.1 + 0.2 * outlined
+    size = len(groups) * (wide * scale + 0.3), tall * scale + head + foot
+    figure, drawn = Figure(figsize=size, dpi=DPI), []
     for number, (title, slices) in enumerate(groups.items()):
         sheet, masks = np.full((tall, wide), np.nan), np.zeros((tall, wide), np.uint8)
         left = 0.15 + number * (wide * scale + 0.3)
-        place = (left / size[0], 0.1 / size[1], wide * scale / size[0], tall * scale / size[1])
-        axes = figure.add_axes(
-            place, frameon=False
-        )  # one for all: an axes for each slice would take seconds
-        for i, (label, image, mask) in enumerate(slices):
+        place = (left / size[0], foot / size[1], wide * scale / size[0], tall * scale / size[1])
+        # One axes for all slices of a group: an axes for each of them would take seconds.
+        axes = figure.add_axes(place, frameon=False)
+        for i, (name, image, mask) in enumerate(slices):
             y, x = i // columns * (height + top) + top, i % columns * (width + side) + side // 2
             sheet[y : y + height, x : x + width] = image
             if mask is not None:
                 masks[y : y + height, x : x + width] = mask
-            axes.text(x + width / 2, y - top / 4, label, fontsize=6.5, ha="center", va="bottom")
+            axes.text(x + width / 2, y - top / 4, name, fontsize=6.5, ha="center", va="bottom")
+            draw_letters(axes, letters * (i == 0), x, y, height, width)
         _show(axes, sheet, vmin=span[0], vmax=span[1])
         draw_contours(axes, masks)
-        middle = (left + wide * scale / 2) / size[0]
-        figure.text(
-            middle, 1 - (head - 0.15) / size[1], title, fontsize=10, ha="center", va="center"
-        )
+        drawn.append(masks)
+        middle = (left + wide * scale / 2) / size[0], 1 - (head - 0.15) / size[1]
+        figure.text(*middle, title, fontsize=10, ha="center", va="center")
     figure.text(0.5, 1 - 0.14 / size[1], note, fontsize=9, ha="center", va="center")
+    draw_legend(figure, drawn, label_values)
     save(figure, path)
 
 
@@ -247,8 +278,7 @@ def similarity_histograms(
     thresholds: Mapping[str, float],
     note: str = "",
 ) -> None:
-    """Draw how similar the slices of each set are to their nearest training slice, a panel for each
-    measure.
+    """Draw how similar slices are to their nearest training slice, a panel for each measure.
 
     Args:
         sets: measure -> name of a set -> similarity of each of its slices (n,).
@@ -260,18 +290,10 @@ def similarity_histograms(
     for axes, (measure, similarities) in zip(every_axes, sets.items(), strict=True):
         edges = np.histogram_bin_edges(np.concatenate(list(similarities.values())), 40)
         for name, values in similarities.items():
-            shares = np.full(len(values), 1 / len(values))
-            axes.hist(
-                values,
-                edges,
-                weights=shares,
-                histtype="step",
-                lw=1.5,
-                label=f"{name} (n = {len(values)})",
-            )
-        axes.axvline(
-            thresholds[measure], color="black", linestyle="--", label="flagged to the right"
-        )
+            shares, label = np.full(len(values), 1 / len(values)), f"{name} (n = {len(values)})"
+            axes.hist(values, edges, weights=shares, histtype="step", lw=1.5, label=label)
+        limit = thresholds[measure]
+        axes.axvline(limit, color="black", linestyle="--", label="flagged to the right")
         axes.set(xlabel=f"{measure} with the nearest training slice", ylabel="share of the set")
         axes.legend(fontsize=7)
     save(figure, path)
@@ -280,9 +302,7 @@ def similarity_histograms(
 def realism_chart(
     path: Path | str, rows: Mapping[str, Mapping[str, float | None]], note: str = ""
 ) -> None:
-    """Draw, for each measure, its value in each row; the rows' "n" is written beside their
-    names.
-    """
+    """Draw each measure's value in each row; the rows' "n" is written beside their names."""
     names = [f"{name} (n = {values['n']})" for name, values in rows.items()]
     measures = list(dict.fromkeys(key for values in rows.values() for key in values if key != "n"))
     if not measures:
@@ -293,9 +313,8 @@ def realism_chart(
     for axes, measure in zip(panels, measures, strict=True):
         values = [row.get(measure) for row in rows.values()]
         bars = axes.barh(names, [value or 0 for value in values], color="C0")
-        axes.bar_label(
-            bars, ["" if value is None else f"{value:.3g}" for value in values], fontsize=7
-        )
+        texts = ["" if value is None else f"{value:.3g}" for value in values]
+        axes.bar_label(bars, texts, fontsize=7)
         axes.set_title(measure.replace("_", " "), fontsize=9)
         axes.margins(x=0.2)
     panels[0].invert_yaxis()

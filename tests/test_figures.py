@@ -8,11 +8,12 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
 from matplotlib.text import Text
 from PIL import Image
 
 from benchmarks import rate_distortion
-from support import figures
+from support import figures, nifti
 
 RNG = np.random.default_rng(0)
 SLICE = RNG.normal(size=(256, 128)).astype(np.float32)
@@ -89,6 +90,47 @@ def test_comparison_sheet_has_one_scale_for_all_differences(tmp_path, drawn, sha
         drawn[0]
     )
     assert_nothing_cut(drawn[0])
+
+
+@pytest.mark.parametrize("letters", ["RS", "PL", "IA"])
+def test_edges_are_named_as_the_affine_tells(tmp_path, drawn, letters):
+    """The affine of rows that run to the first letter and columns to the second names the edges."""
+    axes = np.array([["LRPAIS".index(letter) for letter in letters]]) // 2
+    affine = np.zeros((1, 4, 4))
+    affine[0, axes[0], [0, 1]] = [1 if letter in "RAS" else -1 for letter in letters]
+    assert nifti.directions(affine) == [letters]
+    codes = np.zeros((4, 2), int)
+    figures.code_maps(tmp_path / "m.png", SLICE, codes, codes, "", letters)
+    figures.slice_grid(
+        tmp_path / "g.png", {"a": [("", SLICE, None)] * 2}, 2, (0, 1), letters=letters
+    )
+    figures.comparison_sheet(tmp_path / "c.png", [("", SLICE, SLICE)], letters=[letters])
+    for figure in drawn:
+        names = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
+        places = {name: place for place, name in names.items() if name in ("R", *"LAPSI")}
+        (x, bottom), (right, y) = (places[letter] for letter in letters)
+        (x2, top), (left, y2) = (places[figures.OPPOSITE[letter]] for letter in letters)
+        assert len(places) == 4 and bottom > y > top and left < x < right and (x, y) == (x2, y2)
+        assert figure.axes[0].get_ylim()[0] > figure.axes[0].get_ylim()[1]  # the first row on top
+        assert_nothing_cut(figure)
+    assert [len(text.get_text()) for axes in drawn[0].axes[1:3] for text in axes.texts] == []
+
+
+def test_outlines_have_a_legend_of_the_values_in_the_study_s_masks(tmp_path, drawn):
+    mask = np.zeros(SLICE.shape, np.uint8)
+    mask[20:60, 20:60], mask[90:150, 30:90], mask[:9, :9] = 1, 3, figures.NO_MASK
+    rows, values = [("", SLICE, SLICE)], (0, 7, 9, 500)
+    figures.comparison_sheet(tmp_path / "c.png", rows, masks=[(mask, mask)], label_values=values)
+    groups = {"a": [("", SLICE, mask)], "b": [("", SLICE, None)]}
+    figures.slice_grid(tmp_path / "g.png", groups, 1, (0, 1), label_values=values)
+    for figure in drawn:
+        outlines = {tuple(lines.get_edgecolor()[0]) for lines in figure.axes[0].collections}
+        _, *entries = figure.legends[0].get_lines()
+        assert {to_rgba(line.get_color()) for line in entries} == outlines and len(outlines) == 2
+        assert [text.get_text() for text in figure.legends[0].get_texts()][1:] == ["7", "500"]
+        assert_nothing_cut(figure)
+    figures.slice_grid(tmp_path / "plain.png", {"b": groups["b"]}, 1, (0, 1))
+    assert not drawn[2].legends
 
 
 def test_code_maps_show_the_codes(tmp_path, drawn):
