@@ -6,7 +6,7 @@ What slices are drawn with, where it is known:
 
     letters        where rows and columns run in the patient, as `nifti.directions` says it: in a
                    slice of "RS" the bottom edge is the patient's right and the right edge the head
-    label_values   the value in the study's masks of each class of a mask, for the legend of outlines
+    label_values   the value that each class has in the study's masks, for a legend of the outlines
 """
 
 import os
