@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # A notebook hands the name of its backend down to the scripts that it starts. matplotlib would not
-# even be imported where that backend is missing, and we use none.
+# even be imported where that backend is missing, and we use none. `run_cli` would be too late for
+# this, as commands import matplotlib before they begin.
 os.environ.pop("MPLBACKEND", None)
 
 import matplotlib as mpl

@@ -8,8 +8,9 @@ written to a temporary place and moved (`atomic_path`), so that nobody ever read
 import argparse
 import atexit
 import dataclasses
-import fcntl
+import difflib
 import hashlib
+import io
 import json
 import os
 import platform
@@ -24,7 +25,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from datetime import timedelta
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -54,28 +54,18 @@ NO_MEMORY = (
 
 
 class UserError(ValueError):
-    """Something that the user can fix: the message names what was found, what was expected and the
-    fix.
-    """
+    """Something that the user can fix. The message says what was found and expected, and the fix."""
 
 
 # ---- command line --------------------------------------------------------------------------------
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script's `main`. What the user can fix ends it with one message on stderr and exit code
-    2.
+    """Run a script's `main`; what the user can fix becomes one message on stderr and exit code 2.
 
     Every other exception is a bug of ours: it keeps its traceback, and exit code 1.
     """
-    # The momentum of a unit that has died decays to numbers below 1e-38. A CPU is so slow at these
-    # that after two thousand steps each one took three times as long. Set here because threads that
-    # start later inherit it.
-    torch.set_flush_denormal(True)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(
-            line_buffering=True
-        )  # also into a file, where a line would wait for many others
+    set_up_process()
     try:
         main()
     except KeyboardInterrupt:
@@ -86,6 +76,22 @@ def run_cli(main: Callable[[], None]) -> None:
             raise
         print(f"error{f' of rank {rank()}' if world() > 1 else ''}: {message}", file=sys.stderr)
         leave(2)
+
+
+def set_up_process() -> None:
+    """Change what a command wants otherwise than PyTorch and Python do, for the whole process."""
+    # The momentum of a unit that has died decays to numbers below 1e-38. A CPU is so slow at these
+    # that after two thousand steps each one took three times as long. Threads inherit this setting,
+    # so it comes before they start.
+    torch.set_flush_denormal(True)
+    # float32 means float32 on a GPU too. By default cuDNN computes convolutions in TF32, with 10
+    # bits of mantissa, on Ampere and later, which changes up to 0.7 % of the codes. Training steps
+    # allow it again (trainer.py).
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    # A line reaches a file when it is printed, and does not wait for many others. A character that
+    # the encoding of a file lacks, as on Windows, becomes a question mark.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
 
 
 def leave(code: int) -> typing.NoReturn:
@@ -130,49 +136,58 @@ def flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that knows which flag a misspelt one may be."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        """End with the message and exit code 2."""
+        near = []
+        for word in message.partition("unrecognized arguments: ")[2].split():
+            name = word.partition("=")[0]
+            near += difflib.get_close_matches(name, self._option_string_actions, 1, cutoff=0.75)
+        super().error(f"{message}; did you mean {' '.join(near)}?" if near else message)
+
+
 def parser(
     doc: str, *configs: type, everyday: Sequence[str] = (), without: Sequence[str] = ()
 ) -> argparse.ArgumentParser:
-    """An argument parser with one flag for each field of the dataclasses `configs`, whose defaults
-    it has.
+    """A parser with a flag for each field of the dataclasses `configs`, whose defaults it has.
 
     The fields named in `everyday` come first, those in `without` are left out. Every dataclass has
-    a heading, the first sentence of its docstring. A field that two dataclasses share is one flag.
+    a heading, the first sentence of its docstring. A field that two dataclasses share is one flag,
+    that of the first.
     """
-    built = argparse.ArgumentParser(
+    built = Parser(
         usage="%(prog)s [flags]",
         description=doc,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    first = built.add_argument_group("everyday flags") if everyday else built
-    flags = {}
-    for config in configs:
-        hints = typing.get_type_hints(config)
-        for field in dataclasses.fields(config):
-            if "help" not in field.metadata:  # set by the program, never by the user
-                continue
-            shown = "" if field.default == "" else " (default: %(default)s)"
-            options = {
-                "default": field.default,
-                "help": field.metadata["help"].replace("%", "%%") + shown,
-            }
-            if hints[field.name] is bool:
-                options["action"] = argparse.BooleanOptionalAction
-            else:
-                kind = integer if hints[field.name] is int else hints[field.name]
-                options |= {"type": kind, "choices": field.metadata.get("choices")}
-            if field.name not in without:
-                flags.setdefault(field.name, (config, options))
-    for name in everyday:
-        if name in flags:
-            first.add_argument(flag(name), **flags.pop(name)[1])
+    first = built.add_argument_group("everyday flags")
+    groups, flags = {}, {}
     for config in configs:
         group = built.add_argument_group(config.__doc__.split(".")[0])
-        for name, (owner, options) in flags.items():
-            if owner is config:
-                group.add_argument(flag(name), **options)
+        types = typing.get_type_hints(config)
+        for field in dataclasses.fields(config):
+            # Fields without help are set by the program, never by the user.
+            if "help" in field.metadata and field.name not in without:
+                groups.setdefault(field.name, group)
+                flags.setdefault(field.name, flag_options(field, types[field.name]))
+    groups |= dict.fromkeys(everyday, first)
+    for name in dict.fromkeys(name for name in (*everyday, *flags) if name in flags):
+        groups[name].add_argument(flag(name), **flags[name])
     return built
+
+
+def flag_options(field: dataclasses.Field, kind: type) -> dict:
+    """What `add_argument` is told of a field of type `kind`."""
+    shown = "" if field.default == "" else " (default: %(default)s)"
+    text = field.metadata["help"].replace("%", "%%") + shown
+    if kind is bool:
+        how = {"action": argparse.BooleanOptionalAction}
+    else:
+        how = {"type": {int: integer}.get(kind, kind), "choices": field.metadata.get("choices")}
+    return {"default": field.default, "help": text, **how}
 
 
 def integer(text: str) -> int:
@@ -240,14 +255,7 @@ def in_parallel(function: Callable, items: Sequence, label: str, unit: str) -> I
 
 
 def pick_device(name: str) -> torch.device:
-    """The device `name`, where "auto" is CUDA if there is one, else the CPU. UserError for a CUDA
-    that is missing.
-
-    From here on float32 is float32 on a GPU too. By default cuDNN computes convolutions in TF32,
-    with 10 bits of mantissa, on Ampere and later, which changes up to 0.7 % of the codes. Training
-    steps allow it again (loop.py).
-    """
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    """The device `name`; "auto" is CUDA if there is one, else the CPU. UserError for no CUDA."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "--device cuda: PyTorch sees no CUDA device. Fix: --device cpu, or a CUDA build."
@@ -387,21 +395,6 @@ def first_of_node() -> Iterator[None]:
 # ---- whole files ---------------------------------------------------------------------------------
 
 
-def lock(folder: Path | str) -> int:
-    """Lock a folder until the file descriptor that is returned is closed, or the process ends.
-
-    BlockingIOError while another process holds it; another OSError on a file system without such
-    locks.
-    """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
 def writable_folder(path: Path | str) -> Path:
     """Make the folder `path` where there is none, before anything is computed.
 
@@ -486,7 +479,7 @@ def sha256(path: Path | str) -> str:
 def save_checkpoint(path: Path | str, checkpoint: dict) -> None:
     """Write `checkpoint` (tensors and plain containers only) whole or not at all."""
     buffer = (
-        BytesIO()
+        io.BytesIO()
     )  # to a full disk torch.save raises RuntimeError, bytes an OSError that says so
     torch.save({"format": FORMAT, **checkpoint}, buffer)
     with atomic_path(path) as part, open(part, "wb") as file:

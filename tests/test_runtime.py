@@ -47,6 +47,30 @@ def test_flags_come_from_the_dataclass():
 
 
 @pytest.mark.parametrize(
+    "flags, hint",
+    [
+        ("--batchsize 4", "; did you mean --batch-size?"),
+        ("--batch_size=4 --far 3", "; did you mean --batch-size?"),
+        ("--batch-sise=4 --no_flip", "; did you mean --batch-size --no-flip?"),
+        ("--far 3", ""),
+        ("4", ""),
+    ],
+)
+def test_a_misspelt_flag_names_the_one_that_is_meant(flags, hint, capsys):
+    @dataclass(frozen=True)
+    class Config:
+        """What there is."""
+
+        batch_size: int = runtime.option(1, "slices")
+        flip: bool = runtime.option(True, "mirror")
+
+    with pytest.raises(SystemExit) as exit_:
+        runtime.parser("doc", Config).parse_args(flags.split())
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.endswith(f"unrecognized arguments: {flags}{hint}\n")
+
+
+@pytest.mark.parametrize(
     "error, words",
     [
         (runtime.UserError("bad slice"), "error: bad slice\n"),
@@ -288,13 +312,21 @@ def test_provenance_names_this_python():
     assert runtime.provenance()["python"] == sys.version.split()[0]
 
 
-def test_scripts_flush_denormals():
-    """Left alone, they make long runs several times slower: tests/ cannot time it, so that is all
-    they check.
+def test_commands_flush_denormals_and_compute_in_float32():
+    """Denormals make long runs several times slower; TF32 changes codes. Neither can be timed here,
+    so that is all this checks.
     """
-    found = []
+    found, places = [], (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [place.allow_tf32 for place in places]
     try:
+        for place in places:
+            place.allow_tf32 = True
+        runtime.pick_device("cpu")
+        assert all(place.allow_tf32 for place in places)
         runtime.run_cli(lambda: found.append((torch.tensor(1e-37) * 1e-3).item()))
+        assert not any(place.allow_tf32 for place in places)
     finally:
         torch.set_flush_denormal(False)
+        for place, value in zip(places, before, strict=True):
+            place.allow_tf32 = value
     assert found == [0.0]
