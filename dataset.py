@@ -22,7 +22,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import combinations
@@ -49,6 +49,8 @@ NO_MASK = 255  # every pixel of a slice that has no mask; no class has this inde
 LARGEST = 2**26  # pixels of a slice
 A_SLICE = "a 2-D slice. Fix: `python slice_volumes.py` cuts volumes into slices"
 FITS = ("auto", "pad", "crop", "stretch")
+OF_THE_REPORT = (256, 128)  # rows and columns of HipMRI's slices
+MULTIPLE = 8  # the model halves its grid three times
 STANDARD_NAME = re.compile(
     r"(?:case|seg)_(\d+)_week_(\d+)_slice_(\d+)\.nii(?:\.gz)?", re.IGNORECASE
 )
@@ -82,12 +84,13 @@ class DataConfig:
     data: str = option(
         "", f"study folder; empty is that of the checkpoint, else {STUDY_NAMES[0]}/ here"
     )
-    height: int = option(256, "rows of a slice")
-    width: int = option(128, "columns of a slice")
+    height: int = option(0, "rows of the model's grid; 0 follows the study's slices")
+    width: int = option(0, "columns of the model's grid; 0 follows the study's slices")
     fit: str = option(
         "auto",
-        "slices of another size: pad and crop keep the aspect ratio of their pixels; auto pads, but stretches where "
-        "that changes it by an eighth or less",
+        "slices of another size: pad and crop keep the aspect ratio of their pixels; auto leaves "
+        "their pixels as they are in a grid that is less than 8 larger, stretches them where that "
+        "changes the ratio by an eighth or less, and pads them otherwise",
         choices=FITS,
     )
     allow_patient_overlap: bool = option(False, "let splits share a patient")
@@ -99,10 +102,9 @@ class DataConfig:
     cache: str = option("", "decoded slices; empty is ~/.cache/vqvae2-slices")
 
     def __post_init__(self) -> None:
-        if min(self.height, self.width) < 2:
-            raise UserError(
-                f"--height {self.height} --width {self.width}: expected at least 2 of each"
-            )
+        if not all(length == 0 or length >= 2 for length in (self.height, self.width)):
+            sizes = f"--height {self.height} --width {self.width}"
+            raise UserError(f"{sizes}: expected at least 2 of each, or 0 to follow the study")
         if self.fit not in FITS:
             raise UserError(f"--fit is {self.fit}; expected one of {', '.join(FITS)}")
         check_pattern(self.name_pattern)
@@ -325,6 +327,22 @@ def _check_patients(study: Path, files: dict[str, list[SourceFile]], allowed: bo
     )
 
 
+def grid_of(files: list[SourceFile]) -> tuple[int, int]:
+    """The rows and columns of the grid in which a model sees these slices, if nothing else is said.
+
+    They are the smallest multiples of 8 that hold every slice, so that little of the grid is
+    padding. Where most slices are of HipMRI's 256x128, that is the grid, and its few of 256x144 are
+    stretched. One slice of each volume is looked at, as the others have its size.
+    """
+    shapes = Counter()
+    for path in {file.name[:2]: file.path for file in files}.values():
+        with suppress(UserError, OSError):  # a bad file is named when all are decoded
+            shapes[nifti.read_shape(path)[:2]] += 1
+    if not shapes or shapes.most_common(1)[0][0] == OF_THE_REPORT:
+        return OF_THE_REPORT
+    return tuple(-(-max(lengths) // MULTIPLE) * MULTIPLE for lengths in zip(*shapes, strict=True))
+
+
 def raise_bad(where: Path | str, bad: dict[str, str], total: int) -> None:
     """One UserError for all the files that cannot be used: the first ten and why, and the count."""
     listing = "".join(f"\n  {path}: {reason}" for path, reason in list(bad.items())[:10])
@@ -353,9 +371,13 @@ class Placement:
     def make(cls, shape: tuple[int, int], size: tuple[int, int], fit: str = "auto") -> "Placement":
         """`fit` is one of `FITS`; see `DataConfig`."""
         ratios = [there / here for here, there in zip(shape, size, strict=True)]
-        if fit == "auto":  # HipMRI's 60 slices of 256x144 are stretched, as in the report
+        if fit == "auto":
+            # A grid that follows the study is at most 7 larger than its slices. HipMRI's 60 slices
+            # of 256x144 are stretched, as in the report.
+            holds = all(0 <= there - here < 8 for here, there in zip(shape, size, strict=True))
             fit = "stretch" if max(ratios) <= 1.1251 * min(ratios) else "pad"
-        scale = {"pad": min(ratios), "crop": max(ratios)}.get(fit)
+            fit = "as it is" if holds else fit
+        scale = {"as it is": 1, "pad": min(ratios), "crop": max(ratios)}.get(fit)
         scaled = size if scale is None else tuple(max(1, round(length * scale)) for length in shape)
         offset = tuple((there - here) // 2 for here, there in zip(scaled, size, strict=True))
         return cls(tuple(shape), tuple(size), scaled, offset)
@@ -372,6 +394,12 @@ class Placement:
     def own(self) -> tuple[slice, slice]:
         """The rows and columns of the model's grid that show the slice; around them lies padding."""
         return self._windows()[0]
+
+    @property
+    def share(self) -> float:
+        """The share of the model's grid that shows the slice, in (0, 1]."""
+        rows, columns = (window.stop - window.start for window in self.own)
+        return rows * columns / (self.size[0] * self.size[1])
 
     def _windows(self) -> tuple[tuple, tuple]:
         """Where the two grids overlap: in the model's, and in the scaled slice."""
@@ -642,9 +670,10 @@ def _notes(paths: list[str], table: dict, config: DataConfig, any_masks: bool) -
         "slices have no mask": ~table["has_mask"] & any_masks,
     }
     for shape in sorted(set(map(tuple, table["shapes"].tolist())) - {size}):
-        verb = Placement.make(shape, size, config.fit).verb
-        what = f"slices of {shape[0]}x{shape[1]} were {verb} to {size[0]}x{size[1]}"
-        odd[f"{what} (--fit {config.fit})"] = (table["shapes"] == shape).all(axis=1)
+        place = Placement.make(shape, size, config.fit)
+        what = f"slices of {shape[0]}x{shape[1]} were {place.verb} to {size[0]}x{size[1]}"
+        share = f", of which they fill {100 * place.share:.0f} %" if place.share < 1 else ""
+        odd[f"{what}{share} (--fit {config.fit})"] = (table["shapes"] == shape).all(axis=1)
     for what, hit in odd.items():
         if hit.any():
             notes.append(f"{hit.sum()} {what}, such as {paths[hit.argmax()]}")
@@ -925,6 +954,8 @@ def open_study(config: DataConfig) -> dict[str, SliceDataset]:
         for split in SPLITS
         for file, mask in zip(files[split], masks[split], strict=True)
     ]
+    height, width = grid_of([job.file for job in jobs])
+    config = replace(config, height=config.height or height, width=config.width or width)
     cache = _cache_folder(study, jobs, config)
     if bad or not _is_whole(cache):
         _fill_cache(cache, study, jobs, config, bad)
@@ -937,6 +968,7 @@ def open_study(config: DataConfig) -> dict[str, SliceDataset]:
     for split in SPLITS:
         patients = len({file.name.patient for file in files[split]})
         print(f"{study}: {split:<8} {len(files[split]):>6} slices of {patients} patients")
+    print(f"{study}: the model's grid is {config.height}x{config.width}")
     if labels := splits["train"].labels:
         print(f"{study}: masks with the labels {', '.join(map(str, labels))}")
     for note in json.loads((cache / INDEX).read_text())["notes"]:
@@ -959,6 +991,9 @@ class StudyInfo:
         height, width, fit, allow_patient_overlap, name_pattern: as in `DataConfig`.
         fingerprints: of each split, see `SliceDataset`.
         labels: in the masks; () for a study without masks.
+        directions: where rows and columns of most slices run, by their affines: "RS" is to the
+            patient's right and head. "" where no affine tells it.
+        plane: "coronal", "axial" or "sagittal"; "" where no affine tells it.
     """
 
     study: str
@@ -970,6 +1005,8 @@ class StudyInfo:
     labels: tuple[int, ...] = ()
     fit: str = "auto"
     name_pattern: str = ""
+    directions: str = ""
+    plane: str = ""
 
     def __post_init__(self) -> None:
         DataConfig(
@@ -979,11 +1016,15 @@ class StudyInfo:
     @classmethod
     def from_splits(cls, splits: dict[str, SliceDataset]) -> "StudyInfo":
         train = splits["train"]
+        runs = Counter(nifti.directions(train.affines[train.oriented]))
+        directions = max(runs, key=runs.get, default="")
         return cls(
             study=train.study.resolve().name,
             fingerprints={name: split.fingerprint for name, split in splits.items()},
             synthetic=train.synthetic,
             labels=train.labels,
+            directions=directions,
+            plane=nifti.plane_of(directions),
             **{name: getattr(train.config, name) for name in KEPT},
         )
 

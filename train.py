@@ -213,6 +213,10 @@ class Autoencoder(Stage):
         self.device = runtime.pick_device(config.device)
         with runtime.first_of_node():
             self.splits = open_study(self.data)
+        size = self.splits["train"].pixels.shape[1:]
+        settings.model.code_shapes(*size)  # a UserError for a grid that the network cannot halve
+        if min(size) < 16:
+            raise UserError(f"a grid of {size[0]}x{size[1]}; expected 16 or more of each to score")
         # a split that a GPU holds takes indices there: they are copied once
         self.held = {name: self.splits[name].fits_on(self.device) for name in ("train", "validate")}
         self.images = {
@@ -332,13 +336,7 @@ def train_autoencoder(settings: Settings) -> Path:
     """Stage one; returns the path of the best checkpoint. Raises as `open_study` and `loop.fit`
     do.
     """
-    # errors now, not after the decoding or the training
     data, checkpoint = settings.data, settings.checkpoint
-    settings.model.code_shapes(data.height, data.width)
-    if min(data.height, data.width) < 16:
-        raise UserError(
-            f"slices of {data.height}x{data.width}: too small to score; expected at least 16 of each"
-        )
     size = (data.height, data.width)
     if checkpoint and size != (
         trained := (checkpoint["data"]["height"], checkpoint["data"]["width"])

@@ -13,7 +13,8 @@ import gzip
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from support.runtime import UserError, atomic_path
 SUFFIXES = (".nii", ".nii.gz")
 # The file's first number is the size of its header.
 HEADERS = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
+GZIP = b"\x1f\x8b"  # how a gzip member begins
 SPARE = 4096  # bytes that may follow the array, as some programs pad their files
 # Where rows, columns and slices of a plane run: to the patient's right, front (A) or head (S).
 PLANES = {"coronal": "RSA", "axial": "RAS", "sagittal": "ASR"}
@@ -95,8 +97,24 @@ def read(
         raise UserError("not a regular file")
     with open(path, "rb") as file:
         data = file.read()
-    try:
+    with _reading():
         return _parse(data, max_axes, max_pixels, expected)
+
+
+def read_shape(path: Path | str) -> tuple[int, ...]:
+    """The lengths of a file's axes, of which its first bytes tell; UserError as of `read`."""
+    with open(path, "rb") as file:
+        start = file.read(SPARE)
+    with _reading():
+        start = _unzip(start, max(HEADERS)) if start[:2] == GZIP else start
+        return _read_header(start).get_data_shape()
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Whatever goes wrong in the block is the file's fault: a UserError."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:  # nibabel, NumPy and zlib have a dozen for a damaged file
@@ -104,7 +122,7 @@ def read(
 
 
 def _parse(data: bytes, max_axes: int, max_pixels: int, expected: str) -> Image:
-    zipped = data[:2] == b"\x1f\x8b"
+    zipped = data[:2] == GZIP
     header = _read_header(_unzip(data, max(HEADERS)) if zipped else data)
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
     pixels, start = math.prod(shape), int(header["vox_offset"])

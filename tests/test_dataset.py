@@ -242,6 +242,82 @@ def test_other_sizes_are_resized_as_skimage_does(study, config, capsys):
     assert "1 slices of 64x40" in capsys.readouterr().out  # said from the cache too
 
 
+def made_of(study, *shapes):
+    """A study with a volume of two slices of each of these shapes; the first two are held out."""
+    for number, shape in enumerate(shapes):
+        split = {0: "validate", 1: "test"}.get(number, "train")
+        for plane in range(2):
+            path = study / f"keras_slices_{split}" / name_of(number + 1, plane)
+            save(path, noise(10 * number + plane, shape))
+    return DataConfig(data=str(study), cache=str(study.parent / "cache"))
+
+
+GRIDS = {
+    "of the report": ([(256, 128)] * 3, (256, 128)),
+    "a few as in HipMRI": ([(256, 144)] + [(256, 128)] * 2, (256, 128)),
+    "one's own": ([(96, 112)] * 3, (96, 112)),
+    "no multiples of 8": ([(90, 101)] * 3, (96, 104)),
+    "of several sizes": ([(40, 48), (50, 30), (41, 47)], (56, 48)),
+}
+
+
+@pytest.mark.parametrize("case", GRIDS)
+def test_the_grid_follows_the_study(tmp_path, case):
+    shapes, grid = GRIDS[case]
+    config = made_of(tmp_path / "s", *shapes)
+    splits = open_study(config)
+    info = StudyInfo.from_splits(splits)
+    assert splits["train"].pixels.shape[1:] == grid == (info.height, info.width)
+    assert open_study(replace(config, height=64))["test"].pixels.shape[1:] == (64, grid[1])
+    assert open_study(replace(config, height=64, width=32))["test"].pixels.shape[1:] == (64, 32)
+    again = dataset.open_trained_study(info, DataConfig(cache=config.cache, data=config.data), "x")
+    assert again["train"].pixels.shape[1:] == grid
+
+
+def test_a_grid_that_follows_the_study_leaves_pixels_as_they_are(tmp_path, capsys):
+    train = open_study(made_of(tmp_path / "s", *[(90, 101)] * 3))["train"]
+    assert (
+        "6 slices of 90x101 were padded to 96x104, of which they fill 91 %"
+        in capsys.readouterr().out
+    )
+    np.testing.assert_array_equal(train.pixels[0][train.own(0)], noise(20, (90, 101)))
+    assert train.own(0) == (slice(3, 93), slice(1, 102))
+
+
+def test_a_file_that_cannot_be_read_has_no_say_in_the_grid(tmp_path):
+    config = made_of(tmp_path / "s", *[(40, 48)] * 3)
+    bad = tmp_path / "s" / "keras_slices_train" / name_of(9, 0)
+    bad.write_bytes(b"no slice")
+    with pytest.raises(UserError, match=r"1 of 7 files.*\n.*case_009.*not a NIfTI file"):
+        open_study(config)
+
+
+PLANES = {"RS": "coronal", "AR": "axial", "PI": "sagittal"}
+
+
+@pytest.mark.parametrize("directions", PLANES)
+def test_a_record_tells_the_plane_and_the_directions_of_most_slices(study, config, directions):
+    ends = {"R": (0, 1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
+    affine = np.zeros((4, 4))
+    for column, letter in enumerate(directions):
+        axis, sign = ends[letter]
+        affine[axis, column] = 2 * sign
+    affine[:3, 2], affine[3, 3] = np.cross(affine[:3, 0], affine[:3, 1]), 1
+    for number in range(12):
+        other = AFFINE if number > 6 else None
+        save(
+            study / "keras_slices_train" / name_of(4, number),
+            noise(number),
+            affine if number < 6 else other,
+        )
+    info = StudyInfo.from_splits(open_study(config))
+    assert (info.directions, info.plane) == (directions, PLANES[directions])
+    for path in study.rglob("case_*"):
+        save(path, noise(1), None)
+    info = StudyInfo.from_splits(open_study(config))
+    assert (info.directions, info.plane) == ("", "")
+
+
 def test_a_constant_slice_is_kept_and_said(study, config, capsys):
     put(study, np.full(SIZE, 7, np.float32), 2)
     train = open_study(config)["train"]
@@ -653,7 +729,7 @@ def test_a_slice_s_own_pixels_are_those_that_no_padding_touches(study, config):
 def test_a_record_of_a_study_comes_back_and_a_damaged_one_is_named(config):
     info = StudyInfo.from_splits(open_study(config))
     assert StudyInfo.from_checkpoint({"data": info.as_dict()}, "c.pth") == info
-    for change in ({"height": "32"}, {"fit": "squeeze"}, {"width": 0}):
+    for change in ({"height": "32"}, {"fit": "squeeze"}, {"width": 1}):
         with pytest.raises(UserError, match=r"c\.pth: damaged"):
             StudyInfo.from_checkpoint({"data": info.as_dict() | change}, "c.pth")
 

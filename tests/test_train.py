@@ -409,7 +409,7 @@ def test_users_mistakes_exit_with_2_and_no_traceback(study, tmp_path, monkeypatc
         (["--data", study, "--out", tmp_path / "file"], "file"),
         (["--data", study, "--height", "250", "--out", tmp_path], "multiples of 8"),
         (["--data", study, "--epochs", "0"], "epochs"),
-        (["--data", study, "--height", "8", "--width", "8", "--out", tmp_path], "at least 16"),
+        (["--data", study, "--height", "8", "--width", "8", "--out", tmp_path], "expected 16 or more"),
         (["--resume", tmp_path / "whole.pth", "--height", "128"], "(64, 32)"),
         (["--resume", tmp_path / "whole.pth", "--D", "16"], "shape"),
         (
