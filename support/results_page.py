@@ -178,11 +178,19 @@ def test_scores(folder: Path, metrics: dict) -> str:
         MASKS.get(source, source): {name.replace("_", " "): of["mean"] for name, of in by.items()}
         for source, by in metrics.get("dice", {}).items()
     }
+    shapes = {}
+    for organ, verdict in metrics.get("masks", {}).items():
+        shape = shapes[organ.replace("_", " ")] = {}
+        for name in ("pieces", "holes", "roughness"):
+            shape[f"{name}, decoded"] = at(verdict, name, "masks")
+            shape[f"{name}, the study's"] = at(verdict, name, "real")
+        shape["faults"] = ", ".join(at(verdict, "faults") or []) or "no fault"
     note = """<p><small>Intervals: bootstrap over patients. SSIM follows two protocols: the report's
     (scikit-image's defaults) and the standard one of Wang et al. 2004.</small></p>"""
     return (
         picture(folder / "comparison.png", "Best, median and worst test slice by SSIM")
         + table("Dice of the masks, by label", dice)
+        + table("shapes of the masks, means", shapes)
         + table("scores", rows)
         + note
         + picture(folder / "ssim_histogram.png", "SSIM of every test slice, by patient")

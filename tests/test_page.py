@@ -71,6 +71,10 @@ def results(tmp_path):
             "decoded": {"mean": SCORE | {"mean": 0.8765}, "label_3": SCORE | {"mean": 0.7654}},
             "unet": {"mean": SCORE | {"mean": 0.6543}, "label_3": SCORE | {"mean": 0.5432}},
         },
+        "masks": {
+            "label_3": {"pieces": {"masks": 2.25, "real": 1.125}, "faults": ["pieces 9, in real"]},
+            "label_7": {"holes": {"masks": None, "real": 0.5}, "faults": []},
+        },
         "bits_per_pixel": {"nominal": 0.703125},
         "data": data,
         "provenance": RUN,
@@ -116,6 +120,8 @@ def test_one_file_shows_the_whole_run(results):
     assert "| 95 % from | 0.9000 | 0.9000 | 95 % to | 0.9200 | 0.9200 |" in shown
     assert "| patient 040 | 4 | 0.9178 | 0.9178 | patient 041 | 2 | 0.9078 | 0.9078 |" in shown
     assert "| decoded from the codes | 0.8765 | 0.7654 | a U-Net on the original slices |" in shown
+    assert "| label 3 | 2.250 | 1.125 | – | – | – | – | pieces 9, in real |" in shown
+    assert "| label 7 | – | – | – | 0.5000 | – | – | no fault |" in shown
     assert "| likeness | 56.78 | 12.34 | 98.76 | no | a & b | privacy, by correlation |" in shown
     assert "| privacy, by correlation | 0 of 3 | 1 of 120 | – | – |" in shown
     assert "| train.py --data keras_slices_data | 2.13.0 |" in shown
