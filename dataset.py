@@ -45,7 +45,7 @@ STUDY_NAMES = (
 CACHED = PIXELS, MASKS, TABLE, INDEX = "pixels.npy", "masks.npy", "table.npz", "index.json"
 CACHE_VERSION = 6  # increase it when what is cached changes its meaning
 MOST_NOTES = 9
-NO_MASK = 255  # every pixel of a slice that has no mask; no class has this index
+NO_MASK = 255  # in a mask: nothing is known of this pixel; no class has this index
 LARGEST = 2**26  # pixels of a slice
 A_SLICE = "a 2-D slice. Fix: `python slice_volumes.py` cuts volumes into slices"
 FITS = ("auto", "pad", "crop", "stretch")
@@ -449,10 +449,12 @@ def _resize(pixels: np.ndarray, shape: tuple[int, int], nearest: bool) -> np.nda
     """
     if pixels.shape == tuple(shape):
         return pixels
-    if nearest:
-        return resize(pixels, shape, order=0, anti_aliasing=False, preserve_range=True).astype(
-            pixels.dtype
+    if nearest:  # labels are taken as they are, and never pass through a float
+        rows, columns = (
+            ((np.arange(there) + 0.5) * here / there).astype(int)
+            for here, there in zip(pixels.shape, shape, strict=True)
         )
+        return pixels[np.ix_(rows, columns)]
     return resize(pixels, shape, anti_aliasing=True, preserve_range=True).astype(np.float32)
 
 
@@ -477,11 +479,23 @@ def read_slice(path: str) -> tuple[np.ndarray, nifti.Image]:
 
 
 def read_labels(image: nifti.Image, raw: np.ndarray) -> np.ndarray:
-    """The labels of a mask, int64. UserError where they are no whole numbers."""
-    labels = nifti.finite(image.values(raw))
-    if (labels % 1).any():
-        raise UserError("its labels are not whole numbers")
-    return labels.astype(np.int64)
+    """The labels of a mask, int64: whole numbers from 0, the background, on; UserError for others.
+
+    Integers stay integers: float32 would make 312782560 of an atlas's 312782546. Floats are taken
+    as far as they count in ones, float32 up to 2^24.
+    """
+    labels = image.values(raw)
+    kind, most = raw.dtype if raw.dtype.kind == "f" else labels.dtype, 2**63 - 1
+    if kind.kind == "f":
+        most = min(most, 2 ** (np.finfo(kind).nmant + 1))
+    with np.errstate(invalid="ignore"):  # Inf has no remainder, and is no label either
+        good = (labels >= 0) & (labels <= most) & (labels % 1 == 0)
+    if not good.all():
+        wrong = labels[~good].flat[0]
+        raise UserError(
+            f"a label of {wrong}; expected whole numbers from 0, the background, to {most} ({kind})"
+        )
+    return np.ascontiguousarray(labels, np.int64)
 
 
 def _read_mask(path: str, of_slice: nifti.Image) -> np.ndarray:
@@ -590,7 +604,7 @@ def _write_cache(
     bad.
     """
     rows, total = [], len(jobs) + len(bad)
-    labels = {0: 0}  # the place of each label, in the order in which they appear
+    labels, shown = {0: 0}, {}  # the place of each label in their order of appearance
     size, any_masks = (config.height, config.width), any(job.mask for job in jobs)
     work = in_parallel(partial(_decode, size=size, fit=config.fit), jobs, "decoding", "slice")
     # Arrays go into plain files: written through a memory map, a full disk ends the process with
@@ -608,18 +622,26 @@ def _write_cache(
             rows.append(row)
             if any_masks and len(labels) <= NO_MASK:
                 masks_file.write(_to_indices(mask, labels, size).data)
+                shown[job.split] = len(labels)
                 if len(labels) > NO_MASK:
                     bad[job.mask.path] = f"more than {NO_MASK} different labels; is it an image?"
     if bad:
         raise_bad(study, bad, total)
     table = {key: np.array([row[key] for row in rows]) for key in rows[0]}
-    values = np.array(list(labels) if any_masks else [], np.int64)
-    np.savez(folder / TABLE, labels=values, **table)
     fingerprints = {
         split: _fingerprint(jobs, table, np.array([job.split == split for job in jobs]), size)
         for split in SPLITS
     }
-    notes = _notes([job.file.path for job in jobs], table, config, any_masks)
+    # A model learns the labels of the train split, which was decoded first.
+    known, others = list(labels)[: shown.get("train", 1)], list(labels)[shown.get("train", 1) :]
+    notes = _notes([job.file.path for job in jobs], table, config)
+    if any_masks:
+        notes = _notes_on_labels(known, others, int((~table["has_mask"]).sum())) + notes
+    organs = len(known) > 1
+    classes = np.full(NO_MASK + 1, NO_MASK, np.uint8)
+    classes[: len(known)] = np.searchsorted(sorted(known), known)
+    table["has_mask"] &= organs
+    np.savez(folder / TABLE, labels=sorted(known) * organs, classes=classes, **table)
     where = {"study": str(study.resolve()), "fingerprints": fingerprints, "notes": notes}
     write_json(folder / INDEX, where)
 
@@ -655,7 +677,19 @@ def _fingerprint(jobs: list[Job], table: dict, chosen: np.ndarray, size: tuple[i
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
-def _notes(paths: list[str], table: dict, config: DataConfig, any_masks: bool) -> list[str]:
+def _notes_on_labels(known: list[int], others: list[int], missing: int) -> list[str]:
+    """What is odd in a study's masks: `known` labels are the train split's, `others` are not."""
+    if len(known) == 1:
+        return ["no training mask shows an organ: the study counts as one without masks"]
+    names = ", ".join(map(str, sorted(others)))
+    notes = {
+        f"no training mask shows the labels {names}: their pixels count as unknown": others,
+        f"{missing} slices have no mask": missing,
+    }
+    return [note for note, there in notes.items() if there]
+
+
+def _notes(paths: list[str], table: dict, config: DataConfig) -> list[str]:
     """What is odd in a study, in a line for each kind."""
     notes, size = [], (config.height, config.width)
     runs = Counter(nifti.directions(table["affines"][table["oriented"]]))
@@ -667,7 +701,6 @@ def _notes(paths: list[str], table: dict, config: DataConfig, any_masks: bool) -
             "broken"
         ],
         "slices have one value only (kept, std 1)": table["constant"],
-        "slices have no mask": ~table["has_mask"] & any_masks,
     }
     for shape in sorted(set(map(tuple, table["shapes"].tolist())) - {size}):
         place = Placement.make(shape, size, config.fit)
@@ -786,8 +819,8 @@ class SliceDataset(torch.utils.data.Dataset):
         affines, shapes: (N, 4, 4) float64 and (N, 2) int, of the source files.
         oriented: (N,) bool, whether the source file gives directions; else its affine holds voxel
             sizes alone.
-        labels: the values in the masks of the whole study, sorted, 0 among them; () where it has no
-            masks.
+        labels: the values in the masks of the train split, sorted, 0 among them; () where these
+            show no organ. Labels of other splits alone are unknown to a model, as NO_MASK is.
         has_mask: (N,) bool.
         fingerprint: hex digest of the slices' names, pixels and masks: a copy of a study has the
             same.
@@ -814,13 +847,9 @@ class SliceDataset(torch.utils.data.Dataset):
             self.mean, self.std = table["mean"][rows], table["std"][rows]
             self.affines, self.shapes = table["affines"][rows], table["shapes"][rows]
             self.oriented = table["oriented"][rows]
-            self.has_mask, self._values = table["has_mask"][rows], table["labels"]
-        self.labels = tuple(sorted(self._values.tolist()))
+            self.has_mask = table["has_mask"][rows]
+            self.labels, self._classes = tuple(table["labels"].tolist()), table["classes"]
         self._mask_indices = np.load(cache / MASKS, mmap_mode="r")[rows] if self.labels else None
-        self._classes = np.full(256, NO_MASK, np.uint8)  # of an index in order of appearance
-        self._classes[: len(self._values)] = (
-            np.searchsorted(self.labels, self._values) if self.labels else []
-        )
         index = json.loads((cache / INDEX).read_text())
         self.fingerprint = index["fingerprints"][split]
 
@@ -840,8 +869,9 @@ class SliceDataset(torch.utils.data.Dataset):
         return torch.from_numpy(batch).unsqueeze(1)
 
     def masks(self, indices: Sequence[int]) -> torch.Tensor:
-        """(B, height, width) uint8: the place in `labels` of each pixel's label; 255 where a slice
-        has no mask.
+        """(B, height, width) uint8: the place in `labels` of each pixel's label.
+
+        255 where a slice has no mask, and where a label is not among those of the train split.
         """
         if not self.labels:
             raise UserError(f"{self.study}: a study without masks")

@@ -394,28 +394,28 @@ def put_mask(study, split, patient, number, labels, affine=AFFINE):
 
 
 def blocks(seed, values=(0, 3, 7), shape=SIZE):
-    return np.random.default_rng(seed).choice(values, shape).astype(np.int16)
+    kind = np.int16 if max(values) < 2**15 else np.int64
+    return np.random.default_rng(seed).choice(values, shape).astype(kind)
 
 
 @pytest.fixture
 def masked(study):
-    """Every slice but two has a mask; label 900 is in the test split alone, no 0 among the train
-    split's.
-    """
+    """Every slice but two has a mask; labels 0 and 900 are in other splits than the train split."""
     for number in range(11):
         put_mask(study, "train", 4, number, blocks(number, (3, 7)))
     for number in range(2):
         put_mask(study, "validate", 36, number, blocks(50 + number))
-    put_mask(study, "test", 40, 0, blocks(60, (900, 3, -2)))
+    put_mask(study, "test", 40, 0, blocks(60, (900, 3, 0)))
     return study
 
 
-def test_masks_are_class_indices_of_the_study_s_labels(masked, config, capsys):
+def test_masks_are_class_indices_of_the_train_split_s_labels(masked, config, capsys):
     for _ in range(2):  # made, then from the cache
         splits = open_study(config)
         out = capsys.readouterr().out
-        assert "2 slices have no mask" in out and "labels -2, 0, 3, 7, 900" in out
-        assert {split.labels for split in splits.values()} == {(-2, 0, 3, 7, 900)}
+        assert "2 slices have no mask" in out and "labels 0, 3, 7\n" in out
+        assert "no training mask shows the labels 900: their pixels count as unknown" in out
+        assert {split.labels for split in splits.values()} == {(0, 3, 7)}
         assert splits["train"].has_mask.tolist() == [True] * 11 + [False]
         assert splits["test"].has_mask.tolist() == [True, False]
         found = splits["train"].masks([11, 2, 2])
@@ -423,9 +423,9 @@ def test_masks_are_class_indices_of_the_study_s_labels(masked, config, capsys):
         values = np.array(splits["train"].labels)
         for index in (1, 2):
             np.testing.assert_array_equal(values[found[index]], blocks(2, (3, 7)))
-        np.testing.assert_array_equal(
-            values[splits["test"].masks([0])[0]], blocks(60, (900, 3, -2))
-        )
+        tested, truth = splits["test"].masks([0])[0].numpy(), blocks(60, (900, 3, 0))
+        np.testing.assert_array_equal(tested == 255, truth == 900)
+        np.testing.assert_array_equal(values[tested[truth != 900]], truth[truth != 900])
         indices = torch.tensor([4, 1])
         on_cpu = splits["train"].masks_on(torch.device("cpu"))
         torch.testing.assert_close(on_cpu(indices), splits["train"].masks(indices))
@@ -435,6 +435,36 @@ def test_masks_are_class_indices_of_the_study_s_labels(masked, config, capsys):
     torch.testing.assert_close(pickled.masks([0, 1]), splits["test"].masks([0, 1]))
 
 
+@pytest.mark.parametrize("case", ["all zero", "of other splits alone"])
+def test_a_study_whose_training_masks_show_no_organ_is_one_without_masks(
+    study, config, capsys, case
+):
+    if case == "all zero":
+        for number in range(12):
+            put_mask(study, "train", 4, number, np.zeros(SIZE, np.uint8))
+    put_mask(study, "test", 40, 0, blocks(1))
+    splits = open_study(config)
+    assert [split.labels for split in splits.values()] == [()] * 3
+    assert not any(split.has_mask.any() for split in splits.values())
+    out = capsys.readouterr().out
+    assert "no training mask shows an organ: the study counts as one without masks" in out
+    assert "slices have no mask" not in out
+
+
+def test_labels_are_never_taken_through_a_float(study, config):
+    atlas = (0, 997, 312782546, 312782550)  # float32 makes 312782560 of both
+    for number in range(12):
+        put(study, noise(number, (50, 26)), number)
+        put_mask(study, "train", 4, number, blocks(number, atlas, (50, 26)).astype(np.int32))
+    assert open_study(config)["train"].labels == atlas
+    for dtype in (np.uint32, np.float64):
+        put_mask(study, "train", 4, 0, blocks(0, atlas, (50, 26)).astype(dtype))
+        assert open_study(config)["train"].labels == atlas
+    put_mask(study, "train", 4, 0, blocks(0, atlas, (50, 26)).astype(np.float32))
+    with pytest.raises(UserError, match=r"seg_004_week_0_slice_0.*a label of 312782560.* 16777216"):
+        open_study(config)
+
+
 def test_a_study_without_masks_has_no_labels(config, capsys):
     train = open_study(config)["train"]
     assert (
@@ -442,6 +472,13 @@ def test_a_study_without_masks_has_no_labels(config, capsys):
     )
     with pytest.raises(ValueError, match="without masks"):
         train.masks([0])
+
+
+@pytest.mark.parametrize("shape", [(64, 40), (33, 17), (31, 15), (10, 50), (2, 2)])
+def test_the_nearest_pixel_is_skimage_s(shape):
+    labels = blocks(3, range(200), shape)
+    expected = resize(labels, SIZE, order=0, anti_aliasing=False, preserve_range=True)
+    np.testing.assert_array_equal(dataset._resize(labels, SIZE, nearest=True), expected)
 
 
 def test_masks_are_resized_to_their_nearest_pixel(study, config):
@@ -472,9 +509,14 @@ MASK_FAULTS = {
     ),
     "fractions": (
         {"labels": blocks(1) + np.float32(0.5)},
-        r"seg_004_week_0_slice_5.*not whole numbers",
+        r"seg_004_week_0_slice_5.*a label of 3\.5; expected whole numbers",
     ),
-    "NaN": ({"labels": blocks(1) * np.float32("nan")}, r"seg_004_week_0_slice_5.*NaN"),
+    "NaN": ({"labels": blocks(1) * np.float32("nan")}, r"seg_004_week_0_slice_5.*a label of nan"),
+    "Inf": ({"labels": np.full(SIZE, np.inf)}, r"seg_004_week_0_slice_5.*a label of inf"),
+    "negative": (
+        {"labels": blocks(1, (0, 3, -1))},
+        r"seg_004_week_0_slice_5.*a label of -1; expected .* from 0, the background",
+    ),
     "no slice": (
         {"labels": blocks(1), "number": 77},
         r"seg_004_week_0_slice_77.*without its slice",
