@@ -30,7 +30,7 @@ The protocol of every score of predict.py and reconstruct.py:
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,13 +46,11 @@ from torch import Tensor
 from support.runtime import UserError
 
 SMALLEST = 11  # pixels of a side, of the Gaussian window
-BATCH = (
-    8  # slices at a time: their maps stay in the processor's cache, which is several times faster
-)
+# Slices at a time: so few stay in the processor's cache, which is several times faster.
+BATCH = 8
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, section 3.2
-GAUSSIAN = torch.softmax(
-    -(torch.arange(-5.0, 6) ** 2) / (2 * 1.5**2), 0
-).tolist()  # SSIM's, sigma 1.5
+# SSIM's window along one axis, sigma 1.5.
+GAUSSIAN = torch.softmax(-(torch.arange(-5.0, 6) ** 2) / (2 * 1.5**2), 0).tolist()
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 BEST_PSNR = 100.0  # dB: given to an exact copy, whose PSNR is infinite, and to anything above
 
@@ -64,9 +62,7 @@ def value_range(original: np.ndarray) -> float:
 
 
 def ssim_report(original: np.ndarray, reconstruction: np.ndarray) -> tuple[float, np.ndarray]:
-    """SSIM as the report called it, and its map without the 3 outer pixels, whose windows leave the
-    slice.
-    """
+    """SSIM as the report called it, and its map but for 3 pixels at the edges, without a window."""
     pair = original.astype(np.float64), reconstruction.astype(np.float64)
     mean, ssim_map = structural_similarity(*pair, data_range=value_range(original), full=True)
     return float(mean), ssim_map[3:-3, 3:-3]
@@ -103,9 +99,7 @@ def window_means(x: Tensor) -> Tensor:
 
 
 def ssim_standard(original: np.ndarray, reconstruction: np.ndarray) -> tuple[float, np.ndarray]:
-    """SSIM of Wang et al. 2004, and its map without the 5 outer pixels, whose windows leave the
-    slice.
-    """
+    """SSIM of Wang et al. 2004, and its map but for 5 pixels at the edges, without a window."""
     low, span = float(original.min()), value_range(original)
     pair = ((image.astype(np.float64) - low) / span for image in (original, reconstruction))
     window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
@@ -116,9 +110,7 @@ def ssim_standard(original: np.ndarray, reconstruction: np.ndarray) -> tuple[flo
 def psnr(
     original: np.ndarray, reconstruction: np.ndarray, where: np.ndarray | bool = True
 ) -> float:
-    """Peak signal-to-noise ratio in dB over the pixels `where`; the peak is max - min of all the
-    original.
-    """
+    """PSNR in dB over the pixels `where`; the peak is max - min of the whole original."""
     errors = np.subtract(original, reconstruction, dtype=np.float64)
     mse = np.mean(errors**2, where=where) / value_range(original) ** 2
     return float(min(BEST_PSNR, -10 * np.log10(max(mse, 1e-30))))
@@ -142,7 +134,8 @@ def body_mask(original: np.ndarray) -> np.ndarray:
     sizes = np.bincount(pieces.ravel())
     sizes[0] = 0  # the background
     mask = (sizes >= 0.05 * sizes.max())[pieces] & (pieces > 0)
-    return mask | clear_border(~mask)  # background that no edge of the slice touches is a hole
+    # Background that does not touch an edge of the slice is a hole of the body.
+    return mask | clear_border(~mask)
 
 
 def score_slice(original: np.ndarray, reconstruction: np.ndarray) -> dict[str, float]:
@@ -181,9 +174,7 @@ def score_slice(original: np.ndarray, reconstruction: np.ndarray) -> dict[str, f
 
 
 def _mean_inside(ssim_map: np.ndarray, body: np.ndarray) -> float:
-    """The mean of an SSIM map over the body, or over all of it where no body is inside its
-    margins.
-    """
+    """The mean of an SSIM map over the body; over all of it where the body lies in its margins."""
     margin = (len(body) - len(ssim_map)) // 2
     inside = body[margin:-margin, margin:-margin]
     return float(ssim_map[inside].mean() if inside.any() else ssim_map.mean())
@@ -192,15 +183,12 @@ def _mean_inside(ssim_map: np.ndarray, body: np.ndarray) -> float:
 def bootstrap_interval(
     values: Sequence[float], patients: Sequence[int], seed: int = 0, draws: int = 10_000
 ) -> tuple[float, float] | tuple[None, None]:
-    """95 % percentile bootstrap interval of the mean over slices, resampling patients and not
-    slices.
+    """95 % percentile bootstrap interval of the mean over slices, by drawing patients, not slices.
 
     Slices of one patient are near-copies of each other, so a draw is as many patients as there are,
     with replacement, each with all of their slices; its statistic is the mean over those slices.
-    With one patient
-    there is nothing to resample and no interval: (None, None). With few it is coarse: among three
-        patients
-    it reaches from the worst patient's mean to the best one's.
+    With one patient there is nothing to resample and no interval: (None, None). With few it is
+    coarse: among three patients it reaches from the worst patient's mean to the best one's.
 
     Args:
         values, patients: (N,) the score of each slice, and whose slice it is.
@@ -216,67 +204,44 @@ def bootstrap_interval(
 
 
 def code_entropy(counts: np.ndarray) -> float:
-    """Shannon entropy in bits of codes used (K,) `counts` times: log2 K when evenly used, 0 for one
-    code.
-    """
+    """Shannon entropy, bits, of codes used `counts` (K,) times: log2 K if evenly, 0 for one code."""
     p = counts[counts > 0] / counts.sum()
     return float(np.sum(p * np.log2(1 / p)))
 
 
 def bits_per_pixel(codes: Sequence[int], bits: Sequence[float], pixels: int) -> float:
-    """The rate of a slice of `pixels`: over the levels, how many codes times how many bits a code
-    takes.
-    """
+    """The rate of a slice of `pixels`: by level, how many `codes` of how many `bits` each."""
     return sum(n * each for n, each in zip(codes, bits, strict=True)) / pixels
 
 
-# ---- sets of slices: how real, how varied, and how much of them is copied ----
-
-
-def _batches(slices: np.ndarray, smallest: int) -> Iterator[np.ndarray]:
-    """Slices (N, H, W), a few at a time; ValueError where there are none, or too small, or not
-    finite.
-    """
-    if slices.ndim != 3 or not len(slices) or min(slices.shape[1:]) < smallest:
-        raise ValueError(
-            f"slices of {slices.shape}; expected (N, H, W), each side at least {smallest}"
-        )
-    for start in range(0, len(slices), BATCH):
-        batch = np.array(slices[start : start + BATCH], np.float64)
-        if not np.isfinite(batch).all():
-            raise ValueError("a slice holds NaN or infinite values; expected finite ones")
-        yield batch
+# ---- sets of slices: how alike, how varied, and how much of them is copied -----------------------
 
 
 def pooled_features(maps: np.ndarray | Tensor, grid: tuple[int, int] = (2, 1)) -> np.ndarray:
-    """Maps (N, C, h, w) -> mean and standard deviation of each channel in each cell, (N, 2 C gh gw)
-    float64.
+    """Maps (N, C, h, w) -> each channel's mean and deviation in each cell, (N, 2 C gh gw) float64.
 
     For an encoder's output before quantisation; few cells gh x gw are better, see
     `frechet_distance`.
     """
     maps = torch.as_tensor(maps).double()
     mean = F.adaptive_avg_pool2d(maps, grid)
-    centre = maps.mean(
-        (2, 3), keepdim=True
-    )  # squares of large values would lose the variance's digits
+    # Squares of large values would lose the variance's digits, so they are taken about the mean.
+    centre = maps.mean((2, 3), keepdim=True)
     variance = F.adaptive_avg_pool2d((maps - centre).square(), grid) - (mean - centre).square()
     return torch.cat([mean, variance.clamp_min(0).sqrt()], 1).flatten(1).cpu().numpy()
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, F), (M, F): Heusel et al.
-    2017, eq. 6.
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, F) and (M, F).
 
-    With C_a = A^T A and C_b = B^T B the root's trace is the sum of the singular values of A B^T:
-    exact for N below F too. Samples of one distribution are further from 0 the larger F / N:
-    compare at one N only.
+    Heusel et al. 2017, equation 6. With C_a = A^T A and C_b = B^T B the root's trace is the sum of
+    the singular values of A B^T: exact for N below F too. Samples of one distribution are further
+    from 0 the larger F / N: compare at one N only.
     """
     a, b = _features(a, b)
-    # R of A = Q R will do for A: at most F rows, and Q changes no singular value
-    root_a, root_b = (
-        np.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r") for x in (a, b)
-    )
+    centred = ((x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
+    # R of A = Q R will do for A: it has at most F rows, and Q changes no singular value.
+    root_a, root_b = (np.linalg.qr(x, mode="r") for x in centred)
     traces = np.sum(root_a**2) + np.sum(root_b**2)
     cross = np.linalg.norm(root_a @ root_b.T, "nuc")
     return float(max(0.0, np.sum((a.mean(0) - b.mean(0)) ** 2) + traces - 2 * cross))
@@ -295,37 +260,30 @@ def kernel_distance(
     sets of one distribution it is too large, up to 1.7 times.
     """
     a, b = _features(a, b, 4)
-    within_a, within_b, between = (
-        (x @ y.T / a.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b))
-    )
+    pairs = (a, a), (b, b), (a, b)
+    within_a, within_b, between = ((x @ y.T / a.shape[1] + 1) ** 3 for x, y in pairs)
 
     def estimate(i: np.ndarray, j: np.ndarray) -> float:
-        pairs = within_a[np.ix_(i, i)], within_b[np.ix_(j, j)]
-        # without the diagonal: a slice beside itself would make the estimate too large
-        own = ((k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in pairs)
+        kernels = within_a[np.ix_(i, i)], within_b[np.ix_(j, j)]
+        # A slice beside itself would make the estimate too large, so the diagonal is left out.
+        own = ((k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in kernels)
         return float(sum(own) - 2 * between[np.ix_(i, j)].mean())
 
-    rng, (n, m) = np.random.default_rng(seed), between.shape
-    drawn = [
-        estimate(rng.permutation(n)[: n // 2], rng.permutation(m)[: m // 2]) for _ in range(halves)
-    ]
-    return estimate(np.arange(n), np.arange(m)), float(np.std(drawn, ddof=1))
+    rng, sizes = np.random.default_rng(seed), between.shape
+    drawn = [estimate(*(rng.permutation(n)[: n // 2] for n in sizes)) for _ in range(halves)]
+    return estimate(*map(np.arange, sizes)), float(np.std(drawn, ddof=1))
 
 
 def _features(a: np.ndarray, b: np.ndarray, least: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """Features (N, F) and (M, F) as float64; ValueError for other shapes or fewer rows than `least`."""
+    """Features (N, F) and (M, F) as float64; ValueError for other shapes or too few rows."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < least:
-        raise ValueError(
-            f"features of {a.shape} and {b.shape}; expected (N, F) and (M, F), "
-            f"at least {least} rows"
-        )
+        found = f"features of {a.shape} and {b.shape}"
+        raise ValueError(f"{found}; expected (N, F) and (M, F), at least {least} rows")
     return a.astype(np.float64), b.astype(np.float64)
 
 
 def _blur(x: Tensor) -> Tensor:
-    """(..., H, W) -> (..., H - 10, W - 10): Gaussian means, by shifted sums along one axis, then
-    the other.
-    """
+    """Gaussian means, (..., H, W) -> (..., H - 10, W - 10), by shifted sums along each axis."""
     for axis in (-2, -1):
         views = [x.narrow(axis, i, x.shape[axis] - len(GAUSSIAN) + 1) for i in range(len(GAUSSIAN))]
         x = views[0] * GAUSSIAN[0]
@@ -335,18 +293,13 @@ def _blur(x: Tensor) -> Tensor:
 
 
 def ms_ssim(x: np.ndarray, y: np.ndarray, data_range: float) -> np.ndarray:
-    """Multi-scale SSIM of pairs of slices, x and y (B, H, W): (B,) float64 in [0, 1], 1 for equal
-    slices.
+    """Multi-scale SSIM of pairs of slices, x and y (B, H, W): (B,) float64 in [0, 1]; equal: 1.
 
     Wang, Simoncelli & Bovik 2003, "Multi-Scale Structural Similarity for Image Quality Assessment",
     equation 7. Of the paper's 5 scales those are taken whose slices hold the window of 11 (4 for
     256x128), their weights scaled to add up to 1; a scale's mean below 0 counts as 0. Give all sets
     that are compared one data_range in z units, such as the real slices' median max - min.
     """
-    if x.shape != y.shape or x.ndim != 3 or min(x.shape[1:]) < len(GAUSSIAN):
-        raise ValueError(
-            f"slices of {x.shape} and {y.shape}; expected one (B, H, W), sides at least 11"
-        )
     x, y = (torch.as_tensor(np.array(image, np.float32)) for image in (x, y))
     weights = SCALE_WEIGHTS[: 1 + int(math.log2(min(x.shape[1:]) / len(GAUSSIAN)))]
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
@@ -365,14 +318,11 @@ def ms_ssim(x: np.ndarray, y: np.ndarray, data_range: float) -> np.ndarray:
 def mean_pairwise_ms_ssim(
     slices: np.ndarray, data_range: float, pairs: int = 512, seed: int = 0
 ) -> tuple[float, float]:
-    """Mean `ms_ssim` of random pairs of different slices (N, H, W), and its standard error over the
-    draw.
+    """Mean `ms_ssim` of random pairs of different slices (N, H, W), and its standard error.
 
     Low is varied (noise too!), 1 is one slice N times. One seed and N give the same pairs, so two
     sets of slices at the same positions, in the same order, are compared like with like.
     """
-    if len(slices) < 2 or pairs < 2:
-        raise ValueError(f"{len(slices)} slices and {pairs} pairs; expected at least 2 of each")
     rng = np.random.default_rng(seed)
     first = rng.integers(len(slices), size=pairs)
     second = (first + rng.integers(1, len(slices), size=pairs)) % len(slices)
@@ -382,22 +332,24 @@ def mean_pairwise_ms_ssim(
 
 
 class Nearest(NamedTuple):
-    """Each query's most similar training slice."""
+    """Each query's most similar training slice.
 
-    index: np.ndarray  # (N,) int64, among the training slices
-    similarity: (
-        np.ndarray
-    )  # (N,) float64: correlation in [-1, 1], or the share of equal codes in [0, 1]
+    index (N,) int64, among the training slices; similarity (N,) float64, a correlation in [-1, 1]
+    or a share of codes in common in [0, 1].
+    """
+
+    index: np.ndarray
+    similarity: np.ndarray
 
 
 def thumbnails(slices: np.ndarray, pool: int = 2) -> np.ndarray:
-    """Slices (N, H, W) as `nearest` takes them: means over pool x pool pixels, mean 0, norm 1,
-    float32.
+    """Slices (N, H, W) as `nearest` takes them: pool x pool means, float32 of mean 0 and norm 1.
 
     A slice of one value becomes zeros, which correlate with nothing. 32 KB for 256x128.
     """
     parts = []
-    for batch in _batches(slices, pool):
+    for start in range(0, len(slices), BATCH):
+        batch = np.array(slices[start : start + BATCH], np.float64)
         x = F.avg_pool2d(torch.as_tensor(batch), pool)
         x = x - x.mean((1, 2), keepdim=True)
         norm = torch.linalg.matrix_norm(x, keepdim=True)
@@ -406,15 +358,12 @@ def thumbnails(slices: np.ndarray, pool: int = 2) -> np.ndarray:
 
 
 def nearest(queries: np.ndarray, train: np.ndarray) -> Nearest:
-    """The training slice of the highest correlation with each query; thumbnails (N, h, w) and (M,
-    h, w).
-    """
-    return _best(_flat(queries, train) @ _flat(train, queries).T)
+    """The training slice of the highest correlation with each query; thumbnails of both."""
+    return _best(queries.reshape(len(queries), -1) @ train.reshape(len(train), -1).T)
 
 
 def code_bits(train: np.ndarray, K: int) -> np.ndarray:
-    """What each code says of a slice where it stands, in bits: (codes of a slice, K) float32, above
-    0.
+    """What each code says of a slice, by its place, in bits: (places, K) float32, above 0.
 
     -log2 of the share of training slices that have it there. Codes (M, ...) int in [0, K).
     """
@@ -429,30 +378,19 @@ def code_agreement(
     """The training slice that has the most codes in common with each query, each at its place.
 
     Codes (N, ...) and (M, ...), int below 65536. With the `code_bits` of all training slices a
-    common code counts for
-    its bits: that two slices have air in the same corner says little.
+    common code counts for its bits: that two slices have air in the same corner says little.
     """
-    few = _flat(queries, train).astype(np.uint16, copy=False)
-    many = _flat(train, queries).astype(np.uint16, copy=False)
+    few, many = (x.reshape(len(x), -1).astype(np.uint16, copy=False) for x in (queries, train))
     places, ones = np.arange(few.shape[1]), np.ones(few.shape[1], np.float32)
     similarity = np.empty((len(few), len(many)))
     for i, codes in enumerate(few):
         worth = ones if bits is None else bits[places, codes]
         total = worth.sum()
-        for start in range(
-            0, len(many), 128
-        ):  # training slices whose codes stay in the processor's cache
+        # The codes of 128 training slices stay in the processor's cache.
+        for start in range(0, len(many), 128):
             equal = many[start : start + 128] == codes
             similarity[i, start : start + 128] = equal.astype(np.float32) @ worth / total
     return _best(similarity)
-
-
-def _flat(x: np.ndarray, other: np.ndarray) -> np.ndarray:
-    if x.shape[1:] != other.shape[1:] or not len(x):
-        raise ValueError(
-            f"queries and training slices of {x.shape} and {other.shape}; expected one size"
-        )
-    return x.reshape(len(x), -1)
 
 
 def _best(similarity: np.ndarray) -> Nearest:
@@ -464,12 +402,10 @@ def _best(similarity: np.ndarray) -> Nearest:
 def audit(samples: np.ndarray, honest: np.ndarray, copies: np.ndarray) -> dict[str, float | dict]:
     """How near samples are to the training slices, beside honest novelty and beside known copies.
 
-    Each is (N,) `Nearest.similarity`: of generated slices, of real slices of patients outside the
-    training split, and of positive controls, such as altered training slices. A slice is flagged if
-    it is
-    nearer than the honest 1st percentile: more similar than all but n // 100 of the n honest
-        slices. At most
-    1 % of these are flagged then, and of fewer than 100 none: coarse, and more copies pass.
+    Each is (N,) `Nearest.similarity`, N at least 1: of generated slices, of slices of patients
+    outside the training split, and of positive controls, such as altered training slices. A slice
+    is flagged if it is more similar than all but n // 100 of the n honest slices. So at most 1 % of
+    these are flagged, and of fewer than 100 none: coarse, and more copies pass.
 
     Returns `threshold`; `expected`, the share of new honest slices above it; `margin`, the share
     that 19 in 20 sets of N new ones keep to (beta-binomial: the threshold is an estimate too); of
@@ -477,10 +413,6 @@ def audit(samples: np.ndarray, honest: np.ndarray, copies: np.ndarray) -> dict[s
     and percentiles. All take slices as independent; those of one patient are not, so the truth is
     wider. Where few copies are flagged this measure cannot tell, whatever it says of the samples.
     """
-    if not (len(samples) and len(honest) and len(copies)):
-        raise ValueError(
-            f"{len(samples)} samples, {len(honest)} honest slices, {len(copies)} copies: need all"
-        )
     n, allowed = len(honest), len(honest) // 100
     threshold = float(np.sort(honest)[n - 1 - allowed])
     margin = betabinom.ppf(0.95, len(samples), allowed + 1, n - allowed) / len(samples)
@@ -488,9 +420,7 @@ def audit(samples: np.ndarray, honest: np.ndarray, copies: np.ndarray) -> dict[s
     for name, similarity in (("samples", samples), ("honest", honest), ("copies", copies)):
         n, flagged = len(similarity), int(np.sum(similarity > threshold))
         low, high = (float(end) for end in binomtest(flagged, n).proportion_ci())
-        percentiles = zip(
-            map(str, PERCENTILES), np.percentile(similarity, PERCENTILES).tolist(), strict=True
-        )
+        percentiles = {str(p): float(np.percentile(similarity, p)) for p in PERCENTILES}
         scores = {"n": n, "flagged": flagged, "share": flagged / n, "low": low, "high": high}
-        result[name] = {**scores, "percentiles": dict(percentiles)}
+        result[name] = {**scores, "percentiles": percentiles}
     return result

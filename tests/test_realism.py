@@ -255,16 +255,9 @@ def test_audit_s_own_rates(n, flagged):
 # bad input
 
 
-def test_what_cannot_be_measured_is_named():
-    x, features = slices(3), np.zeros((5, 4))
-    for call, message in (
-        (lambda: metrics.thumbnails(x * np.nan), "NaN"),
-        (lambda: metrics.frechet_distance(features, features[:, :3]), r"\(5, 3\)"),
-        (lambda: metrics.kernel_distance(features[:3], features), "at least 4 rows"),
-        (lambda: metrics.ms_ssim(x, x[:, :-1], 4), r"\(3, 63, 32\)"),
-        (lambda: metrics.mean_pairwise_ms_ssim(x[:1], 4), "1 slices"),
-        (lambda: metrics.nearest(x, x[:, ::2]), r"\(3, 32, 32\)"),
-        (lambda: metrics.audit(np.ones(3), np.ones(0), np.ones(3)), "0 honest"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
+def test_features_that_cannot_be_compared_are_named():
+    features = np.zeros((5, 4))
+    with pytest.raises(ValueError, match=r"\(5, 3\); expected"):
+        metrics.frechet_distance(features, features[:, :3])
+    with pytest.raises(ValueError, match=r"\(3, 4\) and \(5, 4\); .* at least 4 rows"):
+        metrics.kernel_distance(features[:3], features)
