@@ -321,12 +321,8 @@ class Autoencoder(Stage):
 
 
 def fit_or_resume(stage: Stage, settings: Settings) -> Path:
-    """`fit`, with a note if the study has changed since the checkpoint was written."""
-    checkpoint = settings.checkpoint
-    train = stage.splits["train"]
-    if checkpoint and checkpoint["data"]["fingerprints"].get("train") != train.fingerprint:
-        print("note: the train split's slices are not those that the checkpoint was trained on")
-    best = fit(stage, settings.train, checkpoint)
+    """`fit`, and the page that shows the run."""
+    best = fit(stage, settings.train, settings.checkpoint)
     if runtime.rank() == 0:
         results_page.write(settings.train.out)
     return best

@@ -19,6 +19,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -263,9 +264,43 @@ class Checkpoints:
             if self.config.keep:
                 self.path(f"epoch_{epoch - self.config.keep * every}").unlink(missing_ok=True)
 
+    def finish(self) -> None:
+        """Save the final checkpoint; also as the best one, where no epoch was left to validate."""
+        self.save("epoch_final")
+        if self.progress.best == math.inf:
+            self.save("best")
+        if runtime.rank() == 0:
+            self.remove_interrupted()
+
+    def remove_interrupted(self) -> None:
+        """Delete <kind>_interrupted.pth if this run has gone on from there, which its log tells."""
+        with suppress(UserError, OSError):  # there is none, or it is broken
+            past = runtime.load_checkpoint(self.path("interrupted"), self.stage.kind)["history"]
+            if self.progress.history[: len(past)] == past:
+                self.path("interrupted").unlink()
+
+    def start(self, checkpoint: dict | None = None) -> None:
+        """Begin a run, or go on from `checkpoint`, as `restore` does."""
+        if checkpoint:
+            self.restore(checkpoint)
+        # Without a best checkpoint of its own in the folder, the next epoch becomes the best one.
+        if not self.best_is_ours():
+            self.progress.best, self.progress.best_epoch = math.inf, self.progress.epoch
+
     def restore(self, checkpoint: dict) -> None:
         """Go on from `checkpoint`. UserError where it is of another network or of other slices."""
         path, ours = checkpoint["path"], self.stage.settings()
+        theirs = checkpoint["data"]["fingerprints"]
+        if theirs["train"] != ours["data"]["fingerprints"]["train"]:
+            raise UserError(
+                f"{path}: trained on other slices or masks than those of {ours['data']['study']}. "
+                f"Fix: --data, its own study; or begin anew, from its weights with --weights {path}."
+            )
+        if theirs["validate"] != ours["data"]["fingerprints"]["validate"]:
+            print(
+                f"note: {path} was validated on other slices or masks than those of "
+                f"{ours['data']['study']}: the best so far begins anew"
+            )
         if checkpoint["model_config"] != ours["model_config"]:
             raise UserError(
                 f"{path}: a network of another shape. Fix: leave out the flags of the network."
@@ -283,8 +318,6 @@ class Checkpoints:
                 self.sums.copy_(checkpoint["sums"])
                 for name, counts in self.stage.counts.items():
                     counts.copy_(checkpoint["counts"][name])
-        if self.best_is_missing():  # the next epoch becomes the best one
-            self.progress.best, self.progress.best_epoch = math.inf, self.progress.epoch
 
     def restore_progress(self, checkpoint: dict) -> None:
         for name, value in vars(self.progress).items():
@@ -310,17 +343,28 @@ class Checkpoints:
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
 
-    def best_is_missing(self) -> bool:
-        """Whether this run's best checkpoint so far is not in its folder, as rank 0 sees it."""
-        missing = torch.zeros(1)
+    def best_is_ours(self) -> bool:
+        """Whether the folder holds the best checkpoint of this run, chosen on these slices, as rank
+        0 sees it. Says so if it holds another.
+        """
+        found = torch.zeros(1)
         if runtime.rank() == 0:
-            try:
+            with suppress(UserError, OSError):  # there is none, or it is broken
                 best = runtime.load_checkpoint(self.path("best"), self.stage.kind)
-                missing += best["epoch"] != self.progress.best_epoch
-            except (UserError, OSError):
-                missing += 1
-        runtime.sum_over_ranks(missing)
-        return bool(missing)
+                data, of_this = best["data"], self.stage.settings()["data"]["fingerprints"]
+                score = best["best"], best["best_epoch"], data["fingerprints"]["validate"]
+                found += score == (
+                    self.progress.best,
+                    self.progress.best_epoch,
+                    of_this["validate"],
+                )
+                if not found:
+                    print(
+                        f"note: {self.path('best')} is of another run, on {data['study']}; this run "
+                        "will write over it and the files beside it. Another --out keeps them."
+                    )
+        runtime.sum_over_ranks(found)
+        return bool(found)
 
 
 class Trainer:
@@ -340,8 +384,7 @@ class Trainer:
         self.progress = Progress()
         self.sums = torch.zeros(len(stage.loss_names), dtype=torch.float64, device=self.device)
         self.checkpoints = Checkpoints(stage, config, self.optimiser, self.progress, self.sums)
-        if checkpoint:
-            self.checkpoints.restore(checkpoint)
+        self.checkpoints.start(checkpoint)
         for tensor in self.model.state_dict().values():
             if runtime.rank():
                 # so that the sum is rank 0's: machines may round an initialisation differently
@@ -573,9 +616,7 @@ class Trainer:
         has none.
         """
         self.progress.seconds = self.elapsed()
-        self.checkpoints.save("epoch_final")
-        if self.progress.best == math.inf:
-            self.checkpoints.save("best")
+        self.checkpoints.finish()
 
     def write_logs(self, plot: bool) -> None:
         """log.jsonl and the losses, whole from `history`: the files of a resumed run are those of

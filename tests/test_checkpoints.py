@@ -5,16 +5,18 @@ used.
 import copy
 import math
 import random
+import shutil
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_train import SHAPE_FLAGS, fit
 
 import train
 from modules import load_model
-from support import runtime, trainer
+from support import nifti, runtime, trainer
 from support.runtime import UserError
 
 
@@ -141,6 +143,69 @@ def test_a_broken_best_checkpoint_stops_no_resume(saved, tmp_path):
     (tmp_path / "vqvae2_best.pth").write_bytes(b"PK\x03\x04 cut off")
     best = resume(saved, tmp_path)
     assert runtime.load_checkpoint(best, "vqvae2")["epoch"] == 2
+
+
+def altered(study, folder, split):
+    """A copy of a study with one file of `keras_slices_<split>` altered."""
+    shutil.copytree(study, folder)
+    path = min((folder / f"keras_slices_{split}").iterdir())
+    pixels = nifti.read(path).raw
+    nifti.write(path, pixels[::-1].copy(), np.eye(4))
+    return folder
+
+
+def resume_on(data, path, out):
+    settings = {"resume": str(path), "epochs": 2, "out": str(out), "data": str(data)}
+    return train.train_autoencoder(train.make_settings(settings))
+
+
+@pytest.mark.parametrize("split", ["train", "seg_train"])
+def test_a_run_does_not_go_on_with_other_slices_or_masks(masked_study, tmp_path, split):
+    """Its best checkpoint stays, too: one that other slices made would pass for it."""
+    fit(masked_study, tmp_path, epochs=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")}
+    other = altered(masked_study, tmp_path / "other", split)
+    with pytest.raises(
+        UserError, match=r"epoch_1\.pth: trained on other slices or masks than those of other.*Fix"
+    ):
+        resume_on(other, tmp_path / "vqvae2_epoch_1.pth", tmp_path)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")}
+
+
+def test_with_another_validation_split_the_best_begins_anew(saved, study, tmp_path, capsys):
+    """The loss on the old split says nothing of the new one: here it could never be reached."""
+    checkpoints = tmp_path / "run"
+    shutil.copytree(saved.parent, checkpoints)
+    for name in ("best", "epoch_1"):
+        checkpoint = runtime.load_checkpoint(checkpoints / f"vqvae2_{name}.pth", "vqvae2")
+        write(checkpoint | {"best": 0.0}, checkpoints / f"vqvae2_{name}.pth")
+    other = altered(study, tmp_path / "other", "validate")
+    best = resume_on(other, checkpoints / "vqvae2_epoch_1.pth", checkpoints)
+    told = capsys.readouterr().out
+    assert "epoch_1.pth was validated on other slices or masks than those of other" in told
+    assert "the best so far begins anew" in told and "(best so far)" in told
+    assert runtime.load_checkpoint(best, "vqvae2")["epoch"] == 2
+
+
+def test_a_run_into_the_folder_of_another_says_so(saved, study, tmp_path, capsys):
+    note = f"vqvae2_best.pth is of another run, on {study.name}; this run will write over it"
+    fit(study, tmp_path, epochs=1)
+    assert "note:" not in capsys.readouterr().out
+    resume(tmp_path / "vqvae2_epoch_1.pth", tmp_path)
+    assert "note:" not in capsys.readouterr().out
+    fit(study, tmp_path, epochs=1, seed=5)
+    assert capsys.readouterr().out.count(note) == 1
+    resume(saved, tmp_path)  # goes on from a checkpoint of another run
+    assert capsys.readouterr().out.count(note) == 1
+
+
+def test_an_interrupted_checkpoint_goes_when_its_run_has_finished(saved, study, tmp_path):
+    stale = tmp_path / "vqvae2_interrupted.pth"
+    shutil.copy(saved, stale)
+    fit(study, tmp_path, epochs=1, seed=5)
+    assert stale.exists()  # another run's, which may still go on
+    resume(stale, tmp_path)
+    assert not stale.exists()
 
 
 def test_progress_is_all_of_a_run_that_is_kept():

@@ -213,7 +213,9 @@ def test_a_step_waits_for_no_device(study, tmp_path, monkeypatch):
 def test_best_survives_a_resume(study, tmp_path):
     fit(study, tmp_path, epochs=1)
     checkpoint = runtime.load_checkpoint(tmp_path / "vqvae2_epoch_1.pth", "vqvae2")
-    checkpoint["best"] = 0.0
+    best = runtime.load_checkpoint(tmp_path / "vqvae2_best.pth", "vqvae2")
+    checkpoint["best"] = best["best"] = 0.0  # better than anything to come
+    runtime.save_checkpoint(tmp_path / "vqvae2_best.pth", best)
     before = (tmp_path / "vqvae2_best.pth").read_bytes()
     fit(study, tmp_path, epochs=2, checkpoint=checkpoint)
     assert (tmp_path / "vqvae2_best.pth").read_bytes() == before
