@@ -204,7 +204,7 @@ def bootstrap_interval(
 
 
 def code_entropy(counts: np.ndarray) -> float:
-    """Shannon entropy, bits, of codes used `counts` (K,) times: log2 K if evenly, 0 for one code."""
+    """Entropy in bits of codes used `counts` (K,) times: log2 K if evenly, 0 for a single code."""
     p = counts[counts > 0] / counts.sum()
     return float(np.sum(p * np.log2(1 / p)))
 

@@ -1,7 +1,6 @@
-"""A synthetic male pelvis: coronal T2-like MR slices with masks, so that everything runs without
-any data.
+"""A synthetic male pelvis: coronal T2-like slices with masks, so that all runs without any data.
 
-    python phantom.py --out phantom_slices_data
+    python -m support.phantom --out phantom_slices_data
 
 Shapes are functions of millimetres in a reference man: x from the midline to either side, y from
 anterior to posterior, z from foot to head, the origin between the femoral heads. A patient
@@ -20,27 +19,23 @@ import numpy as np
 from support import nifti, runtime
 from support.runtime import UserError, in_parallel, option
 
-SHAPE, PLANES, SPACING = (
-    (256, 128),
-    60,
-    1.6,
-)  # left-right and foot-head; anterior to posterior; mm, all three
-AFFINE = np.array(
-    [[SPACING, 0, 0, 0], [0, 0, -SPACING, 0], [0, SPACING, 0, 0], [0, 0, 0, 1]]
-)  # to RAS+
-# The patient numbers of each split in the real study. A larger phantom goes on with FREE, whichever
-# the split.
+SHAPE = 256, 128  # pixels of a slice, left to right and foot to head
+PLANES = 60  # from anterior to posterior
+SPACING = 1.6  # mm, of pixels and of planes
+# From (pixel, pixel, plane) to RAS+.
+AFFINE = np.array([[SPACING, 0, 0, 0], [0, 0, -SPACING, 0], [0, SPACING, 0, 0], [0, 0, 0, 1]])
+# The patients' numbers are HipMRI's. A larger phantom goes on with FREE, whichever the split.
 NUMBERS, FREE = {"train": range(4, 36), "validate": range(36, 40), "test": range(40, 43)}, 43
-VERSION = 2  # raised when the same config gives other pictures
-# of the real and the imaginary channel each, where the signal of subcutaneous fat is about 1
+VERSION = 2  # increase when the same config gives other pictures
+# Of the real and the imaginary channel each, where the signal of subcutaneous fat is about 1.
 NOISE = 0.017
-BODY, BONE, BLADDER, RECTUM, PROSTATE, MUSCLE, FAT = range(
-    1, 8
-)  # 0 is air; masks count the last two as body
+# The tissues; 0 is air. Masks count the last two as body.
+BODY, BONE, BLADDER, RECTUM, PROSTATE, MUSCLE, FAT = range(1, 8)
 FAR = np.float32(99)  # mm: a shape that does not come near the plane
-# the files of a phantom: nothing else is ever deleted
+# The files of a phantom: nothing else is ever deleted.
 OURS = re.compile(
-    r"SYNTHETIC\.txt|keras_slices_(seg_)?(train|validate|test)/(case|seg)_\d+_week_\d+_slice_\d+\.nii\.gz"
+    r"SYNTHETIC\.txt|keras_slices_(seg_)?(train|validate|test)/"
+    r"(case|seg)_\d+_week_\d+_slice_\d+\.nii\.gz"
 )
 NOT_A_PATIENT = "synthetic phantom, not a patient"  # in the header of every file
 ABOUT = """SYNTHETIC DATA. Every image in this folder was computed by phantom.py from random
@@ -48,7 +43,7 @@ numbers. It shows no patient, and no number measured on it says anything about r
 with:
 """
 # Tapered capsules, one row for both sides: end (x, y, z), end (x, y, z), their radii (mm), weight
-# of y in the distance (0: the same in every plane), shear (mm of x per mm of y).
+# of y in the distance (0: the same in every plane), shear (mm of x a mm of y).
 MUSCLES = (
     (114, 15, 32, 146, 15, 125, 20, 26, 0.3, -0.25),  # gluteus medius and minimus
     (90, 0, 44, 108, 0, 125, 11, 17, 0.0, -0.45),  # iliacus
@@ -89,31 +84,24 @@ BETWEEN_THIGHS = (0, 0, -93, 0, 0, -160, 1, 20, 0.0, 0)
 
 @dataclass(frozen=True)
 class PhantomConfig:
-    """How large a phantom study is; patients are numbered from 4, 36 and 40, as in the real one,
-    then from 43.
-    """
+    """How large a phantom study is. Patients are numbered from 4, 36 and 40, then from 43."""
 
     train_patients: int = option(200, "patients to train on")
     validate_patients: int = option(24, "patients to validate on")
     test_patients: int = option(24, "patients to test on")
     weeks: int = option(1, "volumes of each patient")
-    slices: int = option(
-        5, "slices of a volume: its two ends of 60 planes, and random planes between them"
-    )
+    slices: int = option(5, "slices of a volume: the ends of its 60 planes, the rest at random")
     seed: int = option(0, "another seed gives other patients")
 
     def __post_init__(self):
-        most = {"slices": PLANES}
         for name, value in asdict(self).items():
-            least, limit = int(name != "seed"), most.get(name, 10**9)
-            if not least <= value <= limit:
-                raise UserError(f"--{name.replace('_', '-')} {value}: expected {least} to {limit}.")
+            least, most = int(name != "seed"), {"slices": PLANES}.get(name, 10**9)
+            if not least <= value <= most:
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected {least} to {most}.")
 
 
 class Waves:
-    """A smooth random function of space, close to normal(0, 1): plane waves of `short` to `long`
-    mm.
-    """
+    """A smooth random function of space, about normal(0, 1): plane waves `short` to `long` mm."""
 
     def __init__(
         self, rng: np.random.Generator, man: "Man", short: float, long: float, stretch_z: float = 1
@@ -124,32 +112,26 @@ class Waves:
         along_x, self.along_y = k[:, :1] * man.x, k[:, 1:2]
         self.along_z = k[:, 2:] * man.z + rng.uniform(0, 2 * np.pi, (40, 1))
         x_part = np.concatenate([np.cos(along_x), -np.sin(along_x)]).T.astype(np.float32) / 20**0.5
-        # in blocks too small for BLAS to start threads of its own, which would get in the way of
-        # ours
+        # In blocks too small for BLAS to start threads, which would get in the way of ours.
         self.x_part = x_part.reshape(16, -1, x_part.shape[1])
 
     def __call__(self, y: float) -> np.ndarray:
         """The plane at `y` mm -> (256, 128) float32; cos(a + b) makes it one matrix product."""
         angle = (self.along_z + self.along_y * y).astype(np.float32)
-        plane = self.x_part @ np.concatenate(
-            [np.cos(angle), np.sin(angle)]
-        )  # (16, 16, 80) @ (80, 128)
-        return plane.reshape(SHAPE)
+        z_part = np.concatenate([np.cos(angle), np.sin(angle)])
+        return (self.x_part @ z_part).reshape(SHAPE)  # (16, 16, 80) @ (80, 128)
 
 
 def capsule(p, row) -> np.ndarray:
-    """Distance in mm, negative inside, of points p = (x, y, z), each (256, 128), from a row of the
-    tables.
-    """
+    """Distance in mm, negative inside, of points p = (x, y, z), (256, 128) each, from a capsule."""
     ax, ay, az, bx, by, bz, ra, rb, wy, shear = row
     if wy * max(min(ay, by) - p[1].max(), p[1].min() - max(ay, by)) > max(ra, rb) + 8:
         return FAR
     ux, uy, uz = bx - ax, (by - ay) * wy, bz - az
     dx, dy, dz = p[0] - ax - shear * p[1], (p[1] - ay) * wy, p[2] - az
     h = np.clip((dx * ux + dy * uy + dz * uz) / (ux * ux + uy * uy + uz * uz), 0, 1)
-    return np.sqrt((dx - h * ux) ** 2 + (dy - h * uy) ** 2 + (dz - h * uz) ** 2) - (
-        ra + (rb - ra) * h
-    )
+    from_axis = np.sqrt((dx - h * ux) ** 2 + (dy - h * uy) ** 2 + (dz - h * uz) ** 2)
+    return from_axis - (ra + (rb - ra) * h)
 
 
 def ellipsoid(p, centre, radii) -> np.ndarray:
@@ -161,28 +143,22 @@ def ellipsoid(p, centre, radii) -> np.ndarray:
 
 
 def join(shape: np.ndarray, *parts: np.ndarray) -> np.ndarray:
-    """Distance from the union of shapes, with the creases between them filled as if by 6 mm of
-    putty.
-    """
+    """Distance from the union of shapes, the creases between them filled as by 6 mm of putty."""
     for part in parts:
         shape = np.minimum(shape, part) - np.maximum(6 - np.abs(shape - part), 0) ** 2 / 24
     return shape
 
 
 def paint(canvas: np.ndarray, distance: np.ndarray, signal) -> None:
-    """Lay tissue over what is there, in place; a pixel on the edge takes part of both (partial
-    volume).
-    """
+    """Lay tissue over what is there, in place; an edge takes part of both (partial volume)."""
     canvas += np.clip(0.5 - distance / (1.2 * SPACING), 0, 1) * (signal - canvas)
 
 
 class Man:
-    """One patient in one week; `cut(number)` is his slice in plane `number` of [0, 60), from the
-    front.
-    """
+    """One patient in one week; `cut(number)` is his slice in plane `number` of [0, 60)."""
 
     def __init__(self, seed: int, patient: int, week: int):
-        # Slices draw from [seed, patient, week, number]; numbers no slice has keep these two
+        # Slices draw from [seed, patient, week, number]. Numbers that no slice has keep these two
         # streams apart.
         who = np.random.default_rng([seed, patient, 0, PLANES + 1])
         now = np.random.default_rng([seed, patient, week, PLANES])
@@ -195,10 +171,8 @@ class Man:
         self.scale = who.uniform(0.93, 1.03, 3).tolist()
         self.roll, self.yaw = (who.normal(0, (0.02, 0.03)) + now.normal(0, (0.004, 0.008))).tolist()
         self.fat = float(who.uniform(12, 32))  # mm
-        self.bends, self.shift = (
-            [Waves(who, self, 110, 260) for _ in range(3)],
-            Waves(now, self, 60, 160),
-        )
+        self.bends = [Waves(who, self, 110, 260) for _ in range(3)]
+        self.shift = Waves(now, self, 60, 160)
         self.septa, self.fibre = Waves(who, self, 14, 40), Waves(who, self, 4, 9, 6)
         self.mottle, self.loops = Waves(who, self, 6, 20), Waves(who, self, 50, 80)
         self.content = Waves(now, self, 18, 60)
@@ -215,19 +189,14 @@ class Man:
         self.noise = float(NOISE * self.unit * who.uniform(0.85, 1.15))
 
     def cut(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(256, 128) each: float32 clean; float32 noisy, whole numbers as a scanner gives; uint8
-        tissues.
-        """
+        """(256, 128) each: float32 clean; float32 noisy, in whole numbers; uint8 tissues."""
         y = float(self.y[number])
         signal, tissues = self.anatomy(y)
         clean = self.unit * signal * self.shading(y)
         rng = np.random.default_rng([*self.key, number])
         real, imaginary = self.noise * rng.standard_normal((2, *SHAPE), dtype=np.float32)
-        return (
-            clean,
-            np.round(np.hypot(clean + real, imaginary)),
-            tissues,
-        )  # a magnitude: Rician noise
+        # A scanner gives magnitudes, whose noise is Rician.
+        return clean, np.round(np.hypot(clean + real, imaginary)), tissues
 
     def shading(self, y: float) -> np.ndarray:
         """Sensitivity of twelve receive coils around the body, (256, 128): bright near the skin."""
@@ -239,9 +208,7 @@ class Man:
         return total
 
     def anatomy(self, y: float) -> tuple[np.ndarray, np.ndarray]:
-        """(256, 128) each at `y` mm: signal, float32, subcutaneous fat about 1; tissues, uint8 in
-        [0, 7].
-        """
+        """(256, 128) each at `y` mm: signal, float32, of fat about 1; tissues, uint8 in [0, 7]."""
         x, z = self.x[:, None].astype(np.float32), self.z[None].astype(np.float32)
         shift, mottle, content = self.shift(y), self.mottle(y), self.content(y)
         q = [(x + self.roll * z) / self.scale[0], (y + self.yaw * x) / self.scale[1]]
@@ -249,12 +216,10 @@ class Man:
         q = [u + 3.5 * bend(y) + 0.5 * shift for u, bend in zip(q, self.bends, strict=True)]
         p = [np.abs(q[0]), *q[1:]]  # folded: what is written once stands on both sides
         canvas, tissues = np.zeros(SHAPE, np.float32), np.zeros(SHAPE, np.uint8)
-        self.paint_body(
-            canvas, tissues, p, mottle, np.exp(-((self.septa(y) / 0.15) ** 2)), self.fibre(y)
-        )
-        loops = np.maximum(
-            ellipsoid(q, (0, -15, 108), (84, 66, 68)), (0.25 - np.abs(self.loops(y))) * 12
-        )
+        septa = np.exp(-((self.septa(y) / 0.15) ** 2))
+        self.paint_body(canvas, tissues, p, mottle, septa, self.fibre(y))
+        gut = ellipsoid(q, (0, -15, 108), (84, 66, 68))
+        loops = np.maximum(gut, (0.25 - np.abs(self.loops(y))) * 12)
         paint(canvas, loops, 0.24)
         paint(canvas, loops + 3, 0.46 + 0.2 * np.tanh(2 * content) + 0.04 * mottle)
         paint(canvas, capsule(p, ILIAC_VESSELS), 0.08)
@@ -268,15 +233,12 @@ class Man:
         roundness = np.sqrt(np.sqrt(1 - squares * squares))  # from front to back
         side = p[0] - (148 + self.fat + 9 * hips) * roundness
         gap = capsule(p, BETWEEN_THIGHS)
-        skin, fascia = (
-            np.maximum(side, -gap),
-            np.maximum(side + self.fat * (1 + 0.3 * hips), 6 - gap),
-        )
+        skin = np.maximum(side, -gap)
+        fascia = np.maximum(side + self.fat * (1 + 0.3 * hips), 6 - gap)
         paint(canvas, skin, 0.35)
         paint(canvas, skin + 2.2, 1 + 0.03 * mottle - 0.08 * septa)
-        canvas -= 0.28 * np.clip(
-            -fascia / 12, 0, 1
-        )  # fat between and behind the muscles is less bright
+        # Fat between and behind the muscles is less bright.
+        canvas -= 0.28 * np.clip(-fascia / 12, 0, 1)
         tissues[skin < 0] = BODY
         tissues[(skin < -2.2) & (fascia > 0)] = FAT
         for row, signal in zip(MUSCLES, self.muscles, strict=True):
@@ -289,9 +251,8 @@ class Man:
 
     def paint_bones(self, canvas, tissues, p, mottle) -> None:
         head = capsule(p, FEMUR[0])
-        socket = np.maximum(
-            ellipsoid(p, (91, 3, 6), (33, 34, 33)), 0.75 * (p[0] - 90) - 0.66 * p[2] - 5
-        )
+        rim = 0.75 * (p[0] - 90) - 0.66 * p[2] - 5
+        socket = np.maximum(ellipsoid(p, (91, 3, 6), (33, 34, 33)), rim)
         pelvis = join(socket, *(capsule(p, row) for row in PELVIS))
         femur = join(head, *(capsule(p, row) for row in FEMUR[1:]))
         for bone, joint, marrow in ((pelvis, FAR, self.marrow[0]), (femur, head, self.marrow[1])):
@@ -304,19 +265,13 @@ class Man:
         x, y, z = self.organs
         gland = ellipsoid(q, (x / 2, y - 8, z - 34), self.gland) + shift
         inner = ellipsoid(q, (x / 2, y - 12, z - 32), self.gland * (0.68, 0.7, 0.72)) + 2 * shift
-        height = (
-            z - 34 + self.gland[2] + 0.75 * self.bladder[2]
-        )  # it sits on the prostate and fills upwards
+        # The bladder sits on the prostate and fills upwards.
+        height = z - 34 + self.gland[2] + 0.75 * self.bladder[2]
         bladder = ellipsoid(q, (x, y - 26, height), self.bladder) + 2.5 * shift
-        tube = (
-            np.minimum(capsule(q, RECTUM_TUBE[0]), capsule(q, RECTUM_TUBE[1]))
-            - self.filling
-            + 1.5 * shift
-        )
-        rectum = np.minimum(tube, capsule(q, ANAL_CANAL))
-        stool = (0.36 + 0.08 * content + 0.03 * mottle) * np.clip(
-            5 - 5 * content, 0.08, 1
-        )  # or gas
+        empty = np.minimum(capsule(q, RECTUM_TUBE[0]), capsule(q, RECTUM_TUBE[1]))
+        rectum = np.minimum(empty - self.filling + 1.5 * shift, capsule(q, ANAL_CANAL))
+        # In it there is stool, or gas, which is black.
+        stool = (0.36 + 0.08 * content + 0.03 * mottle) * np.clip(5 - 5 * content, 0.08, 1)
         for organ, label, wall, signal in (
             (bladder, BLADDER, 2.8, 0.92 + 0.01 * mottle),
             (gland, PROSTATE, 1.8, 0.58 + 0.05 * mottle),
@@ -329,23 +284,33 @@ class Man:
 
 
 def planes(config: PhantomConfig, patient: int, week: int) -> list[int]:
-    """Which planes of [0, 60) a volume's slices are: the two ends, and one of each of equal
-    stretches between them.
+    """Which planes of [0, 60) a volume's slices are: the ends, and one of each stretch between.
 
     The same planes in every patient would leave the priors blind to all that lies between them.
     """
     if config.slices < 3:
         return np.linspace(0, PLANES - 1, config.slices).round().astype(int).tolist()
-    rng = np.random.default_rng(
-        [config.seed, patient, week, PLANES + 2]
-    )  # a stream that no slice has
+    # This stream of random numbers is no slice's.
+    rng = np.random.default_rng([config.seed, patient, week, PLANES + 2])
     ends = np.linspace(1, PLANES - 1, config.slices - 1).round().astype(int)
     return [0, *rng.integers(ends[:-1], ends[1:]).tolist(), PLANES - 1]
 
 
+def names_of(config: PhantomConfig) -> dict[tuple[int, int], tuple[str, str]]:
+    """(patient, week) -> the names of its images and of its masks, with %d for the slice."""
+    cases, free = {}, itertools.count(FREE)
+    for split, own in NUMBERS.items():
+        numbers = itertools.chain(own, free)
+        for patient in itertools.islice(numbers, getattr(config, f"{split}_patients")):
+            for week in range(config.weeks):
+                name = f"{patient:03d}_week_{week}_slice_%d.nii.gz"
+                names = f"keras_slices_{split}/case_{name}", f"keras_slices_seg_{split}/seg_{name}"
+                cases[patient, week] = names
+    return cases
+
+
 def write_phantom(out: Path | str, config: PhantomConfig = PhantomConfig()) -> Path:
-    """Write the study of `config` into the folder `out`, unless it is there whole already; return
-    `out`.
+    """Write the study of `config` into the folder `out`, unless it is there whole; return `out`.
 
     It holds keras_slices_{split} (float32), keras_slices_seg_{split} (uint8 masks) and
     SYNTHETIC.txt.
@@ -353,35 +318,17 @@ def write_phantom(out: Path | str, config: PhantomConfig = PhantomConfig()) -> P
     Raises:
         UserError: `out` exists and is not a phantom, or holds other files too; it is left alone.
     """
-    out, about = Path(out), ABOUT + json.dumps({"version": VERSION, **asdict(config)}) + "\n"
-    cases = {}  # (patient, week) -> its files' names, images then masks, with %d for the slice
-    free = itertools.count(FREE)
-    for split, own in NUMBERS.items():
-        for patient in itertools.islice(
-            itertools.chain(own, free), getattr(config, f"{split}_patients")
-        ):
-            for week in range(config.weeks):
-                name = f"{patient:03d}_week_{week}_slice_%d.nii.gz"
-                names = f"keras_slices_{split}/case_{name}", f"keras_slices_seg_{split}/seg_{name}"
-                cases[patient, week] = names
-    marker = out / "SYNTHETIC.txt"
+    out, cases = Path(out), names_of(config)
+    marker, about = out / "SYNTHETIC.txt", json.dumps({"version": VERSION, **asdict(config)})
+    about = f"{ABOUT}{about}\n"
     if out.exists() and not marker.is_file():
         raise UserError(f"{out}: not a phantom, it has no SYNTHETIC.txt. Fix: another --out.")
-    foreign = [
-        path
-        for path in out.rglob("*")
-        if path.is_file() and not OURS.fullmatch(str(path.relative_to(out)))
-    ]
-    if foreign:
-        raise UserError(
-            f"{out}: holds files of others, such as {foreign[0]}. Fix: move them, or another --out."
-        )
-    files = [
-        out / (name % number)
-        for case, names in cases.items()
-        for name in names
-        for number in planes(config, *case)
-    ]
+    inside = (path for path in out.rglob("*") if path.is_file())
+    if foreign := [p for p in inside if not OURS.fullmatch(p.relative_to(out).as_posix())]:
+        found = f"{out}: holds files of others, such as {foreign[0]}"
+        raise UserError(f"{found}. Fix: move them, or another --out.")
+    numbers = {case: planes(config, *case) for case in cases}
+    files = [out / (n % number) for case in cases for n in cases[case] for number in numbers[case]]
     if marker.is_file() and marker.read_text() == about and all(file.is_file() for file in files):
         print(f"{out}: synthetic phantom of this config, already whole; reused")
         return out
@@ -391,7 +338,7 @@ def write_phantom(out: Path | str, config: PhantomConfig = PhantomConfig()) -> P
 
         def write(case: tuple[int, int]) -> None:
             man = Man(config.seed, *case)
-            for number in planes(config, *case):
+            for number in numbers[case]:
                 _, pixels, tissues = man.cut(number)
                 mask = np.where(tissues > PROSTATE, BODY, tissues).astype(np.uint8)
                 for name, array in zip(cases[case], (pixels, mask), strict=True):
@@ -399,9 +346,8 @@ def write_phantom(out: Path | str, config: PhantomConfig = PhantomConfig()) -> P
 
         for _ in in_parallel(write, list(cases), "phantom", "volume"):
             pass
-    print(
-        f"{out}: wrote a synthetic phantom, {len(files) // 2} slices and as many masks, seed {config.seed}"
-    )
+    made = f"{len(files) // 2} slices and as many masks, seed {config.seed}"
+    print(f"{out}: wrote a synthetic phantom, {made}")
     return out
 
 
