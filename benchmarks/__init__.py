@@ -1,3 +1,1 @@
-"""Measurements that are not part of the product; run them from the repository: `python -m
-benchmarks.peers`.
-"""
+"""Measurements that are no part of the product; run as `python -m benchmarks.peers`."""

@@ -87,15 +87,15 @@ def table(rows: list[dict]) -> None:
     for row in rows:
         comparable = row["epochs"], *row["data"]["fingerprints"].values(), row["run"]["torch"]
         groups.setdefault(comparable, {}).setdefault(row["name"], []).append(row)
-    for (epochs, *_, torch), found in groups.items():
-        scores = {name: [row["ssim"] for row in seeds] for name, seeds in found.items()}
+    for (epochs, *_, torch), runs in groups.items():
+        scores = {name: [row["ssim"] for row in seeds] for name, seeds in runs.items()}
         recipe = np.mean(scores.get("recipe", np.nan))
         head = f"{'seeds':>6}{'val. SSIM':>11}{'spread':>9}{'to recipe':>10}{'CPU ms a slice':>16}"
         print(f"{f'{epochs} epochs, torch {torch}':<36}{head}")
-        for name in sorted(found, key=lambda name: -np.mean(scores[name])):
+        for name in sorted(runs, key=lambda name: -np.mean(scores[name])):
             mean, n = np.mean(scores[name]), len(scores[name])
             spread = f"{np.std(scores[name], ddof=1):.4f}" if n > 1 else ""
-            cost = np.mean([row["cpu_ms_per_slice"] for row in found[name]])
+            cost = np.mean([row["cpu_ms_per_slice"] for row in runs[name]])
             print(f"{name:<36}{n:>6}{mean:>11.4f}{spread:>9}{mean - recipe:>+10.4f}{cost:>16.0f}")
 
 

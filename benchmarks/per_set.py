@@ -17,9 +17,7 @@ SCORES = ("ssim_report", "ssim_standard", "ssim_report_body", "psnr")
 
 
 def study_sets(patients: np.ndarray, below: int) -> dict[str, np.ndarray]:
-    """Which slices (N,) bool belong to each set, by the numbers of their patients (N,); no empty
-    set.
-    """
+    """Which slices (N,) bool belong to each set, by their patients' numbers (N,); no empty set."""
     sets = {f"patients < {below}": patients < below, f"patients >= {below}": patients >= below}
     return {name: chosen for name, chosen in sets.items() if chosen.any()}
 

@@ -65,14 +65,12 @@ def by_organs(values: np.ndarray, shows: dict[str, np.ndarray]) -> tuple[np.ndar
 
 
 def shares(row: Measured, trained: dict[str, Measured], shows: dict[str, np.ndarray]) -> dict:
-    """How many slices show no organ, and organs of both sets, and the share of each set's that are
-    plausible beside its training slices.
-    """
-    found, both = by_organs(row.values, shows)
-    result = {"n": len(found), "no organ": int((found == "").sum()), "both sets": both}
+    """How many slices show no organ, and both sets' organs; by set the share that is plausible."""
+    sets, both = by_organs(row.values, shows)
+    result = {"n": len(sets), "no organ": int((sets == "").sum()), "both sets": both}
     for name, others in trained.items():
         # without an organ there is no place or shape to judge
-        shown = (row.sets == name) & (found != "")
+        shown = (row.sets == name) & (sets != "")
         together, fine = organs.plausible(
             row.values[shown], row.positions[shown], others.values, others.positions
         )
@@ -120,8 +118,8 @@ def main() -> None:
     def measured(name: str, chosen: np.ndarray, change: Callable = lambda x: x) -> Measured:
         split = splits[name]
         parts = np.array_split(chosen, -(-len(chosen) // 64))
-        found = np.concatenate([measure(change(split.images(part))) for part in parts])
-        return Measured(found, split.positions[chosen], sets[name][chosen])
+        values = np.concatenate([measure(change(split.images(part))) for part in parts])
+        return Measured(values, split.positions[chosen], sets[name][chosen])
 
     rng, shows = np.random.default_rng(0), organs_of(train, sets["train"])
     beside = {
@@ -140,8 +138,8 @@ def main() -> None:
     result = {name: shares(row, beside, shows) for name, row in rows.items()}
     show(result, shows)
     data = {"study": train.study.resolve().name, "fingerprint": train.fingerprint}
-    found = {"rows": plain(result), "data": data, "provenance": runtime.provenance()}
-    runtime.write_json(args.out, found)
+    result = {"rows": plain(result), "data": data, "provenance": runtime.provenance()}
+    runtime.write_json(args.out, result)
     print(f"wrote {args.out}")
 
 

@@ -54,9 +54,7 @@ def named_sets(patients: np.ndarray, below: int, names: list[str]) -> dict[str, 
 
 
 def labels(checkpoints: list[str]) -> list[str]:
-    """Short names of the models: folder and file where that tells them apart, else the path as
-    given.
-    """
+    """Short names of the models: folder and file where these differ, else the path as given."""
     short = ["/".join(Path(path).with_suffix("").parts[-2:]) for path in checkpoints]
     return short if len(set(short)) == len(short) else checkpoints
 
@@ -88,15 +86,15 @@ def in_set(contender: Contender, test: SliceDataset, chosen: np.ndarray) -> dict
     patients = [f"{test.names[i].patient:03d}" for i in np.flatnonzero(chosen)]
     scores = [scores for scores, wanted in zip(contender.scores, chosen, strict=True) if wanted]
     codes = {level: contender.maps[level][chosen] for level in LEVELS}
-    found = predict.rates(contender.model, codes, *test.pixels.shape[1:])
-    found = predict.summarise(scores, patients) | found
+    result = predict.rates(contender.model, codes, *test.pixels.shape[1:])
+    result = predict.summarise(scores, patients) | result
     if contender.prior:
         pixels = test.pixels[0].size
         rate = sample_report.likelihood(
             contender.prior, list(codes.values()), test.positions[chosen], pixels
         )
-        found["bits_per_pixel"]["prior"] = rate["bits_per_pixel"]
-    return found
+        result["bits_per_pixel"]["prior"] = rate["bits_per_pixel"]
+    return result
 
 
 def sweep(test: SliceDataset, codecs: dict[str, image_codecs.Codec]) -> list[image_codecs.Points]:
@@ -114,17 +112,15 @@ def rate_panel(curves: image_codecs.Curves, models: dict[str, dict]) -> tuple[di
         codec: image_codecs.curve_points(curve, "ssim_report") for codec, curve in curves.items()
     }
     points = {}
-    for name, found in models.items():
-        ssim = found["ssim_report"]["mean"]
-        rates = found["bits_per_pixel"].items()
+    for name, model in models.items():
+        ssim = model["ssim_report"]["mean"]
+        rates = model["bits_per_pixel"].items()
         points[name] = {kind.replace("_", " "): (bits, ssim) for kind, bits in rates}
     return lines, points
 
 
 def print_set(title: str, board: dict, curves: image_codecs.Curves, rates: list[float]) -> None:
-    """Each codec's SSIM and PSNR at the rates, each model's scores, and what bits its SSIM costs a
-    codec.
-    """
+    """Each codec at the rates, each model, and the bits that codecs need for each model's SSIM."""
     print(f"\n{title}: {board['n']} slices, {board['people']} people; SSIM, report / PSNR, dB")
     heads = "".join(f"{rate:>16.4g}" for rate in rates)
     print(f"{'bits per pixel':<34}{heads}{'headers':>10}")
@@ -244,10 +240,10 @@ def main() -> None:
         board = {"n": int(chosen.sum()), "people": len(set(patients[chosen])), "models": {}}
         board["codecs"] = image_codecs.scoreboard(curves, *size, codecs)
         for name, contender in models.items():
-            found = in_set(contender, test, chosen)
-            means = {score: found[score]["mean"] for score in SCORES}
-            beside = image_codecs.compare(curves, found["bits_per_pixel"], means)
-            board["models"][name] = found | {"codecs": beside}
+            scores = in_set(contender, test, chosen)
+            means = {score: scores[score]["mean"] for score in SCORES}
+            beside = image_codecs.compare(curves, scores["bits_per_pixel"], means)
+            board["models"][name] = scores | {"codecs": beside}
         print_set(title, board, curves, args.rates)
         result["sets"][title] = board
         panels[f"{title} (n = {board['n']})"] = rate_panel(curves, board["models"])

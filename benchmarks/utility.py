@@ -3,11 +3,11 @@
     python -m benchmarks.utility Results/generated --data phantom_slices_data --steps 300
     python -m benchmarks.utility Results/generated --data DIR --patients 4 8 16 --below 100
 
-One network and one recipe (new_slices/organs.py) learn from the study's slices ("real" in the
-names of the rows), from the generated slices alone, and from both; with --patients also from the
-slices of a few of the study's patients, with and without the generated ones. Every network takes
-the same number of steps. In a mixture half of each batch is of the study. The generated folder must
-hold masks, as generate.py writes them for a study that has masks.
+One network and one recipe (new_slices/organs.py) learn from the study's slices, from the generated
+slices alone, and from both; with --patients also from the slices of a few of the study's patients,
+with and without the generated ones. Every network takes the same number of steps. In a mixture half
+of each batch is of the study. The generated folder must hold masks, as generate.py writes them for
+a study that has masks.
 
 Prints and writes to --out the mean Dice over organs and test patients, with 95 % intervals over
 patients, and each organ's. With --below, patients numbered below that are one set and the rest
@@ -37,18 +37,18 @@ class Pairs(NamedTuple):
     count: int
 
 
-def real_pairs(split: SliceDataset, chosen: np.ndarray) -> Pairs:
+def pairs_of(split: SliceDataset, chosen: np.ndarray) -> Pairs:
     return Pairs(lambda i: (split.images(chosen[i]), split.masks(chosen[i])), len(chosen))
 
 
 def generated_slices(folder: Path) -> list[Path]:
     """The slices that generate.py wrote, in the order of its manifest.json; UserError if none."""
-    found = sorted((folder / "keras_slices_synthetic").glob("case_*.nii.gz"), key=parse_name)
-    if not found:
+    slices = sorted((folder / "keras_slices_synthetic").glob("case_*.nii.gz"), key=parse_name)
+    if not slices:
         raise UserError(
             f"{folder}: no slices in keras_slices_synthetic/. Fix: generate.py --out {folder}"
         )
-    return found
+    return slices
 
 
 def read_generated(folder: Path, labels: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -72,19 +72,19 @@ def read_generated(folder: Path, labels: tuple[int, ...]) -> tuple[Tensor, Tenso
     return torch.from_numpy(np.stack(images))[:, None], torch.from_numpy(np.stack(masks))
 
 
-def mixture(real: Pairs, synthetic: Pairs) -> Pairs:
-    """The first half of a batch is real, the second generated, however many there are of each."""
+def mixture(study: Pairs, synthetic: Pairs) -> Pairs:
+    """Half of each batch is of the study, half generated, however many there are of each."""
 
     def take(indices: np.ndarray) -> tuple[Tensor, Tensor]:
         half = len(indices) // 2
         both = (
-            real.take(indices[:half] % real.count),
+            study.take(indices[:half] % study.count),
             synthetic.take(indices[half:] % synthetic.count),
         )
         images, masks = zip(*both, strict=True)
         return torch.cat(images), torch.cat(masks)
 
-    return Pairs(take, real.count * synthetic.count)
+    return Pairs(take, study.count * synthetic.count)
 
 
 def score(
@@ -151,14 +151,14 @@ def compare(
     device, labels = runtime.pick_device(args.device), train.labels
     runs: dict[str, list[np.ndarray]] = {}
     for seed in range(args.seeds):
-        real = real_pairs(train, slices["train"])
-        kinds = {"real": real, "synthetic alone": synthetic}
-        kinds["real and synthetic"] = mixture(real, synthetic)
+        study = pairs_of(train, slices["train"])
+        kinds = {"study": study, "generated alone": synthetic}
+        kinds["study and generated"] = mixture(study, synthetic)
         for count in args.patients:
             # every seed draws other patients
-            few = real_pairs(train, few_patients(train, slices["train"], count, seed))
-            kinds[f"{count} real patients"] = few
-            kinds[f"{count} real patients and synthetic"] = mixture(few, synthetic)
+            few = pairs_of(train, few_patients(train, slices["train"], count, seed))
+            kinds[f"{count} patients"] = few
+            kinds[f"{count} patients and generated"] = mixture(few, synthetic)
         for kind, pairs in kinds.items():
             net = organs.train_segmenter(
                 pairs.take,

@@ -277,8 +277,8 @@ def kernel_distance(
 def _features(a: np.ndarray, b: np.ndarray, least: int = 2) -> tuple[np.ndarray, np.ndarray]:
     """Features (N, F) and (M, F) as float64; ValueError for other shapes or too few rows."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < least:
-        found = f"features of {a.shape} and {b.shape}"
-        raise ValueError(f"{found}; expected (N, F) and (M, F), at least {least} rows")
+        shapes = f"features of {a.shape} and {b.shape}"
+        raise ValueError(f"{shapes}; expected (N, F) and (M, F), at least {least} rows")
     return a.astype(np.float64), b.astype(np.float64)
 
 
@@ -298,7 +298,7 @@ def ms_ssim(x: np.ndarray, y: np.ndarray, data_range: float) -> np.ndarray:
     Wang, Simoncelli & Bovik 2003, "Multi-Scale Structural Similarity for Image Quality Assessment",
     equation 7. Of the paper's 5 scales those are taken whose slices hold the window of 11 (4 for
     256x128), their weights scaled to add up to 1; a scale's mean below 0 counts as 0. Give all sets
-    that are compared one data_range in z units, such as the real slices' median max - min.
+    that are compared one data_range in z units, such as the median max - min of held-out slices.
     """
     x, y = (torch.as_tensor(np.array(image, np.float32)) for image in (x, y))
     weights = SCALE_WEIGHTS[: 1 + int(math.log2(min(x.shape[1:]) / len(GAUSSIAN)))]

@@ -325,8 +325,8 @@ def write_phantom(out: Path | str, config: PhantomConfig = PhantomConfig()) -> P
         raise UserError(f"{out}: not a phantom, it has no SYNTHETIC.txt. Fix: another --out.")
     inside = (path for path in out.rglob("*") if path.is_file())
     if foreign := [p for p in inside if not OURS.fullmatch(p.relative_to(out).as_posix())]:
-        found = f"{out}: holds files of others, such as {foreign[0]}"
-        raise UserError(f"{found}. Fix: move them, or another --out.")
+        what = f"{out}: holds files of others, such as {foreign[0]}"
+        raise UserError(f"{what}. Fix: move them, or another --out.")
     numbers = {case: planes(config, *case) for case in cases}
     files = [out / (n % number) for case in cases for n in cases[case] for number in numbers[case]]
     if marker.is_file() and marker.read_text() == about and all(file.is_file() for file in files):
