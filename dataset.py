@@ -1,14 +1,17 @@
-"""A study of 2-D NIfTI slices as PyTorch datasets, and the cache of its decoded slices.
+"""A study of 2-D NIfTI slices as PyTorch datasets.
 
-A study is a folder of keras_slices_train/, keras_slices_validate/ and keras_slices_test/, which
-hold 2-D slices named case_004_week_0_slice_0.nii.gz or the like. Masks are optional:
-seg_004_week_0_slice_0.nii.gz and so on in keras_slices_seg_train/ and its siblings. In your own
-code:
+1. A study is a folder with keras_slices_train/, keras_slices_validate/ and keras_slices_test/ of
+   files such as case_004_week_0_slice_12.nii.gz. No patient may be in two of them.
+2. Its masks are optional, and lie beside it: keras_slices_seg_train/seg_004_week_0_slice_12.nii.gz.
+3. `open_study` decodes every slice once, into a cache, and gives a `SliceDataset` for each split.
+4. There each slice lies in one grid for all (`Placement`), with mean 0 and deviation 1 (`z_score`).
+
+In your own code:
 
     splits = dataset.open_study(dataset.DataConfig(data="keras_slices_data"))
     loader = torch.utils.data.DataLoader(splits["train"], batch_size=16, shuffle=True)
 
-volumes.py makes a study of 3-D volumes.
+slice_volumes.py makes a study of 3-D volumes.
 """
 
 import glob
@@ -37,14 +40,12 @@ from support import nifti, runtime
 from support.runtime import UserError, in_parallel, option, write_json
 
 SPLITS = ("train", "validate", "test")
-STUDY_NAMES = (
-    "keras_slices_data",
-    "HipMRI_study_keras_slices_data",
-)  # looked for in the working directory
+# Studies that are looked for in the working directory.
+STUDY_NAMES = ("keras_slices_data", "HipMRI_study_keras_slices_data")
 # The files of a cache; the arrays hold the splits one after another.
 CACHED = PIXELS, MASKS, TABLE, INDEX = "pixels.npy", "masks.npy", "table.npz", "index.json"
 CACHE_VERSION = 6  # increase it when what is cached changes its meaning
-MOST_NOTES = 9
+MOST_NOTES = 9  # lines on what is odd in a study
 NO_MASK = 255  # in a mask: nothing is known of this pixel; no class has this index
 LARGEST = 2**26  # pixels of a slice
 A_SLICE = "a 2-D slice. Fix: `python slice_volumes.py` cuts volumes into slices"
@@ -79,7 +80,7 @@ NEW_NAME = (
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which study, and the size of the slices that the model sees."""
+    """Which study, and the grid in which the model sees its slices."""
 
     data: str = option(
         "", f"study folder; empty is that of the checkpoint, else {STUDY_NAMES[0]}/ here"
@@ -182,14 +183,11 @@ def parse_name(path: Path | str, pattern: str = "") -> SliceName:
 
 
 def find_study(data: str = "") -> Path | None:
-    """The study folder: `data`, else the first of `STUDY_NAMES` in the working directory, else
-    None.
-    """
+    """The folder `data`, else the first of `STUDY_NAMES` that is here, else None."""
     if data and not Path(data).is_dir():
         raise FileNotFoundError(f"{data}: no such study folder. Fix: check --data.")
-    return next(
-        (path for path in map(Path, [data] if data else STUDY_NAMES) if path.is_dir()), None
-    )
+    folders = map(Path, [data] if data else STUDY_NAMES)
+    return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def find_nifti(
@@ -198,12 +196,11 @@ def find_nifti(
     """All NIfTI entries under a folder in order of name; the paths of other files go into `others`.
 
     Hidden files and folders are passed over: macOS leaves some beside every file that it copies. So
-        is a link to
-    one of the folders `above`.
+    is a link to one of the folders `above`, which would lead round in a circle.
     """
     above = (*above, os.path.realpath(folder))
-    with os.scandir(folder) as found:
-        entries = sorted(found, key=lambda entry: entry.name)
+    with os.scandir(folder) as listing:
+        entries = sorted(listing, key=lambda entry: entry.name)
     for entry in entries:
         if entry.name.startswith("."):
             continue
@@ -225,88 +222,65 @@ def scan(
     `others`.
     """
     files: dict[SliceName, SourceFile] = {}
-    for entry in find_nifti(folder, others):
+    for entry in find_nifti(folder, others) if os.path.isdir(folder) else ():
         try:
-            if not entry.is_file():
-                raise UserError(
-                    "not a regular file"
-                    if os.path.exists(entry.path)
-                    else "a link to a file that is not there"
-                )
             name = parse_name(os.path.relpath(entry.path, folder), pattern)
-            status = entry.stat()  # one stat for a file
-            if name in files:
-                patient, week, number = name
-                raise UserError(
-                    f"read as patient {patient}, week {week}, slice {number}, as "
-                    f"{files[name].path} is. {NEW_NAME}"
-                )
+            status = entry.stat()
         except (UserError, OSError) as error:
-            bad[entry.path] = str(error)
-        else:
-            files[name] = SourceFile(name, entry.path, status.st_size, status.st_mtime_ns)
+            bad[entry.path] = getattr(error, "strerror", None) or str(error)
+            continue
+        file = SourceFile(name, entry.path, status.st_size, status.st_mtime_ns)
+        # Two files of one name would be one slice, and one of the two would be lost in silence.
+        if files.setdefault(name, file) is not file:
+            numbers = "patient {}, week {}, slice {}".format(*name)
+            bad[entry.path] = f"read as {numbers}, as {files[name].path} is. {NEW_NAME}"
     return [files[name] for name in sorted(files)]
 
 
 def way_in(others: list[str]) -> str:
     """How files that are no NIfTI become some; an empty string where there is no such way."""
-    endings = {os.path.splitext(path)[1].lower() for path in others}
-    names = {os.path.basename(path).upper() for path in others}
-    if endings & {".dcm", ".ima", ".dicom"} or "DICOMDIR" in names:
+    names = {os.path.basename(path).lower() for path in others}
+    endings = {os.path.splitext(name)[1] for name in names}
+    if endings & {".dcm", ".ima", ".dicom"} or "dicomdir" in names:
         return " It holds DICOM files: `dcm2niix -z y -o OUT IN` makes NIfTI of them."
     if endings & {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}:
-        return (
-            " It holds pictures: save each as NIfTI, in Python nifti.write('case_001_week_0_slice_0.nii.gz', pixels, "
-            "numpy.eye(4))."
-        )
+        write = "nifti.write('case_001_week_0_slice_0.nii.gz', pixels, numpy.eye(4))"
+        return f" It holds pictures: save each as NIfTI, in Python {write}."
     return ""
 
 
-def _scan_study(study: Path, pattern: str, bad: dict[str, str]) -> dict[str, list[SourceFile]]:
-    """The files of each split; FileNotFoundError for a split that is missing or empty."""
-    folders, others = {split: study / f"keras_slices_{split}" for split in SPLITS}, []
-    files = {
-        split: scan(folder, pattern, bad, others) if folder.is_dir() else []
-        for split, folder in folders.items()
-    }
-    missing = [
-        f.name for split, f in folders.items() if not files[split] and not (f.is_dir() and bad)
-    ]
-    if missing:
-        volumes = [] if others or any(files.values()) else list(find_nifti(study, others))[:1]
-        hint = (
-            f" It holds other NIfTI files, such as {volumes[0].path}."
-            if volumes
-            else way_in(others)
-        )
+def _scan_study(study: Path, pattern: str, bad: dict[str, str]) -> list[Job]:
+    """Every slice of a study with its mask, split after split; prints what is passed over.
+
+    Files that cannot be used go into `bad`. FileNotFoundError for a split that is missing or empty.
+    """
+    jobs, others, empty = [], [], []
+    for split in SPLITS:
+        folder, masks = study / f"keras_slices_{split}", study / f"keras_slices_seg_{split}"
+        files = scan(folder, pattern, bad, others)
+        empty += [] if files or (folder.is_dir() and bad) else [folder.name]
+        mask_of = {mask.name: mask for mask in scan(masks, pattern, bad, [])}
+        jobs += [Job(split, file, mask_of.pop(file.name, None)) for file in files]
+        for mask in mask_of.values():  # those that no slice took
+            bad[mask.path] = f"a mask without its slice in {folder.name}"
+    if empty:
+        elsewhere = [] if jobs or others else [entry.path for entry in find_nifti(study, others)]
+        hint = f" It holds other NIfTI files, such as {elsewhere[0]}." if elsewhere else ""
         raise FileNotFoundError(
-            f"{study}: no {', '.join(missing)} with .nii or .nii.gz files.{hint} Fix: --data names the folder of all "
-            "three splits; `python volumes.py --volumes DIR` makes one of 3-D volumes."
+            f"{study}: no {', '.join(empty)} with .nii or .nii.gz files.{hint or way_in(others)} "
+            "Fix: --data names the folder of all three splits; `python slice_volumes.py --volumes "
+            "DIR` makes one of 3-D volumes."
         )
     if others:
         print(f"{study}: {len(others)} other files were passed over, such as {others[0]}")
-    return files
+    return jobs
 
 
-def _scan_masks(
-    study: Path, pattern: str, files: dict[str, list[SourceFile]], bad: dict[str, str]
-) -> dict[str, list]:
-    """The mask file of every slice of each split, or None where it has none."""
-    masks = {}
-    for split in SPLITS:
-        folder = study / f"keras_slices_seg_{split}"
-        found = (
-            {file.name: file for file in scan(folder, pattern, bad, [])} if folder.is_dir() else {}
-        )
-        for name in found.keys() - {file.name for file in files[split]}:
-            bad[found[name].path] = f"a mask without its slice in keras_slices_{split}"
-        masks[split] = [found.get(file.name) for file in files[split]]
-    return masks
-
-
-def _check_patients(study: Path, files: dict[str, list[SourceFile]], allowed: bool) -> None:
+def _check_patients(study: Path, jobs: list[Job], allowed: bool) -> None:
     """UserError where splits share a patient, with a file of each as they were read."""
-    examples = {split: {file.name.patient: file.path for file in files[split]} for split in SPLITS}
+    examples = {split: {} for split in SPLITS}
+    for job in jobs:
+        examples[job.split][job.file.name.patient] = os.path.basename(job.file.path)
     shared = [
         (number, one, other)
         for one, other in combinations(SPLITS, 2)
@@ -314,20 +288,19 @@ def _check_patients(study: Path, files: dict[str, list[SourceFile]], allowed: bo
     ]
     if not shared:
         return
-    number, one, other = shared[0]
+    number, *splits = shared[0]
+    names = " and ".join(examples[split][number] for split in splits)
     listing = ", ".join(f"{number:03d} in {one} and {other}" for number, one, other in shared[:10])
     listing += ", ..." if len(shared) > 10 else ""
-    if allowed:
-        print(f"warning: shared patients: {listing}. Scores will flatter the model.")
-        return
-    names = " and ".join(os.path.basename(examples[split][number]) for split in (one, other))
-    raise UserError(
-        f"{study}: shared patients: {listing}; {names} were both read as patient {number:03d}. "
-        "Fix: move them, rename them if they are not one patient, or --allow-patient-overlap."
-    )
+    if not allowed:
+        raise UserError(
+            f"{study}: shared patients: {listing}; {names} were both read as patient {number:03d}. "
+            "Fix: move them, rename them if they are not one patient, or --allow-patient-overlap."
+        )
+    print(f"warning: shared patients: {listing}. Scores will flatter the model.")
 
 
-def grid_of(files: list[SourceFile]) -> tuple[int, int]:
+def grid_of(jobs: list[Job]) -> tuple[int, int]:
     """The rows and columns of the grid in which a model sees these slices, if nothing else is said.
 
     They are the smallest multiples of 8 that hold every slice, so that little of the grid is
@@ -335,7 +308,7 @@ def grid_of(files: list[SourceFile]) -> tuple[int, int]:
     stretched. One slice of each volume is looked at, as the others have its size.
     """
     shapes = Counter()
-    for path in {file.name[:2]: file.path for file in files}.values():
+    for path in {job.file.name[:2]: job.file.path for job in jobs}.values():
         with suppress(UserError, OSError):  # a bad file is named when all are decoded
             shapes[nifti.read_shape(path)[:2]] += 1
     if not shapes or shapes.most_common(1)[0][0] == OF_THE_REPORT:
@@ -356,8 +329,7 @@ def raise_bad(where: Path | str, bad: dict[str, str], total: int) -> None:
 
 @dataclass(frozen=True)
 class Placement:
-    """How a slice of `shape` lies in the model's grid of `size`: resized to `scaled`, then moved by
-    `offset`.
+    """How a slice of `shape` lies in a grid of `size`: resized to `scaled`, then moved by `offset`.
 
     All are (rows, columns). Offsets are negative where the slice is cropped.
     """
@@ -370,15 +342,15 @@ class Placement:
     @classmethod
     def make(cls, shape: tuple[int, int], size: tuple[int, int], fit: str = "auto") -> "Placement":
         """`fit` is one of `FITS`; see `DataConfig`."""
-        ratios = [there / here for here, there in zip(shape, size, strict=True)]
+        ratios = np.divide(size, shape)
         if fit == "auto":
-            # A grid that follows the study is at most 7 larger than its slices. HipMRI's 60 slices
-            # of 256x144 are stretched, as in the report.
-            holds = all(0 <= there - here < 8 for here, there in zip(shape, size, strict=True))
-            fit = "stretch" if max(ratios) <= 1.1251 * min(ratios) else "pad"
+            # A grid that follows the study is less than 8 larger than its slices: no pixel has to
+            # change. HipMRI's 60 slices of 256x144 are stretched, as in the report.
+            holds = all(0 <= gap < MULTIPLE for gap in np.subtract(size, shape))
+            fit = "stretch" if ratios.max() <= 1.1251 * ratios.min() else "pad"
             fit = "as it is" if holds else fit
-        scale = {"as it is": 1, "pad": min(ratios), "crop": max(ratios)}.get(fit)
-        scaled = size if scale is None else tuple(max(1, round(length * scale)) for length in shape)
+        scale = {"as it is": 1, "pad": ratios.min(), "crop": ratios.max()}.get(fit, ratios)
+        scaled = tuple(np.round(np.multiply(scale, shape)).clip(1).astype(int).tolist())
         offset = tuple((there - here) // 2 for here, there in zip(scaled, size, strict=True))
         return cls(tuple(shape), tuple(size), scaled, offset)
 
@@ -392,12 +364,12 @@ class Placement:
 
     @property
     def own(self) -> tuple[slice, slice]:
-        """The rows and columns of the model's grid that show the slice; around them lies padding."""
+        """The rows and columns of the grid that show the slice; around them lies padding."""
         return self._windows()[0]
 
     @property
     def share(self) -> float:
-        """The share of the model's grid that shows the slice, in (0, 1]."""
+        """The share of the grid that shows the slice, in (0, 1]."""
         rows, columns = (window.stop - window.start for window in self.own)
         return rows * columns / (self.size[0] * self.size[1])
 
@@ -414,9 +386,7 @@ class Placement:
         )
 
     def place(self, pixels: np.ndarray, fill: float = 0, nearest: bool = False) -> np.ndarray:
-        """A slice (shape) in the model's grid (size), with `fill` around it; masks are resized by
-        `nearest`.
-        """
+        """A slice (shape) in the grid (size), with `fill` around it; `nearest` is for masks."""
         if self.shape == self.size:
             return pixels
         here, there = self._windows()
@@ -425,31 +395,27 @@ class Placement:
         return grid
 
     def restore(self, pixels: np.ndarray, nearest: bool = False) -> np.ndarray:
-        """What `place` did, undone: the model's grid (size) as a slice (shape).
+        """What `place` did, undone: the grid (size) as a slice (shape).
 
         What was cropped away is not known: it has the smallest value there is.
         """
-        if self.shape == self.size:
-            return pixels
         here, there = self._windows()
         scaled = np.full(self.scaled, pixels.min(), pixels.dtype)
         scaled[there] = pixels[here]
         return _resize(scaled, self.shape, nearest)
 
     def affine(self, affine: np.ndarray) -> np.ndarray:
-        """The affine of the model's grid, from that of the slice."""
+        """The affine of the grid, from that of the slice."""
         scale = [here / there for here, there in zip(self.shape, self.scaled, strict=True)]
         start = [(0.5 - move) * step - 0.5 for move, step in zip(self.offset, scale, strict=True)]
         return nifti.grid_affine(affine, scale, start)
 
 
 def _resize(pixels: np.ndarray, shape: tuple[int, int], nearest: bool) -> np.ndarray:
-    """`pixels` at another size: linear, smoothed first where it shrinks, as in the report; or the
-    nearest.
-    """
+    """`pixels` at another size: the nearest ones; else linear, smoothed first where they shrink."""
     if pixels.shape == tuple(shape):
         return pixels
-    if nearest:  # labels are taken as they are, and never pass through a float
+    if nearest:  # labels are picked as they are, and never pass through a float
         rows, columns = (
             ((np.arange(there) + 0.5) * here / there).astype(int)
             for here, there in zip(pixels.shape, shape, strict=True)
@@ -459,8 +425,9 @@ def _resize(pixels: np.ndarray, shape: tuple[int, int], nearest: bool) -> np.nda
 
 
 def z_score(pixels: np.ndarray) -> tuple[np.float32, np.float32, bool]:
-    """Mean and population standard deviation of a slice, and whether it is constant: then the
-    latter is 1.
+    """Mean and population standard deviation of a slice, and whether it has one value only.
+
+    Then the deviation is 1, as nothing can be divided by 0.
     """
     mean, std = np.float32(pixels.mean(dtype=np.float64)), np.float32(pixels.std(dtype=np.float64))
     constant = bool(std == 0 or pixels.min() == pixels.max())
@@ -468,13 +435,11 @@ def z_score(pixels: np.ndarray) -> tuple[np.float32, np.float32, bool]:
 
 
 def read_slice(path: str) -> tuple[np.ndarray, nifti.Image]:
-    """The 2-D array of a file, in the file's units, and the file as it was read. UserError for a
-    volume.
-    """
+    """The 2-D array of a file, in its units, and the file as it was read; UserError for others."""
     image = nifti.read(path, max_axes=2, max_pixels=LARGEST, expected=A_SLICE)
     shape = image.shape
     if len(shape) < 2 or min(shape[:2]) < 2 or max(shape[2:], default=1) > 1:
-        raise UserError(f"an array of shape {shape}; expected a 2-D slice")
+        raise UserError(f"an array of shape {shape}; expected {A_SLICE}")
     return image.values(image.raw.reshape(shape[:2])), image
 
 
@@ -500,45 +465,46 @@ def read_labels(image: nifti.Image, raw: np.ndarray) -> np.ndarray:
 
 def _read_mask(path: str, of_slice: nifti.Image) -> np.ndarray:
     """The labels (rows, columns) int64 of a mask that lies on a slice."""
-    _, image = read_slice(path)
-    if image.shape[:2] != of_slice.shape[:2]:
+    image = read_slice(path)[1]
+    shape = of_slice.shape[:2]
+    if image.shape[:2] != shape:
+        raise UserError(f"its shape is {image.shape[:2]}; expected {shape}, as of its slice")
+    directions = [
+        file.affine[:3, :2] / np.linalg.norm(file.affine[:3, :2], axis=0)
+        for file in (image, of_slice)
+    ]
+    turned = (np.prod(directions, axis=0).sum(axis=0) < 0.5).any()  # cosines, for rows and columns
+    if turned and image.oriented and of_slice.oriented:
         raise UserError(
-            f"its shape is {image.shape[:2]}; expected {of_slice.shape[:2]}, as of its slice"
+            "its affine turns or mirrors it against its slice; expected the same directions"
         )
-    if image.oriented and of_slice.oriented:
-        axes = [
-            file.affine[:3, :2] / np.linalg.norm(file.affine[:3, :2], axis=0)
-            for file in (image, of_slice)
-        ]
-        if ((axes[0] * axes[1]).sum(axis=0) < 0.5).any():
-            raise UserError(
-                "its affine turns or mirrors it against its slice; expected the same directions"
-            )
     return read_labels(image, image.raw.reshape(image.shape[:2]))
 
 
 def _decode(
     job: Job, size: tuple[int, int], fit: str
-) -> tuple[np.ndarray, np.ndarray | None, dict] | str:
-    """A slice at `size`, float32 in scanner units, its mask, int64 labels, and its row of the
-    table. A string says why a file cannot be used.
+) -> tuple[np.ndarray, tuple | None, dict] | str:
+    """A slice in the grid, float32 in scanner units; its mask, as the labels that it shows and the
+    place among them of each pixel's; and its row of the table.
+
+    A string says why a file cannot be used.
     """
-    mask, reading = None, ""
+    mask, labels, reading = None, b"", ""
     try:
         pixels, image = read_slice(job.file.path)
         pixels = nifti.finite(pixels)
         placement = Placement.make(pixels.shape, size, fit)
         if job.mask:
             reading = f"its mask {job.mask.path}: "
-            mask = placement.place(_read_mask(job.mask.path, image), nearest=True)
+            labels = placement.place(_read_mask(job.mask.path, image), nearest=True)
+            mask = np.unique(labels, return_inverse=True)
     except (UserError, OSError) as error:
         return f"{reading}{error}"
-    row = {"affines": image.affine, "shapes": pixels.shape}
-    row |= {"broken": image.broken, "oriented": image.oriented}
-    pixels = placement.place(pixels, fill=pixels.min())
+    row = {"affines": image.affine, "oriented": image.oriented, "broken": image.broken}
+    row |= {"shapes": pixels.shape, "has_mask": mask is not None}
+    pixels = np.ascontiguousarray(placement.place(pixels, fill=pixels.min()))
     row["mean"], row["std"], row["constant"] = z_score(pixels)
-    row["sum"] = zlib.crc32(np.ascontiguousarray(pixels))
-    row["has_mask"], row["mask_sum"] = mask is not None, 0 if mask is None else zlib.crc32(mask)
+    row["sums"] = zlib.crc32(pixels), zlib.crc32(labels)
     return pixels, mask, row
 
 
@@ -600,12 +566,10 @@ def _fill_cache(folder: Path, study: Path, jobs: list[Job], config: DataConfig, 
 def _write_cache(
     folder: Path, study: Path, jobs: list[Job], config: DataConfig, bad: dict[str, str]
 ) -> None:
-    """Decode all slices, and their masks, into `folder`; UserError at the end if any file is
-    bad.
-    """
+    """Decode all slices and masks into `folder`; UserError at the end if any file is bad."""
     rows, total = [], len(jobs) + len(bad)
-    labels, shown = {0: 0}, {}  # the place of each label in their order of appearance
     size, any_masks = (config.height, config.width), any(job.mask for job in jobs)
+    labels, shown = {0: 0}, {}  # the place of each label in their order of appearance
     work = in_parallel(partial(_decode, size=size, fit=config.fit), jobs, "decoding", "slice")
     # Arrays go into plain files: written through a memory map, a full disk ends the process with
     # a SIGBUS and without a message.
@@ -618,28 +582,24 @@ def _write_cache(
                 bad[job.file.path] = decoded
                 continue
             pixels, mask, row = decoded
-            pixels_file.write(pixels.astype("<f4", copy=False).data)
             rows.append(row)
+            pixels_file.write(pixels.astype("<f4", copy=False).data)
             if any_masks and len(labels) <= NO_MASK:
-                masks_file.write(_to_indices(mask, labels, size).data)
+                masks_file.write(_to_places(mask, labels, size).data)
                 shown[job.split] = len(labels)
                 if len(labels) > NO_MASK:
                     bad[job.mask.path] = f"more than {NO_MASK} different labels; is it an image?"
     if bad:
         raise_bad(study, bad, total)
     table = {key: np.array([row[key] for row in rows]) for key in rows[0]}
-    fingerprints = {
-        split: _fingerprint(jobs, table, np.array([job.split == split for job in jobs]), size)
-        for split in SPLITS
-    }
-    # A model learns the labels of the train split, which was decoded first.
+    notes, fingerprints = _notes(jobs, table, config), _fingerprints(jobs, table, size)
+    # A model learns what the masks of the train split show, and that split was decoded first.
     known, others = list(labels)[: shown.get("train", 1)], list(labels)[shown.get("train", 1) :]
-    notes = _notes([job.file.path for job in jobs], table, config)
     if any_masks:
-        notes = _notes_on_labels(known, others, int((~table["has_mask"]).sum())) + notes
-    organs = len(known) > 1
-    classes = np.full(NO_MASK + 1, NO_MASK, np.uint8)
+        notes = _notes_on_labels(known, others, table["has_mask"]) + notes
+    classes = np.full(NO_MASK + 1, NO_MASK, np.uint8)  # of each place, see `_to_places`
     classes[: len(known)] = np.searchsorted(sorted(known), known)
+    organs = len(known) > 1
     table["has_mask"] &= organs
     np.savez(folder / TABLE, labels=sorted(known) * organs, classes=classes, **table)
     where = {"study": str(study.resolve()), "fingerprints": fingerprints, "notes": notes}
@@ -655,53 +615,52 @@ def _array(path: Path, dtype: str, shape: tuple[int, ...]) -> Iterator[BinaryIO]
         yield file
 
 
-def _to_indices(
-    mask: np.ndarray | None, labels: dict[int, int], size: tuple[int, int]
+def _to_places(
+    mask: tuple[np.ndarray, np.ndarray] | None, labels: dict[int, int], size: tuple[int, int]
 ) -> np.ndarray:
-    """`mask` as the uint8 places of its labels in `labels`, to which new ones are appended."""
+    """A mask as the uint8 places of its labels in `labels`, to which new ones are appended."""
     if mask is None:
         return np.full(size, NO_MASK, np.uint8)
-    values, positions = np.unique(mask, return_inverse=True)
+    values, inverse = mask
     places = [labels.setdefault(value, len(labels)) for value in values.tolist()]
-    return np.array(places).astype(np.uint8)[positions].reshape(size)
+    return np.array(places).astype(np.uint8)[inverse].reshape(size)
 
 
-def _fingerprint(jobs: list[Job], table: dict, chosen: np.ndarray, size: tuple[int, int]) -> str:
-    """A digest of the names, pixels and masks of the `chosen` (N,) slices; where they lie on the
-    disk does not count.
-    """
-    names = [tuple(job.file.name) for job, here in zip(jobs, chosen, strict=True) if here]
-    content = ((len(names), *size), names, table["sum"][chosen].tolist())
-    if table["has_mask"][chosen].any():
-        content += (table["mask_sum"][chosen].tolist(),)
-    return hashlib.sha256(repr(content).encode()).hexdigest()
+def _fingerprints(jobs: list[Job], table: dict, size: tuple[int, int]) -> dict[str, str]:
+    """Of each split a digest of its slices' names, pixels and masks, wherever they lie."""
+    digests = {}
+    for split in SPLITS:
+        chosen = np.array([job.split == split for job in jobs])
+        names = [tuple(job.file.name) for job in jobs if job.split == split]
+        pixel_sums, mask_sums = table["sums"][chosen].T.tolist()
+        content = ((len(names), *size), names, pixel_sums)
+        if table["has_mask"][chosen].any():
+            content += (mask_sums,)
+        digests[split] = hashlib.sha256(repr(content).encode()).hexdigest()
+    return digests
 
 
-def _notes_on_labels(known: list[int], others: list[int], missing: int) -> list[str]:
+def _notes_on_labels(known: list[int], others: list[int], has_mask: np.ndarray) -> list[str]:
     """What is odd in a study's masks: `known` labels are the train split's, `others` are not."""
     if len(known) == 1:
         return ["no training mask shows an organ: the study counts as one without masks"]
     names = ", ".join(map(str, sorted(others)))
     notes = {
         f"no training mask shows the labels {names}: their pixels count as unknown": others,
-        f"{missing} slices have no mask": missing,
+        f"{(~has_mask).sum()} slices have no mask": not has_mask.all(),
     }
     return [note for note, there in notes.items() if there]
 
 
-def _notes(paths: list[str], table: dict, config: DataConfig) -> list[str]:
-    """What is odd in a study, in a line for each kind."""
+def _notes(jobs: list[Job], table: dict[str, np.ndarray], config: DataConfig) -> list[str]:
+    """What is odd in a study's slices, in a line for each kind."""
     notes, size = [], (config.height, config.width)
     runs = Counter(nifti.directions(table["affines"][table["oriented"]]))
     if len(runs) > 1:
         listing = ", ".join(f"{count} {letters}" for letters, count in runs.most_common())
         notes.append(f"warning: rows and columns of slices run in different directions: {listing}")
-    odd = {
-        "slices have an affine that is none in their header (voxel sizes alone were used)": table[
-            "broken"
-        ],
-        "slices have one value only (kept, std 1)": table["constant"],
-    }
+    none = "slices have an affine that is none in their header (voxel sizes alone were used)"
+    odd = {none: table["broken"], "slices have one value only (kept, std 1)": table["constant"]}
     for shape in sorted(set(map(tuple, table["shapes"].tolist())) - {size}):
         place = Placement.make(shape, size, config.fit)
         what = f"slices of {shape[0]}x{shape[1]} were {place.verb} to {size[0]}x{size[1]}"
@@ -709,9 +668,9 @@ def _notes(paths: list[str], table: dict, config: DataConfig) -> list[str]:
         odd[f"{what}{share} (--fit {config.fit})"] = (table["shapes"] == shape).all(axis=1)
     for what, hit in odd.items():
         if hit.any():
-            notes.append(f"{hit.sum()} {what}, such as {paths[hit.argmax()]}")
-    more = [f"... and {len(notes) - MOST_NOTES} more such lines"] if len(notes) > MOST_NOTES else []
-    return notes[:MOST_NOTES] + more
+            notes.append(f"{hit.sum()} {what}, such as {jobs[hit.argmax()].file.path}")
+    more = len(notes) - MOST_NOTES
+    return notes[:MOST_NOTES] + [f"... and {more} more such lines"] * (more > 0)
 
 
 # ---- datasets ------------------------------------------------------------------------------------
@@ -795,53 +754,44 @@ def mirrored_overlap(train: "SliceDataset", axis: int, most: int = 1000) -> np.n
 
 
 def relative_positions(names: Sequence[SliceName]) -> np.ndarray:
-    """(N,) float32: 0 for the first slice of its volume (patient and week), 1 for the last; NaN for
-    an only one.
-    """
+    """(N,) float32: 0 for the first slice of its volume, 1 for the last; NaN for an only one."""
     numbers: dict[tuple[int, int], list[int]] = {}
-    for patient, week, number in names:
-        numbers.setdefault((patient, week), []).append(number)
-    ends = {volume: (min(found), max(found) - min(found)) for volume, found in numbers.items()}
-    places = [(name.slice, *ends[name[:2]]) for name in names]
-    return np.array([(n - low) / span if span else np.nan for n, low, span in places], np.float32)
+    for name in names:
+        numbers.setdefault(name[:2], []).append(name.slice)  # a volume is a patient and a week
+    ends = {volume: (min(slices), max(slices)) for volume, slices in numbers.items()}
+    first, last = np.array([ends[name[:2]] for name in names], np.float64).T
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN
+        return (([name.slice for name in names] - first) / (last - first)).astype(np.float32)
 
 
 class SliceDataset(torch.utils.data.Dataset):
-    """One split of a study, z-scored per slice (population standard deviation), read from the
-    cache.
+    """One split of a study, read from the cache; every slice has mean 0 and standard deviation 1.
 
     Attributes:
         paths, names: of the N source files, in order of patient, week and slice.
-        pixels: (N, height, width) float32 memory map, scanner units, in the model's grid.
-        mean, std: (N,) float32, scanner units; std is 1 for a constant slice.
-        positions: (N,) float32 in [0, 1], where in its volume a slice lies; NaN if it is the
-            volume's only one.
+        pixels: (N, height, width) float32 memory map, scanner units, in the grid of `config`.
+        mean, std: (N,) float32, scanner units; std (of the population) is 1 for a constant slice.
+        positions: (N,) float32 in [0, 1], where in its volume a slice lies; NaN if it is the only
+            one.
         affines, shapes: (N, 4, 4) float64 and (N, 2) int, of the source files.
-        oriented: (N,) bool, whether the source file gives directions; else its affine holds voxel
-            sizes alone.
+        oriented: (N,) bool, whether the affine gives directions; else it holds voxel sizes alone.
         labels: the values in the masks of the train split, sorted, 0 among them; () where these
-            show no organ. Labels of other splits alone are unknown to a model, as NO_MASK is.
+            show no organ.
         has_mask: (N,) bool.
-        fingerprint: hex digest of the slices' names, pixels and masks: a copy of a study has the
-            same.
+        fingerprint: hex digest of names, pixels and masks: a copy of a study has the same.
         synthetic: the study holds a file named SYNTHETIC.txt.
     """
 
     def __init__(
-        self,
-        study: Path,
-        split: str,
-        files: list[SourceFile],
-        cache: Path,
-        start: int,
-        config: DataConfig,
+        self, study: Path, split: str, jobs: list[Job], cache: Path, config: DataConfig
     ) -> None:
-        self._made_of = (study, split, files, cache, start, config)
+        self._made_of = (study, split, jobs, cache, config)
         self.study, self.split, self.config = study, split, config
+        rows = slice(*np.flatnonzero([job.split == split for job in jobs])[[0, -1]] + [0, 1])
+        files = [job.file for job in jobs[rows]]
         self.paths, self.names = [Path(file.path) for file in files], [file.name for file in files]
         self.synthetic = (study / "SYNTHETIC.txt").is_file()
         self.positions = relative_positions(self.names)
-        rows = slice(start, start + len(files))
         self.pixels = np.load(cache / PIXELS, mmap_mode="r")[rows]
         with np.load(cache / TABLE) as table:
             self.mean, self.std = table["mean"][rows], table["std"][rows]
@@ -850,8 +800,7 @@ class SliceDataset(torch.utils.data.Dataset):
             self.has_mask = table["has_mask"][rows]
             self.labels, self._classes = tuple(table["labels"].tolist()), table["classes"]
         self._mask_indices = np.load(cache / MASKS, mmap_mode="r")[rows] if self.labels else None
-        index = json.loads((cache / INDEX).read_text())
-        self.fingerprint = index["fingerprints"][split]
+        self.fingerprint = json.loads((cache / INDEX).read_text())["fingerprints"][split]
 
     def __reduce__(self):
         """A pickled memory map would carry its pixels; a worker process opens the file instead."""
@@ -869,9 +818,9 @@ class SliceDataset(torch.utils.data.Dataset):
         return torch.from_numpy(batch).unsqueeze(1)
 
     def masks(self, indices: Sequence[int]) -> torch.Tensor:
-        """(B, height, width) uint8: the place in `labels` of each pixel's label.
+        """(B, height, width) uint8, the class of each pixel: the place of its label in `labels`.
 
-        255 where a slice has no mask, and where a label is not among those of the train split.
+        255 where a slice has no mask, and where the train split's masks never show the label.
         """
         if not self.labels:
             raise UserError(f"{self.study}: a study without masks")
@@ -928,15 +877,14 @@ class SliceDataset(torch.utils.data.Dataset):
         return lambda indices: held[indices.to(device, non_blocking=True)].to(one.dtype)
 
     def placement(self, index: int) -> Placement:
-        """How the source slice `index` lies in the model's grid."""
-        return Placement.make(
-            tuple(self.shapes[index].tolist()), self.pixels.shape[1:], self.config.fit
-        )
+        """How the source slice `index` lies in the grid."""
+        rows, columns = self.shapes[index].tolist()
+        return Placement.make((rows, columns), self.pixels.shape[1:], self.config.fit)
 
     def own(self, index: int) -> tuple[slice, slice]:
-        """The rows and columns of the model's grid that show slice `index`: `image[split.own(i)]`.
+        """The rows and columns of the grid that show slice `index`: `image[split.own(index)]`.
 
-        What lies around them is padding, which a score must not count.
+        What lies around them is padding, which no score may count.
         """
         return self.placement(index).own
 
@@ -946,13 +894,11 @@ class SliceDataset(torch.utils.data.Dataset):
         return [letters * bool(oriented) for letters, oriented in told]
 
     def grid_affine(self, index: int) -> np.ndarray:
-        """(4, 4): the affine of the model's grid where it lies over slice `index`."""
+        """(4, 4): the affine of the grid where it lies over slice `index`."""
         return self.placement(index).affine(self.affines[index])
 
     def __getitem__(self, index: int) -> dict:
-        """One slice, "image" (1, height, width) float32 z-scored, with what leads back to its
-        source.
-        """
+        """One slice: "image" (1, height, width) float32 z-scored, and what leads to its file."""
         index = range(len(self))[index]
         mean, std = float(self.mean[index]), float(self.std[index])
         source = {"affine": self.affines[index], "index": index, "path": str(self.paths[index])}
@@ -960,8 +906,9 @@ class SliceDataset(torch.utils.data.Dataset):
 
 
 def open_study(config: DataConfig) -> dict[str, SliceDataset]:
-    """The three splits of a study, decoded into the cache if they are not there yet; prints what it
-    did.
+    """The three splits of a study, decoded into the cache if they are not there yet.
+
+    Prints what it did and what is odd in the study.
 
     Raises:
         FileNotFoundError: no study, or a split missing or empty.
@@ -976,28 +923,19 @@ def open_study(config: DataConfig) -> dict[str, SliceDataset]:
             "Fix: --data DIR, or `python driver.py`, which makes a synthetic study."
         )
     bad: dict[str, str] = {}
-    files = _scan_study(study, config.name_pattern, bad)
-    _check_patients(study, files, config.allow_patient_overlap)
-    masks = _scan_masks(study, config.name_pattern, files, bad)
-    jobs = [
-        Job(split, file, mask)
-        for split in SPLITS
-        for file, mask in zip(files[split], masks[split], strict=True)
-    ]
-    height, width = grid_of([job.file for job in jobs])
+    jobs = _scan_study(study, config.name_pattern, bad)
+    _check_patients(study, jobs, config.allow_patient_overlap)
+    height, width = grid_of(jobs)
     config = replace(config, height=config.height or height, width=config.width or width)
     cache = _cache_folder(study, jobs, config)
     if bad or not _is_whole(cache):
         _fill_cache(cache, study, jobs, config, bad)
     else:
         print(f"decoded slices: from the cache {cache}")
-    splits, start = {}, 0
-    for split in SPLITS:
-        splits[split] = SliceDataset(study, split, files[split], cache, start, config)
-        start += len(files[split])
-    for split in SPLITS:
-        patients = len({file.name.patient for file in files[split]})
-        print(f"{study}: {split:<8} {len(files[split]):>6} slices of {patients} patients")
+    splits = {split: SliceDataset(study, split, jobs, cache, config) for split in SPLITS}
+    for split, slices in splits.items():
+        patients = len({name.patient for name in slices.names})
+        print(f"{study}: {split:<8} {len(slices):>6} slices of {patients} patients")
     print(f"{study}: the model's grid is {config.height}x{config.width}")
     if labels := splits["train"].labels:
         print(f"{study}: masks with the labels {', '.join(map(str, labels))}")
@@ -1039,9 +977,8 @@ class StudyInfo:
     plane: str = ""
 
     def __post_init__(self) -> None:
-        DataConfig(
-            height=self.height, width=self.width, fit=self.fit
-        )  # raises for what these may not be
+        # Raises for what these may not be.
+        DataConfig(height=self.height, width=self.width, fit=self.fit)
 
     @classmethod
     def from_splits(cls, splits: dict[str, SliceDataset]) -> "StudyInfo":
@@ -1071,23 +1008,24 @@ class StudyInfo:
 
 
 def find_trained_study(trained: StudyInfo, checkpoint: str, cache: str = "") -> str:
-    """The study folder that `checkpoint` was trained on: of its name here, or where the cache
-    remembers it from.
+    """The study that `checkpoint` was trained on: a folder of its name here, or one in the cache.
 
-    Of several studies of that name in the cache, the one with the slices of the training is taken.
-    FileNotFoundError where there is none.
+    A checkpoint keeps no path, as it is shared: the cache remembers where its studies lie. Of
+    several with that name, the one with the slices of the training is taken. FileNotFoundError
+    where there is none.
     """
     name = trained.study
     if Path(name).is_dir():
         return name
-    indices = _cache_root(cache).glob(f"{glob.escape(Path(name).name)}-*/{INDEX}")
-    known = [json.loads(path.read_text()) for path in indices]
-    there = [index for index in known if Path(index["study"]).is_dir()]
-    if not there:
+    caches = _cache_root(cache).glob(f"{glob.escape(Path(name).name)}-*/{INDEX}")
+    studies = [json.loads(path.read_text()) for path in caches]
+    studies = [study for study in studies if Path(study["study"]).is_dir()]
+    if not studies:
         raise FileNotFoundError(
             f"{name}: the study that {checkpoint} was trained on is not there. Fix: --data DIR."
         )
-    return max(there, key=lambda index: index.get("fingerprints") == trained.fingerprints)["study"]
+    same = [study.get("fingerprints") == trained.fingerprints for study in studies]
+    return studies[same.index(max(same))]["study"]
 
 
 def open_trained_study(
@@ -1097,19 +1035,18 @@ def open_trained_study(
 
     `trained` is the record of the checkpoint at the path `checkpoint`. Raises as `open_study` does.
     """
-    given = {name: getattr(config, name) or getattr(trained, name) for name in KEPT}
-    given |= {name: getattr(trained, name) for name in SIZE}
-    given["data"] = config.data or find_trained_study(trained, checkpoint, config.cache)
-    return open_study(replace(config, **given))
+    settings = {name: getattr(config, name) or getattr(trained, name) for name in KEPT}
+    settings |= {name: getattr(trained, name) for name in SIZE}
+    settings["data"] = config.data or find_trained_study(trained, checkpoint, config.cache)
+    return open_study(replace(config, **settings))
 
 
 def save_reconstruction(
     dataset: SliceDataset, index: int, image: np.ndarray, path: Path | str
 ) -> None:
-    """Write a z-scored (height, width) image as float32 NIfTI in scanner units on the plane of
-    slice `index`.
+    """Write a z-scored (height, width) image of slice `index` as float32 NIfTI in scanner units.
 
-    The z-score of that slice is undone, its size and affine restored. ValueError for another shape.
+    The slice's z-score is undone, its size and affine restored. ValueError for another shape.
     """
     pixels = np.asarray(image, np.float64)
     if pixels.shape != dataset.pixels.shape[1:]:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import nibabel
 import numpy as np
@@ -93,32 +94,30 @@ def read(
     An array with more than `max_axes` axes that are longer than 1, or with more than `max_pixels`,
     is refused before it is unpacked, with `expected` in the message.
     """
-    if not os.path.isfile(path):  # whoever opens a named pipe waits for somebody to write to it
-        raise UserError("not a regular file")
-    with open(path, "rb") as file:
-        data = file.read()
-    with _reading():
-        return _parse(data, max_axes, max_pixels, expected)
+    with _reading(path) as file:
+        return _parse(file.read(), max_axes, max_pixels, expected)
 
 
 def read_shape(path: Path | str) -> tuple[int, ...]:
     """The lengths of a file's axes, of which its first bytes tell; UserError as of `read`."""
-    with open(path, "rb") as file:
+    with _reading(path) as file:
         start = file.read(SPARE)
-    with _reading():
         start = _unzip(start, max(HEADERS)) if start[:2] == GZIP else start
         return _read_header(start).get_data_shape()
 
 
 @contextmanager
-def _reading() -> Iterator[None]:
-    """Whatever goes wrong in the block is the file's fault: a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # nibabel, NumPy and zlib have a dozen for a damaged file
-        raise UserError(f"not a whole NIfTI file ({type(error).__name__}: {error})") from error
+def _reading(path: Path | str) -> Iterator[BinaryIO]:
+    """The file, open; whatever goes wrong in the block is its fault: a UserError."""
+    if not os.path.isfile(path):  # whoever opens a named pipe waits for somebody to write to it
+        raise UserError("not a regular file, or not there")
+    with open(path, "rb") as file:
+        try:
+            yield file
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # nibabel, NumPy and zlib have a dozen for a damaged file
+            raise UserError(f"not a whole NIfTI file ({type(error).__name__}: {error})") from error
 
 
 def _parse(data: bytes, max_axes: int, max_pixels: int, expected: str) -> Image:
