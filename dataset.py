@@ -1000,7 +1000,7 @@ class StudyInfo:
         """The record in a checkpoint; UserError, which names `path`, where it is not one."""
         with runtime.reading(path):
             data = dict(checkpoint["data"])
-            return runtime.from_saved(cls, data | {"labels": tuple(data.get("labels", ()))})
+            return runtime.fill(cls, data | {"labels": tuple(data.get("labels", ()))})
 
     def as_dict(self) -> dict:
         """For the checkpoint, which holds plain containers only."""

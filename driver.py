@@ -1,32 +1,34 @@
 """The whole story in order: a study, the autoencoder and its scores, the priors over its codes and
 new slices.
 
-    python driver.py                              # no data: makes a synthetic study first; 5 minutes
-    python driver.py --data keras_slices_data     # a real study: the report's settings, then 30 minutes of priors
+    python driver.py                             # no data: makes a synthetic study first
+    python driver.py --data keras_slices_data    # a real study, with the report's settings
     python driver.py --data keras_slices_data --preset best
-    python driver.py --prior-minutes 0            # reconstruction only
+    python driver.py --prior-slices 0            # reconstruction only
 
-Takes the flags of train.py; those of training are the autoencoder's. Also --nifti of predict.py and
---n of generate.py. Open Results/index.html afterwards: everything is on that page.
+Takes the flags of train.py, which are the autoencoder's. Open Results/index.html afterwards:
+everything is on that page.
 """
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import generate
 import predict
 import train
-from dataset import StudyInfo, find_study
+import train_prior
+from dataset import find_study
 from support import phantom, results_page, runtime
-from support.runtime import UserError, option
+from support.runtime import check_number, option
 
 PHANTOM = Path("phantom_slices_data")  # made where there is no study
-# Priors that trained for less than this are unsure of much, and their less likely codes are mostly
-# wrong.
-FEW_MINUTES = 10
+DOCUMENTED = Path(__file__).parent / "Results" / "phantom"  # the results of the run without flags
+# Priors that have seen fewer slices are unsure of much, and their less likely codes are mostly
+# wrong. So new slices are then made of likelier codes, in fewer passes.
+FEW_SLICES = 10_000
 CAUTIOUS = {"top_temperature": 0.4, "top_spread": 4.0, "bottom_temperature": 0.2}
 CAUTIOUS |= {"top_passes": 8, "bottom_passes": 4, "guidance": 0.5}
-OF_THE_PRIORS = train.flags_of("prior") - train.flags_of("autoencoder")
 
 
 @dataclass(frozen=True)
@@ -35,59 +37,87 @@ class DriverConfig:
 
     nifti: bool = option(False, "write the reconstructions as NIfTI too")
     n: int = option(64, "slices to sample")
-    prior_minutes: float = option(
-        -1.0, "minutes of the priors' training; 0: no priors and no samples"
+    prior_slices: int = option(
+        -1, "slices that the priors train on; 0: no priors and no samples; -1: those of the preset"
     )
 
+    def __post_init__(self) -> None:
+        check_number("n", self.n, least=1)
+        check_number("prior_slices", self.prior_slices, least=-1)
 
-def make_settings(given: dict) -> tuple[train.Settings, train.Settings, DriverConfig]:
-    """The settings of stage one, of stage two and of the rest, for the flags `given`."""
-    given = dict(given)
-    own = {name: given.pop(name) for name in vars(DriverConfig()) if name in given}
-    priors = {name: given.pop(name) for name in OF_THE_PRIORS if name in given}
-    synthetic = find_study(given.get("data", "")) is None
-    if resume := given.get("resume"):
-        resumed = runtime.load_checkpoint(resume, "vqvae2", "prior")
-        if resumed["kind"] == "prior":
-            raise UserError(f"--resume {resume}: priors. Fix: train.py --resume, then generate.py.")
-        synthetic = StudyInfo.from_checkpoint(resumed, resume).synthetic
-    preset = given.get("preset") or ("quick" if synthetic else "report")
-    first = train.make_settings(given, preset)
-    priors |= {"stage": "prior", "preset": "quick" if preset == "quick" else "best"}
-    priors |= {name: getattr(first.train, name) for name in ("out", "device", "seed", "bf16")}
-    if "prior_minutes" in own:
-        if not own["prior_minutes"] >= 0:
-            raise UserError(f"--prior-minutes is {own['prior_minutes']}; expected 0 or more")
-        priors["minutes"] = own["prior_minutes"]
-    second = train.make_settings(priors)
-    return first, second, DriverConfig(**own | {"prior_minutes": second.train.minutes})
+
+def compare_with_documented(out: Path, documented: Path = DOCUMENTED) -> None:
+    """Say whether the scores of the run in `out` are those of the documented one, to 3 digits."""
+    differences = []
+    for file, keys in SCORES.items():
+        for key in keys:
+            ours, theirs = (read_score(folder / file, key) for folder in (out, documented))
+            if ours is not None and theirs is not None and f"{ours:.3g}" != f"{theirs:.3g}":
+                differences.append(f"{'.'.join(key)} {ours:.4f} instead of {theirs:.4f}")
+    print(f"compared with Results/phantom: {'; '.join(differences) or 'as documented'}")
+
+
+SCORES = {
+    "metrics.json": [
+        ("ssim_report", "mean"),
+        ("psnr", "mean"),
+        ("dice", "decoded", "mean", "mean"),
+    ],
+    "generated/report.json": [("realism", "rows", "samples", "plausible")],
+}
+
+
+def read_score(path: Path, keys: tuple[str, ...]) -> float | None:
+    """The number at `keys` of a JSON file; None where it has none."""
+    value = json.loads(path.read_text()) if path.is_file() else None
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def main() -> None:
-    parser = train.flags(__doc__, DriverConfig, without=("stage", "checkpoint"))
+    configs = train.CONFIGS.values()
+    parser = runtime.parser(
+        __doc__,
+        train.StartConfig,
+        DriverConfig,
+        *configs,
+        everyday=(*train.EVERYDAY, "n", "prior_slices"),
+        without=("resume", "weights"),
+    )
     given, help_wanted = runtime.given_flags(parser)
-    first, second, config = make_settings(given)
+    config = runtime.fill(DriverConfig, given)
+    synthetic = find_study(given.get("data", "")) is None
+    preset = given.get("preset") or ("quick" if synthetic else "report")
+    of_train = {k: v for k, v in given.items() if k not in vars(config)}
+    first = train.make_settings(of_train | {"preset": preset})
     if help_wanted:
-        runtime.print_help(parser, *first.configs(), second.codes, second.prior, config)
-    sampling = CAUTIOUS if second.train.minutes < FEW_MINUTES else {}
-    generated = generate.GenerateConfig(
-        n=config.n, seed=first.train.seed, **sampling
-    )  # checked before training
-    data = first.data
-    if find_study(data.data) is None:
+        runtime.print_help(parser, *(getattr(first, name) for name in train.CONFIGS), config)
+
+    # A mistake in what only the second half needs is found before the first half has run.
+    priors = {name: getattr(first.train, name) for name in ("out", "device", "seed", "bf16")}
+    priors["preset"] = "quick" if preset == "quick" else "best"
+    if config.prior_slices > 0:
+        priors["slices"] = config.prior_slices
+    second = train_prior.make_settings(priors)
+    sampling = CAUTIOUS if second.train.slices < FEW_SLICES else {}
+    generated = generate.GenerateConfig(n=config.n, seed=first.train.seed, **sampling)
+
+    data, out = first.data, Path(first.train.out)
+    if synthetic:
         print("no study here and no --data: making a synthetic one")
         data = replace(data, data=str(phantom.write_phantom(PHANTOM)))
-
     best = train.train_autoencoder(replace(first, data=data))
     shared = {"checkpoint": str(best), "device": first.train.device}
-    out = Path(first.train.out)
     predict.predict(predict.PredictConfig(out=str(out), nifti=config.nifti, **shared), data)
-    if config.prior_minutes:
+    if config.prior_slices:
         print("\nnow the priors over its codes, for new slices")
         codes = replace(second.codes, checkpoint=str(best))
-        priors = train.train_prior(replace(second, data=data, codes=codes))
-        new = out / "generated"
-        generate.generate(replace(generated, prior=str(priors), out=str(new), **shared), data)
+        prior = train_prior.train_prior(replace(second, data=data, codes=codes))
+        new = str(out / "generated")
+        generate.generate(replace(generated, prior=str(prior), out=new, **shared), data)
+    if synthetic and not given.keys() - {"out", "cache", "device"}:
+        compare_with_documented(out)
     print(f"open {out / results_page.NAME}")
 
 

@@ -134,8 +134,8 @@ def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, VQVAE2, Prior]:
     device = runtime.pick_device(config.device)
     model = trained.model.to(device)
     with runtime.reading(config.prior):
-        learnt = runtime.from_saved(PriorConfig, saved["model_config"])
-        shape, variants = tuple(saved["top_shape"]), saved["codes_config"]["variants"]
+        learnt = runtime.fill(PriorConfig, saved["model_config"])
+        shape, variants = tuple(saved["top_shape"]), saved["codes_config"]["copies"]
         prior = Prior(learnt, shape, NUMBERS)
         prior.load_state_dict(saved["model"])
     return study, variants, model, prior.to(device).eval()

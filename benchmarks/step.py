@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import train
 from benchmarks.baselines import our_stage
@@ -50,7 +49,7 @@ def named(function, name: str):
 def prepare(args, batch_size: int) -> tuple[trainer.Trainer, torch.Tensor]:
     """A trainer for steps of `batch_size`, and the indices of its first batch."""
     settings = {
-        "minutes": 1e6,
+        "slices": 10**9,
         "batch_size": batch_size,
         "compile": args.compile,
         "device": args.device,
@@ -73,7 +72,7 @@ def seconds(run: trainer.Trainer, batch: torch.Tensor, steps: int) -> float:
     began = time.perf_counter()
     with torch.backends.cudnn.flags(**trainer.TRAINING_STEPS):
         for _ in range(steps):
-            run.train_step(batch, tqdm(disable=True))
+            run.train_step(batch)
     wait()
     return time.perf_counter() - began
 
@@ -131,12 +130,12 @@ def measure(args, batch_size: int) -> dict:
 
 def main() -> None:
     parser = runtime.parser(__doc__, DataConfig)
-    parser.add_argument("--preset", default="report", choices=train.PRESETS["autoencoder"])
+    parser.add_argument("--preset", default="report", choices=train.PRESETS)
     parser.add_argument("--batch-size", type=int, nargs="+", default=[16])
     parser.add_argument(
         "--slices", type=int, default=320, help="to time, in steps of --batch-size; 3 to 200"
     )
-    parser.add_argument("--compile", default="auto", choices=trainer.SWITCH)
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--out", default="benchmarks/results/step.json")
     args = parser.parse_args()

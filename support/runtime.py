@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import random
@@ -225,8 +226,20 @@ def print_help(parser: argparse.ArgumentParser, *configs) -> None:
 
 def from_flags(config: type, args: argparse.Namespace):
     """The dataclass `config` filled from parsed flags; its `__post_init__` checks the values."""
+    return fill(config, vars(args))
+
+
+def fill(config: type, values: dict):
+    """The dataclass `config` of those `values` that are its fields; the others are defaults."""
     names = (field.name for field in dataclasses.fields(config))
-    return config(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+    return config(**{name: values[name] for name in names if name in values})
+
+
+def check_number(name: str, value: float, least: float = -math.inf, most: float = 2**40) -> None:
+    """UserError, which names the flag of the field `name`, unless least <= value <= most."""
+    if not least <= value <= most:  # nor is NaN
+        expected = f"{least:g} to {most:g}" if most < 2**40 else f"{least:g} or more"
+        raise UserError(f"{flag(name)} is {value}; expected {expected}")
 
 
 def thread_pool() -> ThreadPoolExecutor:
@@ -535,15 +548,6 @@ def load_checkpoint(path: Path | str, *kinds: str) -> dict:
         names = " or ".join(f"{kind}_best.pth" for kind in kinds)
         raise UserError(f"{path}: {KINDS.get(kind, kind)}; expected {wanted}. Fix: name {names}.")
     return saved | {"path": str(path)}
-
-
-def from_saved(config: type, saved: dict):
-    """The dataclass `config` from its dictionary in a checkpoint.
-
-    Fields that are gone since it was written are left out, and new ones have their defaults.
-    """
-    names = [field.name for field in dataclasses.fields(config) if field.name in saved]
-    return config(**{name: saved[name] for name in names})
 
 
 def provenance() -> dict:

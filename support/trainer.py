@@ -1,22 +1,19 @@
-"""The training loop of both stages: steps, exact validation, logs, checkpoints, resuming. It knows
-no model.
+"""The training loop of both stages: steps, exact validation, logs, checkpoints, resuming.
 
-    Stage        what a stage brings to the loop: a model, its data and its losses (train.py has two)
+    Stage        what a stage brings to the loop: a model, its data and its losses
     Progress     how far a run has come
     Checkpoints  what a checkpoint holds, and how a run goes on from one
-    Trainer      a step, an epoch, validation and the logs
-    fit          trains a stage from beginning to end
+    Trainer      a step, validation, the logs
+    fit          the loop: trains a stage from beginning to end
 
-Under torchrun every rank runs all of this on its share of each batch. What must not differ between
-ranks (gradients, sums, the clock, the wish to stop) is summed over them, and only rank 0 writes
-files. No step waits for a GPU.
+The loop knows no model: train.py and train_prior.py bring theirs. Under torchrun every rank runs
+all of this on its share of each batch. What must not differ between ranks (gradients, sums, the
+clock, the wish to stop) is summed over them, and only rank 0 writes files. No step waits for a GPU.
 """
 
 import dataclasses
 import json
 import math
-import os
-import shutil
 import sys
 import time
 from contextlib import suppress
@@ -31,10 +28,12 @@ from support import figures, runtime
 from support.optimiser import Muon, split_parameters
 from support.runtime import UserError, option
 
-SWITCH = ("auto", "on", "off")
 # Every batch but the last has one shape, so cuDNN may try its algorithms; TF32 is enough for
 # gradients.
 TRAINING_STEPS = {"enabled": True, "benchmark": True, "allow_tf32": True}
+# What may differ in a run that goes on: where things lie, how long it lasts, and what it runs on.
+MAY_CHANGE = ("data", "cache", "checkpoint", "allow_patient_overlap", "out", "epochs", "slices")
+MAY_CHANGE += ("minutes", "patience", "device", "bf16", "compile", "save_every", "keep")
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,13 @@ class TrainConfig:
 
     out: str = option("Results", "folder for checkpoints, logs and plots")
     epochs: int = option(10, "passes over the train split")
+    slices: int = option(0, "train on this many slices instead of --epochs; 0: by epochs")
     minutes: float = option(
-        0.0, "train for this much wall time instead of --epochs; 0 means by epochs"
+        0.0,
+        "train for this much wall time instead; 0: not by time. The result then depends on the "
+        "machine and on what else it does",
     )
-    batch_size: int = option(16, "slices in a step of each process")
+    batch_size: int = option(16, "slices in a step, counted per process")
     optimiser: str = option(
         "adam", "muon: Muon for weight matrices, Adam for the rest", choices=("adam", "muon")
     )
@@ -56,97 +58,75 @@ class TrainConfig:
     )
     warmup: float = option(0.0, "share of the run in which the learning rate rises from 0")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay; 0 is Adam")
-    clip: float = option(0.0, "largest norm of the gradient; 0 means no clipping")
+    clip: float = option(0.0, "largest norm of the gradient; 0: no clipping")
     patience: int = option(
-        0, "stop after this many epochs without a better validation loss; 0 never stops"
+        0, "stop after this many epochs without a better validation loss; 0: never"
     )
     seed: int = option(0, "seed of weights, order and augmentation")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     bf16: str = option(
         "auto",
-        "bfloat16 autocast; auto: where it is faster, on GPUs and CPUs with AMX",
-        choices=SWITCH,
+        "bfloat16 in training steps; auto: where it is faster, on GPUs and CPUs with AMX",
+        choices=("auto", "on", "off"),
     )
-    weights: str = option(
-        "", "begin with the weights of this checkpoint, an autoencoder of the same shape"
-    )
-    channels_last: str = option("auto", "memory layout NHWC; auto: on", choices=SWITCH)
-    compile: str = option(
-        "auto", "torch.compile; auto: off, as its warm-up takes minutes", choices=SWITCH
-    )
-    save_every: int = option(1, "epochs between checkpoints vqvae2_epoch_N.pth")
+    compile: bool = option(False, "torch.compile the training step; its warm-up takes minutes")
+    save_every: int = option(1, "epochs between the checkpoints of epochs")
     keep: int = option(3, "how many of those to keep; 0 keeps all")
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "save_every"):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"{runtime.flag(name)} is {getattr(self, name)}; expected at least 1"
-                )
-        for name in ("minutes", "warmup", "weight_decay", "clip", "patience", "keep", "seed"):
-            if not 0 <= getattr(self, name) < 2**32:
-                raise UserError(
-                    f"{runtime.flag(name)} is {getattr(self, name)}; expected 0 or more"
-                )
-        if self.warmup > 1:
-            raise UserError(f"--warmup is {self.warmup}; expected a share of the run, at most 1")
-        if not 0 < self.lr < math.inf:
-            raise UserError(f"--lr is {self.lr}; expected more than 0")
+            runtime.check_number(name, getattr(self, name), least=1)
+        for name in ("slices", "minutes", "weight_decay", "clip", "patience", "keep", "seed"):
+            runtime.check_number(name, getattr(self, name), least=0)
+        runtime.check_number("warmup", self.warmup, least=0, most=1)
+        runtime.check_number("lr", self.lr, least=1e-300, most=1e300)
+
+    def length(self) -> str:
+        """How long the run lasts, in words."""
+        if self.minutes:
+            return f"{self.minutes:g} minutes"
+        return f"{self.slices} slices" if self.slices else f"{self.epochs} epochs"
+
+
+def by_epochs(given: dict) -> dict:
+    """What `given` flags take out of a preset: with --epochs or --minutes, its number of slices."""
+    other = {name: 0 for name in ("slices", "minutes") if name not in given}
+    return other if given.keys() & {"epochs", "slices"} else {}
+
+
+def check_may_change(given: dict, resume: str) -> None:
+    """UserError where the flags `given` beside --resume would make the run another one."""
+    if changed := [runtime.flag(name) for name in given if name not in MAY_CHANGE]:
+        raise UserError(
+            f"{', '.join(changed)}: a run that goes on keeps the settings of {resume}. Fix: leave "
+            "it out, or start a new run."
+        )
 
 
 def shareable(config: TrainConfig) -> dict:
-    """The settings for logs and checkpoints, which people share: no path of this machine is among
-    them.
-    """
-    return dataclasses.asdict(config) | {
-        name: Path(getattr(config, name)).name for name in ("out", "weights")
-    }
-
-
-def switched(setting: str, default: bool) -> bool:
-    """Whether a setting of `SWITCH` is on; `default` decides for "auto"."""
-    return default if setting == "auto" else setting == "on"
+    """The settings for logs and checkpoints, which people share: no path of this machine."""
+    return dataclasses.asdict(config) | {"out": Path(config.out).name}
 
 
 def learning_rate(config: TrainConfig, done: float) -> float:
-    """The learning rate when the share `done` in [0, 1] of the run is over: linear warm-up, then
-    the schedule.
+    """The learning rate when the share `done` in [0, 1] of the run is over.
+
+    Linear warm-up, then the schedule.
     """
     rise = min(1.0, done / config.warmup) if config.warmup else 1.0
-    fall = 0.5 * (1 + math.cos(math.pi * min(done, 1.0))) if config.schedule == "cosine" else 1.0
+    falls = config.schedule == "cosine"
+    fall = 0.5 * (1 + math.cos(math.pi * min(done, 1.0))) if falls else 1.0
     return config.lr * rise * fall
 
 
-def make_optimiser(model: nn.Module, config: TrainConfig, device: torch.device) -> Muon:
+def make_optimiser(model: nn.Module, config: TrainConfig) -> Muon:
     """AdamW for all parameters, or with --optimiser muon Muon for the matrices and AdamW for the
     others.
-
-    On a GPU the learning rate is a tensor, so that a CUDA graph of a step can be replayed with
-    another one.
     """
-    matrices, others = (
-        split_parameters(model) if config.optimiser == "muon" else ([], model.parameters())
-    )
-    gpu = device.type != "cpu"
-    lr = torch.full((), config.lr, device=device) if gpu else config.lr
-    return Muon(matrices, others, lr, config.weight_decay, fused=True, capturable=gpu)
-
-
-def compile_mode(device: torch.device) -> str | None:
-    """The mode for `torch.compile`. UserError where there is no compiler."""
-    names = (
-        [os.environ.get("CXX"), "g++"]
-        if device.type == "cpu"
-        else [os.environ.get("CC"), "gcc", "clang"]
-    )
-    if sys.platform == "darwin":
-        names.append("clang++")
-    if not any(name and shutil.which(name) for name in names):
-        raise UserError(
-            f"--compile on: no compiler ({', '.join(filter(None, names))}) on the PATH. Fix: leave out --compile, "
-            "or install one."
-        )
-    return "max-autotune-no-cudagraphs" if device.type == "cuda" else None
+    matrices, others = [], model.parameters()
+    if config.optimiser == "muon":
+        matrices, others = split_parameters(model)
+    return Muon(matrices, others, config.lr, config.weight_decay, fused=True)
 
 
 class Stage:
@@ -155,6 +135,7 @@ class Stage:
 
     Attributes:
         kind: what its checkpoints are called, "vqvae2" or "prior".
+        command: the script that trains it, "python train.py".
         loss_names: the losses that `batch_losses` returns, "loss" first.
         best_by: the loss whose validation mean chooses the best checkpoint.
         model: an nn.Module, on its device.
@@ -163,6 +144,7 @@ class Stage:
     """
 
     kind: str
+    command: str
     loss_names: tuple[str, ...]
     best_by: str = "loss"
     model: nn.Module
@@ -182,9 +164,9 @@ class Stage:
         """
         raise NotImplementedError
 
-    def compile(self, mode: str | None) -> None:
+    def compile(self) -> None:
         """`torch.compile` what a step computes."""
-        self.model.compile(mode=mode)
+        self.model.compile()
 
     def empty_batch(self) -> None:
         """Called in place of `batch_losses` where this rank has no slice of a batch."""
@@ -194,10 +176,12 @@ class Stage:
         return {}
 
     def describe(self, record: dict) -> str:
-        """The part of an epoch's line on the terminal that only this stage knows; `record` is the
-        log's.
-        """
+        """The part of an epoch's line that only this stage knows; `record` is the log's."""
         raise NotImplementedError
+
+    def verdict(self, record: dict) -> str:
+        """What a user should know of the last epoch when the run has ended; "" for nothing."""
+        return ""
 
 
 @dataclass
@@ -264,13 +248,13 @@ class Checkpoints:
             if self.config.keep:
                 self.path(f"epoch_{epoch - self.config.keep * every}").unlink(missing_ok=True)
 
-    def finish(self) -> None:
+    def finish(self) -> Path:
         """Save the final checkpoint; also as the best one, where no epoch was left to validate."""
-        self.save("epoch_final")
         if self.progress.best == math.inf:
             self.save("best")
         if runtime.rank() == 0:
             self.remove_interrupted()
+        return self.save("epoch_final")
 
     def remove_interrupted(self) -> None:
         """Delete <kind>_interrupted.pth if this run has gone on from there, which its log tells."""
@@ -368,9 +352,7 @@ class Checkpoints:
 
 
 class Trainer:
-    """Trains a stage: `train_step` is a step, `train_epoch` an epoch, `end_epoch` validates, logs
-    and saves.
-    """
+    """What `fit` does with a stage: `train_step` is a step, `validate` looks at the held-out split."""
 
     def __init__(self, stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> None:
         self.stage, self.config, self.model = stage, config, stage.model
@@ -378,89 +360,98 @@ class Trainer:
         self.batch_size = config.batch_size * runtime.world()
         self.device = next(self.model.parameters()).device
         self.generator = runtime.generator_of(self.device)
-        self.bf16 = switched(config.bf16, runtime.has_fast_bf16(self.device, config.batch_size))
-        self.compile_with = [compile_mode(self.device)] if switched(config.compile, False) else []
-        self.optimiser = make_optimiser(self.model, config, self.device)
+        fast = runtime.has_fast_bf16(self.device, config.batch_size)
+        self.bf16 = fast if config.bf16 == "auto" else config.bf16 == "on"
+        self.optimiser = make_optimiser(self.model, config)
         self.progress = Progress()
         self.sums = torch.zeros(len(stage.loss_names), dtype=torch.float64, device=self.device)
         self.checkpoints = Checkpoints(stage, config, self.optimiser, self.progress, self.sums)
         self.checkpoints.start(checkpoint)
         for tensor in self.model.state_dict().values():
-            if runtime.rank():
-                # so that the sum is rank 0's: machines may round an initialisation differently
-                tensor.zero_()
+            # Every rank starts from rank 0's weights: machines may round an initialisation
+            # differently. The others add zeros.
+            tensor.mul_(runtime.rank() == 0)
             runtime.sum_over_ranks(tensor)
         self.lr = config.lr
         self.began = time.monotonic() - self.progress.seconds
         self.clock = 0.0  # rank 0's `elapsed`, the same on every rank
         self.loss_shown_at = 0.0
+        self.epoch_began = time.monotonic()
         self.prefix = "" if stage.kind == "vqvae2" else f"{stage.kind}_"  # of the names of logs
         settings = {"train": shareable(config), "ranks": runtime.world(), **stage.settings()}
-        self.progress.history.append(
-            {"run": runtime.provenance(), "device": str(self.device), "bf16": self.bf16, **settings}
-        )
+        machine = {"run": runtime.provenance(), "device": str(self.device), "bf16": self.bf16}
+        self.progress.history.append(machine | settings)
 
-    # the clock
+    # ---- how far the run has come ----
 
     def elapsed(self) -> float:
         return time.monotonic() - self.began
 
+    def slices_seen(self) -> int:
+        return self.progress.epoch * self.sizes["train"] + self.progress.seen
+
+    def slices_asked(self) -> int:
+        """Of the whole run; by minutes nobody knows, and the bar follows the clock."""
+        return self.config.slices or self.config.epochs * self.sizes["train"]
+
     def done(self) -> float:
-        """The share of the run that is done, by wall time or by epochs; 1 when patience has run
-        out.
-        """
+        """The share of the run that is done, by slices or by wall time; 1 when patience ran out."""
         config, progress = self.config, self.progress
         if config.patience and progress.epoch - progress.best_epoch >= config.patience:
             return 1.0
         if config.minutes:
             return self.clock / (60 * config.minutes)
-        return (progress.epoch + progress.seen / self.sizes["train"]) / config.epochs
+        return self.slices_seen() / self.slices_asked()
 
-    def should_stop(self, stopped: list[int]) -> bool:
-        """Set the clock to rank 0's; whether any rank has received a signal. All ranks get the same
-        answer.
+    def signalled(self, signals: list[int]) -> bool:
+        """Set the clock to rank 0's; whether any rank has received a signal.
+
+        All ranks get the same answer, so they all leave the loop after the same step.
         """
-        shared = torch.tensor(
-            [0.0 if runtime.rank() else self.elapsed(), len(stopped)], dtype=torch.float64
-        )
+        clock = 0.0 if runtime.rank() else self.elapsed()
+        shared = torch.tensor([clock, len(signals)], dtype=torch.float64)
         runtime.sum_over_ranks(shared)
         self.clock = shared[0].item()
         return bool(shared[1])
 
-    # training
+    # ---- training ----
 
-    def train_step(self, batch: Tensor, bar: tqdm) -> None:
-        """One step on `batch` (B,), indices of slices. Each rank takes its share; the step is the
-        whole batch's.
+    def start_epoch(self) -> Tensor:
+        """The order of the epoch's slices that are still to come, (n,) indices.
+
+        It follows, with what is drawn for each slice, from the seed and the epoch alone: so a run
+        that was stopped in an epoch goes on with the very slices that it had not seen.
         """
-        share = runtime.share(batch)
+        config, progress = self.config, self.progress
+        generator = torch.Generator().manual_seed(1_000_003 * config.seed + progress.epoch)
+        order = torch.randperm(self.sizes["train"], generator=generator)
+        self.stage.start_epoch(generator)
+        self.model.train()
+        self.epoch_began = time.monotonic() - progress.epoch_seconds
+        most = self.sizes["train"]
+        if config.slices and not config.minutes:
+            most = progress.seen + config.slices - self.slices_seen()
+        return order[progress.seen : most]
+
+    def train_step(self, batch: Tensor) -> Tensor | None:
+        """One step on `batch` (B,), indices of slices; returns the loss () of this rank's share.
+
+        Each rank takes its share of the batch, which may be empty; the step is the whole batch's.
+        """
+        share, parameters, loss = runtime.share(batch), list(self.model.parameters()), None
         self.lr = learning_rate(self.config, self.done())
         for group in self.optimiser.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(self.lr)
-            else:
-                group["lr"] = self.lr
+            group["lr"] = self.lr
+        # What is random in a step follows from the seed, the step and the rank.
         seed = (1_000_003 * self.config.seed + self.progress.step) * 1_000_003 + runtime.rank()
         self.generator.manual_seed(seed % 2**63)
-        loss = self.take_step(share, len(batch))
-        if len(share):
-            self.show_loss(loss, share, bar)
-        if (
-            self.compile_with
-        ):  # after a first step, which starts the codebooks: that would break the graph in two
-            self.stage.compile(self.compile_with.pop())
 
-    def take_step(self, share: Tensor, batch_size: int = 0) -> Tensor | None:
-        """A step on this rank's share of a batch, which may be empty; returns the loss () of the
-        share.
-        """
-        parameters, loss = list(self.model.parameters()), None
         self.optimiser.zero_grad()
         if len(share):
             loss = self.batch_loss("train", share, self.sums)
-            (loss * (len(share) / (batch_size or len(share)))).backward()
+            (loss * (len(share) / len(batch))).backward()
             loss = loss.detach()
-        else:
+        else:  # this rank has nothing to add, but the others wait for its part of each sum
             self.stage.empty_batch()
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
@@ -472,75 +463,45 @@ class Trainer:
 
     def batch_loss(self, split: str, indices: Tensor, sums: Tensor) -> Tensor:
         """The loss () of a batch; adds every loss of its slices to `sums`."""
-        # Validation is float32 always: scores must not depend on what the machine is fast at.
+        # Validation is float32 always: scores must not depend on what a machine is fast at.
         with runtime.autocast(self.device, self.bf16 and self.model.training):
             losses = self.stage.batch_losses(split, indices)
         means = torch.stack([losses[name].detach() for name in self.stage.loss_names])
         sums.add_(means.double(), alpha=len(indices))
         return losses["loss"]
 
-    def show_loss(self, loss: Tensor, indices: Tensor, bar: tqdm) -> None:
-        """Show the loss and stop if it is not finite. On a GPU twice a second: reading it waits for
-        the step.
+    def show_loss(self, loss: Tensor | None, batch: Tensor, bar: tqdm) -> None:
+        """Show the loss, and stop the run if it is not finite.
+
+        On a GPU twice a second: to read a number there waits for the step.
         """
         gpu = self.device.type != "cpu"
-        if gpu and time.monotonic() < self.loss_shown_at + 0.5:
+        if loss is None or (gpu and time.monotonic() < self.loss_shown_at + 0.5):
             return
         value = loss.item()
         self.loss_shown_at = time.monotonic()
         bar.set_postfix(epoch=self.progress.epoch + 1, loss=f"{value:.4f}", refresh=False)
-        if not math.isfinite(value):
-            files = ", ".join(self.stage.splits["train"].paths[i].name for i in indices.tolist())
-            where = "or before" if gpu else f"on {files}"
-            raise UserError(self.divergence_message(value, self.progress.step + 1, where))
+        paths = [self.stage.splits["train"].paths[i].name for i in runtime.share(batch).tolist()]
+        self.check_finite(value, "or before" if gpu else f"on {', '.join(paths)}")
 
-    def divergence_message(self, loss: float, step: int, where: str) -> str:
-        return (
-            f"the loss is {loss} at epoch {self.progress.epoch + 1}, step {step}, {where}. Last good checkpoint: "
-            f"{self.checkpoints.last_saved or 'none of this run'}. Fix: a lower --lr, or --clip 1."
-        )
+    def check_finite(self, loss: float, where: str) -> None:
+        """UserError if the loss is not finite: such weights must not be saved."""
+        if not math.isfinite(loss):
+            progress, last = self.progress, self.checkpoints.last_saved or "none of this run"
+            raise UserError(
+                f"the loss is {loss} at epoch {progress.epoch + 1}, step {progress.step}, {where}. "
+                f"Last good checkpoint: {last}. Fix: a lower --lr, or --clip 1."
+            )
 
-    def train_epoch(self, bar: tqdm, stopped: list[int]) -> bool:
-        """Train to the end of the epoch or of the minutes, or until a signal; returns whether there
-        was one.
-        """
-        progress = self.progress
-        generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + progress.epoch)
-        order = torch.randperm(self.sizes["train"], generator=generator)
-        self.stage.start_epoch(generator)
-        self.model.train()
-        began = time.monotonic() - progress.epoch_seconds
-        stop = False
-        for start in range(progress.seen, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            with torch.backends.cudnn.flags(**TRAINING_STEPS):
-                self.train_step(batch, bar)
-            progress.seen += len(batch)
-            progress.step += 1
-            stop = self.should_stop(stopped)
-            if self.config.minutes:
-                # nobody knows how many slices fit into the minutes; the bar's estimate follows from
-                # this
-                bar.total = round((bar.n + len(batch)) / min(self.done(), 1.0))
-            bar.update(len(batch))
-            if stop or (self.config.minutes and self.done() >= 1):
-                break
-        self.sums.tolist()  # waits until a GPU has done the steps that the clock counts
-        progress.epoch_seconds = time.monotonic() - began
-        return stop
-
-    # validation, logs, checkpoints
+    # ---- validation, logs, checkpoints ----
 
     def means(self, sums: Tensor, count: int, where: str) -> dict[str, float]:
         """The mean of every loss over `count` slices, from each rank's `sums`, which become those
         of all ranks.
-
-        UserError if the loss is not finite: these weights must not be saved.
         """
         runtime.sum_over_ranks(sums)
         means = dict(zip(self.stage.loss_names, (sums / count).tolist(), strict=True))
-        if not math.isfinite(means["loss"]):
-            raise UserError(self.divergence_message(means["loss"], self.progress.step, where))
+        self.check_finite(means["loss"], where)
         return means
 
     @torch.inference_mode()
@@ -548,79 +509,55 @@ class Trainer:
         """Exact means of every loss over the validate split."""
         self.model.eval()
         size, sums = self.sizes["validate"], torch.zeros_like(self.sums)
-        batch_size = (
-            self.config.batch_size if self.device.type == "cpu" else max(64, self.config.batch_size)
-        )
+        batch_size = max(self.config.batch_size, 1 if self.device.type == "cpu" else 64)
         for indices in runtime.share(torch.arange(size)).split(batch_size):
             if len(indices):
                 self.batch_loss("validate", indices, sums)
         return self.means(sums, size, "in validation")
 
-    def next_epoch(self) -> None:
-        self.progress.epoch += 1
-        self.progress.seen, self.progress.epoch_seconds = 0, 0.0
-        self.sums.zero_()
-
-    def end_epoch(self) -> None:
-        """Validate, log, and save what is due."""
-        progress, record = self.progress, self.measure_epoch()
-        progress.history.append(record)
-        slow = progress.epoch_seconds > 10
-        self.next_epoch()  # before anything is saved: a resumed run begins with the next epoch
-        if better := record["validate"][self.stage.best_by] < progress.best:
-            progress.best, progress.best_epoch = (
-                record["validate"][self.stage.best_by],
-                progress.epoch,
-            )
-        tqdm.write(
-            f"epoch {progress.epoch}: train {record['train_loss']:.4f}, validate {record['val_loss']:.4f}"
-            f"{' (best so far)' if better else ''}, {self.stage.describe(record)}, "
-            f"{record['slices_per_s']:.1f} slices/s"
-        )
-        progress.seconds = self.elapsed()
-        if better:
-            self.checkpoints.save("best")
-        self.checkpoints.save_epoch()
-        self.write_logs(plot=slow)  # plotting would take a good part of a short epoch
-
-    def measure_epoch(self) -> dict:
-        """The log's record of the epoch that has just been trained."""
+    def end_epoch(self) -> dict:
+        """Validate, count the epoch as done, and return the log's record of it."""
         progress = self.progress
-        train = self.means(self.sums, progress.seen, "or before")
-        codes = {"train": self.stage.statistics()}
+        train = self.means(self.sums, progress.seen, "or before")  # waits for a GPU to finish
+        progress.epoch_seconds = time.monotonic() - self.epoch_began
+        statistics = {"train": self.stage.statistics()}
         validate = self.validate()
-        codes["validate"] = self.stage.statistics()
-        return {
-            "epoch": progress.epoch + 1,
+        statistics["validate"] = self.stage.statistics()
+        speed = round(progress.seen / progress.epoch_seconds, 2)
+        progress.epoch += 1
+        progress.seen, progress.epoch_seconds, progress.seconds = 0, 0.0, self.elapsed()
+        self.sums.zero_()
+        record = {
+            "epoch": progress.epoch,
             "step": progress.step,
             "train_loss": train["loss"],
             "val_loss": validate["loss"],
-            "slices_per_s": round(progress.seen / progress.epoch_seconds, 2),
-            "seconds": round(self.elapsed(), 1),
+            "slices_per_s": speed,
+            "seconds": round(progress.seconds, 1),
             "lr": self.lr,
             "train": train,
             "validate": validate,
-            "codes": codes,
+            # What the stage has counted, by what it is: {"codes": {"train": ..., "validate": ...}}.
+            **{
+                name: {split: found[name] for split, found in statistics.items()}
+                for name in statistics["train"]
+            },
         }
+        progress.history.append(record)
+        return record
 
     def interrupt(self) -> Path:
         """Save in the middle of an epoch, with what all ranks have summed up in it."""
-        if self.progress.seen:
-            self.means(self.sums, self.progress.seen, "or before")
-        runtime.sum_over_ranks(*self.stage.counts.values())
+        self.progress.epoch_seconds = time.monotonic() - self.epoch_began
         self.progress.seconds = self.elapsed()
+        self.means(self.sums, max(1, self.progress.seen), "or before")
+        runtime.sum_over_ranks(*self.stage.counts.values())
         return self.checkpoints.save("interrupted")
 
-    def finish(self) -> None:
-        """Save the final checkpoint; and the best one, if nothing was left to do in a folder that
-        has none.
-        """
-        self.progress.seconds = self.elapsed()
-        self.checkpoints.finish()
+    def write_logs(self) -> None:
+        """log.jsonl, the losses and their plot, whole from `history`.
 
-    def write_logs(self, plot: bool) -> None:
-        """log.jsonl and the losses, whole from `history`: the files of a resumed run are those of
-        one run.
+        So the files of a run that was stopped and went on are those of one run.
         """
         if runtime.rank():
             return
@@ -632,8 +569,38 @@ class Trainer:
             runtime.write_text(out / f"{self.prefix}{name}_losses.txt", lines)
         lines = "".join(json.dumps(line) + "\n" for line in history)
         runtime.write_text(out / f"{self.prefix}log.jsonl", lines)
-        if plot:
-            figures.loss_plot(out / f"{self.prefix}loss_plot.png", *curves.values())
+        figures.loss_plot(out / f"{self.prefix}loss_plot.png", *curves.values())
+
+    # ---- what the terminal shows ----
+
+    def describe(self) -> str:
+        """What is trained, on what, and for how long."""
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        precision = "bfloat16" if self.bf16 else "float32"
+        if self.device.type == "cuda" and not self.bf16:
+            precision += " (convolutions of training steps in TF32)"
+        where = f"{runtime.world()} x {self.device.type}" if runtime.world() > 1 else self.device
+        return (
+            f"training {millions:.2f} M parameters on {where} in {precision}: "
+            f"{self.config.length()}; the train split has {self.sizes['train']} slices"
+        )
+
+    def bar(self) -> tqdm:
+        return tqdm(
+            total=None if self.config.minutes else self.slices_asked(),
+            initial=self.slices_seen(),
+            unit="slice",
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+            disable=runtime.rank() > 0,
+        )
+
+    def line(self, record: dict, better: bool) -> str:
+        """An epoch's line on the terminal."""
+        return (
+            f"epoch {record['epoch']}: train {record['train_loss']:.4f}, "
+            f"validate {record['val_loss']:.4f}{' (best so far)' if better else ''}, "
+            f"{self.stage.describe(record)}, {record['slices_per_s']:.1f} slices/s"
+        )
 
 
 def fit(stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> Path:
@@ -644,42 +611,57 @@ def fit(stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> Pa
         KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint written that --resume
             continues.
     """
-    trainer = Trainer(stage, config, checkpoint)
-    progress, size = trainer.progress, trainer.sizes["train"]
-    millions = sum(p.numel() for p in stage.model.parameters()) / 1e6
-    length = f"{config.minutes:g} minutes" if config.minutes else f"{config.epochs} epochs"
-    precision = "bfloat16" if trainer.bf16 else "float32"
-    if trainer.device.type == "cuda" and not trainer.bf16:
-        precision += " (convolutions of training steps in TF32)"
-    where = trainer.device if runtime.world() == 1 else f"{runtime.world()} x {trainer.device.type}"
-    print(
-        f"training {millions:.2f} M parameters on {where} in {precision}, {size} slices, {length}"
-    )
-    bar = tqdm(
-        total=None if config.minutes else config.epochs * size,
-        initial=progress.epoch * size + progress.seen,
-        unit="slice",
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-        disable=runtime.rank() > 0,
-    )
-    with runtime.stop_signals() as stopped, bar:
-        stop = trainer.should_stop(stopped)
-        while not stop and (trainer.done() < 1 or progress.seen):
-            stop = trainer.train_epoch(bar, stopped)
-            if not stop:
-                trainer.end_epoch()
-                stop = trainer.should_stop(stopped)
-        # inside the block: a second signal must not cut the writing short
-        saved = trainer.interrupt() if stop else trainer.finish()
-    trainer.write_logs(plot=True)
-    if stop:
+    run = Trainer(stage, config, checkpoint)
+    progress, checkpoints, first_step = run.progress, run.checkpoints, run.progress.step
+    print(run.describe())
+    with runtime.stop_signals() as signals, run.bar() as bar:
+        stopped = run.signalled(signals)
+        # An epoch that has begun is always ended, even if no slice of it is left to see.
+        while not stopped and (run.done() < 1 or progress.seen):
+            for batch in run.start_epoch().split(run.batch_size):
+                # A step: the rate of the schedule, the losses, their gradients, the update.
+                with torch.backends.cudnn.flags(**TRAINING_STEPS):
+                    loss = run.train_step(batch)
+                progress.seen += len(batch)
+                progress.step += 1
+                run.show_loss(loss, batch, bar)
+                # Once: compile the step. The first step starts the codebooks, which would break
+                # the compiled graph in two.
+                if config.compile and progress.step == first_step + 1:
+                    stage.compile()
+                # After every step: does somebody want us to stop, or is the time over?
+                stopped = run.signalled(signals)
+                if config.minutes:  # nobody knows how many slices fit into the minutes
+                    bar.total = round((bar.n + len(batch)) / min(run.done(), 1.0))
+                bar.update(len(batch))
+                if stopped or run.done() >= 1:
+                    break
+            if stopped:
+                break
+            # The end of an epoch: exact means over the validate split, and its line in the log.
+            record = run.end_epoch()
+            # The best weights so far are kept in a file of their own; every epoch's for a while.
+            if better := record["validate"][stage.best_by] < progress.best:
+                progress.best, progress.best_epoch = (
+                    record["validate"][stage.best_by],
+                    progress.epoch,
+                )
+                checkpoints.save("best")
+            tqdm.write(run.line(record, better))
+            checkpoints.save_epoch()
+            run.write_logs()
+            stopped = run.signalled(signals)
+        # Within the block that catches signals: a second Ctrl-C must not cut the writing short.
+        saved = run.interrupt() if stopped else checkpoints.finish()
+        run.write_logs()
+    if stopped:
         print(
-            f"stopped in epoch {progress.epoch + 1}; go on with: python train.py --resume {saved}"
+            f"stopped in epoch {progress.epoch + 1}; go on with: {stage.command} --resume {saved}"
         )
         raise KeyboardInterrupt
-    kind, prefix, out = stage.kind, trainer.prefix, trainer.checkpoints.out
-    print(
-        f"wrote {out}/: {kind}_best.pth (epoch {progress.best_epoch}), {kind}_epoch_final.pth, {prefix}log.jsonl,"
-    )
-    print(f"  {prefix}loss_plot.png, {prefix}train_losses.txt and {prefix}val_losses.txt")
-    return trainer.checkpoints.path("best")
+    if verdict := stage.verdict(progress.history[-1]):
+        print(verdict)
+    best, names = checkpoints.path("best"), ("log.jsonl", "loss_plot.png", "train_losses.txt")
+    print(f"wrote {checkpoints.out}/: {best.name} (epoch {progress.best_epoch}), {saved.name},")
+    print(f"  {', '.join(run.prefix + name for name in (*names, 'val_losses.txt'))}")
+    return best

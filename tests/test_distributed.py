@@ -17,6 +17,7 @@ from conftest import ROOT
 from test_train import SMALL
 
 import train
+import train_prior
 from dataset import DataConfig
 from new_slices.prior import PriorConfig
 from support import runtime, trainer
@@ -27,7 +28,15 @@ MODEL = dataclasses.replace(
 TINY = PriorConfig(
     prior_channels=16, prior_heads=2, prior_top_layers=1, prior_bottom_layers=1, prior_dropout=0.0
 )
-SETTINGS = {"device": "cpu", "lr": 1e-3, "schedule": "cosine", "weight_decay": 0.01, "clip": 1.0}
+# What is compared exactly is computed in float32 on every machine.
+SETTINGS = {
+    "bf16": "off",
+    "device": "cpu",
+    "lr": 1e-3,
+    "schedule": "cosine",
+    "weight_decay": 0.01,
+    "clip": 1.0,
+}
 
 
 def fit(study, out, batch_size, checkpoint=None):
@@ -41,8 +50,9 @@ def fit(study, out, batch_size, checkpoint=None):
 
 def fit_prior(autoencoder, out, batch_size):
     config = trainer.TrainConfig(out=str(out), epochs=2, batch_size=batch_size, **SETTINGS)
-    codes = train.CodesConfig(str(autoencoder))
-    return train.train_prior(train.Settings("prior", codes=codes, prior=TINY, train=config))
+    codes = train_prior.CodesConfig(str(autoencoder))
+    settings = train_prior.Settings(codes=codes, prior=TINY, train=config)
+    return train_prior.train_prior(settings)
 
 
 def in_the_6th_step_of_rank_1(act):

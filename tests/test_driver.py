@@ -3,7 +3,6 @@ slices.
 """
 
 import csv
-import dataclasses
 import json
 from pathlib import Path
 
@@ -13,13 +12,11 @@ from conftest import run
 from test_train import SHAPE_FLAGS
 
 import driver
-import train
-from dataset import StudyInfo
-from modules import VQVAE2, VQVAE2Config
+import train_prior
 from new_slices import organs
 from support import phantom, runtime
 
-PRIOR_FLAGS = "--prior-channels 16 --prior-minutes 0.02 --n 3".split()
+PRIOR_FLAGS = "--prior-slices 12 --n 3".split()
 
 
 def test_data_training_scores_and_new_slices_in_one_command(study, tmp_path):
@@ -74,7 +71,7 @@ def test_without_data_it_makes_a_phantom_and_says_so(tmp_path, monkeypatch, caps
         "train_segmenter",
         lambda *args, **settings: train_segmenter(*args[:4], 2, **settings),
     )
-    flags = "--K 16 --D 8 --channels 8 --top-channels 8 --minutes 0 --epochs 1 --device cpu --prior-minutes 0".split()
+    flags = "--K 16 --D 8 --channels 8 --top-channels 8 --epochs 1 --device cpu --prior-slices 0".split()
     monkeypatch.setattr("sys.argv", ["driver.py", *flags])
     driver.main()
     assert (tmp_path / "phantom_slices_data" / "SYNTHETIC.txt").exists()
@@ -83,7 +80,7 @@ def test_without_data_it_makes_a_phantom_and_says_so(tmp_path, monkeypatch, caps
     assert metrics["n"] == 2 and metrics["data"]["synthetic"]
     checkpoint = runtime.load_checkpoint(tmp_path / "Results" / "vqvae2_best.pth", "vqvae2")
     assert checkpoint["loss_config"]["ssim"] == 1.0  # the quick preset, where there is no study
-    assert not (tmp_path / "Results" / "generated").exists()  # --prior-minutes 0
+    assert not (tmp_path / "Results" / "generated").exists()  # --prior-slices 0
 
 
 def test_a_missing_study_is_an_error_and_no_phantom(tmp_path):
@@ -92,59 +89,51 @@ def test_a_missing_study_is_an_error_and_no_phantom(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_of_priors_is_an_error(study, tmp_path):
-    checkpoint = {"kind": "prior", "model": {}, "model_config": {"K": 16}, "epoch": 1}
-    data = {"study": str(study), "height": 64, "width": 32, "allow_patient_overlap": False}
-    learnt = {"top_shape": [8, 4], "autoencoder_sha256": "", "codes_config": {}}
-    runtime.save_checkpoint(tmp_path / "prior_best.pth", checkpoint | learnt | {"data": data})
-    code, _, err = run("driver.py", "--resume", "prior_best.pth", cwd=tmp_path)
-    assert code == 2 and "train.py --resume" in err and "Traceback" not in err
-
-
 @pytest.mark.parametrize(
-    "flags, preset, channels",
+    "flags, preset, slices",
     [
-        (["--data"], "best", 128),
-        (["--preset", "quick", "--data"], "quick", 128),
-        (["--preset", "quick", "--prior-channels", "16", "--data"], "quick", 16),
-        (["--resume", "real.pth"], "best", 128),
-        (["--resume", "synthetic.pth"], "quick", 128),
+        ([], "best", 15_000),
+        (["--preset", "quick"], "quick", 2_800),
+        (["--prior-slices", 9], "best", 9),
     ],
 )
-def test_the_priors_suit_the_preset_or_the_study_resumed(
-    study, tmp_path, monkeypatch, flags, preset, channels
-):
+def test_the_priors_suit_the_preset(study, tmp_path, monkeypatch, flags, preset, slices):
     monkeypatch.chdir(tmp_path)
-    for name in ("real", "synthetic"):
-        model = VQVAE2(VQVAE2Config(K=16, channels=8, top_channels=8))
-        configs = {"model": model.config, "loss": train.LossConfig(), "train": train.TrainConfig()}
-        checkpoint = {"kind": "vqvae2", "model": model.state_dict(), "epoch": 1}
-        checkpoint |= {
-            f"{key}_config": dataclasses.asdict(config) for key, config in configs.items()
-        }
-        checkpoint["data"] = StudyInfo(
-            str(study), 64, 32, {}, synthetic=name == "synthetic"
-        ).as_dict()
-        runtime.save_checkpoint(Path(f"{name}.pth"), checkpoint)
     found = []
     for module, name in ((driver.train, "train_autoencoder"), (driver.predict, "predict")):
         monkeypatch.setattr(module, name, lambda *args: "best.pth")
     monkeypatch.setattr(
-        driver.train, "train_prior", lambda settings: found.append(settings) or "prior.pth"
+        driver.train_prior, "train_prior", lambda settings: found.append(settings) or "prior.pth"
     )
     monkeypatch.setattr(driver.generate, "generate", lambda *args: None)
-    monkeypatch.setattr(
-        "sys.argv", ["driver.py", *flags, *([str(study)] if flags[-1] == "--data" else [])]
-    )
+    words = ["driver.py", "--data", study, "--seed", 3, *flags]
+    monkeypatch.setattr("sys.argv", [*map(str, words)])
     driver.main()
     (used,) = found
-    expected = train.make_settings({"stage": "prior", "preset": preset, "prior_channels": channels})
+    expected = train_prior.make_settings({"preset": preset})
     assert used.prior == expected.prior and used.codes.bottom_every == expected.codes.bottom_every
-    assert (used.train.lr, used.train.minutes) == (expected.train.lr, expected.train.minutes)
+    assert (used.train.lr, used.train.slices) == (expected.train.lr, slices)
+    assert used.train.seed == 3 and used.codes.checkpoint == "best.pth"
     assert used.data.data == str(study) and not Path("phantom_slices_data").exists()
 
 
-@pytest.mark.parametrize("flag", ["--n", "--prior-minutes"])
+@pytest.mark.parametrize("flag", ["--n", "--prior-slices"])
 def test_what_only_the_second_half_needs_is_checked_before_the_first(study, tmp_path, flag):
-    code, _, err = run("driver.py", "--data", study, flag, "-1", cwd=tmp_path)
-    assert code == 2 and f"{flag} is -1" in err and not list(tmp_path.iterdir())
+    code, _, err = run("driver.py", "--data", study, flag, "-2", cwd=tmp_path)
+    assert code == 2 and f"{flag} is -2" in err and not list(tmp_path.iterdir())
+
+
+def test_a_run_is_compared_with_the_documented_one(tmp_path, capsys):
+    def write(folder, ssim, plausible):
+        (folder / "generated").mkdir(parents=True)
+        scores = {"ssim_report": {"mean": ssim}, "psnr": {"mean": 30.0}}
+        runtime.write_json(folder / "metrics.json", scores)
+        report = {"realism": {"rows": {"samples": {"plausible": plausible}}}}
+        runtime.write_json(folder / "generated" / "report.json", report)
+        return folder
+
+    documented = write(tmp_path / "documented", 0.93, 0.5)
+    driver.compare_with_documented(write(tmp_path / "same", 0.9301, 0.5), documented)
+    assert capsys.readouterr().out.endswith("as documented\n")
+    driver.compare_with_documented(write(tmp_path / "other", 0.94, 0.5), documented)
+    assert "ssim_report.mean 0.9400 instead of 0.9300\n" in capsys.readouterr().out

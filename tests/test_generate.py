@@ -37,7 +37,7 @@ def save_models(folder, study, splits, model, prior):
     two = {"kind": "prior", "model_config": dataclasses.asdict(PRIOR), "model": prior.state_dict()}
     digest = runtime.sha256(folder / "vqvae2_best.pth")
     two |= {"top_shape": [8, 4], "autoencoder_sha256": digest, "data": data, "epoch": 1}
-    two["codes_config"] = {"variants": 2}
+    two["codes_config"] = {"copies": 2}
     runtime.save_checkpoint(folder / "prior_best.pth", two)
 
 

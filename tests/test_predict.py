@@ -249,7 +249,7 @@ def test_the_scoreboard_of_models_has_every_way_of_counting_bits(
         "data": runtime.load_checkpoint(checkpoint, "vqvae2")["data"],
         "epoch": 1,
         "top_shape": [8, 4],
-        "codes_config": {"variants": 2},
+        "codes_config": {"copies": 2},
         "autoencoder_sha256": runtime.sha256(checkpoint),
     }
     runtime.save_checkpoint(tmp_path / "prior.pth", prior)

@@ -24,11 +24,11 @@ REFERENCES = re.findall(r"`([\w.]+)` in \[([\w/]+\.py)\]\(([\w/]+\.py)\)", READM
 SMALL = f"--height 64 --width 32 --device cpu --epochs 1 {' '.join(SHAPE_FLAGS)}"
 SMALL_PRIOR = "--prior-channels 16 --prior-heads 1"
 SHORTER = {  # added to a command that holds the words
-    "driver.py": f"{SMALL} {SMALL_PRIOR} --prior-minutes 0.01 --n 2",
+    "driver.py": f"{SMALL} --prior-slices 8 --n 2",
     "train.py --data": SMALL,
     "train.py --resume": "--epochs 2",
     "train.py --weights": "--epochs 1",
-    "train.py --stage prior": f"--epochs 1 {SMALL_PRIOR}",
+    "train_prior.py": f"--epochs 1 {SMALL_PRIOR}",
     "generate.py": "--n 2",
 }
 

@@ -12,7 +12,7 @@ from test_train import assert_same, fit
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import generate
-import train
+import train_prior
 from dataset import DataConfig, Mirror, open_study, open_trained_study
 from modules import load_model
 from new_slices import code_maps, layouts
@@ -32,9 +32,9 @@ def autoencoder(study, tmp_path_factory):
 def fit_prior(autoencoder, out, epochs=1, checkpoint=None, **settings):
     settings = {"batch_size": 4, "device": "cpu", "lr": 1e-3, **settings}
     config = trainer.TrainConfig(out=str(out), epochs=epochs, **settings)
-    codes = train.CodesConfig(checkpoint=str(autoencoder))
-    return train.train_prior(
-        train.Settings("prior", codes=codes, prior=TINY, train=config, checkpoint=checkpoint)
+    codes = train_prior.CodesConfig(checkpoint=str(autoencoder))
+    return train_prior.train_prior(
+        train_prior.Settings(codes=codes, prior=TINY, train=config, checkpoint=checkpoint)
     )
 
 
@@ -93,8 +93,8 @@ def test_variants_are_altered_as_their_numbers_say(autoencoder):
 
 def test_the_prior_is_told_the_variant_it_sees(autoencoder, tmp_path):
     config = trainer.TrainConfig(out=str(tmp_path), device="cpu", batch_size=4)
-    settings = train.CodesConfig(checkpoint=str(autoencoder), variants=4, forget=0.0)
-    stage = train.CodePriors(train.Settings("prior", codes=settings, prior=TINY, train=config))
+    settings = train_prior.CodesConfig(checkpoint=str(autoencoder), copies=4, forget=0.0)
+    stage = train_prior.CodePriors(train_prior.Settings(codes=settings, prior=TINY, train=config))
     stage.start_epoch(torch.Generator().manual_seed(0))
     assert set(stage.variant.tolist()) == {
         0,
@@ -121,8 +121,8 @@ def test_the_prior_is_told_the_variant_it_sees(autoencoder, tmp_path):
 def test_the_top_prior_is_told_the_layout_of_the_variant_it_sees(masked_study, tmp_path):
     autoencoder = fit(masked_study, tmp_path / "one", epochs=1)
     config = trainer.TrainConfig(out=str(tmp_path), device="cpu", batch_size=4)
-    settings = train.CodesConfig(checkpoint=str(autoencoder), variants=4, forget=0.5)
-    stage = train.CodePriors(train.Settings("prior", codes=settings, prior=TINY, train=config))
+    settings = train_prior.CodesConfig(checkpoint=str(autoencoder), copies=4, forget=0.5)
+    stage = train_prior.CodePriors(train_prior.Settings(codes=settings, prior=TINY, train=config))
     train_split, variants = stage.splits["train"], Variants(4, 14, Mirror())
     assert stage.model.config.labels == 2
     seen, indices = [], torch.arange(14)
@@ -210,12 +210,12 @@ def test_validation_repeats_and_agrees_with_the_likelihood(autoencoder, tmp_path
 
 
 def test_the_bottom_prior_can_learn_from_fewer_slices_than_the_top(autoencoder, tmp_path):
-    codes = train.CodesConfig(checkpoint=str(autoencoder), forget=0.0, bottom_every=2)
+    codes = train_prior.CodesConfig(checkpoint=str(autoencoder), forget=0.0, bottom_every=2)
     config = trainer.TrainConfig(out=str(tmp_path), device="cpu")
-    settings = train.Settings(
-        "prior", codes=codes, prior=replace(TINY, prior_dropout=0.0), train=config
+    settings = train_prior.Settings(
+        codes=codes, prior=replace(TINY, prior_dropout=0.0), train=config
     )
-    stage = train.CodePriors(settings)
+    stage = train_prior.CodePriors(settings)
     stage.start_epoch(torch.Generator())
     seen = []
     stage.model.register_forward_hook(lambda module, inputs, nats: seen.append((inputs, nats)))
@@ -236,9 +236,9 @@ def test_the_bottom_prior_can_learn_from_fewer_slices_than_the_top(autoencoder, 
     stage.batch_losses("validate", torch.arange(3))
     assert len(seen[1][0][1]) == 3
     with pytest.raises(ValueError, match="--bottom-every is 0"):
-        train.CodesConfig(bottom_every=0)
+        train_prior.CodesConfig(bottom_every=0)
     with pytest.raises(ValueError, match="--bottom-every is 3, --batch-size 4"):
-        train.train_prior(
+        train_prior.train_prior(
             replace(
                 settings, codes=replace(codes, bottom_every=3), train=replace(config, batch_size=4)
             )
@@ -280,17 +280,16 @@ def test_patience_ends_a_run_that_no_longer_improves(autoencoder, tmp_path):
     assert runtime.load_checkpoint(path, "prior")["epoch"] == 1
 
 
-def test_a_step_never_waits_for_the_device(autoencoder, tmp_path, monkeypatch):
+def test_a_step_never_waits_for_the_device(autoencoder, tmp_path):
     """Fake tensors stand in for a GPU's: whatever needs a value of theirs raises."""
     config = trainer.TrainConfig(out=str(tmp_path), device="cpu", clip=1.0, optimiser="muon")
-    codes = train.CodesConfig(checkpoint=str(autoencoder))
-    stage = train.CodePriors(train.Settings("prior", codes=codes, prior=TINY, train=config))
+    codes = train_prior.CodesConfig(checkpoint=str(autoencoder))
+    stage = train_prior.CodePriors(train_prior.Settings(codes=codes, prior=TINY, train=config))
     stage.start_epoch(torch.Generator())
     run = trainer.Trainer(stage, config)
     stage.model.train()
-    monkeypatch.setattr(run, "show_loss", lambda *args: None)  # at the loss: on a GPU now and then
     with FakeTensorMode(allow_non_fake_inputs=True):
-        run.train_step(torch.tensor([3, 0, 13, 7]), None)
+        run.train_step(torch.tensor([3, 0, 13, 7]))
         with pytest.raises(DataDependentOutputException):
             torch.ones(1).item()
 
@@ -299,9 +298,9 @@ def test_a_step_never_waits_for_the_device(autoencoder, tmp_path, monkeypatch):
 def test_the_model_gets_the_drawn_variants_and_forgets_positions(
     autoencoder, tmp_path, monkeypatch, forget
 ):
-    codes = train.CodesConfig(checkpoint=str(autoencoder), forget=forget)
+    codes = train_prior.CodesConfig(checkpoint=str(autoencoder), forget=forget)
     config = trainer.TrainConfig(out=str(tmp_path), device="cpu")
-    stage = train.CodePriors(train.Settings("prior", codes=codes, prior=TINY, train=config))
+    stage = train_prior.CodePriors(train_prior.Settings(codes=codes, prior=TINY, train=config))
     seen, forward = [], stage.model.forward
     monkeypatch.setattr(
         stage.model, "forward", lambda *args, **more: seen.append(args) or forward(*args, **more)
@@ -318,7 +317,7 @@ def test_the_model_gets_the_drawn_variants_and_forgets_positions(
         for level, codes_ in (("top", top), ("bottom", bottom)):
             assert torch.equal(codes_, stage.maps[f"train_{level}"][stage.variant, indices].long())
     assert torch.stack(hidden).float().mean().item() == pytest.approx(forget, abs=0.1)
-    assert len(torch.stack(variants).unique()) == stage.codes.variants
+    assert len(torch.stack(variants).unique()) == stage.codes.copies
     assert (torch.stack(variants)[0] != torch.stack(variants)[1]).any()
     stage.model.eval()  # nothing is hidden or altered in validation
     stage.batch_losses("validate", torch.arange(5))

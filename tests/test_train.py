@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import run, start
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from tqdm import tqdm
 
 import train
+import train_prior
 from dataset import NO_MASK, DataConfig, Mirror, open_study
 from modules import VQVAE2, Output, Quantised, VQVAE2Config
 from new_slices.layouts import layouts_of
@@ -186,7 +186,7 @@ def test_same_seed_same_weights_other_seed_others(study, tmp_path):
         assert_same(tmp_path / "a" / final, tmp_path / "c" / final)
 
 
-def test_a_step_waits_for_no_device(study, tmp_path, monkeypatch):
+def test_a_step_waits_for_no_device(study, tmp_path):
     """Fake tensors have no values: a step that read one back would raise."""
     config = trainer.TrainConfig(out=str(tmp_path), device="cpu", clip=1.0)
     data = DataConfig(data=str(study), height=64, width=32)
@@ -200,12 +200,9 @@ def test_a_step_waits_for_no_device(study, tmp_path, monkeypatch):
     torch.testing.assert_close(stage.images["train"](indices), slices, rtol=2**-11, atol=1e-7)
     run_ = trainer.Trainer(stage, config)
     stage.model.train()
-    run_.train_step(
-        indices, tqdm(disable=True)
-    )  # the first alone asks whether the codebook has started
-    monkeypatch.setattr(run_, "show_loss", lambda *args: None)  # at the loss: on a GPU now and then
+    run_.train_step(indices)  # the first alone asks whether the codebook has started
     with FakeTensorMode(allow_non_fake_inputs=True):
-        run_.train_step(indices, None)
+        run_.train_step(indices)
         with pytest.raises(DataDependentOutputException):
             torch.ones(1).item()
 
@@ -288,12 +285,9 @@ def test_training_begins_with_given_weights_and_codebooks(study, tmp_path):
     model = VQVAE2Config(
         **runtime.load_checkpoint(start, "vqvae2")["model_config"] | {"bit_weight": 0.5}
     )
-    config = trainer.TrainConfig(weights=str(start), device="cpu")
-    stage = train.Autoencoder(
-        train.Settings(
-            data=DataConfig(data=str(study), height=64, width=32), train=config, model=model
-        )
-    )
+    config = trainer.TrainConfig(device="cpu")
+    data = DataConfig(data=str(study), height=64, width=32)
+    stage = train.Autoencoder(train.Settings(data, config, model, weights=str(start)))
     assert stage.model.config.bit_weight == stage.model.quantiser_top.bit_weight == 0.5
     theirs = runtime.load_checkpoint(start, "vqvae2")["model"]
     assert all(torch.equal(value, theirs[name]) for name, value in stage.model.state_dict().items())
@@ -330,66 +324,69 @@ def test_resuming_into_another_folder_leaves_a_best_there(study, tmp_path):
 
 
 def test_flags_win_over_presets_and_checkpoints(study, tmp_path, monkeypatch):
+    parser = runtime.parser("", train.StartConfig, *train.CONFIGS.values())
+
     def settings(*argv):
         monkeypatch.setattr("sys.argv", ["train.py", *map(str, argv)])
-        return train.make_settings(runtime.given_flags(train.flags(""))[0])
+        return train.make_settings(runtime.given_flags(parser)[0])
 
-    assert settings("--preset", "best").train.minutes == 30
-    assert settings("--preset", "best", "--minutes", "2").train.minutes == 2
+    assert settings("--preset", "best").train.slices == 22_000
+    config = settings("--preset", "best", "--minutes", "2").train
+    assert config.minutes == 2 and config.schedule == "cosine"  # the same, over two minutes
+    assert settings("--preset", "best", "--slices", "9").train.slices == 9
     config = settings("--preset", "best", "--epochs", "3").train
-    assert (config.minutes, config.epochs, config.batch_size) == (0, 3, 1)
+    assert (config.slices, config.epochs, config.batch_size) == (0, 3, 1)
     fit(study, tmp_path, epochs=1, weight_decay=0.5)
     one = settings("--resume", tmp_path / "vqvae2_epoch_1.pth", "--epochs", "7")
     assert (one.train.epochs, one.train.batch_size, one.model.K, one.data.height) == (7, 4, 16, 64)
     one = settings("--weights", tmp_path / "vqvae2_epoch_1.pth", "--preset", "fewer-bits")
-    assert (one.model.K, one.model.bit_weight, one.train.minutes) == (16, 0.03, 10)
+    assert (one.model.K, one.model.bit_weight, one.train.slices) == (16, 0.03, 7_400)
     # what the weights were trained on, or a copy of it that another test has opened
     assert (Path(one.data.data).name, one.data.height) == (study.name, 64)
-    with pytest.raises(ValueError, match="leave one out"):
-        settings("--resume", tmp_path / "vqvae2_epoch_1.pth", "--preset", "best")
+    for flag in (("--preset", "best"), ("--lr", "0.1"), ("--D", "16"), ("--seed", "1")):
+        with pytest.raises(ValueError, match=f"{flag[0]}: a run that goes on keeps"):
+            settings("--resume", tmp_path / "vqvae2_epoch_1.pth", *flag)
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "script, flags, words",
     [
-        (["--prior-channels", 64], "--prior-channels: for --stage prior alone"),
-        (["--checkpoint", "a.pth"], "--checkpoint: for --stage prior alone"),
-        (["--stage", "prior", "--beta", 1], "--beta: for --stage autoencoder alone"),
-        (["--stage", "prior", "--K", 64], "--K: for --stage autoencoder alone"),
-        (["--stage", "prior", "--height", 64], "--height: for --stage autoencoder alone"),
-        (
-            ["--stage", "prior", "--preset", "report"],
-            "the presets of --stage prior are quick, best",
-        ),
+        (train, ["--prior-channels", 64], "--prior-channels"),
+        (train, ["--checkpoint", "a.pth"], "--checkpoint"),
+        (train_prior, ["--beta", 1], "--beta"),
+        (train_prior, ["--K", 64], "--K"),
+        (train_prior, ["--height", 64], "--height"),
+        (train_prior, ["--preset", "report"], "choose from"),
     ],
 )
-def test_flags_without_effect_are_refused(flags, words, monkeypatch, capsys):
+def test_flags_without_effect_are_refused(script, flags, words, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags)])
     with pytest.raises(SystemExit) as exit_:
-        runtime.run_cli(train.main)
+        runtime.run_cli(script.main)
     assert exit_.value.code == 2 and words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "script, flags, words",
     [
-        ([], ["--lr LR               the highest learning rate of the run (default: 0.0003)"]),
-        (["--preset", "best"], ["(default: 0.0015)", "(default: 30.0)"]),
-        (["--stage", "prior", "--preset", "best"], ["(default: 0.002)", "(default: 30.0)"]),
-        (["--lr", "0.5"], ["(default: 0.5)"]),
+        (
+            train,
+            [],
+            ["--lr LR               the highest learning rate of the run (default: 0.0003)"],
+        ),
+        (train, ["--preset", "best"], ["(default: 0.0015)", "(default: 22000)"]),
+        (train_prior, ["--preset", "best"], ["(default: 0.002)", "(default: 15000)"]),
+        (train, ["--lr", "0.5"], ["(default: 0.5)"]),
     ],
 )
-def test_help_shows_the_settings_that_will_be_used(flags, words, monkeypatch, capsys):
+def test_help_shows_the_settings_that_will_be_used(script, flags, words, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr("sys.argv", ["train.py", *flags, "--help"])
     with pytest.raises(SystemExit) as exit_:
-        train.main()
+        script.main()
     out = capsys.readouterr().out
     assert exit_.value.code == 0 and all(word in out for word in words)
-    everyday = [
-        out.index(f"  --{name} ")
-        for name in ("data", "preset", "minutes", "out", "resume", "stage")
-    ]
+    everyday = [out.index(f"  --{name} ") for name in script.EVERYDAY]
     assert everyday == sorted(everyday)
 
 
@@ -411,16 +408,14 @@ def test_users_mistakes_exit_with_2_and_no_traceback(study, tmp_path, monkeypatc
         (["--data", study, "--out", tmp_path / "file"], "file"),
         (["--data", study, "--height", "250", "--out", tmp_path], "multiples of 8"),
         (["--data", study, "--epochs", "0"], "epochs"),
-        (["--data", study, "--height", "8", "--width", "8", "--out", tmp_path], "expected 16 or more"),
-        (["--resume", tmp_path / "whole.pth", "--height", "128"], "(64, 32)"),
-        (["--resume", tmp_path / "whole.pth", "--D", "16"], "shape"),
+        (
+            ["--data", study, "--height", "8", "--width", "8", "--out", tmp_path],
+            "expected 16 or more",
+        ),
+        (["--resume", tmp_path / "whole.pth", "--height", "128"], "keeps the settings"),
         (
             ["--data", study, "--weights", tmp_path / "whole.pth", "--D", "16", "--out", tmp_path],
             "D=16",
-        ),
-        (
-            ["--stage", "prior", "--weights", tmp_path / "whole.pth", "--out", tmp_path],
-            "autoencoder alone",
         ),
     ):
         monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags)])
@@ -459,7 +454,7 @@ def test_the_masks_terms_are_of_the_mask_and_of_the_layout():
         .permute(0, 3, 1, 2)
         .float()
     )
-    none, config = output_of(torch.randn(2, 1, 16, 8)), train.LossConfig(mask=0.3)
+    none, config = output_of(torch.randn(2, 1, 16, 8)), train.LossConfig(mask_weight=0.3)
     for layout_logits in (of_layout, of_layout.flip(1)):
         output = none._replace(mask_logits=mask_logits, layout_logits=layout_logits)
         terms = train.losses(x, output, config, masks)

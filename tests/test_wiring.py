@@ -1,21 +1,22 @@
 """Every flag of training does what it says: one step or one epoch with it and without it."""
 
+import json
 import math
+import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from test_train import SMALL
-from tqdm import tqdm
 
 import train
 from dataset import DataConfig
 from modules import VQVAE2
-from support import runtime, trainer
+from support import nifti, runtime, trainer
 from support.optimiser import split_parameters
 
 BATCH = torch.tensor([3, 0, 13, 7])
-BAR = tqdm(disable=True)
 
 
 @pytest.fixture
@@ -42,12 +43,12 @@ def weights(trainer):
 def updates(trainer):
     """What one step changes, by the weight's name."""
     before = weights(trainer)
-    trainer.train_step(BATCH, BAR)
+    trainer.train_step(BATCH)
     return {name: weight - before[name] for name, weight in weights(trainer).items()}
 
 
 def gradient_norm(trainer):
-    trainer.train_step(BATCH, BAR)
+    trainer.train_step(BATCH)
     return torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm().item()
 
 
@@ -95,7 +96,7 @@ def test_the_learning_rate_follows_the_schedule_in_every_step(make):
     rates = []
     for seen in (0, 7, 13):
         trainer.progress.seen = seen
-        trainer.train_step(BATCH, BAR)
+        trainer.train_step(BATCH)
         rates.append(trainer.optimiser.param_groups[0]["lr"])
     done = [0, 0.25, 13 / 28]  # of two epochs of 14 slices
     expected = [0.3 * (d / 0.5) * (1 + math.cos(math.pi * d)) / 2 for d in done]
@@ -147,34 +148,32 @@ def test_half_of_the_training_slices_are_mirrored_anew_in_every_epoch(make):
 
 def test_the_best_checkpoint_has_the_lowest_validation_reconstruction(make, monkeypatch):
     """Neither the training loss, nor the total with its commitment."""
-    trainer = make(epochs=3, keep=0)
-    names, validated = trainer.stage.loss_names, iter([(1.0, 3.0), (3.0, 1.0), (2.0, 2.0)])
+    run = make(epochs=3, keep=0)
+    names, validated = run.stage.loss_names, iter([(1.0, 3.0), (3.0, 1.0), (2.0, 2.0)])
 
-    def validate():
+    def validate(_):
         loss, reconstruction = next(validated)
         return dict.fromkeys(names, 0.0) | {"loss": loss, "reconstruction": reconstruction}
 
-    monkeypatch.setattr(trainer, "validate", validate)
-    for _ in range(3):
-        trainer.train_epoch(BAR, [])
-        trainer.end_epoch()
-    best = runtime.load_checkpoint(trainer.checkpoints.path("best"), "vqvae2")
+    monkeypatch.setattr(trainer.Trainer, "validate", validate)
+    best = runtime.load_checkpoint(trainer.fit(run.stage, run.config), "vqvae2")
     assert (best["epoch"], best["best"], best["best_epoch"]) == (2, 1.0, 2)
-    assert (trainer.progress.best, trainer.progress.best_epoch) == (1.0, 2)
+    last = runtime.load_checkpoint(run.checkpoints.path("epoch_final"), "vqvae2")
+    assert (last["best"], last["best_epoch"]) == (1.0, 2)
 
 
 def test_every_epoch_has_another_order_and_every_step_other_noise(make, monkeypatch):
-    run, batches, noise = make(), [], []
+    run, batches, noise = make(epochs=2), [], []
+    step = trainer.Trainer.train_step
 
-    def train_step(batch, bar):
+    def train_step(self, batch):
         batches.append(batch)
-        trainer.Trainer.train_step(run, batch, bar)
+        loss = step(self, batch)
         noise.append(torch.rand(1).item())
+        return loss
 
-    monkeypatch.setattr(run, "train_step", train_step)
-    for _ in range(2):
-        run.train_epoch(BAR, [])
-        run.next_epoch()
+    monkeypatch.setattr(trainer.Trainer, "train_step", train_step)
+    trainer.fit(run.stage, run.config)
     orders = torch.cat(batches).view(2, 14)
     assert (orders.sort().values == torch.arange(14)).all() and (orders[0] != orders[1]).any()
     assert len(set(noise)) == len(noise)
@@ -185,22 +184,72 @@ def test_beta_weighs_the_commitment_of_a_step(make):
     assert any((one[name] != other[name]).any() for name in one)
 
 
-def test_bf16_and_the_memory_layout_reach_the_model(make, monkeypatch):
+def test_bf16_and_the_memory_layout_reach_the_model(make):
     for setting in (True, False):
-        trainer = make(bf16="on" if setting else "off", channels_last="on" if setting else "off")
+        trainer = make(bf16="on" if setting else "off")
         seen = []
         convolution = trainer.model.decoder[0]
         convolution.register_forward_hook(lambda _, args, out, seen=seen: seen.append(out))
-        trainer.train_step(BATCH, BAR)
+        trainer.train_step(BATCH)
         assert (seen[0].dtype == torch.bfloat16) is setting
         weight = next(w for w in trainer.model.parameters() if w.ndim == 4 and min(w.shape) > 1)
-        assert weight.is_contiguous(memory_format=torch.channels_last) is setting
+        assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_keep_and_save_every_choose_the_checkpoints(make, tmp_path):
-    trainer = make(save_every=2, keep=2)
-    for _ in range(9):
-        trainer.train_epoch(BAR, [])
-        trainer.end_epoch()
-    names = {path.name for path in tmp_path.glob("vqvae2_epoch_*")}
+    run = make(epochs=9, save_every=2, keep=2)
+    trainer.fit(run.stage, run.config)
+    names = {path.name for path in tmp_path.glob("vqvae2_epoch_[0-9]*")}
     assert names == {"vqvae2_epoch_6.pth", "vqvae2_epoch_8.pth"}
+
+
+@pytest.mark.parametrize("forced", [True, False])
+def test_validation_is_float32_whatever_the_machine_is_fast_at(make, monkeypatch, forced):
+    """On a CPU that is fast in bfloat16, and on one that is not."""
+    monkeypatch.setattr(runtime, "has_fast_bf16", lambda device, batch_size: forced)
+    run, seen = make(epochs=1), []
+    hook = lambda module, _, out: seen.append((module.training, out.dtype))  # noqa: E731
+    run.model.decoder[0].register_forward_hook(hook)
+    trainer.fit(run.stage, run.config)
+    trained = torch.bfloat16 if forced else torch.float32
+    assert set(seen) == {(True, trained), (False, torch.float32)}
+
+
+@pytest.mark.parametrize("seen_before", [0, 9])
+def test_a_run_by_slices_sees_just_so_many(make, monkeypatch, seen_before):
+    """14 slices an epoch: 23 end within the second one, in a batch that is cut short."""
+    run, seen, rates = make(slices=23, schedule="cosine"), [], []
+    step = trainer.Trainer.train_step
+
+    def train_step(self, batch):
+        seen.append(batch)
+        loss = step(self, batch)
+        rates.append(self.lr)
+        return loss
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", train_step)
+    trainer.fit(run.stage, run.config)
+    assert [len(batch) for batch in seen] == [4, 4, 4, 2, 4, 4, 1]
+    shares = [0, 4, 8, 12, 14, 18, 22]
+    assert rates == pytest.approx([trainer.learning_rate(run.config, n / 23) for n in shares])
+
+
+def test_the_dice_of_the_log_is_that_of_all_validation_slices_together(masked_study, tmp_path):
+    """Slices without a mask, or without the organ, count for nothing; a reference by sets."""
+    copy = shutil.copytree(masked_study, tmp_path / "study")
+    for path in (copy / "keras_slices_validate").iterdir():  # half of the slices show the organ
+        mask = (nifti.read(path).raw > 250).astype(np.uint8) * 7 * (int(path.name[-8]) % 2)
+        name = path.name.replace("case", "seg")
+        nifti.write(copy / "keras_slices_seg_validate" / name, mask, np.eye(4))
+    config = trainer.TrainConfig(out=str(tmp_path / "out"), device="cpu", epochs=1, lr=1e-2)
+    data = DataConfig(data=str(copy), height=64, width=32)
+    stage = train.Autoencoder(train.Settings(data=data, train=config, model=SMALL))
+    trainer.fit(stage, config)
+    log = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    split = stage.splits["validate"]
+    with torch.inference_mode():
+        logits = stage.model(split.images(range(len(split)))).mask_logits
+    decoded, true = logits.argmax(1) == 1, split.masks(range(len(split))) == 1
+    expected = 2 * (decoded & true).sum().item() / (decoded.sum() + true.sum()).item()
+    assert json.loads(log[-1])["dice"]["validate"]["7"] == pytest.approx(expected, abs=1e-3)
+    assert json.loads(log[-1])["dice"]["train"] == {"7": None}

@@ -1,0 +1,249 @@
+"""Train the priors over the codes of a trained autoencoder: what generate.py samples new slices from.
+
+    python train_prior.py                                 # over the codes of Results/vqvae2_best.pth
+    python train_prior.py --checkpoint Results/fewer-bits/vqvae2_best.pth --out Results/fewer-bits
+    python train_prior.py --resume Results/prior_interrupted.pth   # go on where that one stopped
+
+Writes to Results/ (or --out) what train.py does, under names that begin with prior_, and codes.npz,
+the code maps of the study. prior_best.pth has the lowest bound on bits per code in validation.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset import SIZE, DataConfig, StudyInfo, open_trained_study
+from modules import load_model
+from new_slices.code_maps import MOST_VARIANTS, Variants, extract_codes
+from new_slices.prior import Prior, PriorConfig
+from support import results_page, runtime
+from support.runtime import UserError, check_number, option
+from support.trainer import Stage, TrainConfig, by_epochs, check_may_change, fit
+from train import STEPS
+
+# The bottom prior, whose codes are details of what the top places, needs fewer slices.
+RECIPE = STEPS | {
+    "batch_size": 4,
+    "bottom_every": 4,
+    "lr": 2e-3,
+    "weight_decay": 0.05,
+    "patience": 5,
+}
+PRESETS = {
+    "best": RECIPE | {"slices": 15_000, "prior_top_layers": 4, "prior_refine_blocks": 3},
+    "quick": RECIPE | {"slices": 2_800, "lr": 4e-3, "prior_dropout": 0.0, "copies": 1},
+}
+
+
+@dataclass(frozen=True)
+class CodesConfig:
+    """Which autoencoder's codes the priors learn, and how."""
+
+    checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder")
+    copies: int = option(
+        2, "how many versions of each slice: 1 original, 2 + mirror image, 3 or more + random warps"
+    )
+    forget: float = option(
+        0.1, "share of training slices whose position is hidden from the priors, and of layouts"
+    )
+    bottom_every: int = option(1, "train the bottom prior on every n-th slice of a batch")
+
+    def __post_init__(self) -> None:
+        check_number("bottom_every", self.bottom_every, least=1)
+        check_number("copies", self.copies, least=1, most=MOST_VARIANTS)
+        check_number("forget", self.forget, least=0, most=1)
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """Where to start."""
+
+    preset: str = option(
+        "best", "settings to start from; flags beside it win", choices=tuple(PRESETS)
+    )
+    resume: str = option("", "go on from this checkpoint, with its settings")
+
+
+CONFIGS = {"data": DataConfig, "train": TrainConfig, "codes": CodesConfig, "prior": PriorConfig}
+# The priors take these from their autoencoder.
+OF_THE_AUTOENCODER = (*SIZE, "K")
+EVERYDAY = ("checkpoint", "preset", "slices", "out", "resume")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a run is told; `make_settings` makes it from the flags of a command line."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    codes: CodesConfig = field(default_factory=CodesConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    checkpoint: dict | None = None  # to go on from
+
+
+def make_settings(given: dict) -> Settings:
+    """The settings for the flags `given`, fields of `StartConfig` and of `CONFIGS`.
+
+    Flags win over the settings of the checkpoint to resume, or else over those of the preset.
+    UserError for a flag that --resume forbids.
+    """
+    given = dict(given)
+    preset, resume = given.pop("preset", ""), given.pop("resume", "")
+    start, checkpoint = PRESETS[preset or "best"], None
+    if resume:
+        check_may_change(given | ({"preset": preset} if preset else {}), resume)
+        checkpoint = runtime.load_checkpoint(resume, CodePriors.kind)
+        with runtime.reading(resume):
+            start = {}
+            for key, name in (("train", "train"), ("codes", "codes"), ("model", "prior")):
+                start |= vars(runtime.fill(CONFIGS[name], checkpoint[f"{key}_config"]))
+        # A checkpoint names the autoencoder, not its folder: people share checkpoints.
+        folder = Path(resume).parent
+        start |= {"out": str(folder), "checkpoint": str(folder / start["checkpoint"])}
+    values = start | by_epochs(given) | given
+    configs = {name: runtime.fill(config, values) for name, config in CONFIGS.items()}
+    return Settings(**configs, checkpoint=checkpoint)
+
+
+class CodePriors(Stage):
+    """Stage two: learns the code maps of every slice, and of its variants, under one
+    autoencoder.
+    """
+
+    kind, command = "prior", "python train_prior.py"
+    loss_names = ("loss", "nats_top", "nats_bottom", "bits_per_pixel")
+
+    def __init__(self, settings: Settings) -> None:
+        codes, config = settings.codes, settings.train
+        self.device = runtime.pick_device(config.device)
+        trained, self.codes = load_model(codes.checkpoint), codes
+        self.sha256, model = trained.sha256, trained.model.to(self.device)
+        with runtime.first_of_node():
+            self.splits = open_trained_study(trained.study, settings.data, codes.checkpoint)
+        self.study = StudyInfo.from_splits(self.splits)
+        size = trained.study.height, trained.study.width
+        self.pixels = math.prod(size)
+        with runtime.first_of_node():
+            file = Path(config.out) / "codes.npz"
+            maps = extract_codes(model, self.splits, codes.copies, self.sha256, file)
+        self.maps = {
+            name: torch.from_numpy(codes.astype(np.int32)).to(self.device)
+            for name, codes in maps.items()
+        }
+        self.positions = {
+            name: torch.from_numpy(split.positions).to(self.device)
+            for name, split in self.splits.items()
+        }
+        runtime.seed_everything(config.seed)
+        self.top_shape = model.config.code_shapes(*size)[0]
+        train = self.splits["train"]
+        self.numbers = Variants(codes.copies, len(train), train.mirror).numbers.to(self.device)
+        # Layouts, where the autoencoder knows these masks too.
+        labels = len(train.labels) if len(train.labels) == model.config.labels else 0
+        shape = replace(settings.prior, K=model.config.K, labels=labels)
+        self.model = Prior(shape, self.top_shape, self.numbers.shape[2]).to(self.device)
+        self.model.start_from(model.quantiser_top.codebook, model.quantiser_bottom.codebook)
+        self.counts = {}
+
+    def settings(self) -> dict:
+        return {
+            "model_config": dataclasses.asdict(self.model.config),
+            "codes_config": dataclasses.asdict(self.codes)
+            | {"checkpoint": Path(self.codes.checkpoint).name},
+            "top_shape": list(self.top_shape),
+            "autoencoder_sha256": self.sha256,
+            "data": self.study.as_dict(),
+        }
+
+    def start_epoch(self, generator: torch.Generator) -> None:
+        size = len(self.splits["train"])
+        self.variant = torch.randint(self.codes.copies, (size,), generator=generator).to(
+            self.device
+        )
+        self.forgotten = (torch.rand(2, size, generator=generator) < self.codes.forget).to(
+            self.device
+        )
+
+    def batch_losses(self, split: str, indices: Tensor) -> dict[str, Tensor]:
+        indices = indices.to(self.device, non_blocking=True)
+        position, variant = self.positions[split][indices], torch.zeros_like(indices)
+        if self.model.training:
+            position = position.masked_fill(self.forgotten[0, indices], math.nan)
+            variant = self.variant[indices]
+            random = {"generator": None}
+            bottoms = math.ceil(len(indices) / self.codes.bottom_every)
+        else:  # the same masks in every epoch
+            random = {"generator": torch.Generator().manual_seed(0)}
+            bottoms = len(indices)
+        top = self.maps[f"{split}_top"][variant, indices].long()
+        bottom = self.maps[f"{split}_bottom"][variant[:bottoms], indices[:bottoms]].long()
+        layout = None
+        if labels := self.model.config.labels:
+            layout = self.maps[f"{split}_layout"][variant, indices].long()
+            if self.model.training:
+                layout = layout.masked_fill(self.forgotten[1, indices, None, None], labels)
+        altered = self.numbers[variant, indices] if split == "train" else self.numbers[variant, 0]
+        nats = self.model(top, bottom, position, altered, layout, **random)
+        nats_top, nats_bottom = nats["top"].mean(), nats["bottom"].mean()  # of a code
+        codes_top, codes_bottom = top[0].numel(), bottom[0].numel()
+        nats_slice = codes_top * nats_top + codes_bottom * nats_bottom
+        return {
+            "loss": nats_slice / (codes_top + codes_bottom),
+            "nats_top": nats_top,
+            "nats_bottom": nats_bottom,
+            "bits_per_pixel": nats_slice / (math.log(2) * self.pixels),
+        }
+
+    def describe(self, record: dict) -> str:
+        bits = {
+            name: record["validate"][f"nats_{name}"] / math.log(2) for name in ("top", "bottom")
+        }
+        return (
+            f"{bits['top']:.2f} bits a top code, {bits['bottom']:.2f} a bottom code, "
+            f"{record['validate']['bits_per_pixel']:.4f} a pixel"
+        )
+
+
+def train_prior(settings: Settings) -> Path:
+    """Train; returns the path of the best checkpoint.
+
+    Raises as `load_model`, `open_study` and `fit` do, and UserError for settings that do not go
+    together.
+    """
+    codes, config, checkpoint = settings.codes, settings.train, settings.checkpoint
+    if config.batch_size % codes.bottom_every:
+        raise UserError(
+            f"--bottom-every is {codes.bottom_every}, --batch-size {config.batch_size}: "
+            "expected a multiple of it"
+        )
+    runtime.writable_folder(config.out)  # an error now, not after the training
+    stage = CodePriors(settings)
+    if checkpoint and checkpoint["autoencoder_sha256"] != stage.sha256:
+        raise UserError(
+            f"{checkpoint['path']}: the prior of another autoencoder than {codes.checkpoint}. "
+            "Fix: name its own with --checkpoint, or train again."
+        )
+    best = fit(stage, config, checkpoint)
+    if runtime.rank() == 0:
+        results_page.write(config.out)
+    return best
+
+
+def main() -> None:
+    configs, without = CONFIGS.values(), OF_THE_AUTOENCODER
+    parser = runtime.parser(__doc__, StartConfig, *configs, everyday=EVERYDAY, without=without)
+    given, help_wanted = runtime.given_flags(parser)
+    settings = make_settings(given)
+    if help_wanted:
+        runtime.print_help(parser, *(getattr(settings, name) for name in CONFIGS))
+    with runtime.ranks(settings.train.device):
+        train_prior(settings)
+
+
+if __name__ == "__main__":
+    runtime.run_cli(main)
