@@ -1,7 +1,6 @@
-"""What all scripts share: flags, devices, the ranks of torchrun, files that are whole or absent,
-checkpoints.
+"""What all commands share: flags, devices, the ranks of torchrun, whole files, checkpoints.
 
-A user's mistake ends a script with one message on stderr and exit code 2 (`run_cli`). Files are
+A user's mistake ends a command with one message on stderr and exit code 2 (`run_cli`). Files are
 written to a temporary place and moved (`atomic_path`), so that nobody ever reads half a file.
 """
 
@@ -41,13 +40,12 @@ KINDS = {  # of checkpoints, and what is in them
     "segmenter": "a U-Net that finds organs",
 }
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = timedelta(
-    minutes=30
-)  # how long a rank waits for the slowest thing that another one does alone
+# How long a rank waits for the slowest thing that another one does alone.
+PATIENCE = timedelta(minutes=30)
 TEMPORARY = ".part-"  # how the names of temporary folders begin
-# What PyTorch says, as a plain RuntimeError, where the CPU's memory does not suffice
+# What PyTorch says, as a plain RuntimeError, where the CPU's memory does not suffice.
 NO_MEMORY = (
-    "can't allocate memory",
+    "t allocate memory",
     "bad_alloc",
     "calculation overflowed",
     "could not create a memory",
@@ -55,7 +53,7 @@ NO_MEMORY = (
 
 
 class UserError(ValueError):
-    """Something that the user can fix. The message says what was found and expected, and the fix."""
+    """Something that the user can fix. The message says what was found and expected, and how."""
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -110,18 +108,16 @@ def leave(code: int) -> typing.NoReturn:
 
 
 def user_message(error: Exception) -> str | None:
-    """What to tell the user about an error that she can do something about; None for a bug of
-    ours.
-    """
+    """What to tell the user about an error that the user can fix; None for our bugs."""
     text = str(error) or type(error).__name__
     first_line = text.splitlines()[0]
     if isinstance(error, UserError | OSError):
         return text
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"not enough memory: {first_line} Fix: a smaller --batch-size, or --device cpu."
     memory = isinstance(error, RuntimeError) and any(words in text for words in NO_MEMORY)
-    if memory or isinstance(error, MemoryError | torch.OutOfMemoryError):
-        fix = "a smaller --batch-size or a smaller network"
-        fix += ", or --device cpu" if isinstance(error, torch.OutOfMemoryError) else ""
-        return f"not enough memory: {first_line} Fix: {fix}."
+    if memory or isinstance(error, MemoryError):
+        return f"not enough memory: {first_line} Fix: a smaller --batch-size or network."
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"--compile on: torch.compile failed here ({first_line}). Fix: leave out --compile."
     return None
@@ -187,24 +183,14 @@ def flag_options(field: dataclasses.Field, kind: type) -> dict:
     if kind is bool:
         how = {"action": argparse.BooleanOptionalAction}
     else:
-        how = {"type": {int: integer}.get(kind, kind), "choices": field.metadata.get("choices")}
+        how = {"type": kind, "choices": field.metadata.get("choices")}
     return {"default": field.default, "help": text, **how}
 
 
-def integer(text: str) -> int:
-    """The integer of a flag; PyTorch cannot count further than this one may be."""
-    value = int(text)
-    if abs(value) >= 2**31:
-        raise argparse.ArgumentTypeError(f"is {value}; expected less than {2**31}")
-    return value
-
-
 def given_flags(parser: argparse.ArgumentParser) -> tuple[dict, bool]:
-    """The flags that the command line names, {"batch_size": 4, ...}, and whether it asks for
-    --help.
+    """The flags on the command line, {"batch_size": 4, ...}, and whether --help is among them.
 
-    The caller shows the help, with `print_help`, when it knows which defaults the other flags will
-    have.
+    The caller shows the help, with `print_help`, once it knows the defaults of the other flags.
     """
     unset = object()
     names = vars(parser.parse_args([]))
@@ -215,9 +201,7 @@ def given_flags(parser: argparse.ArgumentParser) -> tuple[dict, bool]:
 
 
 def print_help(parser: argparse.ArgumentParser, *configs) -> None:
-    """Print the help, with the values of the dataclass instances `configs` as defaults, and
-    exit.
-    """
+    """Print the help, with the values of the dataclass instances `configs` as defaults; exit."""
     for config in configs:
         parser.set_defaults(**vars(config))
     parser.print_help()
@@ -251,14 +235,12 @@ def in_parallel(function: Callable, items: Sequence, label: str, unit: str) -> I
     """`function` of each item, in order, under a progress bar.
 
     Threads, not processes: zlib and NumPy release the GIL, and a process would import torch again
-        and need a main
-    guard in the caller's script.
+    and need a main guard in the caller's script.
     """
     bar = tqdm(total=len(items), desc=label, unit=unit, disable=None)
     with bar, thread_pool() as pool:
-        for start in range(
-            0, len(items), 256
-        ):  # at most 256 results wait in memory for their reader
+        # At most 256 results wait in memory for their reader.
+        for start in range(0, len(items), 256):
             for result in pool.map(function, items[start : start + 256]):
                 bar.update()
                 yield result
@@ -281,10 +263,9 @@ def pick_device(name: str) -> torch.device:
 def has_fast_bf16(device: torch.device, batch_size: int) -> bool:
     """Whether training steps on `batch_size` slices are faster in bfloat16 than in float32 here.
 
-    On CPUs with AMX: the bfloat16 of AVX-512 was half as fast as its float32 (benchmarks/step.py).
-        On GPUs from 16
-    slices, an estimate: with fewer, a step's time goes into launching its kernels, and autocast
-        adds a hundred.
+    On a CPU with AMX they are; the bfloat16 of AVX-512 was half as fast as its float32
+    (benchmarks/step.py). On a GPU they should be from 16 slices, which is an estimate: with fewer,
+    a step's time goes into launching its kernels, and autocast adds a hundred.
     """
     if device.type == "cuda":
         return batch_size >= 16 and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -330,16 +311,15 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-# ---- ranks: the processes that torchrun starts to train one model; a lone process is rank 0 of 1
-# ----------
+# ---- ranks: the processes that torchrun starts to train one model --------------------------------
 
 
 @contextmanager
 def ranks(device: str) -> Iterator[None]:
-    """Join the processes that torchrun started, each with a GPU of its own; all but rank 0 print
-    nothing.
+    """Join the processes that torchrun started, each with its own GPU; only rank 0 prints.
 
-    Without torchrun this does nothing. UserError on a node that has fewer GPUs than processes.
+    Without torchrun this does nothing: a lone process is rank 0 of 1. UserError on a node that has
+    fewer GPUs than processes.
     """
     if not dist.is_torchelastic_launched():
         yield
@@ -366,18 +346,15 @@ def world() -> int:
 
 
 def share(batch: Tensor) -> Tensor:
-    """This rank's part of a batch, which may be empty. The parts of all ranks, in order, are the
-    batch.
-    """
+    """This rank's part of a batch, perhaps empty. All ranks' parts, in order, are the batch."""
     return batch.tensor_split(world())[rank()]
 
 
 def sum_over_ranks(*tensors: Tensor) -> None:
-    """Sum each of the tensors, which share dtype and device, over the ranks: in place, in one
-    message.
+    """Sum tensors of one dtype and device over the ranks: in place, in one message.
 
     Ranks tell each other nothing in any other way. ConnectionError if a rank has ended, or is
-    silent for too long.
+    silent for longer than `PATIENCE`.
     """
     if dist.is_initialized() and tensors:
         message = torch.cat([tensor.flatten() for tensor in tensors])
@@ -392,12 +369,10 @@ def sum_over_ranks(*tensors: Tensor) -> None:
 
 @contextmanager
 def first_of_node() -> Iterator[None]:
-    """The first process of each node runs the block alone; then the others do, and find the files
-    that it made.
-    """
+    """The first process of a node runs the block alone; the others follow, and find its files."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:
-        sum_over_ranks(torch.zeros(1))  # waits for all
+        sum_over_ranks(torch.zeros(1))  # which waits for all ranks
     try:
         yield
     finally:  # also after an error, which the others then meet themselves
@@ -463,7 +438,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def move(part: Path, path: Path) -> None:
-    """Give `part` the name `path`. Where both are folders, another process was quicker: accept it."""
+    """Give `part` the name `path`; a folder that another process has just put there stays."""
     try:
         os.replace(part, path)
     except OSError:
@@ -491,16 +466,14 @@ def sha256(path: Path | str) -> str:
 
 def save_checkpoint(path: Path | str, checkpoint: dict) -> None:
     """Write `checkpoint` (tensors and plain containers only) whole or not at all."""
-    buffer = (
-        io.BytesIO()
-    )  # to a full disk torch.save raises RuntimeError, bytes an OSError that says so
+    # By way of the memory: on a full disk torch.save raises a RuntimeError that says nothing of it.
+    buffer = io.BytesIO()
     torch.save({"format": FORMAT, **checkpoint}, buffer)
     with atomic_path(path) as part, open(part, "wb") as file:
         file.write(buffer.getbuffer())
         file.flush()
-        os.fsync(
-            file.fileno()
-        )  # on the disk before it has the name: a power cut leaves the old one
+        # It is on the disk before it has the name, so that a power cut leaves the old one.
+        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -508,9 +481,9 @@ def reading(path: Path | str) -> Iterator[None]:
     """Whatever fails in the block is the fault of the file `path`, which it reads: a UserError."""
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:  # what a file can make PyTorch raise is no short list
+        if isinstance(error, OSError) and error.filename:
+            raise  # it names what cannot be opened
         why = f"{type(error).__name__}: {str(error).partition(chr(10))[0].partition('. ')[0]}"
         raise UserError(
             f"{path}: damaged, or not written by this program ({why}). "
@@ -532,7 +505,10 @@ def load_checkpoint(path: Path | str, *kinds: str) -> dict:
         raise FileNotFoundError(f"{path}: no such checkpoint. Fix: run train.py, or name another.")
     with reading(path):
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
+            # Of a member that is marked as a folder, PyTorch reads nothing, and returns what lies
+            # in memory. It marks none.
+            marked = [member.filename for member in archive.infolist() if member.external_attr]
+            if damaged := archive.testzip() or " ".join(marked):
                 raise ValueError(f"{damaged} is not what was written")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         written, kind = saved["format"], str(saved["kind"])
@@ -551,22 +527,13 @@ def load_checkpoint(path: Path | str, *kinds: str) -> dict:
 
 
 def provenance() -> dict:
-    """What a result depends on beside its inputs: the command, versions, machine, the scripts'
-    revision.
+    """What a result depends on beside its inputs: command, revision, versions, machine.
 
     Results are shared, so the command names files without their folders.
     """
-    try:
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        revision = subprocess.run(
-            command, capture_output=True, text=True, timeout=10
-        ).stdout.strip()
-    except (
-        OSError,
-        ValueError,
-        subprocess.SubprocessError,
-    ):  # no git here, or one that cannot answer
-        revision = ""
+    git, revision = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], ""
+    with suppress(OSError, ValueError, subprocess.SubprocessError):  # no git, or no answer of it
+        revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
         "argv": [without_folders(word) for word in sys.argv],
@@ -579,8 +546,6 @@ def provenance() -> dict:
 
 
 def without_folders(word: str) -> str:
-    """A word of a command line with its paths cut down to their last name: --data=/home/me/study is
-    --data=study.
-    """
+    """A word of a command line without the folders of its path: --data=/me/here is --data=here."""
     name, equals, value = word.rpartition("=")
     return name + equals + (Path(value).name or value)

@@ -278,7 +278,7 @@ class Checkpoints:
         if theirs["train"] != ours["data"]["fingerprints"]["train"]:
             raise UserError(
                 f"{path}: trained on other slices or masks than those of {ours['data']['study']}. "
-                f"Fix: --data, its own study; or begin anew, from its weights with --weights {path}."
+                f"Fix: --data, its own study; or a new run, from its weights with --weights {path}."
             )
         if theirs["validate"] != ours["data"]["fingerprints"]["validate"]:
             print(

@@ -49,17 +49,42 @@ def test_a_flipped_bit_is_found_wherever_it_lies(saved, tmp_path):
     with zipfile.ZipFile(saved) as archive:
         members = [info for info in archive.infolist() if info.file_size]
     for info in members:
-        data = bytearray(whole)
         # a local header is 30 bytes, the name and the extra field, which pads the data
         start_ = info.header_offset + 30 + len(info.filename)
         start_ += int.from_bytes(whole[info.header_offset + 28 : info.header_offset + 30], "little")
-        data[start_ + rng.randrange(info.file_size)] ^= 1 << rng.randrange(8)
-        path = tmp_path / "flipped.pth"
-        path.write_bytes(data)
+        place = start_ + rng.randrange(info.file_size)
+        path = flipped(whole, place, 1 << rng.randrange(8), tmp_path)
         with pytest.raises(
             UserError, match=r"flipped\.pth: damaged.*\(ValueError: .* is not what was written.*Fix"
         ):
             runtime.load_checkpoint(path, "vqvae2")
+
+
+def flipped(whole, place, bits, folder):
+    data = bytearray(whole)
+    data[place] ^= bits
+    (folder / "flipped.pth").write_bytes(data)
+    return folder / "flipped.pth"
+
+
+def test_no_bit_of_the_directory_changes_what_is_read(tmp_path):
+    """One of its bits says that a member is a folder: PyTorch then reads none of its bytes, and
+    returns memory that nobody has written.
+    """
+    runtime.save_checkpoint(tmp_path / "a.pth", {"kind": "vqvae2", "model": {"w": torch.ones(99)}})
+    whole, refused = (tmp_path / "a.pth").read_bytes(), 0
+    name = whole.rindex(b"/data/0")  # names stand twice: in front of the data, and in the directory
+    for place in range(whole.rindex(b"PK\1\2", 0, name), name + 7):
+        for bit in range(8):
+            path = flipped(whole, place, 1 << bit, tmp_path)
+            torch.zeros(99)  # what lies in memory
+            try:
+                found = runtime.load_checkpoint(path, "vqvae2")
+                assert found["model"]["w"].tolist() == [1] * 99, (place, bit)
+            except UserError as error:
+                assert "flipped.pth" in str(error), (place, bit)
+                refused += 1
+    assert refused > 200
 
 
 def set_(name, value):
