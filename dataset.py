@@ -1041,17 +1041,23 @@ def open_trained_study(
     return open_study(replace(config, **settings))
 
 
-def save_reconstruction(
-    dataset: SliceDataset, index: int, image: np.ndarray, path: Path | str
-) -> None:
-    """Write a z-scored (height, width) image of slice `index` as float32 NIfTI in scanner units.
+def restore(dataset: SliceDataset, index: int, image: np.ndarray) -> np.ndarray:
+    """A z-scored (height, width) image as slice `index` is in its file: (rows, columns) float32.
 
-    The slice's z-score is undone, its size and affine restored. ValueError for another shape.
+    The z-score of that slice is undone, and its own pixels are brought back from the model's grid.
     """
     pixels = np.asarray(image, np.float64)
     if pixels.shape != dataset.pixels.shape[1:]:
         raise ValueError(f"an image of shape {pixels.shape}; expected {dataset.pixels.shape[1:]}")
     pixels = (pixels * dataset.std[index] + dataset.mean[index]).astype(np.float32)
-    pixels = dataset.placement(index).restore(pixels)
-    oriented = bool(dataset.oriented[index])
+    return dataset.placement(index).restore(pixels)
+
+
+def save_reconstruction(
+    dataset: SliceDataset, index: int, image: np.ndarray, path: Path | str
+) -> None:
+    """Write a z-scored (height, width) image as float32 NIfTI in scanner units on the plane of
+    slice `index`, at its size and with its affine.
+    """
+    pixels, oriented = restore(dataset, index, image), bool(dataset.oriented[index])
     nifti.write(path, pixels, dataset.affines[index], RECONSTRUCTION, oriented=oriented)

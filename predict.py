@@ -1,18 +1,21 @@
 """Score a trained VQ-VAE-2 on the whole test split of a study, and show what it does to the slices.
 
-    python predict.py                        # Results/vqvae2_best.pth, on the study it was trained on
+    python predict.py                # Results/vqvae2_best.pth, on the study it was trained on
     python predict.py --checkpoint FILE --data DIR --out DIR
-    python predict.py --nifti                # the reconstructions as NIfTI too, in scanner units
+    python predict.py --nifti        # the reconstructions as NIfTI too, in scanner units
+    python predict.py --no-unet      # masks without the U-Net that they are compared with
 
 Writes to the checkpoint's folder (or --out): metrics.json (means, patients, intervals, bits per
-pixel, codes used), test_scores.csv (every slice), original_N.png and reconstruction_N.png,
-comparison.png (best, median and worst slice), code_maps.png, ssim_histogram.png, index.html (all of
-it on one page); with --nifti also reconstructions/.
+pixel, codes used, masks by organ), test_scores.csv (every slice), original_N.png and
+reconstruction_N.png, comparison.png (best, median and worst slice), code_maps.png,
+ssim_histogram.png, index.html (all of it on one page); with --nifti also reconstructions/.
+support/metrics.py states how every score is computed.
 """
 
 import csv
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,21 +25,24 @@ import torch
 from tqdm import tqdm
 
 from dataset import (
+    NO_MASK,
     RECONSTRUCTION,
     SIZE,
     DataConfig,
     SliceDataset,
     open_trained_study,
+    read_slice,
+    restore,
     save_reconstruction,
 )
 from modules import VQVAE2, Trained, load_model
 from new_slices import organs
 from new_slices.code_maps import LEVELS
+from new_slices.organs import Segmenter
 from support import figures, metrics, nifti, results_page, runtime
 from support.runtime import UserError, option
 
 PICTURES = 4  # originals and reconstructions written slice by slice
-DRAWS, SEED = 10_000, 0  # of the bootstrap
 SYNTHETIC = "synthetic phantom, not MRI"  # a picture's note
 COLUMNS = {  # of the terminal's table
     "ssim_report": "SSIM report",
@@ -61,6 +67,9 @@ class PredictConfig:
     out: str = option("", "folder to write to; empty is the checkpoint's")
     nifti: bool = option(
         False, "write the reconstructions as NIfTI, with their originals' affine and units"
+    )
+    unet: bool = option(
+        True, "train a U-Net, once, and compare its masks with those of the codes: up to 10 minutes"
     )
     batch_size: int = option(32, "slices at a time")
     device: str = option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
@@ -124,15 +133,18 @@ def score_split(
     """
     written: set[Path] = set()
 
-    def finish(index: int, original: np.ndarray, reconstruction: np.ndarray) -> dict[str, float]:
+    def finish(index: int, reconstruction: np.ndarray) -> dict[str, float]:
+        """Score a slice in the pixels of its own file, as reconstruct.py scores that file."""
+        path = test.paths[index]
         try:
-            score = metrics.score_slice(original, reconstruction)
-        except ValueError as error:
-            raise UserError(f"{test.paths[index]}: {error}") from error
+            original = nifti.finite(read_slice(str(path))[0])
+            score = metrics.score_slice(original, restore(test, index, reconstruction))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         if folder:
-            path = folder / test.paths[index].relative_to(test.study / f"keras_slices_{test.split}")
-            save_reconstruction(test, index, reconstruction, path)
-            written.add(path)
+            target = folder / path.relative_to(test.study / f"keras_slices_{test.split}")
+            save_reconstruction(test, index, reconstruction, target)
+            written.add(target)
         return score
 
     scores, maps = [], {name: [] for name in (*LEVELS, "masks")}
@@ -144,7 +156,7 @@ def score_split(
             for name, batches in maps.items():
                 batches.append(getattr(found, name))
             # Threads are enough: NumPy and SciPy release the GIL while they compute.
-            for score in pool.map(finish, indices, found.originals, found.images):
+            for score in pool.map(finish, indices, found.images):
                 scores.append(score)
                 bar.update()
     for path in folder.rglob("*.nii*") if folder else ():
@@ -161,44 +173,43 @@ def is_reconstruction(path: Path) -> bool:
         return False
 
 
+def summary(values: np.ndarray, patients: np.ndarray) -> dict:
+    """The mean of values (N,), its 95 % interval over patients (N,), and each patient's mean."""
+    low, high = metrics.bootstrap_interval(values, patients)
+    means = {str(name): float(values[patients == name].mean()) for name in np.unique(patients)}
+    return {"mean": float(values.mean()), "low": low, "high": high, "per_patient": means}
+
+
 def summarise(scores: list[dict[str, float]], patients: list[str]) -> dict[str, dict]:
-    """Each score's mean over the slices, its 95 % interval over patients, and the mean of each
-    patient.
-    """
-    summary, patients = {}, np.array(patients)
-    for name in scores[0]:
-        values = np.array([score[name] for score in scores])
-        low, high = metrics.bootstrap_interval(values, patients, SEED, DRAWS)
-        per_patient = {
-            str(number): values[patients == number].mean() for number in np.unique(patients)
-        }
-        summary[name] = {
-            "mean": values.mean(),
-            "low": low,
-            "high": high,
-            "per_patient": per_patient,
-        }
-    return summary
+    """The `summary` of each score of N slices."""
+    values = {name: np.array([score[name] for score in scores]) for name in scores[0]}
+    return {name: summary(each, np.array(patients)) for name, each in values.items()}
 
 
-def rates(model: VQVAE2, codes: dict[str, np.ndarray], height: int, width: int) -> dict[str, dict]:
-    """The bits that code maps (N, h, w) of slices of height x width pixels take, and each
-    codebook's use.
+def rates(model: VQVAE2, codes: dict[str, np.ndarray], pixels: int) -> dict[str, dict]:
+    """The bits that the code maps (N, h, w) of N slices take for each of their `pixels` in all, and
+    how the codebooks are used.
     """
-    counts = {
-        level: np.bincount(codes[level].ravel(), minlength=model.config.K) for level in LEVELS
-    }
+    K = model.config.K
+    counts = {level: np.bincount(codes[level].ravel(), minlength=K) for level in LEVELS}
     entropy = {level: metrics.code_entropy(counts[level]) for level in LEVELS}
-    lengths = [codes[level][0].size for level in LEVELS]
-    sent = metrics.bits_per_pixel(lengths, list(entropy.values()), height * width)
+    lengths = [codes[level].size for level in LEVELS]
     return {
         "bits_per_pixel": {
-            "nominal": model.config.bits_per_pixel(height, width),
-            "code_entropy": sent,
+            "nominal": metrics.bits_per_pixel(lengths, [math.log2(K)] * len(LEVELS), pixels),
+            "code_entropy": metrics.bits_per_pixel(lengths, list(entropy.values()), pixels),
         },
         "codes_used": {level: int(np.count_nonzero(counts[level])) for level in LEVELS},
         "perplexity": {level: 2 ** entropy[level] for level in LEVELS},
     }
+
+
+def own_pixels(split: SliceDataset, indices: Sequence[int]) -> np.ndarray:
+    """(n, H, W) bool: where the model's grid shows these slices, not the padding around them."""
+    inside = np.zeros((len(indices), *split.pixels.shape[1:]), bool)
+    for shown, index in zip(inside, indices, strict=True):
+        shown[split.own(index)] = True
+    return inside
 
 
 def most_frequent_labels(split: SliceDataset) -> np.ndarray:
@@ -211,44 +222,49 @@ def most_frequent_labels(split: SliceDataset) -> np.ndarray:
     return counts.argmax(0).astype(np.uint8)
 
 
+def draw_masks(
+    decoded: np.ndarray, splits: dict[str, SliceDataset], chosen: np.ndarray, net: Segmenter | None
+) -> dict[str, np.ndarray]:
+    """Masks (n, H, W) of the test slices `chosen` (n,), by `MASKS`; `decoded` (N, H, W) is what the
+    codes tell of all of them.
+    """
+    train, test = splits["train"], splits["test"]
+    drawn = {"decoded": decoded[chosen]}
+    if net:
+        parts = np.array_split(chosen, -(-len(chosen) // 64))
+        images = (test.images(part)[:, 0].numpy() for part in parts)
+        drawn["unet"] = np.concatenate([organs.segment(net, part) for part in images])
+    if train.has_mask.any():
+        drawn["most_frequent"] = np.repeat(most_frequent_labels(train)[None], len(chosen), 0)
+    return drawn
+
+
 def score_masks(
-    decoded: np.ndarray, splits: dict[str, SliceDataset], folders: list[Path], device: torch.device
+    decoded: np.ndarray, splits: dict[str, SliceDataset], net: Segmenter | None
 ) -> dict:
-    """Dice of each organ, by `MASKS`: means over patients, intervals, patients; `decoded` (N, H, W)
-    by the model.
+    """What metrics.json says of masks; `decoded` (N, H, W) by the model.
+
+    "dice": by `MASKS`, the `summary` of each organ over patients; "masks": the verdicts on the
+    decoded masks, see `organs.judge_masks`; "not_learnt": a line on them, or "".
     """
     test = splits["test"]
     chosen = np.flatnonzero(test.has_mask)
-    net = organs.segmenter_of(splits["train"], *folders, device=device)
-    parts = np.array_split(chosen, -(-len(chosen) // 64))
-    found = {
-        "decoded": decoded[chosen],
-        "unet": np.concatenate(
-            [organs.segment(net, test.images(part)[:, 0].numpy()) for part in parts]
-        ),
-        "most_frequent": np.repeat(most_frequent_labels(splits["train"])[None], len(chosen), 0),
-    }
-    truth, whose = test.masks(chosen).numpy(), [f"{test.names[i].patient:03d}" for i in chosen]
-    result = {}
-    for name, masks in found.items():
+    inside = own_pixels(test, chosen)
+    truth = np.where(inside, test.masks(chosen).numpy(), NO_MASK)
+    whose = [f"{test.names[i].patient:03d}" for i in chosen]
+    drawn, tables = draw_masks(decoded, splits, chosen, net), {}
+    for name, masks in drawn.items():
         patients, dice = organs.dice_by_patient(masks, truth, whose, len(test.labels))
-        columns = {f"label_{label}": dice[:, i] for i, label in enumerate(test.labels[1:])}
-        result[name] = {}
-        for organ, values in {"mean": mean_of_known(dice), **columns}.items():
-            known = ~np.isnan(values)
+        columns = {"mean": mean_of_known(dice)}
+        columns |= {f"label_{label}": dice[:, i] for i, label in enumerate(test.labels[1:])}
+        tables[name] = {}
+        for organ, values in columns.items():
+            known = ~np.isnan(values)  # NaN: neither the real masks of a patient nor these show it
             if known.any():
-                low, high = metrics.bootstrap_interval(values[known], patients[known], SEED, DRAWS)
-                per_patient = dict(
-                    zip(patients[known].tolist(), values[known].tolist(), strict=True)
-                )
-                mean = float(values[known].mean())
-                result[name][organ] = {
-                    "mean": mean,
-                    "low": low,
-                    "high": high,
-                    "per_patient": per_patient,
-                }
-    return result
+                tables[name][organ] = summary(values[known], patients[known])
+    shown = np.where(inside, drawn["decoded"], 0)
+    verdicts = organs.judge_masks(shown, truth, truth, test.labels)
+    return {"dice": tables, "masks": verdicts, "not_learnt": organs.not_learnt(verdicts)}
 
 
 def mean_of_known(dice: np.ndarray) -> np.ndarray:
@@ -296,7 +312,9 @@ def write_pictures(
     first = [patients.index(patient) for patient in dict.fromkeys(patients)]
     shown = sorted(range(len(test)), key=lambda i: (i not in first, i))[:PICTURES]
     found = reconstruct_slices(model, test, shown)
-    for i, (original, reconstruction) in enumerate(zip(found.originals, found.images, strict=True)):
+    for i, index in enumerate(shown):
+        own = test.own(index)
+        original, reconstruction = found.originals[i][own], found.images[i][own]
         span = original.min(), original.max()
         figures.save_slice(out / f"original_{i}.png", original, *span)
         figures.save_slice(out / f"reconstruction_{i}.png", reconstruction, *span)
@@ -307,22 +325,18 @@ def write_pictures(
     found = reconstruct_slices(model, test, indices)
     titles = []
     for title, i in picked.items():
-        name = test.names[i]
-        titles.append(
-            f"{title}: patient {patients[i]}, week {name.week}, slice {name.slice}\nSSIM {ssim[i]:.4f}"
-        )
+        _, week, number = test.names[i]
+        where = f"patient {patients[i]}, week {week}, slice {number}"
+        titles.append(f"{title}: {where}\nSSIM {ssim[i]:.4f}")
     rows = list(zip(titles, found.originals, found.images, strict=True))
     masks = list(zip(test.masks(indices).numpy(), found.masks, strict=True)) if with_masks else ()
     sheet, letters = out / "comparison.png", test.letters(indices)
     figures.comparison_sheet(sheet, rows, note, masks, letters, test.labels)
-    title, median = (
-        f"{titles[1]}\n{note}".strip(),
-        (found.originals[1], found.top[1], found.bottom[1]),
-    )
-    figures.code_maps(out / "code_maps.png", *median, title, letters[1])
-    by_patient = {
-        patient: ssim[np.array(patients) == patient] for patient in dict.fromkeys(patients)
-    }
+    maps = found.originals[1], found.top[1], found.bottom[1]
+    title = f"{titles[1]}\n{note}".strip()
+    figures.code_maps(out / "code_maps.png", *maps, title, letters[1])
+    whose = np.array(patients)
+    by_patient = {patient: ssim[whose == patient] for patient in dict.fromkeys(patients)}
     figures.ssim_histogram(out / "ssim_histogram.png", by_patient, note)
 
 
@@ -345,17 +359,33 @@ def print_scores(result: dict) -> None:
     rate, used, perplexity = (
         result[name] for name in ("bits_per_pixel", "codes_used", "perplexity")
     )
-    print(
-        f"bits per pixel: {rate['nominal']:.3f} nominal, {rate['code_entropy']:.3f} by code entropy"
-    )
+    kinds = f"{rate['nominal']:.3f} nominal, {rate['code_entropy']:.3f} by code entropy"
+    padding = f"; {result['padding']:.0%} of the model's grid is padding and counts nowhere"
+    print(f"bits per pixel: {kinds}{padding if result['padding'] else ''}")
     levels = (f"{level} {used[level]} (perplexity {perplexity[level]:.1f})" for level in LEVELS)
     print(f"codes used: {', '.join(levels)}")
-    if dice := result.get("dice"):
-        organs = list(dice["decoded"])
-        print(f"\n{'Dice, mean over patients':<46}" + "".join(f"{organ:>10}" for organ in organs))
-        for name, title in MASKS.items():
-            cells = (dice[name].get(organ, {}).get("mean", math.nan) for organ in organs)
-            print(f"  {title:<44}" + "".join(f"{cell:>10.3f}" for cell in cells))
+
+
+def print_masks(dice: dict, verdicts: dict[str, dict], not_learnt: str) -> None:
+    """The table of masks: a column for each organ."""
+
+    def line(label: str, cells: Iterable[str]) -> None:
+        print(f"{label:<48}" + "".join(f"{cell:>12}" for cell in cells))
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3g}"
+
+    print()
+    line("", ["mean", *verdicts])
+    for name, table in dice.items():
+        means = (table.get(organ, {}).get("mean") for organ in ("mean", *verdicts))
+        line(f"Dice, {MASKS[name]}", map(number, means))
+    for name in organs.JUDGED:
+        pairs = (verdict[name] for verdict in verdicts.values())
+        cells = (f"{number(pair['masks'])} / {number(pair['real'])}" for pair in pairs)
+        line(f"{name}, decoded / in real masks", ["", *cells])
+    if not_learnt:
+        print(f"warning: {not_learnt}")
 
 
 def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
@@ -370,60 +400,44 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
         OSError: a folder that cannot be written.
     """
     trained, device = load_model(config.checkpoint), runtime.pick_device(config.device)
-    out = runtime.writable_folder(config.out or Path(config.checkpoint).parent)
-    model = trained.model.to(device)
+    model, beside = trained.model.to(device), Path(config.checkpoint).parent
+    out = runtime.writable_folder(config.out or beside)
     splits = open_splits(trained, data)
-    test = splits["test"]
+    train, test = splits["train"], splits["test"]
     patients = [f"{name.patient:03d}" for name in test.names]
     folder = out / "reconstructions" if config.nifti else None
 
-    (out / "metrics.json").unlink(
-        missing_ok=True
-    )  # written last: while it is there, all else is of its run
+    # It is written last: while it is there, everything else in the folder is of its run.
+    (out / "metrics.json").unlink(missing_ok=True)
     scores, maps = score_split(model, test, config.batch_size, folder)
+    pixels = int(test.shapes.prod(1).sum())
+    result = {"n": len(test), "patients": dict(Counter(patients))}
+    result |= summarise(scores, patients) | rates(model, maps, pixels)
+    result["padding"] = 1 - float(own_pixels(test, range(len(test))).mean())
     known = model.config.labels and test.labels == trained.study.labels
-    with_masks = bool(known and test.has_mask.any())
-    kept = [Path(config.checkpoint).parent, out]
-    dice = {"dice": score_masks(maps["masks"], splits, kept, device)} if with_masks else {}
-    study = {
-        "study": test.study.resolve().name,
-        "split": test.split,
-        "fingerprint": test.fingerprint,
-    }
-    model_file = {
-        "file": Path(config.checkpoint).name,
-        "sha256": trained.sha256,
-        "epoch": trained.epoch,
-    }
-    result = rounded(
-        {
-            "n": len(test),
-            "patients": {patient: patients.count(patient) for patient in dict.fromkeys(patients)},
-            **summarise(scores, patients),
-            **rates(model, maps, *test.pixels.shape[1:]),
-            **dice,
-            "data": {**study, "synthetic": test.synthetic},
-            "checkpoint": model_file,
-            "provenance": runtime.provenance(),
-        }
-    )
+    if with_masks := bool(known and test.has_mask.any()):
+        net = None
+        if config.unet and train.has_mask.any():
+            net = organs.segmenter_of(train, beside, out, device=device)
+        result |= score_masks(maps["masks"], splits, net)
+    study = {"study": test.study.resolve().name, "split": test.split}
+    study |= {"fingerprint": test.fingerprint, "synthetic": test.synthetic}
+    file = {"file": Path(config.checkpoint).name, "sha256": trained.sha256, "epoch": trained.epoch}
+    origin = {"data": study, "checkpoint": file, "provenance": runtime.provenance()}
+    result = rounded(result | origin)
     write_scores(out / "test_scores.csv", test, scores)
-    write_pictures(
-        out, model, test, np.array([score["ssim_report"] for score in scores]), patients, with_masks
-    )
+    ssim = np.array([score["ssim_report"] for score in scores])
+    write_pictures(out, model, test, ssim, patients, with_masks)
     runtime.write_json(out / "metrics.json", result)
 
     what = "SYNTHETIC test slices (a phantom, not MRI)" if test.synthetic else "test slices"
     print(f"{config.checkpoint} (epoch {trained.epoch}) on {len(test)} {what} of {test.study}")
     print_scores(result)
-    print(
-        f"wrote {out}/: metrics.json, test_scores.csv, comparison.png, code_maps.png, ssim_histogram.png,"
-    )
-    shown = min(PICTURES, len(test))
+    if with_masks:
+        print_masks(result["dice"], result["masks"], result["not_learnt"])
+    page = results_page.write(out)
     also = f", {len(test)} NIfTI files in reconstructions/" if folder else ""
-    print(
-        f"  original_N.png and reconstruction_N.png of {shown} slices{also}, and {results_page.write(out).name}"
-    )
+    print(f"wrote {out}/: metrics.json, test_scores.csv, pictures{also}; see {page.name}")
     return result
 
 

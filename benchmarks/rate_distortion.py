@@ -86,12 +86,12 @@ def in_set(contender: Contender, test: SliceDataset, chosen: np.ndarray) -> dict
     patients = [f"{test.names[i].patient:03d}" for i in np.flatnonzero(chosen)]
     scores = [scores for scores, wanted in zip(contender.scores, chosen, strict=True) if wanted]
     codes = {level: contender.maps[level][chosen] for level in LEVELS}
-    result = predict.rates(contender.model, codes, *test.pixels.shape[1:])
+    pixels = test.shapes[chosen].prod(1)  # of the slices' own files
+    result = predict.rates(contender.model, codes, int(pixels.sum()))
     result = predict.summarise(scores, patients) | result
     if contender.prior:
-        pixels = test.pixels[0].size
         rate = sample_report.likelihood(
-            contender.prior, list(codes.values()), test.positions[chosen], pixels
+            contender.prior, list(codes.values()), test.positions[chosen], pixels.mean()
         )
         result["bits_per_pixel"]["prior"] = rate["bits_per_pixel"]
     return result

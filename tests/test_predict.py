@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import run
 from PIL import Image
+from test_organs import shuffled
 
 import dataset
 import predict
@@ -22,15 +23,16 @@ from modules import VQVAE2, VQVAE2Config
 from new_slices import organs
 from new_slices.code_maps import NUMBERS
 from new_slices.prior import Prior, PriorConfig
-from support import metrics, nifti, runtime
+from reconstruct import ReconstructConfig, reconstruct
+from support import figures, metrics, nifti, runtime
 
 SMALL = VQVAE2Config(K=16, D=8, channels=16, residual_channels=8, decoder_blocks=1)
 
 
-def write_checkpoint(path, study, **changes):
+def write_checkpoint(path, study, fit="auto", **changes):
     """A model whose codebooks have seen a batch, saved as train.py does."""
     torch.manual_seed(0)
-    split = open_study(DataConfig(data=str(study), height=64, width=32))["test"]
+    split = open_study(DataConfig(data=str(study), height=64, width=32, fit=fit))["test"]
     model = VQVAE2(SMALL)
     model(split.images(range(4)))
     for parameter in model.decoder[-1].parameters():
@@ -41,7 +43,7 @@ def write_checkpoint(path, study, **changes):
         "width": 32,
         "synthetic": False,
         "labels": [],
-        "fit": "auto",
+        "fit": fit,
     }
     data |= {"fingerprints": {"test": split.fingerprint}, "allow_patient_overlap": False}
     kept = {
@@ -196,6 +198,59 @@ def test_nifti_reconstructions_lie_on_their_originals(scored, test_split, checkp
         np.testing.assert_allclose(written.get_fdata(), units, rtol=1e-4, atol=1e-2)
 
 
+def study_of(study, folder, shape):
+    """A copy of the study whose slices are cut down, or repeated, to `shape`."""
+    for path in study.rglob("*.nii.gz"):
+        pixels = np.pad(nifti.read(path).raw, ((0, 64), (0, 64)), "wrap")[: shape[0], : shape[1]]
+        nifti.write(folder / path.parent.name / path.name, pixels, np.eye(4))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "shape, fit", [((48, 20), "pad"), ((60, 40), "crop"), ((60, 40), "stretch"), ((60, 40), "pad")]
+)
+def test_scores_and_bits_are_over_a_slice_s_own_pixels(study, tmp_path, shape, fit, capsys):
+    """predict.py and reconstruct.py give a slice the same scores, whatever its size; padding counts
+    in neither.
+    """
+    folder = study_of(study, tmp_path / "keras_slices_data", shape)
+    path = write_checkpoint(tmp_path / "vqvae2_best.pth", folder, fit)
+    result = predict_with(path, batch_size=4)
+    with open(tmp_path / "test_scores.csv", newline="") as file:
+        rows = {row["file"]: row for row in csv.DictReader(file)}
+    config = ReconstructConfig(checkpoint=str(path), out=str(tmp_path / "out"), device="cpu")
+    found = reconstruct([str(folder / "keras_slices_test")], config)["files"]
+    assert found.keys() == rows.keys() and len(rows) == 6
+    for name, row in found.items():
+        for score in ("ssim_report", "ssim_standard_body", "psnr", "mae"):
+            assert float(rows[name][score]) == pytest.approx(row[score], abs=2e-5), (name, score)
+    bits = (8 * 4 + 16 * 8) * 4
+    nominal = result["bits_per_pixel"]["nominal"]
+    assert (
+        nominal == found[name]["bits_per_pixel"] == pytest.approx(bits / np.prod(shape), abs=1e-6)
+    )
+    shown = {"pad": min(64 / shape[0], 32 / shape[1]) ** 2 * np.prod(shape) / 2048}.get(fit, 1)
+    assert result["padding"] == pytest.approx(1 - shown, abs=0.03)
+    assert ("of the model's grid is padding" in capsys.readouterr().out) == (fit == "pad")
+
+
+def test_best_and_worst_are_what_they_are_called(study, checkpoint, tmp_path, monkeypatch):
+    drawn, draw = [], figures.comparison_sheet
+    monkeypatch.setattr(
+        figures, "comparison_sheet", lambda *args: drawn.append(args) or draw(*args)
+    )
+    predict_with(checkpoint, out=str(tmp_path))
+    with open(tmp_path / "test_scores.csv", newline="") as file:
+        scores = sorted(float(row["ssim_report"]) for row in csv.DictReader(file))
+    assert scores[0] < scores[3] < scores[-1]
+    ((_, rows, *_),) = drawn
+    for kind, expected, (title, original, image) in zip(
+        ("best", "median", "worst"), (scores[-1], scores[3], scores[0]), rows, strict=True
+    ):
+        assert title.startswith(f"{kind}: patient 04") and f"SSIM {expected:.4f}" in title
+        assert metrics.ssim_report(original, image)[0] == pytest.approx(expected, abs=1e-5)
+
+
 def test_only_old_reconstructions_are_deleted(study, checkpoint, tmp_path):
     folder = tmp_path / "reconstructions"
     for number, description in ((1, dataset.RECONSTRUCTION), (2, "my own")):
@@ -329,51 +384,64 @@ def test_checkpoints_that_cannot_be_used_are_named(study, checkpoint, tmp_path):
         predict_with(write_checkpoint(tmp_path / "gone.pth", study, data=data))
 
 
-def test_a_model_that_makes_nan_is_named_with_the_slice(study, checkpoint, tmp_path):
+def test_a_failed_run_leaves_no_scores_of_an_earlier_one_and_no_empty_folder(
+    study, checkpoint, tmp_path
+):
     state = runtime.load_checkpoint(checkpoint, "vqvae2")["model"]
     broken = {
         name: value * 0 + 1e38 if name.endswith("bias") else value for name, value in state.items()
     }
     path = write_checkpoint(tmp_path / "nan.pth", study, model=broken)
-    with pytest.raises(ValueError, match=r"case_040_week_0_slice_0\.nii\.gz: a slice holds NaN"):
-        predict_with(path)
+    predict_with(checkpoint, out=str(tmp_path / "scores"))
+    for out in ("scores", "new/deep"):
+        code, _, err = run("predict.py", "--checkpoint", path, "--out", tmp_path / out)
+        assert code == 2 and "case_040_week_0_slice_0.nii.gz: a slice holds NaN" in err
+    assert not (tmp_path / "scores" / "metrics.json").exists()
+    assert not (tmp_path / "new").exists()
 
 
-def test_dice_of_the_decoded_masks(study, tmp_path, monkeypatch, capsys):
-    """By patient and label, beside a segmenter and the most frequent label, as by hand; one slice
-    has no mask.
-    """
-    folder = tmp_path / "keras_slices_data"
+@pytest.fixture(scope="module")
+def organs_study(study, tmp_path_factory):
+    """The study with two organs, 5 and 9; one test slice has no mask."""
+    folder = tmp_path_factory.mktemp("organs") / "keras_slices_data"
     shutil.copytree(study, folder)
     rows, columns = np.mgrid[:64, :32]
     for path in folder.glob("keras_slices_*/case_*.nii.gz"):
         _, patient, _, _, _, number = path.name.removesuffix(".nii.gz").split("_")
         if (patient, number) != ("040", "1"):
-            mask = np.where(np.hypot(rows - 32, columns - 16) < 8 + int(number), 5, 0).astype(
-                np.uint8
-            )
+            mask = np.where(np.hypot(rows - 32, columns - 16) < 8 + int(number), 5, 0)
             mask[:8, :8] = 9
             place = folder / path.parent.name.replace("slices_", "slices_seg_")
-            nifti.write(place / path.name.replace("case", "seg"), mask, np.eye(4))
+            name = path.name.replace("case", "seg")
+            nifti.write(place / name, mask.astype(np.uint8), np.eye(4))
+    return folder
+
+
+def test_dice_of_the_decoded_masks(organs_study, tmp_path, monkeypatch, capsys):
+    """By patient and label, beside a U-Net of the training slices and the most frequent label, as
+    by hand.
+    """
     torch.manual_seed(0)
-    splits = open_study(DataConfig(data=str(folder), height=64, width=32))
+    splits = open_study(DataConfig(data=str(organs_study), height=64, width=32))
     train, test = splits["train"], splits["test"]
     config = dataclasses.replace(SMALL, labels=3)
     model = VQVAE2(config)
     model(test.images(range(4)))
     data = StudyInfo.from_splits(splits).as_dict()
-    kept = {
-        "kind": "vqvae2",
-        "model_config": asdict(config),
-        "model": model.state_dict(),
-        "data": data,
-    }
-    runtime.save_checkpoint(tmp_path / "vqvae2_best.pth", {**kept, "epoch": 1})
-    net = organs.Segmenter(3).eval()
-    monkeypatch.setattr(organs, "segmenter_of", lambda *_, **__: net)
-    result = predict.predict(
-        predict.PredictConfig(checkpoint=str(tmp_path / "vqvae2_best.pth"), device="cpu")
-    )
+    kept = {"kind": "vqvae2", "model_config": asdict(config), "model": model.state_dict()}
+    path = tmp_path / "vqvae2_best.pth"
+    runtime.save_checkpoint(path, {**kept, "data": data, "epoch": 1})
+    alone = predict_with(path, unet=False)
+    assert alone["dice"].keys() == {"decoded", "most_frequent"}
+    assert not (tmp_path / organs.KEPT).exists() and "U-Net" not in capsys.readouterr().out
+
+    learn = organs.train_segmenter
+    monkeypatch.setattr(organs, "train_segmenter", lambda *a, **k: learn(*a[:4], 20, **k))
+    result = predict_with(path)
+    net = organs.segmenter_of(train, tmp_path)
+    learnt_from = runtime.load_checkpoint(tmp_path / organs.KEPT, "segmenter")["data"]
+    assert learnt_from["fingerprint"] == train.fingerprint != test.fingerprint
+
     chosen = [i for i, name in enumerate(test.names) if name[::2] != (40, 1)]
     truth, images = test.masks(chosen).numpy(), test.images(chosen)
     with torch.inference_mode():
@@ -396,4 +464,24 @@ def test_dice_of_the_decoded_masks(study, tmp_path, monkeypatch, capsys):
                 per_patient = result["dice"][name][organ]["per_patient"]
                 assert per_patient[f"{patient:03d}"] == pytest.approx(expected, abs=1e-6)
     assert result["dice"]["most_frequent"]["label_9"]["mean"] == 1
-    assert "the most frequent label of each place" in capsys.readouterr().out
+    verdicts = organs.judge_masks(decoded, truth, truth, test.labels)
+    assert result["masks"] == predict.rounded(verdicts)
+    out = capsys.readouterr().out
+    assert "the most frequent label of each place" in out and "roughness, decoded / in real" in out
+    # masks that nothing has learnt
+    assert f"warning: {result['not_learnt']}" in out and "label_9 was not learnt" in out
+
+
+def test_an_organ_of_blocks_is_named(organs_study):
+    """A control that is wrong on purpose: the 4x4 blocks of one organ's masks in another order."""
+    splits = open_study(DataConfig(data=str(organs_study), height=64, width=32))
+    test = splits["test"]
+    chosen = np.flatnonzero(test.has_mask)
+    drawn = np.zeros((len(test), 64, 32), np.uint8)
+    drawn[chosen] = test.masks(chosen).numpy()
+    assert not predict.score_masks(drawn, splits, None)["not_learnt"]
+    drawn[chosen] = shuffled(drawn[chosen], 1)
+    found = predict.score_masks(drawn, splits, None)
+    assert found["dice"]["decoded"]["mean"]["mean"] > 0.8  # which tells nothing of it
+    assert found["not_learnt"].startswith("label_5 was not learnt (")
+    assert "label_9" not in found["not_learnt"]
