@@ -569,7 +569,8 @@ def _write_cache(
     """Decode all slices and masks into `folder`; UserError at the end if any file is bad."""
     rows, total = [], len(jobs) + len(bad)
     size, any_masks = (config.height, config.width), any(job.mask for job in jobs)
-    labels, shown = {0: 0}, {}  # the place of each label in their order of appearance
+    # The place of each label in their order of appearance, and how many there are after a split.
+    labels, after = {0: 0}, {}
     work = in_parallel(partial(_decode, size=size, fit=config.fit), jobs, "decoding", "slice")
     # Arrays go into plain files: written through a memory map, a full disk ends the process with
     # a SIGBUS and without a message.
@@ -586,7 +587,7 @@ def _write_cache(
             pixels_file.write(pixels.astype("<f4", copy=False).data)
             if any_masks and len(labels) <= NO_MASK:
                 masks_file.write(_to_places(mask, labels, size).data)
-                shown[job.split] = len(labels)
+                after[job.split] = len(labels)
                 if len(labels) > NO_MASK:
                     bad[job.mask.path] = f"more than {NO_MASK} different labels; is it an image?"
     if bad:
@@ -594,7 +595,8 @@ def _write_cache(
     table = {key: np.array([row[key] for row in rows]) for key in rows[0]}
     notes, fingerprints = _notes(jobs, table, config), _fingerprints(jobs, table, size)
     # A model learns what the masks of the train split show, and that split was decoded first.
-    known, others = list(labels)[: shown.get("train", 1)], list(labels)[shown.get("train", 1) :]
+    trained = after.get("train", 1)
+    known, others = list(labels)[:trained], list(labels)[trained:]
     if any_masks:
         notes = _notes_on_labels(known, others, table["has_mask"]) + notes
     classes = np.full(NO_MASK + 1, NO_MASK, np.uint8)  # of each place, see `_to_places`
@@ -686,7 +688,7 @@ class Mirror:
     Attributes:
         axis: the one of (..., H, W) that runs left-right, -2 or -1. None: nothing is mirrored.
         partners: pairs of classes on opposite sides.
-        note: what was found out, for the user; "" where there is nothing to say.
+        note: what came of it, for the user; "" where there is nothing to say.
     """
 
     axis: int | None = -2

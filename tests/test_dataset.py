@@ -570,6 +570,22 @@ def test_a_second_start_opens_no_slice(config, monkeypatch, capsys):
     assert len({second[split].fingerprint for split in SPLITS}) == 3
 
 
+def test_nothing_is_written_beside_slices_or_into_a_cache_that_is_there(study, config, tmp_path):
+    """Both may be a colleague's folders, which this user may only read."""
+
+    def everything():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+    before = {path: time for path, time in everything().items() if study in path.parents}
+    open_study(config)
+    made = everything()
+    assert {path: time for path, time in made.items() if study in path.parents} == before
+    splits = open_study(config)
+    splits["train"].images([0, 1])
+    dataset.open_trained_study(StudyInfo.from_splits(splits), config, "x.pth")
+    assert everything() == made
+
+
 def test_a_copy_has_the_same_fingerprint_and_other_pixels_another(study, config, tmp_path):
     first = open_study(config)
     copy = Path(
