@@ -50,7 +50,8 @@ class VQVAE2Config:
     )
     bit_weight: float = option(
         0.0,
-        "lambda, the price of a bit as a share of the codebook's variance; above 0 the codes take fewer bits",
+        "lambda, the price of a bit as a share of the codebook's variance; above 0 the codes take "
+        "fewer bits",
     )
     labels: int = (
         0  # classes of the masks that the decoder predicts too, 0 for none; the study sets it
@@ -441,7 +442,8 @@ class VQVAE2(nn.Module):
         """
         if top.ndim != 3 or bottom.shape != (len(top), 2 * top.shape[1], 2 * top.shape[2]):
             raise ValueError(
-                f"codes of {tuple(top.shape)} and {tuple(bottom.shape)}; expected (B, h, w) and (B, 2h, 2w)"
+                f"codes of {tuple(top.shape)} and {tuple(bottom.shape)}; "
+                "expected (B, h, w) and (B, 2h, 2w)"
             )
         return self.decode(
             self.decoder_top(self.quantiser_top.vectors(top)), self.quantiser_bottom.vectors(bottom)

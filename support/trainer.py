@@ -252,9 +252,10 @@ class Checkpoints:
         """Save the final checkpoint; also as the best one, where no epoch was left to validate."""
         if self.progress.best == math.inf:
             self.save("best")
+        final = self.save("epoch_final")
         if runtime.rank() == 0:
             self.remove_interrupted()
-        return self.save("epoch_final")
+        return final
 
     def remove_interrupted(self) -> None:
         """Delete <kind>_interrupted.pth if this run has gone on from there, which its log tells."""
@@ -264,91 +265,82 @@ class Checkpoints:
                 self.path("interrupted").unlink()
 
     def start(self, checkpoint: dict | None = None) -> None:
-        """Begin a run, or go on from `checkpoint`, as `restore` does."""
+        """Begin a run, or go on from `checkpoint`.
+
+        UserError where that is of another network or other training slices.
+        """
         if checkpoint:
-            self.restore(checkpoint)
+            self.check_slices(checkpoint)
+            with runtime.reading(checkpoint["path"]):
+                self.restore(checkpoint)
         # Without a best checkpoint of its own in the folder, the next epoch becomes the best one.
         if not self.best_is_ours():
             self.progress.best, self.progress.best_epoch = math.inf, self.progress.epoch
 
-    def restore(self, checkpoint: dict) -> None:
-        """Go on from `checkpoint`. UserError where it is of another network or of other slices."""
-        path, ours = checkpoint["path"], self.stage.settings()
-        theirs = checkpoint["data"]["fingerprints"]
-        if theirs["train"] != ours["data"]["fingerprints"]["train"]:
-            raise UserError(
-                f"{path}: trained on other slices or masks than those of {ours['data']['study']}. "
-                f"Fix: --data, its own study; or a new run, from its weights with --weights {path}."
-            )
-        if theirs["validate"] != ours["data"]["fingerprints"]["validate"]:
-            print(
-                f"note: {path} was validated on other slices or masks than those of "
-                f"{ours['data']['study']}: the best so far begins anew"
-            )
-        if checkpoint["model_config"] != ours["model_config"]:
-            raise UserError(
-                f"{path}: a network of another shape. Fix: leave out the flags of the network."
-            )
-        if (optimiser := checkpoint["train_config"]["optimiser"]) != self.config.optimiser:
-            raise UserError(
-                f"{path}: trained with --optimiser {optimiser}. Fix: leave out --optimiser."
-            )
-        with runtime.reading(path):
-            self.restore_progress(checkpoint)
-            self.stage.model.load_state_dict(checkpoint["model"])
-            self.restore_optimiser(checkpoint)
-            # These are the sums of all ranks, and one rank alone goes on with them.
-            if runtime.rank() == 0:
-                self.sums.copy_(checkpoint["sums"])
-                for name, counts in self.stage.counts.items():
-                    counts.copy_(checkpoint["counts"][name])
+    def fingerprints(self) -> dict[str, str]:
+        return self.stage.settings()["data"]["fingerprints"]
 
-    def restore_progress(self, checkpoint: dict) -> None:
+    def check_slices(self, checkpoint: dict) -> None:
+        """UserError where the checkpoint's training slices or masks are not ours."""
+        path, theirs, ours = checkpoint["path"], checkpoint["data"], self.fingerprints()
+        if theirs["fingerprints"]["train"] != ours["train"]:
+            raise UserError(
+                f"{path}: trained on other slices or masks than are in this study, of the name "
+                f"{theirs['study']}. Fix: --data, its own study; or a new run, for an autoencoder "
+                f"from its weights with --weights {path}."
+            )
+        if theirs["fingerprints"]["validate"] != ours["validate"]:
+            print(
+                f"note: {path} was validated on other slices or masks than are in this study: "
+                "the best so far begins anew"
+            )
+
+    def restore(self, checkpoint: dict) -> None:
         for name, value in vars(self.progress).items():
             # By its type, so that a word is no number of epochs.
             setattr(self.progress, name, type(value)(checkpoint[name]))
         if not 0 <= self.progress.seen <= (size := len(self.stage.splits["train"])):
             raise ValueError(f"{self.progress.seen} slices of its epoch are done, of {size}")
+        self.stage.model.load_state_dict(checkpoint["model"])
+        self.restore_optimiser(checkpoint["optimiser"]["state"])
+        # These are the sums of all ranks, and one rank alone goes on with them.
+        if runtime.rank() == 0:
+            self.sums.copy_(checkpoint["sums"])
+            for name, counts in self.stage.counts.items():
+                counts.copy_(checkpoint["counts"][name])
 
-    def restore_optimiser(self, checkpoint: dict) -> None:
-        """Take over the optimiser's moving averages. A fused kernel looks at no shape, so we do."""
-        state, expected = checkpoint["optimiser"]["state"], []
+    def restore_optimiser(self, state: dict) -> None:
+        """Take over the moving averages. A fused kernel looks at no shape of them, so we do."""
+        expected = []
         for group in self.optimiser.param_groups:
             names = ("momentum",) if group["matrices"] else ("exp_avg", "exp_avg_sq")
             for parameter in group["params"]:
                 expected.append({"step": torch.Size(), **dict.fromkeys(names, parameter.shape)})
-        shapes = [
-            {name: tensor.shape for name, tensor in state[i].items()} for i in range(len(state))
-        ]
+        shapes = [{name: x.shape for name, x in state[i].items()} for i in range(len(state))]
         # Before its first step an optimiser has no state.
-        if shapes != (expected if self.progress.step else []):
+        if shapes != expected * bool(self.progress.step):
             raise ValueError("an optimiser of other weights")
         # The groups stay this run's: those of the checkpoint hold another run's learning rate.
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
 
     def best_is_ours(self) -> bool:
-        """Whether the folder holds the best checkpoint of this run, chosen on these slices, as rank
-        0 sees it. Says so if it holds another.
+        """Whether the best checkpoint in the folder, as rank 0 sees it, is this run's.
+
+        Chosen on other slices it is not. Says so where it is not.
         """
-        found = torch.zeros(1)
+        ours, progress = torch.zeros(1), self.progress
         if runtime.rank() == 0:
             with suppress(UserError, OSError):  # there is none, or it is broken
-                best = runtime.load_checkpoint(self.path("best"), self.stage.kind)
-                data, of_this = best["data"], self.stage.settings()["data"]["fingerprints"]
-                score = best["best"], best["best_epoch"], data["fingerprints"]["validate"]
-                found += score == (
-                    self.progress.best,
-                    self.progress.best_epoch,
-                    of_this["validate"],
-                )
-                if not found:
-                    print(
-                        f"note: {self.path('best')} is of another run, on {data['study']}; this run "
-                        "will write over it and the files beside it. Another --out keeps them."
-                    )
-        runtime.sum_over_ranks(found)
-        return bool(found)
+                there = runtime.load_checkpoint(self.path("best"), self.stage.kind)
+                split = there["data"]["fingerprints"]["validate"]
+                wanted = progress.best, progress.best_epoch, self.fingerprints()["validate"]
+                ours += (there["best"], there["best_epoch"], split) == wanted
+                if not ours:
+                    name, study = self.path("best"), there["data"]["study"]
+                    print(f"note: this run writes over another run's {name}, on {study}")
+        runtime.sum_over_ranks(ours)
+        return bool(ours)
 
 
 class Trainer:

@@ -191,7 +191,8 @@ def test_a_run_does_not_go_on_with_other_slices_or_masks(masked_study, tmp_path,
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")}
     other = altered(masked_study, tmp_path / "other", split)
     with pytest.raises(
-        UserError, match=r"epoch_1\.pth: trained on other slices or masks than those of other.*Fix"
+        UserError,
+        match=r"epoch_1\.pth: trained on other slices or masks than are in this study.*Fix",
     ):
         resume_on(other, tmp_path / "vqvae2_epoch_1.pth", tmp_path)
     assert before == {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")}
@@ -207,13 +208,15 @@ def test_with_another_validation_split_the_best_begins_anew(saved, study, tmp_pa
     other = altered(study, tmp_path / "other", "validate")
     best = resume_on(other, checkpoints / "vqvae2_epoch_1.pth", checkpoints)
     told = capsys.readouterr().out
-    assert "epoch_1.pth was validated on other slices or masks than those of other" in told
+    assert "epoch_1.pth was validated on other slices or masks than are in this study" in told
     assert "the best so far begins anew" in told and "(best so far)" in told
     assert runtime.load_checkpoint(best, "vqvae2")["epoch"] == 2
 
 
 def test_a_run_into_the_folder_of_another_says_so(saved, study, tmp_path, capsys):
-    note = f"vqvae2_best.pth is of another run, on {study.name}; this run will write over it"
+    note = (
+        f"note: this run writes over another run's {tmp_path / 'vqvae2_best.pth'}, on {study.name}"
+    )
     fit(study, tmp_path, epochs=1)
     assert "note:" not in capsys.readouterr().out
     resume(tmp_path / "vqvae2_epoch_1.pth", tmp_path)
