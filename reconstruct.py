@@ -23,7 +23,7 @@ from nibabel import Nifti1Header
 from skimage.io import imread, imsave
 from tqdm import tqdm
 
-from dataset import RECONSTRUCTION, Placement, find_nifti, raise_bad, way_in, z_score
+from dataset import RECONSTRUCTION, Placement, StudyInfo, find_nifti, raise_bad, way_in, z_score
 from modules import Trained, load_model
 from new_slices.organs import likeliest
 from slice_volumes import is_mask
@@ -41,7 +41,9 @@ class ReconstructConfig:
     checkpoint: str = option("Results/vqvae2_best.pth", "the model, as train.py wrote it")
     out: str = option("", "folder to write to; empty is reconstructed/ beside the checkpoint")
     plane: str = option(
-        "coronal", "plane to cut volumes along, by their affine", choices=tuple(nifti.PLANES)
+        "",
+        "plane to cut volumes along, by their affine; empty: that of the training slices",
+        choices=tuple(nifti.PLANES),
     )
     codes: bool = option(False, "write the code maps of all planes to codes.npz")
     batch_size: int = option(32, "planes at a time")
@@ -55,45 +57,58 @@ class ReconstructConfig:
 # ---- files as stacks of planes -------------------------------------------------------------------
 
 
+def ends_of(study: StudyInfo, plane: str) -> str:
+    """Where rows, columns and planes of a scan have to run, as "RSA": as in the training slices.
+
+    A model that learnt axial slices then gets axial planes, the right way up. `plane` names another
+    plane than theirs; where nothing tells one, it is HipMRI's coronal one.
+    """
+    if not study.plane or plane not in ("", study.plane):
+        return nifti.PLANES[plane or "coronal"]
+    shown = set(study.directions)
+    return study.directions + next(end for end, both in nifti.AXES.items() if not shown & set(both))
+
+
 class Scan:
     """One file as a stack of planes, and the way back.
 
     Attributes:
         planes: (N, rows, columns) float32, in the file's units.
+        plane: "coronal", "axial" or "sagittal", by the file's affine; "" where it tells none.
         notes: what to say of how the file was read and written.
     """
 
-    def __init__(self, path: str, plane: str) -> None:
-        """Read a file; UserError for one that cannot be used."""
+    def __init__(self, path: str, study: StudyInfo, plane: str = "") -> None:
+        """Read a file for the model of a study; UserError for one that cannot be used."""
         self.notes: list[str] = []
         self.image = (read_png if path.lower().endswith(".png") else nifti.read)(path)
         self.raw = self.image.raw
         values = nifti.finite(self.image.values())
         # A slice is a volume of one plane, and what has more axes than three is several volumes.
         volumes = values.reshape(*(*values.shape, 1, 1)[:3], -1)
-        self.turning = self._turning(volumes, plane)
+        self.turning = self._turning(volumes, study, plane)
         turned = nifti.turn(volumes, self.turning)  # (rows, columns, planes, volumes)
         self.turned = turned.shape
         self.planes = turned.transpose(3, 2, 0, 1).reshape(-1, *turned.shape[:2])
+        affine = nifti.turn_affine(self.image.affine, volumes.shape, self.turning)
+        told = nifti.plane_of(nifti.directions(affine[None])[0])
+        self.plane = told if self.image.oriented else ""
 
-    def _turning(self, volumes: np.ndarray, plane: str) -> np.ndarray:
-        """How volumes (X, Y, Z, T) are turned so that their planes lie in the first two axes.
-
-        These are planes of the kind `plane`. But a film of one slice, or a volume of a few thick
-        ones, has few pixels along one axis: then it is cut across that one.
-        """
-        turnings, least = [nifti.UNTURNED], metrics.SMALLEST
-        if volumes.shape[2:] != (1, 1):  # a slice is taken as it is, as those of a study are
-            if not self.image.oriented:
-                self.notes.append("have no orientation in their header: cut along their last axis")
-                plane = "axial"
-            ends = [nifti.PLANES[name] for name in (plane, *nifti.PLANES)]
-            turnings = [nifti.turning(self.image.affine, each) for each in ends]
+    def _turning(self, volumes: np.ndarray, study: StudyInfo, plane: str) -> np.ndarray:
+        """How volumes (X, Y, Z, T) are turned so that their planes lie in the first two axes."""
+        ends, affine, depth = ends_of(study, plane), self.image.affine, volumes.shape[2]
+        known = study.plane or plane
+        if not self.image.oriented or (depth == 1 and not known):  # it is taken as it is stored
+            ends, affine = "RAS", np.eye(4)
+        if not self.image.oriented and depth > 1:
+            self.notes.append("have no orientation in their header: cut along their last axis")
+        # A slice, a film of one slice or a volume of a few thick ones has few pixels along one
+        # axis. Where the planes that are wanted contain that axis, it is cut across it instead.
+        turnings = [nifti.turning(affine, each) for each in (ends, *nifti.PLANES.values())]
+        least = metrics.SMALLEST
         fits = [each for each in turnings if min(nifti.turn(volumes, each).shape[:2]) >= least]
         if not fits:
             raise UserError(f"an array of shape {self.raw.shape}; expected {least} pixels a side")
-        if fits[0] is not turnings[0]:
-            self.notes.append(f"are less than {least} pixels thick: cut across that side")
         return fits[0]
 
     def write(self, path: Path, planes: np.ndarray) -> None:
@@ -226,14 +241,16 @@ def reconstruct_file(
 
     Scores are means over the file's planes. UserError for a file that cannot be used.
     """
-    scan = Scan(path, config.plane)
+    scan, learnt = Scan(path, trained.study, config.plane), trained.study.plane
+    if scan.plane and learnt and scan.plane != learnt:
+        scan.notes.append(f"are {scan.plane}, and the model has learnt {learnt} slices")
     made = reconstruct_planes(trained, scan.planes, config.batch_size)
     scores = list(pool.map(metrics.score_slice, scan.planes, made.planes))
     scan.write(target, made.planes)
     if made.labels is not None:
         name = target.name.removeprefix("case_").replace(".png", ".nii.gz")
         scan.write_mask(target.with_name(f"seg_{name}"), made.labels)
-    row = {"shape": list(scan.raw.shape), "planes": len(scan.planes)}
+    row = {"shape": list(scan.raw.shape), "plane": scan.plane, "planes": len(scan.planes)}
     row |= {name: round(np.mean([score[name] for score in scores]), 6) for name in scores[0]}
     height, width = trained.study.height, trained.study.width
     bits = trained.model.config.bits_per_pixel(height, width) * height * width * len(scan.planes)
@@ -278,7 +295,7 @@ def reconstruct(inputs: list[str], config: ReconstructConfig = ReconstructConfig
                     codes[key].append(values)
     result = {
         "files": rows,
-        "plane": config.plane,
+        "plane": config.plane or trained.study.plane or "coronal",
         "checkpoint": {"file": Path(config.checkpoint).name, "sha256": trained.sha256},
         "provenance": runtime.provenance(),
     }
@@ -288,8 +305,9 @@ def reconstruct(inputs: list[str], config: ReconstructConfig = ReconstructConfig
     if codes:
         with runtime.atomic_path(out / "codes.npz") as part:
             np.savez(part, **{key: np.concatenate(values) for key, values in codes.items()})
-    if any(row["planes"] > 1 for row in rows.values()):
-        print(f"volumes were cut in {config.plane} planes (--plane) and put together again")
+    volumes = Counter(row["plane"] for row in rows.values() if row["planes"] > 1)
+    for plane, count in volumes.items():
+        print(f"{count} volumes were cut in {plane or 'stored'} planes and put together again")
     for note, count in Counter(note for row in rows.values() for note in row["notes"]).items():
         print(f"{count} files {note}")
     print(f"wrote {out}/: {len(rows)} files, scans.json{', codes.npz' if codes else ''}")

@@ -12,7 +12,7 @@ from test_predict import SMALL, write_checkpoint
 from test_slice_volumes import landmark, stored
 
 import reconstruct
-from dataset import Placement, z_score
+from dataset import Placement, StudyInfo, z_score
 from modules import VQVAE2, Output, load_model
 from reconstruct import ReconstructConfig
 from support import metrics
@@ -68,6 +68,88 @@ def test_a_volume_comes_back_where_it_was(checkpoint, tmp_path, codes, plane):
         np.testing.assert_array_equal(np.asarray(found.dataobj), np.asarray(image.dataobj))
     here, there = (np.asarray(each.dataobj).astype(float) for each in (found, image))
     assert np.corrcoef(here.ravel(), there.ravel())[0, 1] > 0.6
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "SAL"])
+@pytest.mark.parametrize("directions, plane", [("RA", "axial"), ("LP", "axial"), ("SR", "coronal")])
+def test_a_scan_is_cut_as_the_training_slices_were(study, tmp_path, codes, directions, plane):
+    """The same planes, the same way up, whatever the order in which the file stores its voxels."""
+    pixels, affine = landmark(shape=(16, 14, 12))
+    nibabel.save(stored(pixels, affine, codes), tmp_path / "scan.nii.gz")
+    known = StudyInfo("s", 64, 32, {}, directions=directions, plane=plane)
+    scan = reconstruct.Scan(str(tmp_path / "scan.nii.gz"), known)
+    expected = {
+        "RA": pixels.transpose(2, 0, 1),
+        "LP": pixels[::-1, ::-1].transpose(2, 0, 1),
+        "SR": pixels.transpose(1, 2, 0),
+    }[directions]
+    np.testing.assert_array_equal(scan.planes, expected)
+    assert scan.plane == plane
+    other = reconstruct.Scan(str(tmp_path / "scan.nii.gz"), known, "sagittal")
+    np.testing.assert_array_equal(other.planes, pixels.transpose(0, 1, 2))
+    one = stored(pixels[:, :, :1], affine, "ALS")  # a slice is turned as volumes are
+    nibabel.save(one, tmp_path / "slice.nii.gz")
+    turned = reconstruct.Scan(str(tmp_path / "slice.nii.gz"), known)
+    expected = pixels[:, :, :1] if directions != "LP" else pixels[::-1, ::-1, :1]
+    np.testing.assert_array_equal(turned.planes, expected.transpose(2, 0, 1))
+
+
+def test_the_plane_of_the_model_is_told_and_another_is_said(study, tmp_path, capsys):
+    data = {"study": "s", "height": 64, "width": 32, "fingerprints": {"test": ""}, "labels": []}
+    data |= {"synthetic": False, "allow_patient_overlap": False, "fit": "auto"}
+    data |= {"directions": "RA", "plane": "axial"}
+    model = str(write_checkpoint(tmp_path / "axial.pth", study, data=data))
+    pixels, affine = landmark(shape=(64, 32, 12))
+    nibabel.save(nibabel.Nifti1Image(pixels, affine), tmp_path / "scan.nii.gz")
+    result = use(model, [tmp_path / "scan.nii.gz"], tmp_path / "out")
+    assert result["plane"] == "axial" and result["files"]["scan.nii.gz"]["planes"] == 12
+    out = capsys.readouterr().out
+    assert "1 volumes were cut in axial planes" in out and "learnt" not in out
+    result = use(model, [tmp_path / "scan.nii.gz"], tmp_path / "out", plane="coronal")
+    assert result["files"]["scan.nii.gz"]["planes"] == 32
+    assert "1 files are coronal, and the model has learnt axial slices" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("identity")
+@pytest.mark.parametrize("shape", [(60, 32, 1, 8), (60, 1, 32, 8), (1, 60, 32), (60, 32, 5)])
+@pytest.mark.parametrize("oriented", [True, False])
+def test_a_film_of_one_slice_is_cut_in_the_plane_that_it_has(checkpoint, tmp_path, shape, oriented):
+    pixels = np.random.default_rng(0).normal(100, 20, shape).astype(np.float32)
+    image = nibabel.Nifti1Image(pixels, np.diag([1.5, 1.5, 8, 1]) if oriented else None)
+    nibabel.save(image, tmp_path / "cine.nii.gz")
+    row = use(checkpoint, [tmp_path / "cine.nii.gz"], tmp_path / "out")["files"]["cine.nii.gz"]
+    assert row["planes"] == np.prod(shape) / (60 * 32) and row["ssim_report"] > 0.999
+    found = nibabel.load(tmp_path / "out" / "cine.nii.gz")
+    np.testing.assert_allclose(np.asarray(found.dataobj), pixels, rtol=1e-4)
+
+
+@pytest.mark.parametrize("codes", ["RAS", "PIR"])
+def test_the_decoded_mask_lies_on_the_scan_with_its_own_labels(study, tmp_path, codes, monkeypatch):
+    """Bright voxels are the first organ and dark ones the second, whose label is 300."""
+
+    def forward(self, x):
+        top, bottom, _ = self.quantise(x)
+        return Output(x, top, bottom, torch.cat([0 * x + 0.5, x, -x], 1))
+
+    monkeypatch.setattr(VQVAE2, "forward", forward)
+    data = {"study": "s", "height": 64, "width": 32, "fingerprints": {"test": ""}, "fit": "auto"}
+    data |= {"synthetic": False, "allow_patient_overlap": False, "labels": [0, 7, 300]}
+    model = str(write_checkpoint(tmp_path / "vqvae2_best.pth", study, data=data))
+    pixels, affine = landmark(shape=(60, 12, 30))  # padded in the grid
+    image = stored(pixels, affine, codes)
+    nibabel.save(image, tmp_path / "case_scan.nii.gz")
+    use(model, [tmp_path / "case_scan.nii.gz"], tmp_path / "out")
+    mask = nibabel.load(tmp_path / "out" / "seg_scan.nii.gz")
+    np.testing.assert_array_equal(mask.affine, image.affine)
+    assert mask.get_data_dtype() == np.uint16
+    grid = np.stack(
+        [np.pad(p, ((2, 2), (1, 1)), constant_values=p.min()) for p in pixels.swapaxes(0, 1)]
+    )
+    x = ((grid - grid.mean((1, 2), keepdims=True)) / grid.std((1, 2), keepdims=True))[:, 2:-2, 1:-1]
+    expected = np.select([x > 0.5, x < -0.5], [7, 300], 0).swapaxes(0, 1).astype(np.uint16)
+    found = np.asarray(mask.dataobj)
+    assert set(np.unique(expected)) == {0, 7, 300}
+    np.testing.assert_array_equal(found, np.asarray(stored(expected, affine, codes).dataobj))
 
 
 @pytest.mark.usefixtures("identity")

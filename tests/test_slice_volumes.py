@@ -152,6 +152,22 @@ def test_bad_volumes_are_listed_and_the_others_done(tmp_path):
     assert {parse_name(file).patient for file in out.rglob("seg_*")} == {4, 36, 40}
 
 
+def test_labels_of_masks_stay_what_they_are(tmp_path):
+    """An atlas' labels are beyond what float32 holds; its two neighbours stay two structures."""
+    release = write_release(tmp_path / "a", (4, 36, 40))
+    mask = np.zeros(SHAPE, np.int32)
+    mask[2:4], mask[4:6], mask[6:] = 312782546, 312782550, 997
+    for patient in (4, 36, 40):
+        save(release / f"{SCHEMES['anonymous'][1].format(patient, 0)}.nii.gz", mask, RAS)
+    run_slice(release, tmp_path / "out")
+    for path in (tmp_path / "out").rglob("seg_*"):
+        np.testing.assert_array_equal(np.asarray(nibabel.load(path).dataobj), mask[:, 0])
+    mask[:2] = -1
+    save(release / f"{SCHEMES['anonymous'][1].format(4, 0)}.nii.gz", mask, RAS)
+    with pytest.raises(UserError, match=r"Case_004.*its mask .*-1"):
+        run_slice(release, tmp_path / "other")
+
+
 def test_patients_are_split_as_in_the_course_or_by_seed():
     course, line = split_patients({*range(4, 34), *range(35, 43)}, seed=0, split="auto")
     assert "course" in line and len(course) == 38
