@@ -3,7 +3,8 @@
     Stage        what a stage brings to the loop: a model, its data and its losses
     Progress     how far a run has come
     Checkpoints  what a checkpoint holds, and how a run goes on from one
-    Trainer      a step, validation, the logs
+    Pace         how much of the run is done
+    Trainer      a step, validation, the log
     fit          the loop: trains a stage from beginning to end
 
 The loop knows no model: train.py and train_prior.py bring theirs. Under torchrun every rank runs
@@ -343,6 +344,48 @@ class Checkpoints:
         return bool(ours)
 
 
+class Pace:
+    """How much of a run of `config` is done, over `size` training slices.
+
+    By slices (or epochs) that is the same on every machine; by minutes it follows the clock.
+    """
+
+    def __init__(self, config: TrainConfig, progress: Progress, size: int) -> None:
+        self.config, self.progress, self.size = config, progress, size
+        self.began = time.monotonic() - progress.seconds
+        self.clock = 0.0  # rank 0's `elapsed`, the same on every rank
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    def slices_seen(self) -> int:
+        return self.progress.epoch * self.size + self.progress.seen
+
+    def slices_asked(self) -> int:
+        """Of the whole run; by minutes nobody knows, and the bar follows the clock."""
+        return self.config.slices or self.config.epochs * self.size
+
+    def done(self) -> float:
+        """The share of the run that is done, by slices or by wall time; 1 when patience ran out."""
+        config, progress = self.config, self.progress
+        if config.patience and progress.epoch - progress.best_epoch >= config.patience:
+            return 1.0
+        if config.minutes:
+            return self.clock / (60 * config.minutes)
+        return self.slices_seen() / self.slices_asked()
+
+    def signalled(self, signals: list[int]) -> bool:
+        """Set the clock to rank 0's; whether any rank has received a signal.
+
+        All ranks get the same answer, so they all leave the loop after the same step.
+        """
+        clock = 0.0 if runtime.rank() else self.elapsed()
+        shared = torch.tensor([clock, len(signals)], dtype=torch.float64)
+        runtime.sum_over_ranks(shared)
+        self.clock = shared[0].item()
+        return bool(shared[1])
+
+
 class Trainer:
     """What `fit` does with a stage: `train_step` is a step, `validate` looks at the held-out split."""
 
@@ -365,46 +408,13 @@ class Trainer:
             tensor.mul_(runtime.rank() == 0)
             runtime.sum_over_ranks(tensor)
         self.lr = config.lr
-        self.began = time.monotonic() - self.progress.seconds
-        self.clock = 0.0  # rank 0's `elapsed`, the same on every rank
+        self.pace = Pace(config, self.progress, self.sizes["train"])
         self.loss_shown_at = 0.0
         self.epoch_began = time.monotonic()
         self.prefix = "" if stage.kind == "vqvae2" else f"{stage.kind}_"  # of the names of logs
         settings = {"train": shareable(config), "ranks": runtime.world(), **stage.settings()}
         machine = {"run": runtime.provenance(), "device": str(self.device), "bf16": self.bf16}
         self.progress.history.append(machine | settings)
-
-    # ---- how far the run has come ----
-
-    def elapsed(self) -> float:
-        return time.monotonic() - self.began
-
-    def slices_seen(self) -> int:
-        return self.progress.epoch * self.sizes["train"] + self.progress.seen
-
-    def slices_asked(self) -> int:
-        """Of the whole run; by minutes nobody knows, and the bar follows the clock."""
-        return self.config.slices or self.config.epochs * self.sizes["train"]
-
-    def done(self) -> float:
-        """The share of the run that is done, by slices or by wall time; 1 when patience ran out."""
-        config, progress = self.config, self.progress
-        if config.patience and progress.epoch - progress.best_epoch >= config.patience:
-            return 1.0
-        if config.minutes:
-            return self.clock / (60 * config.minutes)
-        return self.slices_seen() / self.slices_asked()
-
-    def signalled(self, signals: list[int]) -> bool:
-        """Set the clock to rank 0's; whether any rank has received a signal.
-
-        All ranks get the same answer, so they all leave the loop after the same step.
-        """
-        clock = 0.0 if runtime.rank() else self.elapsed()
-        shared = torch.tensor([clock, len(signals)], dtype=torch.float64)
-        runtime.sum_over_ranks(shared)
-        self.clock = shared[0].item()
-        return bool(shared[1])
 
     # ---- training ----
 
@@ -422,7 +432,7 @@ class Trainer:
         self.epoch_began = time.monotonic() - progress.epoch_seconds
         most = self.sizes["train"]
         if config.slices and not config.minutes:
-            most = progress.seen + config.slices - self.slices_seen()
+            most = progress.seen + config.slices - self.pace.slices_seen()
         return order[progress.seen : most]
 
     def train_step(self, batch: Tensor) -> Tensor | None:
@@ -431,7 +441,7 @@ class Trainer:
         Each rank takes its share of the batch, which may be empty; the step is the whole batch's.
         """
         share, parameters, loss = runtime.share(batch), list(self.model.parameters()), None
-        self.lr = learning_rate(self.config, self.done())
+        self.lr = learning_rate(self.config, self.pace.done())
         for group in self.optimiser.param_groups:
             group["lr"] = self.lr
         # What is random in a step follows from the seed, the step and the rank.
@@ -461,20 +471,6 @@ class Trainer:
         means = torch.stack([losses[name].detach() for name in self.stage.loss_names])
         sums.add_(means.double(), alpha=len(indices))
         return losses["loss"]
-
-    def show_loss(self, loss: Tensor | None, batch: Tensor, bar: tqdm) -> None:
-        """Show the loss, and stop the run if it is not finite.
-
-        On a GPU twice a second: to read a number there waits for the step.
-        """
-        gpu = self.device.type != "cpu"
-        if loss is None or (gpu and time.monotonic() < self.loss_shown_at + 0.5):
-            return
-        value = loss.item()
-        self.loss_shown_at = time.monotonic()
-        bar.set_postfix(epoch=self.progress.epoch + 1, loss=f"{value:.4f}", refresh=False)
-        paths = [self.stage.splits["train"].paths[i].name for i in runtime.share(batch).tolist()]
-        self.check_finite(value, "or before" if gpu else f"on {', '.join(paths)}")
 
     def check_finite(self, loss: float, where: str) -> None:
         """UserError if the loss is not finite: such weights must not be saved."""
@@ -517,7 +513,7 @@ class Trainer:
         statistics["validate"] = self.stage.statistics()
         speed = round(progress.seen / progress.epoch_seconds, 2)
         progress.epoch += 1
-        progress.seen, progress.epoch_seconds, progress.seconds = 0, 0.0, self.elapsed()
+        progress.seen, progress.epoch_seconds, progress.seconds = 0, 0.0, self.pace.elapsed()
         self.sums.zero_()
         record = {
             "epoch": progress.epoch,
@@ -541,58 +537,81 @@ class Trainer:
     def interrupt(self) -> Path:
         """Save in the middle of an epoch, with what all ranks have summed up in it."""
         self.progress.epoch_seconds = time.monotonic() - self.epoch_began
-        self.progress.seconds = self.elapsed()
+        self.progress.seconds = self.pace.elapsed()
         self.means(self.sums, max(1, self.progress.seen), "or before")
         runtime.sum_over_ranks(*self.stage.counts.values())
         return self.checkpoints.save("interrupted")
 
-    def write_logs(self) -> None:
-        """log.jsonl, the losses and their plot, whole from `history`.
 
-        So the files of a run that was stopped and went on are those of one run.
-        """
-        if runtime.rank():
-            return
-        out, history = self.checkpoints.out, self.progress.history
-        epochs = [record for record in history if "epoch" in record]
-        curves = {name: [record[f"{name}_loss"] for record in epochs] for name in ("train", "val")}
-        for name, values in curves.items():
-            lines = "".join(f"{value:.6f}\n" for value in values)
-            runtime.write_text(out / f"{self.prefix}{name}_losses.txt", lines)
-        lines = "".join(json.dumps(line) + "\n" for line in history)
-        runtime.write_text(out / f"{self.prefix}log.jsonl", lines)
-        figures.loss_plot(out / f"{self.prefix}loss_plot.png", *curves.values())
+# ---- what a run shows and writes ----
 
-    # ---- what the terminal shows ----
 
-    def describe(self) -> str:
-        """What is trained, on what, and for how long."""
-        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
-        precision = "bfloat16" if self.bf16 else "float32"
-        if self.device.type == "cuda" and not self.bf16:
-            precision += " (convolutions of training steps in TF32)"
-        where = f"{runtime.world()} x {self.device.type}" if runtime.world() > 1 else self.device
-        return (
-            f"training {millions:.2f} M parameters on {where} in {precision}: "
-            f"{self.config.length()}; the train split has {self.sizes['train']} slices"
-        )
+def describe(run: Trainer) -> str:
+    """What is trained, on what, and for how long."""
+    millions = sum(p.numel() for p in run.model.parameters()) / 1e6
+    precision = "bfloat16" if run.bf16 else "float32"
+    if run.device.type == "cuda" and not run.bf16:
+        precision += " (convolutions of training steps in TF32)"
+    where = f"{runtime.world()} x {run.device.type}" if runtime.world() > 1 else run.device
+    return (
+        f"training {millions:.2f} M parameters on {where} in {precision}: "
+        f"{run.config.length()}; the train split has {run.sizes['train']} slices"
+    )
 
-    def bar(self) -> tqdm:
-        return tqdm(
-            total=None if self.config.minutes else self.slices_asked(),
-            initial=self.slices_seen(),
-            unit="slice",
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-            disable=runtime.rank() > 0,
-        )
 
-    def line(self, record: dict, better: bool) -> str:
-        """An epoch's line on the terminal."""
-        return (
-            f"epoch {record['epoch']}: train {record['train_loss']:.4f}, "
-            f"validate {record['val_loss']:.4f}{' (best so far)' if better else ''}, "
-            f"{self.stage.describe(record)}, {record['slices_per_s']:.1f} slices/s"
-        )
+def progress_bar(run: Trainer) -> tqdm:
+    """Counts the slices of the whole run, and tells the time left."""
+    return tqdm(
+        total=None if run.config.minutes else run.pace.slices_asked(),
+        initial=run.pace.slices_seen(),
+        unit="slice",
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+        disable=runtime.rank() > 0,
+    )
+
+
+def show_loss(run: Trainer, loss: Tensor | None, batch: Tensor, bar: tqdm) -> None:
+    """Show the loss, and stop the run if it is not finite.
+
+    On a GPU twice a second: to read a number there waits for the step.
+    """
+    gpu = run.device.type != "cpu"
+    if loss is None or (gpu and time.monotonic() < run.loss_shown_at + 0.5):
+        return
+    value = loss.item()
+    run.loss_shown_at = time.monotonic()
+    bar.set_postfix(epoch=run.progress.epoch + 1, loss=f"{value:.4f}", refresh=False)
+    paths = [run.stage.splits["train"].paths[i].name for i in runtime.share(batch).tolist()]
+    run.check_finite(value, "or before" if gpu else f"on {', '.join(paths)}")
+
+
+def epoch_line(run: Trainer, record: dict, better: bool) -> str:
+    """An epoch's line on the terminal."""
+    return (
+        f"epoch {record['epoch']}: train {record['train_loss']:.4f}, "
+        f"validate {record['val_loss']:.4f}{' (best so far)' if better else ''}, "
+        f"{run.stage.describe(record)}, {record['slices_per_s']:.1f} slices/s"
+    )
+
+
+def write_logs(run: Trainer, plot: bool = True) -> None:
+    """log.jsonl, the losses and their plot, whole from `history`.
+
+    So the files of a run that was stopped and went on are those of one run. A plot takes as long
+    as a short epoch, so `fit` does not plot after each of these.
+    """
+    if runtime.rank():
+        return
+    out, history = run.checkpoints.out, run.progress.history
+    epochs = [record for record in history if "epoch" in record]
+    curves = {name: [record[f"{name}_loss"] for record in epochs] for name in ("train", "val")}
+    for name, values in curves.items():
+        lines = "".join(f"{value:.6f}\n" for value in values)
+        runtime.write_text(out / f"{run.prefix}{name}_losses.txt", lines)
+    lines = "".join(json.dumps(line) + "\n" for line in history)
+    runtime.write_text(out / f"{run.prefix}log.jsonl", lines)
+    if plot:
+        figures.loss_plot(out / f"{run.prefix}loss_plot.png", *curves.values())
 
 
 def fit(stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> Path:
@@ -605,47 +624,45 @@ def fit(stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> Pa
     """
     run = Trainer(stage, config, checkpoint)
     progress, checkpoints, first_step = run.progress, run.checkpoints, run.progress.step
-    print(run.describe())
-    with runtime.stop_signals() as signals, run.bar() as bar:
-        stopped = run.signalled(signals)
+    print(describe(run))
+    with runtime.stop_signals() as signals, progress_bar(run) as bar:
+        stopped = run.pace.signalled(signals)
         # An epoch that has begun is always ended, even if no slice of it is left to see.
-        while not stopped and (run.done() < 1 or progress.seen):
+        while not stopped and (run.pace.done() < 1 or progress.seen):
             for batch in run.start_epoch().split(run.batch_size):
                 # A step: the rate of the schedule, the losses, their gradients, the update.
                 with torch.backends.cudnn.flags(**TRAINING_STEPS):
                     loss = run.train_step(batch)
                 progress.seen += len(batch)
                 progress.step += 1
-                run.show_loss(loss, batch, bar)
+                show_loss(run, loss, batch, bar)
                 # Once: compile the step. The first step starts the codebooks, which would break
                 # the compiled graph in two.
                 if config.compile and progress.step == first_step + 1:
                     stage.compile()
                 # After every step: does somebody want us to stop, or is the time over?
-                stopped = run.signalled(signals)
+                stopped = run.pace.signalled(signals)
                 if config.minutes:  # nobody knows how many slices fit into the minutes
-                    bar.total = round((bar.n + len(batch)) / min(run.done(), 1.0))
+                    bar.total = round((bar.n + len(batch)) / min(run.pace.done(), 1.0))
                 bar.update(len(batch))
-                if stopped or run.done() >= 1:
+                if stopped or run.pace.done() >= 1:
                     break
             if stopped:
                 break
             # The end of an epoch: exact means over the validate split, and its line in the log.
             record = run.end_epoch()
             # The best weights so far are kept in a file of their own; every epoch's for a while.
-            if better := record["validate"][stage.best_by] < progress.best:
-                progress.best, progress.best_epoch = (
-                    record["validate"][stage.best_by],
-                    progress.epoch,
-                )
+            value = record["validate"][stage.best_by]
+            if better := value < progress.best:
+                progress.best, progress.best_epoch = value, progress.epoch
                 checkpoints.save("best")
-            tqdm.write(run.line(record, better))
+            tqdm.write(epoch_line(run, record, better))
             checkpoints.save_epoch()
-            run.write_logs()
-            stopped = run.signalled(signals)
+            write_logs(run, plot=progress.seconds > 10 * progress.epoch)
+            stopped = run.pace.signalled(signals)
         # Within the block that catches signals: a second Ctrl-C must not cut the writing short.
         saved = run.interrupt() if stopped else checkpoints.finish()
-        run.write_logs()
+        write_logs(run)
     if stopped:
         print(
             f"stopped in epoch {progress.epoch + 1}; go on with: {stage.command} --resume {saved}"

@@ -55,7 +55,7 @@ def trained(study, tmp_path_factory):
     """A folder with both stages trained, the study, and the waits of all that."""
     out = tmp_path_factory.mktemp("gpu")
     with stand_in.device() as activity, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.Trainer, "show_loss", lambda *args: None)  # waits twice a second
+        patch.setattr(trainer, "show_loss", lambda *args: None)  # waits twice a second
         best = train.train_autoencoder(autoencoder(study, out))
         flags = {"checkpoint": str(best), "data": str(study), "out": str(out), **PRIOR}
         train_prior.train_prior(train_prior.make_settings(flags))
@@ -85,7 +85,7 @@ def take_steps(trainer: trainer.Trainer, count: int = 3) -> list[str]:
         if step == 1:
             stand_in.activity.clear()
         trainer.train_step(torch.arange(trainer.config.batch_size))
-        trainer.signalled([])
+        trainer.pace.signalled([])
         if trainer.config.compile and step == 0:
             trainer.stage.compile()
     return list(stand_in.activity.waits)
