@@ -10,10 +10,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from support import nifti
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--fast-bf16",
+        choices=("yes", "no"),
+        help="take this CPU for one that is fast in bfloat16, or for one that is not",
+    )
+
+
+def pytest_configure(config) -> None:
+    """With --fast-bf16, here and in every process that a test starts (sitecustomize.py)."""
+    if answer := config.getoption("--fast-bf16"):
+        os.environ["FAST_BF16"] = answer
+        folder = str(Path(__file__).parent / "forced")
+        os.environ["PYTHONPATH"] = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
+        capabilities = torch.cpu.get_capabilities() | {"amx_bf16": answer == "yes"}
+        torch.cpu.get_capabilities = lambda: capabilities
 
 
 @pytest.fixture(scope="session", autouse=True)
