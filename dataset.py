@@ -145,7 +145,7 @@ class Job(NamedTuple):
     mask: SourceFile | None
 
 
-# ---- a study's files, none of them opened --------------------------------------------------------
+# ---- a study's files, none of them opened ----
 
 
 def name_parts(path: Path | str, pattern: str = "") -> dict[str, str]:
@@ -324,7 +324,7 @@ def raise_bad(where: Path | str, bad: dict[str, str], total: int) -> None:
     raise UserError(f"{where}: {len(bad)} of {total} files cannot be used:{listing}\n{fix}")
 
 
-# ---- from a file's slice to the model's and back -------------------------------------------------
+# ---- from a file's slice to the model's and back ----
 
 
 @dataclass(frozen=True)
@@ -508,7 +508,7 @@ def _decode(
     return pixels, mask, row
 
 
-# ---- the cache: <cache>/<study>-<digest of its path>-<digest of its contents>/ -------------------
+# ---- the cache: <cache>/<study>-<digest of its path>-<digest of its contents>/ ----
 
 
 def _cache_root(cache: str) -> Path:
@@ -675,7 +675,7 @@ def _notes(jobs: list[Job], table: dict[str, np.ndarray], config: DataConfig) ->
     return notes[:MOST_NOTES] + [f"... and {more} more such lines"] * (more > 0)
 
 
-# ---- datasets ------------------------------------------------------------------------------------
+# ---- datasets ----
 
 
 @dataclass(frozen=True)
@@ -948,7 +948,7 @@ def open_study(config: DataConfig) -> dict[str, SliceDataset]:
     return splits
 
 
-# ---- what a checkpoint says of its study ---------------------------------------------------------
+# ---- what a checkpoint says of its study ----
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """Sample new slices and their masks from the trained priors, and account for what they are worth.
 
-    python generate.py                                    # 64 slices from the checkpoints in Results/
-    python generate.py --n 512 --position 0.5             # where the prostate tends to lie
-    python generate.py --top-temperature 0.4 --bottom-temperature 0.2   # less varied; for priors of a few minutes
+    python generate.py                           # 64 slices from the checkpoints in Results/
+    python generate.py --n 512 --position 0.5    # where the prostate tends to lie
+    # Less varied, if the priors trained for only minutes:
+    python generate.py --top-temperature 0.4 --bottom-temperature 0.2
 
-Writes to Results/generated/ (or --out): grid.png (the first samples, unselected, beside real test
-slices at the same positions), overview.png (real | reconstruction | sample), NNNN.png,
+Writes to Results/generated/ (or --out): grid.png (the first samples, unselected, beside test slices
+at the same positions), overview.png (test slice | reconstruction | sample), NNNN.png,
 keras_slices_synthetic/case_*.nii.gz with their masks keras_slices_seg_synthetic/seg_*.nii.gz, and
 manifest.json; then report.json and its pictures: likelihood, anatomy, variety and copying, each
-beside what real slices and worthless ones score. Not for diagnosis.
+beside what held-out slices and worthless ones score. Not for diagnosis.
 """
 
 import dataclasses
@@ -35,10 +36,8 @@ SHOWN = 32  # samples in grid.png
 PAIRS = 8  # of the nearest pairs, of samples and of test slices
 SEED_STEP = 1_000_003  # between the samples of one --seed and of the next
 DESCRIPTION = "synthetic, sampled from VQ-VAE-2 priors, not a patient"
-NIFTI, MASKS = (
-    "keras_slices_synthetic",
-    "keras_slices_seg_synthetic",
-)  # folders of a split, as in a study
+# Folders of a split, as in a study.
+NIFTI, MASKS = "keras_slices_synthetic", "keras_slices_seg_synthetic"
 OURS = (
     "[0-9]" * 4 + ".png",
     f"{NIFTI}/case_*.nii.gz",
@@ -55,11 +54,11 @@ class GenerateConfig:
 
     n: int = option(64, "slices to sample")
     position: float = option(
-        math.nan, "where in its volume each lies, 0 to 1; nan: as real test slices do"
+        math.nan, "where in its volume each lies, 0 to 1; nan: as test slices do"
     )
     top_temperature: float = option(
         TOP_SAMPLING.temperature,
-        "divides the logits of the top codes, which place organs; 0 takes the likeliest code every time",
+        "divides the logits of the top codes, which place organs; 0: the likeliest code always",
     )
     bottom_temperature: float = option(
         BOTTOM_SAMPLING.temperature, "the same of the bottom codes, which add detail and texture"
@@ -112,7 +111,7 @@ class GenerateConfig:
         )
 
 
-# ---- the models, the study, the samples ----------------------------------------------------------
+# ---- the models, the study, the samples ----
 
 
 def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, VQVAE2, Prior]:
@@ -125,11 +124,11 @@ def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, VQVAE2, Prior]:
     saved = runtime.load_checkpoint(config.prior, "prior")
     study = StudyInfo.from_checkpoint(saved, config.prior)
     digest, expected = trained.sha256, saved["autoencoder_sha256"]
-    fix = "Fix: the pair that was trained together, or train.py --stage prior --checkpoint FILE."
     if digest != expected:
         raise UserError(
-            f"{config.prior}: priors over the codes of the autoencoder with SHA-256 {expected[:12]}...; "
-            f"{config.checkpoint} has {digest[:12]}... {fix}"
+            f"{config.prior}: priors of the autoencoder with SHA-256 {expected[:12]}...; "
+            f"{config.checkpoint} has {digest[:12]}... "
+            "Fix: the pair that was trained together, or train_prior.py --checkpoint FILE."
         )
     device = runtime.pick_device(config.device)
     model = trained.model.to(device)
@@ -147,14 +146,14 @@ def open_splits(
     """The study at the models' size; `trained` is the record in the priors' checkpoint."""
     splits = open_trained_study(trained, data, config.prior)
     if any(split.fingerprint != trained.fingerprints[name] for name, split in splits.items()):
-        print(
-            f"note: {splits['train'].study}: its slices are not those that the models were trained on"
-        )
+        study = splits["train"].study
+        print(f"note: {study}: its slices are not those that the models were trained on")
     if all(np.isnan(split.positions).all() for split in splits.values()):
         if not math.isnan(config.position):
             raise UserError(
-                f"{splits['train'].study}: --position is {config.position}, but the names of the slices tell "
-                "no positions, so the priors know none. Fix: leave out --position."
+                f"--position is {config.position}, but the names of the slices of "
+                f"{splits['train'].study} tell no positions, so the priors know none. "
+                "Fix: leave out --position."
             )
         print("the names of the slices tell no positions: sampling without them")
     return splits
@@ -248,15 +247,13 @@ class Album:
         self.span = tuple(np.median(end((1, 2, 3))) for end in (shown.min, shown.max))
         self.note = "priors trained on a synthetic phantom, not MRI" if train.synthetic else ""
         self.mean, self.std = float(np.median(train.mean)), float(np.median(train.std))
-        like = int(
-            (train.shapes == train.pixels.shape[1:]).all(1).argmax()
-        )  # the first that was not resized
+        like = int((train.shapes == train.pixels.shape[1:]).all(1).argmax())  # one not resized
         self.affine = train.grid_affine(like)
         # The edges of pictures have names where all slices lie alike.
         letters = {*train.letters([like]), *test.letters(range(len(test)))}
         self.look = {"span": self.span, "note": self.note, "label_values": labels}
         self.look["letters"] = letters.pop() if len(letters) == 1 else ""
-        self.labels = np.array(labels, np.uint8 if max(labels, default=0) < 256 else np.int32)
+        self.labels = np.array(labels, np.min_scalar_type(max(labels, default=0)))
         earlier = self.out / "manifest.json"
         if earlier.is_file():  # no file of an earlier run may pass for one of ours
             if DESCRIPTION not in earlier.read_text(errors="replace"):
@@ -275,9 +272,9 @@ class Album:
             "seeds": f"of slice i: {config.seed} * {SEED_STEP} + i",
             "settings": settings,
             "positions": [None if math.isnan(p) else round(float(p), 4) for p in positions],
-            "nifti": f"z-scores rescaled by the median mean {self.mean:.6g} and standard deviation {self.std:.6g} "
-            f"of the training slices, with the affine of {train.paths[like].name}; each slice is its own case, "
-            "its slice number the position on a scale of 0 to 59",
+            "nifti": f"z-scores rescaled by the median mean {self.mean:.6g} and standard deviation "
+            f"{self.std:.6g} of the training slices; each slice is its own case, its slice number "
+            "the position on a scale of 0 to 59",
             "layouts": None,
             "autoencoder": {
                 "file": Path(config.checkpoint).name,
@@ -307,7 +304,9 @@ class Album:
         for i, image in enumerate(samples.images, first):
             figures.save_slice(self.out / f"{i:04d}.png", image, *self.span)
             number = round(59 * np.nan_to_num(self.positions[i]))
-            name = f"{900 + i:03d}_week_0_slice_{number}.nii.gz"
+            # The patient counts on from the seed: slices of two runs may lie in one folder.
+            patient = 900 + self.manifest["seed"] * SEED_STEP + i
+            name = f"{patient:03d}_week_0_slice_{number}.nii.gz"
             pixels = (image.astype(np.float64) * self.std + self.mean).astype(np.float32)
             nifti.write(self.out / NIFTI / f"case_{name}", pixels, self.affine, DESCRIPTION)
             if samples.masks is not None:
@@ -317,12 +316,11 @@ class Album:
         self.write_manifest()
 
 
-# ---- pictures, and the run as a whole
-# -------------------------------------------------------------
+# ---- pictures, and the run as a whole ----
 
 
 def label(split: SliceDataset, index: int) -> str:
-    """What a real slice is called under its picture."""
+    """What a slice of the study is called under its picture."""
     patient, week, number = split.names[index]
     return f"{patient:03d} w{week} s{number}"
 
@@ -371,7 +369,8 @@ def write_pictures(album: Album, inputs: Inputs, report: dict, drawn: dict) -> N
         for i in np.argsort(-best.similarity)[:PAIRS]:
             index, variant = torch.tensor([best.index[i]]), int(best.variant[i])
             nearest = variants.images(train.images(index), variant, index)[0, 0].numpy()
-            title = f"{best.similarity[i]:.3f}{' mirrored' if variant == 1 else ' altered' if variant else ''}"
+            altered = ("", " mirrored")[variant] if variant < 2 else " altered"
+            title = f"{best.similarity[i]:.3f}{altered}"
             shown += [(names(i), images(i), None), (title, nearest, None)]
         return shown
 
@@ -405,6 +404,19 @@ def account(album: Album, inputs: Inputs) -> dict:
     return report
 
 
+def choose_twins(config: GenerateConfig, test: SliceDataset) -> tuple[np.ndarray, np.ndarray]:
+    """The test slice (n,) that stands beside each sample, and the position (n,) of each sample.
+
+    Test slices in a random order, over and over: what sample i stands beside does not depend on n.
+    """
+    pool, rng = near(test, config.position), np.random.default_rng(config.seed)
+    rounds = math.ceil(config.n / len(pool))
+    twins = np.concatenate([rng.permutation(pool) for _ in range(rounds)])[: config.n]
+    if math.isnan(config.position):
+        return twins, test.positions[twins].astype(np.float64)
+    return twins, np.full(config.n, config.position)
+
+
 def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     """Sample, write everything to the out folder, and return what report.json holds.
 
@@ -422,17 +434,11 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     study, variants, model, prior = load_models(config)
     splits = open_splits(config, data, study)
     out, test = runtime.writable_folder(config.out), splits["test"]
-    pool, rng = near(test, config.position), np.random.default_rng(config.seed)
-    # real slices in a random order, over and over: what sample i stands beside does not depend on n
-    rounds = math.ceil(config.n / len(pool))
-    twins = np.concatenate([rng.permutation(pool) for _ in range(rounds)])[: config.n]
-    given = np.full(config.n, config.position)
-    positions = test.positions[twins].astype(np.float64) if math.isnan(config.position) else given
+    twins, positions = choose_twins(config, test)
     album = Album(config, splits, positions, study.labels)
-    results_page.write(
-        out
-    )  # the slices that were there are gone from it, even if this run is stopped
-    # those that the priors were trained on, where they are at hand
+    # The slices that were there are gone from the page, even if this run is stopped.
+    results_page.write(out)
+    # The code maps that the priors were trained on, where they are at hand.
     files = (folder / "codes.npz" for folder in (Path(config.prior).parent, out))
     maps = extract_codes(model, splits, variants, album.manifest["autoencoder"]["sha256"], *files)
     drawn = draw_layouts(config, prior, splits["train"], maps, positions)
@@ -449,26 +455,13 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     if splits["train"].has_mask.any():
         folders, device = (Path(config.checkpoint).parent, out), runtime.pick_device(config.device)
         segmenter = segmenter_of(splits["train"], *folders, device=device)
-    inputs = Inputs(
-        model,
-        prior,
-        splits,
-        maps,
-        samples,
-        positions,
-        twins,
-        segmenter,
-        config.position,
-        config.seed,
-    )
-    report = account(album, inputs)
+    asked = {"position": config.position, "seed": config.seed}
+    compared = {"positions": positions, "twins": twins, "segmenter": segmenter, **asked}
+    report = account(album, Inputs(model, prior, splits, maps, samples, **compared))
     masks = f", masks in {MASKS}/" if samples.masks is not None else ""
-    print(
-        f"wrote {out}/: {config.n} slices as NNNN.png and in {NIFTI}/{masks}, grid.png, overview.png, manifest.json,"
-    )
-    print(
-        f"  report.json, realism.png, copying.png and nearest.png; all of it is in {results_page.write(out)}"
-    )
+    print(f"wrote {out}/: {config.n} slices as NNNN.png and in {NIFTI}/{masks}, grid.png,")
+    print("  overview.png, manifest.json, report.json, realism.png, copying.png and nearest.png;")
+    print(f"  all of it is in {results_page.write(out)}")
     return report
 
 

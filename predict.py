@@ -79,7 +79,7 @@ class PredictConfig:
             raise UserError(f"--batch-size is {self.batch_size}; expected at least 1")
 
 
-# ---- a model and its test split ------------------------------------------------------------------
+# ---- a model and its test split ----
 
 
 def open_splits(trained: Trained, data: DataConfig) -> dict[str, SliceDataset]:
@@ -120,7 +120,7 @@ def reconstruct_slices(model: VQVAE2, test: SliceDataset, indices: Sequence[int]
     return Reconstructed(*(tensor.cpu().numpy() for tensor in tensors))
 
 
-# ---- scores --------------------------------------------------------------------------------------
+# ---- scores ----
 
 
 def score_split(
@@ -273,7 +273,7 @@ def mean_of_known(dice: np.ndarray) -> np.ndarray:
     return np.where(known.any(1), np.nansum(dice, 1) / known.sum(1).clip(1), np.nan)
 
 
-# ---- what is written -----------------------------------------------------------------------------
+# ---- what is written ----
 
 
 def rounded(value):

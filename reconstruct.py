@@ -54,7 +54,7 @@ class ReconstructConfig:
             raise UserError(f"--batch-size is {self.batch_size}; expected at least 1")
 
 
-# ---- files as stacks of planes -------------------------------------------------------------------
+# ---- files as stacks of planes ----
 
 
 def ends_of(study: StudyInfo, plane: str) -> str:
@@ -193,7 +193,7 @@ def find_files(inputs: list[str], out: Path) -> dict[str, str]:
     return {name: paths[0] for name, paths in found.items()}
 
 
-# ---- the model's part ----------------------------------------------------------------------------
+# ---- the model's part ----
 
 
 class Made(NamedTuple):
@@ -258,7 +258,7 @@ def reconstruct_file(
     return row | {"notes": scan.notes}, made
 
 
-# ---- the run as a whole --------------------------------------------------------------------------
+# ---- the run as a whole ----
 
 
 def reconstruct(inputs: list[str], config: ReconstructConfig = ReconstructConfig()) -> dict:

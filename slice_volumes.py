@@ -102,7 +102,7 @@ class File(NamedTuple):
     short: str  # from the folder that was searched
 
 
-# ---- which volumes and masks ---------------------------------------------------------------------
+# ---- which volumes and masks ----
 
 
 def identify(path: str, pattern: str = "") -> tuple[str, str]:
@@ -282,7 +282,7 @@ def split_patients(
     return dict(zip(order, splits, strict=True)), f"random split by patient, seed {seed}"
 
 
-# ---- cutting -------------------------------------------------------------------------------------
+# ---- cutting ----
 
 
 class Cut(NamedTuple):

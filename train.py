@@ -145,8 +145,8 @@ def losses(
 ) -> dict[str, Tensor]:
     """Every loss of a batch as a scalar; "loss" is minimised, in the report's words
 
-        loss = reconstruction + codebook + beta * commitment [+ mask_weight * (cross-entropy + Dice loss +
-        layout)].
+        loss = reconstruction + codebook + beta * commitment
+               [+ mask_weight * (cross-entropy + Dice loss + layout)].
 
     The codebook term ||sg[z_e] - e||^2 has no entry: the moving averages of
     `VectorQuantiser.update` minimise it (van den Oord et al. 2017, appendix A.1). Losses of weight

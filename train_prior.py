@@ -1,8 +1,8 @@
-"""Train the priors over the codes of a trained autoencoder: what generate.py samples new slices from.
+"""Train the priors over the codes of a trained autoencoder: generate.py samples from them.
 
-    python train_prior.py                                 # over the codes of Results/vqvae2_best.pth
+    python train_prior.py                             # over the codes of Results/vqvae2_best.pth
     python train_prior.py --checkpoint Results/fewer-bits/vqvae2_best.pth --out Results/fewer-bits
-    python train_prior.py --resume Results/prior_interrupted.pth   # go on where that one stopped
+    python train_prior.py --resume Results/prior_interrupted.pth  # go on where that one stopped
 
 Writes to Results/ (or --out) what train.py does, under names that begin with prior_, and codes.npz,
 the code maps of the study. prior_best.pth has the lowest bound on bits per code in validation.

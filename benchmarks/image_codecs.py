@@ -97,7 +97,7 @@ def version(codec: Codec) -> str:
     return f"{codec.library} {known or 'of unknown version'}"
 
 
-# ---- one slice -----------------------------------------------------------------------------------
+# ---- one slice ----
 
 
 def to_bytes(original: np.ndarray) -> np.ndarray:
@@ -149,7 +149,7 @@ def overhead(codec: Codec, height: int, width: int) -> int:
     return len(encode(codec, np.full((height, width), 128, np.uint8), codec.qualities[0]))
 
 
-# ---- many slices ---------------------------------------------------------------------------------
+# ---- many slices ----
 
 
 def mean_curves(slices: Sequence[Points]) -> Curves:

@@ -1,1 +1,1 @@
-"""New slices: the code maps that they are made of, layouts, priors, organs, and what samples are worth."""
+"""New slices: their code maps, layouts, priors and organs, and what samples are worth."""

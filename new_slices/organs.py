@@ -36,7 +36,7 @@ FAR = 1.5  # nor where a median is so many times outside what real masks have be
 KEPT = "segmenter.pth"  # the file of a trained U-Net
 
 
-# ---- the segmenter -------------------------------------------------------------------------------
+# ---- the segmenter ----
 
 
 class Segmenter(nn.Module):
@@ -211,7 +211,7 @@ def segmenter_of(train, *folders: Path, device: torch.device | str = "cpu") -> S
     return net
 
 
-# ---- measurements of organs ----------------------------------------------------------------------
+# ---- measurements of organs ----
 
 
 def measure(masks: np.ndarray, labels: int) -> np.ndarray:

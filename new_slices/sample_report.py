@@ -130,7 +130,7 @@ def near(split: SliceDataset, position: float) -> np.ndarray:
     return organs.nearest_positions(position, split.positions)[:count]
 
 
-# ---- likelihood ----------------------------------------------------------------------------------
+# ---- likelihood ----
 
 
 @torch.inference_mode()
@@ -178,7 +178,7 @@ def score_likelihood(inputs: Inputs, rng: np.random.Generator) -> dict:
     return report
 
 
-# ---- anatomy and realism -------------------------------------------------------------------------
+# ---- anatomy and realism ----
 
 
 def make_rows(inputs: Inputs, rng: np.random.Generator) -> dict[str, Row]:
@@ -350,7 +350,7 @@ def score_variety(inputs: Inputs) -> dict | None:
     return report
 
 
-# ---- copying -------------------------------------------------------------------------------------
+# ---- copying ----
 
 
 @dataclass(frozen=True)
@@ -517,7 +517,7 @@ def score_copying(
     }
 
 
-# ---- the whole, and what is printed --------------------------------------------------------------
+# ---- the whole, and what is printed ----
 
 
 def appraise(inputs: Inputs) -> tuple[dict, dict]:

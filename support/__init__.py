@@ -1,1 +1,1 @@
-"""What the scripts stand on: files, training, scores and pictures. Nothing here knows a study or a model."""
+"""What the scripts stand on: files, training, scores, pictures. It knows no study and no model."""

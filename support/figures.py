@@ -47,7 +47,7 @@ def save(figure: Figure, path: Path | str) -> None:
         FigureCanvasAgg(figure).print_png(part)
 
 
-# ---- what is drawn on a slice --------------------------------------------------------------------
+# ---- what is drawn on a slice ----
 
 
 def _show(axes, image: np.ndarray, title: str = "", **options):
@@ -96,7 +96,7 @@ def draw_letters(axes, letters: str, left: float, top: float, height: int, width
             axes.text(x, y, name, fontsize=6.5, color="yellow", ha="center", va="center")
 
 
-# ---- pictures ------------------------------------------------------------------------------------
+# ---- pictures ----
 
 
 def save_slice(path: Path | str, image: np.ndarray, low: float, high: float) -> None:

@@ -214,7 +214,7 @@ def bits_per_pixel(codes: Sequence[int], bits: Sequence[float], pixels: int) -> 
     return sum(n * each for n, each in zip(codes, bits, strict=True)) / pixels
 
 
-# ---- sets of slices: how alike, how varied, and how much of them is copied -----------------------
+# ---- sets of slices: how alike, how varied, and how much of them is copied ----
 
 
 def pooled_features(maps: np.ndarray | Tensor, grid: tuple[int, int] = (2, 1)) -> np.ndarray:

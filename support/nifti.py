@@ -76,7 +76,7 @@ class Image:
             return raw.astype(np.float64) * slope + intercept
 
 
-# ---- reading -------------------------------------------------------------------------------------
+# ---- reading ----
 
 
 def is_nifti(name: str) -> bool:
@@ -182,7 +182,7 @@ def finite(pixels: np.ndarray) -> np.ndarray:
     return pixels
 
 
-# ---- affines -------------------------------------------------------------------------------------
+# ---- affines ----
 
 
 def usable(affine: np.ndarray) -> bool:
@@ -306,7 +306,7 @@ def obliquity(affine: np.ndarray) -> float:
         return float(np.degrees(np.nan_to_num(nibabel.affines.obliquity(affine)).max()))
 
 
-# ---- writing -------------------------------------------------------------------------------------
+# ---- writing ----
 
 
 def write(

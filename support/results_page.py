@@ -59,7 +59,7 @@ td:last-child { white-space: normal; min-width: 36ch }
 """
 
 
-# ---- pieces of HTML ------------------------------------------------------------------------------
+# ---- pieces of HTML ----
 
 
 def text(value) -> str:
@@ -94,7 +94,7 @@ def picture(path: Path, caption: str) -> str:
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
-# ---- what lies in the folder ---------------------------------------------------------------------
+# ---- what lies in the folder ----
 
 
 def read_json(path: Path) -> dict:
@@ -121,7 +121,7 @@ def at(tree: dict, *keys: str):
     return tree
 
 
-# ---- the parts of the page -----------------------------------------------------------------------
+# ---- the parts of the page ----
 
 
 def numbers(metrics: dict, card: dict) -> str:

@@ -56,7 +56,7 @@ class UserError(ValueError):
     """Something that the user can fix. The message says what was found and expected, and how."""
 
 
-# ---- command line --------------------------------------------------------------------------------
+# ---- command line ----
 
 
 def run_cli(main: Callable[[], None]) -> None:
@@ -246,7 +246,7 @@ def in_parallel(function: Callable, items: Sequence, label: str, unit: str) -> I
                 yield result
 
 
-# ---- device, seeds -------------------------------------------------------------------------------
+# ---- device, seeds ----
 
 
 def pick_device(name: str) -> torch.device:
@@ -311,7 +311,7 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-# ---- ranks: the processes that torchrun starts to train one model --------------------------------
+# ---- ranks: the processes that torchrun starts to train one model ----
 
 
 @contextmanager
@@ -380,7 +380,7 @@ def first_of_node() -> Iterator[None]:
             sum_over_ranks(torch.zeros(1))
 
 
-# ---- whole files ---------------------------------------------------------------------------------
+# ---- whole files ----
 
 
 def writable_folder(path: Path | str) -> Path:
@@ -461,7 +461,7 @@ def sha256(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ---- checkpoints ---------------------------------------------------------------------------------
+# ---- checkpoints ----
 
 
 def save_checkpoint(path: Path | str, checkpoint: dict) -> None:

@@ -387,7 +387,7 @@ class Pace:
 
 
 class Trainer:
-    """What `fit` does with a stage: `train_step` is a step, `validate` looks at the held-out split."""
+    """What `fit` does with a stage: `train_step` is a step, `validate` scores held-out slices."""
 
     def __init__(self, stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> None:
         self.stage, self.config, self.model = stage, config, stage.model

@@ -157,7 +157,7 @@ def run(operation, args, kwargs):
     indexes_cpu_tensor = name == "index" and not isinstance(args[0], StandInTensor)
     if here and elsewhere and (name not in MIXING or indexes_cpu_tensor):
         raise RuntimeError(
-            f"Expected all tensors to be on the same device, but found {DEVICE} and cpu: {operation}"
+            f"Expected all tensors to be on the same device, found {DEVICE} and cpu: {operation}"
         )
     if (here or to_here) and kwargs.get("generator") is not None:
         raise RuntimeError(f"Expected a {DEVICE.type!r} device type for generator but found 'cpu'")

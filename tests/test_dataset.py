@@ -61,7 +61,7 @@ def put(study, pixels, number=0):
     return save(study / "keras_slices_train" / name_of(4, number), pixels)
 
 
-# ---- names and folders ---------------------------------------------------------------------------
+# ---- names and folders ----
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_shared_patients_are_named_unless_allowed(study, config, capsys):
     assert "004 in train and test" in capsys.readouterr().out
 
 
-# ---- reading -------------------------------------------------------------------------------------
+# ---- reading ----
 
 
 def test_z_score_is_per_slice_with_population_deviation(config):
@@ -385,7 +385,7 @@ def test_all_bad_files_of_all_splits_are_listed_in_one_go(study, config):
     )
 
 
-# ---- masks ---------------------------------------------------------------------------------------
+# ---- masks ----
 
 
 def put_mask(study, split, patient, number, labels, affine=AFFINE):
@@ -551,7 +551,7 @@ def test_a_mask_with_an_unnamed_affine_or_an_extra_axis_is_welcome(study, config
     np.testing.assert_array_equal(np.array(train.labels)[train.masks([0])[0]], blocks(1))
 
 
-# ---- cache ---------------------------------------------------------------------------------------
+# ---- cache ----
 
 
 def the_cache(tmp_path):
@@ -801,7 +801,7 @@ def test_positions_run_from_the_first_slice_of_a_volume_to_its_last(study, confi
     np.testing.assert_allclose(train.positions, expected, rtol=1e-6)
 
 
-# ---- datasets ------------------------------------------------------------------------------------
+# ---- datasets ----
 
 
 def test_a_loader_with_workers_equals_direct_reading(config):

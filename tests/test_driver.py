@@ -71,7 +71,8 @@ def test_without_data_it_makes_a_phantom_and_says_so(tmp_path, monkeypatch, caps
         "train_segmenter",
         lambda *args, **settings: train_segmenter(*args[:4], 2, **settings),
     )
-    flags = "--K 16 --D 8 --channels 8 --top-channels 8 --epochs 1 --device cpu --prior-slices 0".split()
+    flags = "--K 16 --D 8 --channels 8 --top-channels 8".split()
+    flags += "--epochs 1 --device cpu --prior-slices 0".split()
     monkeypatch.setattr("sys.argv", ["driver.py", *flags])
     driver.main()
     assert (tmp_path / "phantom_slices_data" / "SYNTHETIC.txt").exists()

@@ -43,7 +43,7 @@ def read(tmp_path, data, **limits):
     return nifti.read(path, **limits)
 
 
-# ---- reading -------------------------------------------------------------------------------------
+# ---- reading ----
 
 
 @pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
@@ -160,7 +160,7 @@ def test_random_damage_is_read_or_named_and_nothing_else(tmp_path):
     assert 40 < named < 260
 
 
-# ---- affines -------------------------------------------------------------------------------------
+# ---- affines ----
 
 
 def test_a_quaternion_a_little_longer_than_one_is_shortened(tmp_path):
@@ -238,7 +238,7 @@ def test_the_plane_of_slices_and_how_far_a_volume_is_turned_from_the_world():
     assert nifti.obliquity(np.diag([1.1, -0.3, 7, 1])) == 0
 
 
-# ---- writing -------------------------------------------------------------------------------------
+# ---- writing ----
 
 
 def test_nifti_keeps_pixels_affine_and_bytes(tmp_path):

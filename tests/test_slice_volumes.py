@@ -194,7 +194,7 @@ def test_the_command_ends_in_code_2_and_one_line(tmp_path):
     assert "Traceback" not in err
 
 
-# ---- anyone's volumes ---------------------------------------------------------------------------
+# ---- anyone's volumes ----
 
 ORIENTATIONS = ("RAS", "LPS", "RPI", "PIR", "SAL", "ILA")
 

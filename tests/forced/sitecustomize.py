@@ -1,4 +1,4 @@
-"""Python imports this at its start. With it a script takes its CPU for one that is fast in bfloat16,
+"""Python imports this at its start. A script then takes its CPU for one that is fast in bfloat16,
 or for one that is not: see --fast-bf16 in conftest.py.
 """
 
