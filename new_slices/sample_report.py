@@ -1,8 +1,35 @@
-"""What new slices are worth, beside real slices and worthless ones: likelihood, anatomy, variety
-and copying.
+"""What new slices are worth, beside held-out slices and worthless ones: likelihood, likeness,
+anatomy, variety and copying.
 
 Models, splits and samples in; a report and the arrays for its pictures out. No files; a table is
-printed.
+printed. All that is measured stands beside held-out slices of the validation split (the floor) and
+beside controls that are wrong on purpose:
+
+    codes by place           codes drawn from the training histogram of their place
+    two patients' halves     one half from a training patient at that position
+    top and bottom of two    the top codes of one slice, the bottom codes of another
+    outside scrambled        what no mask covers, with the phases of its Fourier transform redrawn:
+                             the texture stays, the anatomy goes
+
+A measure that sees no control is left out. A control that no measure sees is named: whether new
+slices have that fault cannot be told.
+
+    likelihood         an upper bound on -log2 p of held-out slices' codes given their positions
+                       under the masked priors, a mean over draws of masks with their standard error
+    kernel distance    KID to training slices in the features of picture_features.py
+    plausible          share of slices whose organs occur together in at least 1 % of the training
+                       slices near their position, each organ with an area, centre, pieces, holes,
+                       solidity and left-right asymmetry within the central 98 % of theirs; a small
+                       U-Net, trained on training slices, finds the organs in all of them
+    area, centre       Wasserstein distances to training slices at the same positions, means over
+                       organs: as a share of the organ's mean area, and in pixels
+    agreement          Dice of the mask that comes with a slice and the U-Net's, mean over organs
+    variety            mean pairwise MS-SSIM
+    copying            similarity to the nearest of all training slices and of the altered ones that
+                       the priors saw, by correlation of pictures and by the codes in common, each
+                       weighed by its bits in the training histogram of its place. Flagged is what
+                       lies closer than the 1st percentile of test slices; copies are training
+                       slices decoded from their own codes, half of the bottom ones redrawn
 """
 
 import math
@@ -14,53 +41,34 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import SliceDataset
+from dataset import NO_MASK, SliceDataset
 from modules import VQVAE2
 from new_slices import organs
 from new_slices.code_maps import LEVELS, Samples, Variants, decode
 from new_slices.organs import Segmenter
+from new_slices.picture_features import picture_features
 from new_slices.prior import Prior
 from support import metrics
 
-NEAR, FEWEST = (
-    0.1,
-    8,
-)  # with --position, real slices as near as this, or this many, stand beside the samples
-# slices, at random: in a row of the table; of training that anatomy is compared with; whose
-# likelihood is bounded
-MOST_PER_ROW, MOST_REAL, MOST_RATED = 96, 768, 32
+# With --position, slices as near as this, or this many, stand beside the samples.
+NEAR, FEWEST = 0.1, 8
+MOST_PER_ROW = 96  # slices of a row of the table
+MOST_REAL = 768  # training slices that anatomy is compared with
+MOST_RATED = 32  # slices of each split whose likelihood is bounded
 DRAWS = 2  # of the masks that the likelihood's bound is a mean over
-FLOOR, SAMPLES, RECONSTRUCTIONS = "real validation slices", "samples", "reconstructions"
+FLOOR, SAMPLES, RECONSTRUCTIONS = "held-out slices", "samples", "reconstructions"
 BY_PLACE, HALVES, MIXED = "codes by place", "two patients' halves", "top and bottom of two"
-CONTROLS = (BY_PLACE, HALVES, MIXED)
+OUTSIDE = "outside scrambled"
+CONTROLS = (BY_PLACE, HALVES, MIXED, OUTSIDE)
 HIGHER_IS_BETTER = ("plausible", "organs_together")
-PROTOCOL = {
-    "likelihood": "of real slices' codes given their positions: an upper bound on -log2 p under the masked priors, a "
-    f"mean over {DRAWS} draws of masks for each slice, with the standard error of those draws; at most {MOST_RATED} "
-    "slices of each split; nominal: log2 K bits a code",
-    "rows": "real slices of validation and of test patients; the validation slices' reconstructions; samples; and "
-    "controls that are wrong on purpose: codes drawn from the training histogram of their place, validation slices "
-    "with one half from a training patient at that position, validation slices' top codes with bottom codes of "
-    "others. A measure that does not score every control worse than real validation slices is left out",
-    "plausible": "the share of slices whose organs occur together in at least 1 % of the real training slices near "
-    "their position, and each organ's area, centre, pieces, holes, solidity and left-right asymmetry lie within the "
-    "central 98 % of theirs. A small U-Net, trained on real training slices, finds the organs in all of them",
-    "area, centre": "Wasserstein distances to training slices at the same positions, means over organs: area as a "
-    "share of the organ's mean area, centre in pixels",
-    "frechet": "Fréchet distance to training slices of the top encoder's output before quantisation, pooled; each "
-    "number scaled by its spread in those slices",
-    "agreement": "Dice of the mask that comes with a slice and the U-Net's on its picture, mean over organs",
-    "variety": "mean pairwise MS-SSIM of the samples, and of real test slices at the same positions",
-    "copying": "similarity to the nearest of all training slices and their variants that the priors saw: correlation "
-    "of pictures, and the codes in common, each weighed by its bits in the training histogram of its place. Flagged: "
-    "nearer than the 1st percentile of real test slices (honest); margin: the share that 19 in 20 honest sets keep "
-    "to; copies: training slices decoded from their own codes, half of the bottom ones redrawn",
-    "bounds": "bounds the copying of these samples under these measures; no guarantee of privacy. Not for diagnosis",
-}
 
+BOUNDS = (
+    "This limits how much these samples copy, as these two measures see it. It does not guarantee "
+    "privacy. Not for diagnosis."
+)
 WORDS = {  # of the scorecard
-    "likeness": "How far the pictures lie from training slices, as the encoder sees them (Fréchet "
-    "distance). The floor is how far slices of other people lie.",
+    "likeness": "How far the pictures lie from training slices, to a network that learnt from "
+    "photographs (KID). The floor is how far slices of other people lie.",
     "coverage": "How alike two of them are on average (MS-SSIM). Much more than the floor would "
     "mean one slice again and again, as in the control.",
     "constraint": "The share without impossible anatomy: a U-Net finds each organ in a place, a "
@@ -70,7 +78,7 @@ WORDS = {  # of the scorecard
     "utility": "Whether a U-Net learns from them is measured apart: benchmarks/utility.py.",
     "privacy": "How many lie closer to a training slice than 99 in 100 held-out slices do; up to "
     "{:.1%} can be chance. The control is planted copies, which must be found.",
-    "unknown": "Cannot tell: not measured, or the measure took a control for held-out slices.",
+    "unknown": "Cannot tell: not measured, or the measure took every control for held-out slices.",
 }
 
 
@@ -205,24 +213,21 @@ def make_rows(inputs: Inputs, rng: np.random.Generator) -> dict[str, Row]:
         ).astype(np.int64)
         for level in (inputs.codes[f"train_{level}"] for level in LEVELS)
     ]
+    known = validate.masks(chosen).numpy() if validate.labels else np.zeros(images.shape, np.uint8)
+    outside = (known == 0) | (known == NO_MASK)
+    noise = np.fft.fft2(rng.normal(size=images.shape))
+    scrambled = np.fft.ifft2(np.abs(np.fft.fft2(images)) * np.exp(1j * np.angle(noise))).real
     sampled = samples.images[shown], inputs.positions[shown]
     return {
         FLOOR: Row(images, positions),
-        "real test slices": Row(inputs.images("test", tested), splits["test"].positions[tested]),
+        "test slices": Row(inputs.images("test", tested), splits["test"].positions[tested]),
         RECONSTRUCTIONS: Row(decoded, positions, masks),
         SAMPLES: Row(*sampled, None if samples.masks is None else samples.masks[shown]),
         BY_PLACE: Row(inputs.decode(*by_place)[0], positions),
         HALVES: Row(halves, positions),
         MIXED: Row(inputs.decode(top, np.roll(bottom, 1 + n // 2, axis=0))[0], positions),
+        OUTSIDE: Row(np.where(outside, scrambled, images).astype(np.float32), positions),
     }
-
-
-@torch.inference_mode()
-def encoder_features(model: VQVAE2, images: np.ndarray) -> np.ndarray:
-    """The top encoder's output before quantisation, pooled: (N, 4 D)."""
-    device, parts = next(model.parameters()).device, torch.from_numpy(images[:, None]).split(16)
-    maps = (model.encoder_top(model.encoder_bottom(part.to(device))) for part in parts)
-    return np.concatenate([metrics.pooled_features(each) for each in maps])
 
 
 def score_anatomy(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tuple[dict, dict]:
@@ -283,48 +288,63 @@ def score_anatomy(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tup
     return table, by_organ
 
 
-def score_frechet(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> dict[str, dict]:
-    features = encoder_features(inputs.model, inputs.images("train", real[: 2 * MOST_PER_ROW]))
-    mean, spread = features.mean(0), features.std(0)
-    spread = np.where(spread < 1e-9, 1, spread)
+def score_likeness(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tuple[dict, dict]:
+    """{row: {"kernel_distance": KID to training slices}}, and the standard error of each row's."""
+    real = real[: 2 * MOST_PER_ROW]
+    if min(len(real), *(len(row.images) for row in rows.values())) < 4:
+        return {name: {} for name in rows}, {}
+    total = len(real) + sum(len(row.images) for row in rows.values())
+    with tqdm(total=total, desc="likeness", unit=" slices", disable=None) as bar:
+        features = picture_features(inputs.images("train", real), bar)
+        found = {
+            name: metrics.kernel_distance(features, picture_features(row.images, bar))
+            for name, row in rows.items()
+        }
+    table = {name: {"kernel_distance": distance} for name, (distance, _) in found.items()}
+    return table, {name: error for name, (_, error) in found.items()}
 
-    def distance(row: Row) -> float:
-        scaled = (encoder_features(inputs.model, row.images) - mean) / spread
-        return metrics.frechet_distance((features - mean) / spread, scaled)
 
-    return {name: {"frechet": distance(row)} for name, row in rows.items()}
-
-
-def blind_measures(table: dict[str, dict]) -> list[str]:
-    """The measures by which some control is not worse than real validation slices: they say
-    nothing.
+def seen_controls(table: dict[str, dict], errors: dict[str, float]) -> dict[str, list[str]]:
+    """The controls that each measure scores worse than the floor: by two standard errors of a
+    kernel distance, by any difference of another measure.
     """
-    blind = []
-    for measure in table[FLOOR]:
+    seen = {}
+    for measure, floor in table[FLOOR].items():
         sign = 1 if measure in HIGHER_IS_BETTER else -1
-        floor, *controls = (sign * table[row][measure] for row in (FLOOR, *CONTROLS))
-        if not all(control < floor for control in controls):
-            blind.append(measure)
-    return blind
+        doubt = errors if measure == "kernel_distance" else {}
+        seen[measure] = [
+            control
+            for control in CONTROLS
+            if sign * (floor - table[control][measure])
+            > 2 * math.hypot(doubt.get(FLOOR, 0), doubt.get(control, 0))
+        ]
+    return seen
 
 
 def score_realism(inputs: Inputs, rows: dict[str, Row], rng: np.random.Generator) -> dict:
-    """The table of rows and measures, without the measures that do not see the controls; and the
-    organs.
+    """The table of rows and measures, without those that see no control; which controls each sees,
+    which nobody sees; and the organs.
     """
     real = rng.permutation(near(inputs.splits["train"], inputs.position))[:MOST_REAL]
-    table, by_organ = score_frechet(inputs, rows, real), {}
+    (table, errors), by_organ = score_likeness(inputs, rows, real), {}
     if inputs.segmenter is not None:
         by_anatomy, by_organ = score_anatomy(inputs, rows, real)
         table = {name: by_anatomy[name] | table[name] for name in rows}
-    blind = blind_measures(table)
-    table = {
-        name: {"n": len(rows[name].images)}
-        | {key: value for key, value in row.items() if key not in blind}
-        for name, row in table.items()
-    }
+    seen = seen_controls(table, errors)
+    kept = {measure: controls for measure, controls in seen.items() if controls}
     return plain(
-        {"rows": table, "organs": by_organ, "left_out": blind, "training_slices": len(real)}
+        {
+            "rows": {
+                name: {"n": len(rows[name].images)} | {k: v for k, v in row.items() if k in kept}
+                for name, row in table.items()
+            },
+            "organs": by_organ,
+            "kernel_distance_error": errors,
+            "seen": kept,
+            "unseen": [c for c in CONTROLS if not any(c in sees for sees in kept.values())],
+            "left_out": [measure for measure in seen if measure not in kept],
+            "training_slices": len(real),
+        }
     )
 
 
@@ -409,13 +429,15 @@ def search(source: Source, queries: dict[str, np.ndarray], label: str) -> dict[s
 
 def verdict(audit: dict) -> str:
     samples, copies = audit["samples"], audit["copies"]
-    flagged = f"{samples['flagged']} of {samples['n']} samples flagged; {audit['margin']:.1%} could be chance"
+    flagged = f"{samples['flagged']} of {samples['n']} new slices flagged"
+    flagged += f"; {audit['margin']:.1%} could be chance"
     if samples["share"] > audit["margin"]:
         nearest = f"One sample in 100 is nearer than {samples['percentiles']['99']:.3f}"
-        return f"COPIES: {flagged}. {nearest}, half of the known copies than {copies['percentiles']['50']:.3f}"
+        half = f"half of the known copies than {copies['percentiles']['50']:.3f}"
+        return f"COPIES: {flagged}. {nearest}, {half}"
     if copies["share"] < 0.5:
         return f"cannot tell: flags only {copies['share']:.1%} of the known copies; {flagged}"
-    return f"no copying beyond honest slices' own: {flagged}"
+    return f"no more than test slices do: {flagged}"
 
 
 def audit(
@@ -536,18 +558,21 @@ def appraise(inputs: Inputs) -> tuple[dict, dict]:
     honest = near(inputs.splits["test"], inputs.position)
     report["copying"], nearest = score_copying(inputs, rows, honest, rng)
     report["scorecard"] = scorecard(report)
-    return report | {"protocol": PROTOCOL}, {"rows": rows, "honest": honest, "nearest": nearest}
+    report["conclusion"] = conclusion(report)
+    return report, {"rows": rows, "honest": honest, "nearest": nearest}
 
 
 def scorecard(report: dict) -> dict[str, dict]:
     """What new slices are asked, and what the rest of the report answers.
 
     Returns question -> what the new slices score, the floor (what held-out slices score), the
-    control (what slices score that are wrong on purpose: of several the best), whether the new
-    slices pass, None where that cannot be told, and a line in words. They pass a measure by
-    scoring better than every control, and an audit of copies by what it flags within chance.
+    control (what slices score that are wrong on purpose: of those that the measure sees the best),
+    whether the new slices pass, None where that cannot be told, and a line in words. They pass a
+    measure by scoring nearer to the floor than to that control, or better than the floor, and an
+    audit of copies by what it flags within chance.
     """
-    rows = (report["realism"] or {}).get("rows", {})
+    realism = report["realism"] or {"rows": {}, "seen": {}}
+    rows, seen = realism["rows"], realism["seen"]
     variety = report["variety"] or {}
 
     def line(question: str, new, floor, control, passed: bool | None) -> dict:
@@ -556,14 +581,17 @@ def scorecard(report: dict) -> dict[str, dict]:
         return {**numbers, "passed": passed, "in words": words}
 
     def beside(question: str, measure: str, best: Callable, floor: str = FLOOR) -> dict:
-        new, floor, *others = (rows.get(n, {}).get(measure) for n in (SAMPLES, floor, *CONTROLS))
-        control = best((value for value in others if value is not None), default=None)
-        known = new is not None and control is not None
-        return line(question, new, floor, control, best(new, control) == new if known else None)
+        new, floor = (rows.get(name, {}).get(measure) for name in (SAMPLES, floor))
+        sees = [rows[name].get(measure) for name in seen.get(measure, ())]
+        control = best((value for value in sees if value is not None), default=None)
+        passed = None
+        if new is not None and floor is not None and control is not None:
+            passed = best(new, floor) == new or abs(new - floor) < abs(new - control)
+        return line(question, new, floor, control, passed)
 
     alike, floor = (variety.get(name, {}).get("ms_ssim") for name in ("samples", "real"))
     card = {
-        "likeness": beside("likeness", "frechet", min),
+        "likeness": beside("likeness", "kernel_distance", min),
         "coverage": line("coverage", alike, floor, 1.0, None),
         "constraint": beside("constraint", "plausible", max),
         "masks": beside("masks", "agreement", max, RECONSTRUCTIONS),
@@ -579,16 +607,26 @@ def scorecard(report: dict) -> dict[str, dict]:
     return card
 
 
+def conclusion(report: dict) -> str:
+    """One sentence: bad, or that it cannot be told and why, or as held-out slices."""
+    card = report["scorecard"]
+    if failed := [question for question, line in card.items() if line["passed"] is False]:
+        return f"Bad: the new slices do not pass {', '.join(failed)}."
+    unseen = (report["realism"] or {"unseen": CONTROLS})["unseen"]
+    if unseen or card["likeness"]["passed"] is None:
+        what = " and ".join(unseen) or "whether the whole picture is like one of the study"
+        return f"Cannot tell how good they are: no measure here sees {what}."
+    return "By these measures the new slices are as held-out ones."
+
+
 def print_report(report: dict) -> None:
     rates = report["likelihood"]
     print(f"\n{'likelihood, a bound':<24}{'n':>6}{'bits/code':>11}{'bits/pixel':>12}{'+-':>9}")
     print(f"{'  nominal':<41}{rates['nominal_bits_per_pixel']:>12.4f}")
     for name in ("train", "validate", "test"):
         rate = rates[name]
-        print(
-            f"  {name:<22}{rate['n']:>6}{rate['bits_per_code']:>11.3f}{rate['bits_per_pixel']:>12.4f}"
-            f"{rate['standard_error']:>9.4f}"
-        )
+        bits = f"{rate['bits_per_code']:>11.3f}{rate['bits_per_pixel']:>12.4f}"
+        print(f"  {name:<22}{rate['n']:>6}{bits}{rate['standard_error']:>9.4f}")
     if realism_report := report["realism"]:
         rows = realism_report["rows"]
         measures = list(rows[SAMPLES])
@@ -600,22 +638,19 @@ def print_report(report: dict) -> None:
                 + "".join(f"{'-' if v is None else format(v, '.4g'):>17}" for v in cells)
             )
         if blind := realism_report["left_out"]:
-            print(
-                f"  left out, because a control scores as well as real slices: {', '.join(blind)}"
-            )
+            print(f"  left out, as they see no control: {', '.join(blind)}")
     if variety := report["variety"]:
         samples, real = (variety[name]["ms_ssim"] for name in ("samples", "real"))
         print(
-            f"\nvariety (n = {variety['n']}): mean pairwise MS-SSIM {samples:.4f} of samples, {real:.4f} of real "
-            "slices at the same positions"
+            f"\nvariety (n = {variety['n']}): mean pairwise MS-SSIM {samples:.4f} of new slices, "
+            f"{real:.4f} of test slices at the same positions"
         )
     for name, copying in report["copying"].items():
-        sets = (
-            f"{k} {v['flagged']}/{v['n']}"
-            for k, v in copying.items()
-            if isinstance(v, dict) and "flagged" in v
+        sets = {"new slices": "samples", "test slices": "honest", "planted copies": "copies"}
+        counts = (
+            f"{copying[key]['flagged']} of {copying[key]['n']} {what}" for what, key in sets.items()
         )
-        print(
-            f"copying by {name}: nearer than {copying['threshold']:.4f} are {', '.join(sets)}. {copying['verdict']}"
-        )
-    print(PROTOCOL["bounds"])
+        print(f"closer to a training slice than {copying['threshold']:.4f}, by {name}:")
+        print(f"  {', '.join(counts)}. {copying['verdict']}")
+    print(BOUNDS)
+    print(report["conclusion"])

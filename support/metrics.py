@@ -217,20 +217,6 @@ def bits_per_pixel(codes: Sequence[int], bits: Sequence[float], pixels: int) -> 
 # ---- sets of slices: how alike, how varied, and how much of them is copied ----
 
 
-def pooled_features(maps: np.ndarray | Tensor, grid: tuple[int, int] = (2, 1)) -> np.ndarray:
-    """Maps (N, C, h, w) -> each channel's mean and deviation in each cell, (N, 2 C gh gw) float64.
-
-    For an encoder's output before quantisation; few cells gh x gw are better, see
-    `frechet_distance`.
-    """
-    maps = torch.as_tensor(maps).double()
-    mean = F.adaptive_avg_pool2d(maps, grid)
-    # Squares of large values would lose the variance's digits, so they are taken about the mean.
-    centre = maps.mean((2, 3), keepdim=True)
-    variance = F.adaptive_avg_pool2d((maps - centre).square(), grid) - (mean - centre).square()
-    return torch.cat([mean, variance.clamp_min(0).sqrt()], 1).flatten(1).cpu().numpy()
-
-
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, F) and (M, F).
 

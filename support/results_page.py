@@ -204,6 +204,7 @@ def new_slices(generated: Path, report: dict) -> str:
         return ""
     return (
         f"<p>{text(at(report, 'manifest', 'note'))}</p>"
+        f"<p><b>{text(report.get('conclusion', ''))}</b></p>"
         + table("question", report.get("scorecard", {}))
         + picture(generated / "grid.png", "New slices, unselected, beside held-out ones")
         + picture(generated / "nearest.png", "The nearest to a training slice, each beside it")

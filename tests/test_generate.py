@@ -272,13 +272,22 @@ def test_altered_training_slices_are_found(trained):
         assert min(entry["similarity"] for entry in found["nearest"]) > 0.999
 
 
-def test_a_measure_that_does_not_see_a_control_is_left_out():
-    values = {"plausible": [0.7, 0.5, 0.6, 0.1], "area": [2, 5, 3, 4], "centre": [2, 5, 1.9, 4]}
+def test_which_controls_a_measure_sees():
+    """A kernel distance sees what lies beyond two standard errors; a higher share is better."""
+    values = {
+        "plausible": [0.7, 0.5, 0.7, 0.1, 0.8],
+        "area": [2, 1, 2, 1, 0],
+        "kernel_distance": [0.04, 0.2, 0.06, 0.08, 0.9],
+    }
     rows = (sample_report.FLOOR, *sample_report.CONTROLS)
     table = {row: {name: of[i] for name, of in values.items()} for i, row in enumerate(rows)}
-    assert sample_report.blind_measures(table) == ["centre"]
-    table[sample_report.HALVES]["plausible"] = 0.7
-    assert sample_report.blind_measures(table) == ["plausible", "centre"]
+    by_place, _, mixed, outside = sample_report.CONTROLS
+    errors = {row: 0.01 for row in rows}  # two of a difference are 0.028
+    assert sample_report.seen_controls(table, errors) == {
+        "plausible": [by_place, mixed],
+        "area": [],
+        "kernel_distance": [by_place, mixed, outside],
+    }
 
 
 def test_controls_are_what_they_are_called(trained):

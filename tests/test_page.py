@@ -163,7 +163,12 @@ def test_a_folder_with_little_or_broken_files_has_a_page(results):
 def test_the_scorecard_by_hand():
     """Numbers of the report under their questions; the best control counts; None is not a pass."""
     names = (sample_report.FLOOR, sample_report.SAMPLES, *sample_report.CONTROLS)
-    values = {"frechet": (10, 30, 90, 20, 80), "plausible": (0.7, 0.6, 0.1, 0.5, 0.2)}
+    values = {
+        "kernel_distance": (10, 16, 90, 20, 80, 70),
+        "plausible": (0.7, 0.6, 0.1, 0.9, 0.2, 0.7),
+    }
+    by_place, halves, mixed, outside = sample_report.CONTROLS
+    seen = {"kernel_distance": [by_place, halves, outside], "plausible": [by_place, mixed]}
     table = {name: {key: each[i] for key, each in values.items()} for i, name in enumerate(names)}
     table[sample_report.RECONSTRUCTIONS] = {"agreement": 0.9}
     table[sample_report.SAMPLES]["agreement"] = 0.8
@@ -174,13 +179,13 @@ def test_the_scorecard_by_hand():
 
     copying = {"pictures": audit(3, 64), "codes": audit(4, 64), "layouts": audit(0, 31)}
     variety = {"samples": {"ms_ssim": 0.16}, "real": {"ms_ssim": 0.17}}
-    report = {"realism": {"rows": table}, "variety": variety, "copying": copying}
+    report = {"realism": {"rows": table, "seen": seen}, "variety": variety, "copying": copying}
     card = sample_report.scorecard(report)
     found = {question: tuple(line.values())[:4] for question, line in card.items()}
     assert found == {
-        "likeness": (30, 10, 20, False),
+        "likeness": (16, 10, 20, False),  # nearer to the control
         "coverage": (0.16, 0.17, 1, None),
-        "constraint": (0.6, 0.7, 0.5, True),
+        "constraint": (0.6, 0.7, 0.2, True),  # nearer to the floor
         "masks": (0.8, 0.9, None, None),
         "utility": (None, None, None, None),
         "privacy, by pictures": ("3 of 64", "1 of 64", "64 of 64", True),
@@ -191,3 +196,24 @@ def test_the_scorecard_by_hand():
     card = sample_report.scorecard({"realism": None, "variety": None, "copying": {}})
     assert all(line["passed"] is None for line in card.values())
     assert card["likeness"]["in words"].startswith("Cannot tell")
+
+
+def test_the_conclusion_is_never_better_than_what_is_known():
+    def card(**passed):
+        return {question: {"passed": value} for question, value in passed.items()}
+
+    def of(unseen, **passed):
+        return sample_report.conclusion(
+            {"scorecard": card(**passed), "realism": {"unseen": unseen}}
+        )
+
+    assert of([], likeness=True, privacy=False) == "Bad: the new slices do not pass privacy."
+    assert of(["two patients' halves"], likeness=False).startswith("Bad")
+    halves = of(["two patients' halves"], likeness=True)
+    assert halves.startswith("Cannot tell") and "two patients' halves" in halves
+    assert of([], likeness=None).startswith("Cannot tell")
+    assert of([], likeness=True, constraint=None) == (
+        "By these measures the new slices are as held-out ones."
+    )
+    unknown = sample_report.conclusion({"scorecard": card(likeness=None), "realism": None})
+    assert unknown.startswith("Cannot tell")

@@ -91,7 +91,7 @@ def test_every_snippet_of_the_readme_runs_as_pasted(study, tmp_path, monkeypatch
         exec(snippet, found := {})
     top, bottom, K = found["top"], found["bottom"], found["trained"].model.config.K
     assert (top.shape, bottom.shape) == ((2, 8, 4), (2, 16, 8))  # the study's slices are 64x32
-    assert top.dtype == torch.int64 and 0 <= min(top.min(), bottom.min())
+    assert top.dtype == torch.int64 and min(top.min(), bottom.min()) >= 0
     assert max(top.max(), bottom.max()) < K
     assert found["reconstruction"].shape == (2, 1, 64, 32)
     assert found["made"].planes.shape == (1, 64, 32) and found["made"].labels is None

@@ -30,17 +30,6 @@ def slices(n, seed=0, shape=(64, 32)):
 # features
 
 
-def test_pooled_features_by_hand():
-    maps = np.random.default_rng(0).normal(1000, 1, (2, 3, 8, 6))
-    top, bottom = maps[:, :, :4], maps[:, :, 4:]
-    halves = [
-        np.stack([top.mean((2, 3)), bottom.mean((2, 3))], 2),
-        np.stack([top.std((2, 3)), bottom.std((2, 3))], 2),
-    ]
-    expected = np.concatenate(halves, 1).reshape(2, -1)
-    np.testing.assert_allclose(metrics.pooled_features(maps, (2, 1)), expected, rtol=1e-9)
-
-
 # distances between sets
 
 

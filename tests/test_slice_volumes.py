@@ -332,7 +332,7 @@ def test_masks_of_a_folder_of_their_own(tmp_path):
         (tmp_path / "m").mkdir(exist_ok=True)
         mask.rename(tmp_path / "m" / f"{patient}.nii.gz")
     flags = {"masks": str(tmp_path / "m"), "count": 0}
-    with pytest.raises(UserError, match="no mask of the subjects.* --name-pattern"):
+    with pytest.raises(UserError, match=r"no mask of the subjects.* --name-pattern"):
         run_slice(tmp_path / "b", tmp_path / "out", **flags)  # bare numbers announce nobody
     pattern = r"^(?:sub-0)?(?P<patient>\d)"
     run_slice(tmp_path / "b", tmp_path / "out", name_pattern=pattern, **flags)

@@ -105,8 +105,10 @@ def test_the_learning_rate_follows_the_schedule_in_every_step(make):
 
 @pytest.mark.parametrize(
     "field",
-    ("K", "D", "stride", "channels", "top_channels", "residual_channels")
-    + ("encoder_blocks", "top_blocks", "decoder_blocks"),
+    [
+        *("K", "D", "stride", "channels", "top_channels", "residual_channels"),
+        *("encoder_blocks", "top_blocks", "decoder_blocks"),
+    ],
 )
 def test_every_flag_of_the_network_changes_it(field):
     """From the command line to the shapes of the weights."""

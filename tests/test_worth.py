@@ -13,7 +13,8 @@ import torch
 from benchmarks import features, utility
 from dataset import DataConfig, open_study
 from new_slices import organs, sample_report
-from support import nifti, runtime
+from new_slices.picture_features import picture_features
+from support import nifti, phantom, runtime
 
 needs_efficientnet = pytest.mark.skipif(
     not importlib.util.find_spec("efficientnet_lite_pytorch"),
@@ -177,10 +178,7 @@ def test_features_of_a_folder(folders, tmp_path, monkeypatch):
     )
     test = open_study(DataConfig(data=str(folders / "study"), height=64, width=32))["test"]
     x = test.images(range(3))[:, 0].numpy()
-    network = features.load_network()
-    np.testing.assert_allclose(
-        features.features(network, 7 * x - 3, ""), features.features(network, x, ""), atol=1e-4
-    )
+    np.testing.assert_allclose(picture_features(7 * x - 3), picture_features(x), atol=1e-4)
 
 
 def test_an_appraisal_by_anatomy_sees_what_is_broken(folders):
@@ -216,3 +214,38 @@ def test_an_appraisal_by_anatomy_sees_what_is_broken(folders):
     runtime.write_json(
         folders / "report.json", sample_report.plain({"rows": table, "organs": by_organ})
     )
+
+
+def test_a_cloud_around_a_whole_organ_is_called_bad(tmp_path):
+    """The planted failure: one organ is right, and all around it is texture without anatomy."""
+    made = phantom.PhantomConfig(
+        train_patients=12, validate_patients=6, test_patients=4, weeks=1, slices=4
+    )
+    splits = open_study(DataConfig(str(phantom.write_phantom(tmp_path / "phantom", made))))
+    validate, test = splits["validate"], splits["test"]
+    held_out, good = (s.images(range(len(s)))[:, 0].numpy() for s in (validate, test))
+    n = min(len(held_out), len(good))
+    rng = np.random.default_rng(0)
+
+    def cloud(images, split):
+        noise = np.angle(np.fft.fft2(rng.normal(size=images.shape)))
+        smooth = np.fft.ifft2(np.abs(np.fft.fft2(images)) * np.exp(1j * noise)).real
+        organ = split.masks(range(len(images))).numpy() == 2
+        return np.where(organ, images, smooth).astype(np.float32)
+
+    def likeness(samples) -> bool:
+        rows = {sample_report.FLOOR: held_out[:n], sample_report.SAMPLES: samples[:n]}
+        rows |= dict.fromkeys(sample_report.CONTROLS, cloud(held_out, validate)[:n])
+        rows = {name: sample_report.Row(images, None) for name, images in rows.items()}
+        inputs = sample_report.Inputs(None, None, splits, {}, None, None, None)
+        table, errors = sample_report.score_likeness(inputs, rows, np.arange(48))
+        seen = sample_report.seen_controls(table, errors)
+        realism = {"rows": table, "seen": seen, "unseen": []}
+        report = {"realism": realism, "variety": None, "copying": {}}
+        card = sample_report.scorecard(report)
+        conclusion = sample_report.conclusion({"scorecard": card, "realism": realism})
+        assert conclusion.startswith("Bad") is not card["likeness"]["passed"]
+        return card["likeness"]["passed"]
+
+    assert likeness(good) is True
+    assert likeness(cloud(good, test)) is False
