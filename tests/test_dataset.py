@@ -84,6 +84,7 @@ def put(study, pixels, number=0):
         ("OAS30001_MR_d0757_z1.nii.gz", (30001, 757, 1)),
         ("ADNI_002_S_0004_slice_3.nii.gz", (4, 0, 3)),
         ("T2_case_004_slice_1.nii.gz", (4, 0, 1)),
+        ("patient7_week2/case_004_slice_1.nii.gz", (4, 2, 1)),
     ],
 )
 def test_names_give_patient_week_slice(name, expected):
@@ -270,8 +271,9 @@ def test_the_grid_follows_the_study(tmp_path, case):
     assert splits["train"].pixels.shape[1:] == grid == (info.height, info.width)
     assert open_study(replace(config, height=64))["test"].pixels.shape[1:] == (64, grid[1])
     assert open_study(replace(config, height=64, width=32))["test"].pixels.shape[1:] == (64, 32)
-    again = dataset.open_trained_study(info, DataConfig(cache=config.cache, data=config.data), "x")
-    assert again["train"].pixels.shape[1:] == grid
+    other = replace(config, height=64, width=64, fit="crop")  # the model has its own
+    again = dataset.open_trained_study(info, other, "x.pth")
+    assert again["train"].pixels.shape[1:] == grid and again["train"].config.fit == "auto"
 
 
 def test_a_grid_that_follows_the_study_leaves_pixels_as_they_are(tmp_path, capsys):
@@ -282,6 +284,15 @@ def test_a_grid_that_follows_the_study_leaves_pixels_as_they_are(tmp_path, capsy
     )
     np.testing.assert_array_equal(train.pixels[0][train.own(0)], noise(20, (90, 101)))
     assert train.own(0) == (slice(3, 93), slice(1, 102))
+
+
+VERBS = [((256, 144), "auto", "stretched"), ((512, 256), "auto", "resized")]
+VERBS += [((96, 112), "auto", "padded"), ((96, 112), "crop", "cropped")]
+
+
+@pytest.mark.parametrize("shape, fit, verb", VERBS)
+def test_what_is_said_of_a_slice_of_another_size(shape, fit, verb):
+    assert dataset.Placement.make(shape, (256, 128), fit).verb == verb
 
 
 def test_a_file_that_cannot_be_read_has_no_say_in_the_grid(tmp_path):
@@ -449,6 +460,14 @@ def test_a_study_whose_training_masks_show_no_organ_is_one_without_masks(
     out = capsys.readouterr().out
     assert "no training mask shows an organ: the study counts as one without masks" in out
     assert "slices have no mask" not in out
+
+
+def test_classes_are_in_the_order_of_labels_whatever_slice_shows_them_first(study, config):
+    for number, label in enumerate((7, 3, 5)):
+        put_mask(study, "train", 4, number, np.full(SIZE, label, np.uint8))
+    train = open_study(config)["train"]
+    assert train.labels == (0, 3, 5, 7)
+    assert train.masks([0, 1, 2])[:, 0, 0].tolist() == [3, 1, 2]
 
 
 def test_labels_are_never_taken_through_a_float(study, config):

@@ -185,6 +185,13 @@ def test_a_qform_of_either_handedness(tmp_path, handed):
     )
 
 
+def test_voxel_sizes_below_zero_turn_nothing(tmp_path):
+    image = nibabel.Nifti1Image(PIXELS, None)
+    image.set_qform(np.diag([2.0, 3, 4, 1]), 1)
+    data = patched(image, scode=("h", 0), pixdim=("4f", 1, -2, 3, -4))
+    np.testing.assert_allclose(read(tmp_path, data).affine, np.diag([2, 3, 4, 1]))
+
+
 @pytest.mark.parametrize("row", [[0.0] * 12, [float("nan")] * 12, [1e30] * 12, [1.0, 0, 0, 0] * 3])
 def test_a_broken_sform_gives_way_to_the_qform_then_to_voxel_sizes(tmp_path, row):
     image = nibabel.Nifti1Image(PIXELS, None)
