@@ -30,7 +30,7 @@ from new_slices.organs import segmenter_of
 from new_slices.prior import BOTTOM_SAMPLING, TOP_SAMPLING, Prior, PriorConfig, Sampling
 from new_slices.sample_report import Inputs, appraise, near, print_report
 from support import figures, nifti, results_page, runtime
-from support.runtime import UserError, option
+from support.runtime import UserError, check_number, option
 
 SHOWN = 32  # samples in grid.png
 PAIRS = 8  # of the nearest pairs, of samples and of test slices
@@ -90,15 +90,11 @@ class GenerateConfig:
     device: str = option("auto", "where the models run", choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self) -> None:
-        for name, least in {"n": 1, "batch_size": 0}.items():
-            if getattr(self, name) < least:
-                raise UserError(
-                    f"{runtime.flag(name)} is {getattr(self, name)}; expected at least {least}"
-                )
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed is {self.seed}; expected 0 to {2**32 - 1}")
-        if not (0 <= self.position <= 1 or math.isnan(self.position)):
-            raise UserError(f"--position is {self.position}; expected 0 to 1")
+        check_number("n", self.n, least=1)
+        for name in ("batch_size", "seed"):
+            check_number(name, getattr(self, name), least=0)
+        if not math.isnan(self.position):
+            check_number("position", self.position, least=0, most=1)
         self.sampling()
 
     def sampling(self) -> tuple[Sampling, Sampling]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dataset import StudyInfo
 from support import runtime
-from support.runtime import UserError, option, rank, sum_over_ranks, world
+from support.runtime import UserError, check_number, option, rank, sum_over_ranks, world
 
 
 @dataclass(frozen=True)
@@ -58,23 +58,16 @@ class VQVAE2Config:
     )
 
     def __post_init__(self) -> None:
-        for name in ("K", "stride", "D", "channels", "top_channels", "residual_channels"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if self.K > 2**16:
-            raise UserError(
-                f"K is {self.K}; expected at most {2**16}: code maps are stored in 16 bits"
-            )
+        check_number("K", self.K, least=1, most=2**16)  # code maps are stored in 16 bits
+        for name in ("stride", "D", "channels", "top_channels", "residual_channels"):
+            check_number(name, getattr(self, name), least=1)
         for name in ("encoder_blocks", "top_blocks", "decoder_blocks"):
-            if not 0 <= getattr(self, name) <= 1000:
-                raise UserError(f"{name} is {getattr(self, name)}; expected 0 to 1000")
+            check_number(name, getattr(self, name), least=0, most=1000)
+        for name in ("bit_weight", "revive"):
+            check_number(name, getattr(self, name), least=0)
+        check_number("ema_decay", self.ema_decay, least=0, most=0.9999999)
         if self.stride % 2:
             raise UserError(f"stride is {self.stride}; expected an even number")
-        for name in ("bit_weight", "revive"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} is {getattr(self, name)}; expected 0 or more")
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"ema_decay is {self.ema_decay}; expected 0 <= ema_decay < 1")
 
     def code_shapes(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """(h, w) of the top and of the bottom code map of a slice of height x width pixels."""

@@ -40,7 +40,7 @@ from new_slices import organs
 from new_slices.code_maps import LEVELS
 from new_slices.organs import Segmenter
 from support import figures, metrics, nifti, results_page, runtime
-from support.runtime import UserError, option
+from support.runtime import UserError, check_number, option
 
 PICTURES = 4  # originals and reconstructions written slice by slice
 SYNTHETIC = "synthetic phantom, not MRI"  # a picture's note
@@ -75,8 +75,7 @@ class PredictConfig:
     device: str = option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"--batch-size is {self.batch_size}; expected at least 1")
+        check_number("batch_size", self.batch_size, least=1)
 
 
 # ---- a model and its test split ----

@@ -28,7 +28,7 @@ from modules import Trained, load_model
 from new_slices.organs import likeliest
 from slice_volumes import is_mask
 from support import metrics, nifti, runtime
-from support.runtime import UserError, option
+from support.runtime import UserError, check_number, option
 
 SCORES = {"ssim_report": "SSIM report", "ssim_standard": "SSIM standard", "psnr": "PSNR dB"}
 SHOWN = 40  # files of the terminal's table
@@ -50,8 +50,7 @@ class ReconstructConfig:
     device: str = option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"--batch-size is {self.batch_size}; expected at least 1")
+        check_number("batch_size", self.batch_size, least=1)
 
 
 # ---- files as stacks of planes ----

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from support import nifti, runtime
-from support.runtime import UserError, in_parallel, option
+from support.runtime import UserError, check_number, in_parallel, option
 
 SHAPE = 256, 128  # pixels of a slice, left to right and foot to head
 PLANES = 60  # from anterior to posterior
@@ -96,8 +96,7 @@ class PhantomConfig:
     def __post_init__(self):
         for name, value in asdict(self).items():
             least, most = int(name != "seed"), {"slices": PLANES}.get(name, 10**9)
-            if not least <= value <= most:
-                raise UserError(f"--{name.replace('_', '-')} {value}: expected {least} to {most}.")
+            check_number(name, value, least, most)
 
 
 class Waves:
