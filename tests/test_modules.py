@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from modules import VQVAE2, ToPixels, VectorQuantiser, VQVAE2Config
 
 SMALL = VQVAE2Config(K=16, D=8, channels=16, top_channels=24, residual_channels=8, decoder_blocks=1)
+from support import runtime
 
 
 def small_model(seed: int = 0) -> VQVAE2:
@@ -69,7 +70,8 @@ def test_it_is_a_hierarchy():
 @pytest.mark.parametrize("name", ["encoder_blocks", "top_blocks", "decoder_blocks"])
 def test_networks_that_take_hours_to_build_are_refused(name):
     for blocks in (-1, 10**6):
-        with pytest.raises(ValueError, match=f"{name} is {blocks}; expected 0 to 1000"):
+        words = f"{runtime.flag(name)} is {blocks}; expected 0 to 1000"
+        with pytest.raises(ValueError, match=words):
             VQVAE2Config(**{name: blocks})
 
 
@@ -84,7 +86,7 @@ def test_sizes_that_do_not_divide_are_refused(size):
 
 @pytest.mark.parametrize("bad", [{"K": 0}, {"D": -1}, {"ema_decay": 1.0}])
 def test_impossible_configurations_are_refused(bad):
-    with pytest.raises(ValueError, match=next(iter(bad))):
+    with pytest.raises(ValueError, match=runtime.flag(next(iter(bad)))):
         VQVAE2Config(**bad)
 
 
