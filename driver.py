@@ -63,7 +63,10 @@ SCORES = {
         ("psnr", "mean"),
         ("dice", "decoded", "mean", "mean"),
     ],
-    "generated/report.json": [("realism", "rows", "samples", "plausible")],
+    "generated/report.json": [
+        ("realism", "rows", "samples", "plausible"),
+        ("realism", "rows", "samples", "kernel_distance"),
+    ],
 }
 
 

@@ -119,7 +119,7 @@ def user_message(error: Exception) -> str | None:
     if memory or isinstance(error, MemoryError):
         return f"not enough memory: {first_line} Fix: a smaller --batch-size or network."
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"--compile on: torch.compile failed here ({first_line}). Fix: leave out --compile."
+        return f"--compile: torch.compile failed here ({first_line}). Fix: leave out --compile."
     return None
 
 
