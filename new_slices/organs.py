@@ -297,7 +297,7 @@ def judge_masks(
 def not_learnt(verdicts: dict[str, dict]) -> str:
     """A line that names the organs with faults, by `judge_masks`; "" where all were learnt."""
     bad = {name: verdict["faults"] for name, verdict in verdicts.items() if verdict["faults"]}
-    return "; ".join(f"{name} was not learnt ({', '.join(faults)})" for name, faults in bad.items())
+    return ". ".join(f"{name} was not learnt ({'; '.join(faults)})" for name, faults in bad.items())
 
 
 def nearest_positions(position: float, positions: np.ndarray) -> np.ndarray:

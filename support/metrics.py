@@ -25,8 +25,9 @@ The protocol of every score of predict.py and reconstruct.py:
     bits      per pixel of the slices' own files. Nominal: log2 K bits for every code. Code entropy:
               the entropy of each level's histogram of codes over the split, without context, the
               histogram itself not counted; perplexity is 2 to the power of it.
-    Dice      2 |A and B| / (|A| + |B|) over all slices of a patient together, by organ; then means
-              over the patients who have the organ, in the one mask or the other.
+    Dice      2 |A and B| / (|A| + |B|) over all slices of a patient together, by organ, in the
+              model's grid without its padding; then means over the patients who have the organ, in
+              the one mask or the other.
 """
 
 import math
