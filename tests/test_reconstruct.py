@@ -150,6 +150,12 @@ def test_the_decoded_mask_lies_on_the_scan_with_its_own_labels(study, tmp_path, 
     found = np.asarray(mask.dataobj)
     assert set(np.unique(expected)) == {0, 7, 300}
     np.testing.assert_array_equal(found, np.asarray(stored(expected, affine, codes).dataobj))
+    resized = np.random.default_rng(0).normal(size=(90, 50)).astype(np.float32).cumsum(0)
+    nibabel.save(nibabel.Nifti1Image(resized, np.eye(4)), tmp_path / "large.nii.gz")
+    use(model, [tmp_path / "large.nii.gz"], tmp_path / "out")
+    mask = nibabel.load(tmp_path / "out" / "seg_large.nii.gz")  # no label between two labels
+    assert mask.get_data_dtype() == np.uint16 and mask.shape == resized.shape
+    assert set(np.unique(np.asarray(mask.dataobj))) == {0, 7, 300}
 
 
 @pytest.mark.usefixtures("identity")
