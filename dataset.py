@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from itertools import combinations
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -340,6 +340,7 @@ class Placement:
     offset: tuple[int, int]
 
     @classmethod
+    @lru_cache  # asked for every slice, and most have one size
     def make(cls, shape: tuple[int, int], size: tuple[int, int], fit: str = "auto") -> "Placement":
         """`fit` is one of `FITS`; see `DataConfig`."""
         ratios = np.divide(size, shape)
