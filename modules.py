@@ -236,9 +236,8 @@ class VectorQuantiser(nn.Module):
         With several ranks the rows come from their joined batch; those that another rank holds are
         zeros here, so that the sum over ranks is the same for all.
         """
-        position = torch.rand(
-            self.K, dtype=torch.float64, device=flat.device
-        )  # [0, 1) of the joined batch
+        # Each row as its place in [0, 1) of the joined batch.
+        position = torch.rand(self.K, dtype=torch.float64, device=flat.device)
         if world() == 1:
             return flat[(position * len(flat)).long()]
         sizes = position.new_zeros(world())
@@ -261,9 +260,8 @@ class Pointwise(nn.Conv2d):
         super().__init__(channels, out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.linear(
-            x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias
-        )  # (B, C, h, w) -> (B, h, w, C)
+        x = x.permute(0, 2, 3, 1)  # (B, C, h, w) -> (B, h, w, C)
+        x = F.linear(x, self.weight.flatten(1), self.bias)  # -> (B, h, w, out)
         return x.permute(0, 3, 1, 2)  # channels last in memory
 
 
@@ -278,9 +276,8 @@ class ToPixels(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[2:]
-        windows = F.linear(
-            x.permute(0, 2, 3, 1).flatten(1, 2), self.weight.flatten(1).T
-        )  # (B, h*w, window)
+        x = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, C, h, w) -> (B, h*w, C)
+        windows = F.linear(x, self.weight.flatten(1).T)  # -> (B, h*w, window)
         size = (h * self.stride[0], w * self.stride[0])
         x = F.fold(
             windows.float().mT, size, self.kernel_size, padding=self.padding, stride=self.stride

@@ -22,9 +22,8 @@ from dataset import DataConfig
 from new_slices.prior import PriorConfig
 from support import runtime, trainer
 
-MODEL = dataclasses.replace(
-    SMALL, K=32, revive=0.5
-)  # many codes die, and restart at random vectors
+# Many codes die, and restart at random vectors.
+MODEL = dataclasses.replace(SMALL, K=32, revive=0.5)
 TINY = PriorConfig(
     prior_channels=16, prior_heads=2, prior_top_layers=1, prior_bottom_layers=1, prior_dropout=0.0
 )
