@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from dataset import SIZE, DataConfig, SliceDataset, StudyInfo, open_trained_study
 from modules import VQVAE2, load_model
-from new_slices import layouts
 from new_slices.code_maps import NUMBERS, Samples, Variants, decode, extract_codes
+from new_slices.layouts import Composer
 from new_slices.organs import segmenter_of
 from new_slices.prior import BOTTOM_SAMPLING, TOP_SAMPLING, Prior, PriorConfig, Sampling
 from new_slices.sample_report import Inputs, appraise, near, print_report
@@ -161,19 +161,18 @@ def seeds_of(config: GenerateConfig) -> list[int]:
 
 def draw_layouts(
     config: GenerateConfig, prior: Prior, train: SliceDataset, maps: dict, positions: np.ndarray
-) -> layouts.Drawn | None:
-    """A layout for every sample, at its position; None where the priors know none or the study has
-    no such masks.
+) -> np.ndarray | None:
+    """A layout for every sample, at its position: (n, h, w) int64. None where the study has no
+    masks such as the priors learnt.
     """
     labels = prior.config.labels
-    if not labels:
-        return None
-    if labels != len(train.labels) or not train.has_mask.any():
+    if labels and labels != len(train.labels):
         print(f"{train.study}: it has no masks such as the priors learnt: sampling without layouts")
         return None
     patients = np.array([name.patient for name in train.names])
-    known = maps["train_layout"][0].astype(np.int64)
-    return layouts.draw(known, train.positions, patients, labels, positions, seeds_of(config))
+    known = maps["train_layout"][0].astype(np.int64), maps["train_tissue"]
+    composer = Composer(*known, train.positions, patients, maps["levels"], labels)
+    return composer.draw(positions, seeds_of(config))
 
 
 def sample(
@@ -181,7 +180,7 @@ def sample(
     model: VQVAE2,
     prior: Prior,
     positions: np.ndarray,
-    drawn: layouts.Drawn | None,
+    layouts: np.ndarray | None,
     keep: Callable,
 ) -> Samples:
     """Sample slices at positions (n,); `keep(first, samples)` is called with every batch that is
@@ -204,7 +203,7 @@ def sample(
 
         for first in range(0, config.n, size):
             batch = range(first, min(first + size, config.n))
-            given = None if drawn is None else torch.from_numpy(drawn.layouts[batch])
+            given = None if layouts is None else torch.from_numpy(layouts[batch])
             codes = prior.sample(
                 positions[batch],
                 seeds[batch.start : batch.stop],
@@ -213,7 +212,7 @@ def sample(
                 progress=progress,
                 layouts=given,
             )
-            images, masks = decode(model, *codes, given)
+            images, masks = decode(model, *codes, given if prior.config.labels else None)
             samples = Samples(images, *(level.cpu().numpy() for level in codes), masks)
             keep(first, samples)
             parts.append(samples)
@@ -271,7 +270,6 @@ class Album:
             "nifti": f"z-scores rescaled by the median mean {self.mean:.6g} and standard deviation "
             f"{self.std:.6g} of the training slices; each slice is its own case, its slice number "
             "the position on a scale of 0 to 59",
-            "layouts": None,
             "autoencoder": {
                 "file": Path(config.checkpoint).name,
                 "sha256": runtime.sha256(config.checkpoint),
@@ -280,17 +278,6 @@ class Album:
             "data": {"study": train.study.resolve().name, "synthetic": train.synthetic},
             "provenance": runtime.provenance(),
         }
-        self.write_manifest()
-
-    def write_parents(self, train: SliceDataset, drawn: layouts.Drawn) -> None:
-        """Record between which two training slices every sample's layout lies."""
-        self.manifest["layouts"] = [
-            {
-                "between": [train.paths[i].name for i in pair],
-                "share_of_the_first": round(float(share), 4),
-            }
-            for pair, share in zip(drawn.parents, drawn.shares, strict=True)
-        ]
         self.write_manifest()
 
     def write_manifest(self) -> None:
@@ -437,11 +424,9 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     # The code maps that the priors were trained on, where they are at hand.
     files = (folder / "codes.npz" for folder in (Path(config.prior).parent, out))
     maps = extract_codes(model, splits, variants, album.manifest["autoencoder"]["sha256"], *files)
-    drawn = draw_layouts(config, prior, splits["train"], maps, positions)
-    if drawn is not None:
-        album.write_parents(splits["train"], drawn)
+    layouts = draw_layouts(config, prior, splits["train"], maps, positions)
     try:
-        samples = sample(config, model, prior, positions, drawn, album.keep)
+        samples = sample(config, model, prior, positions, layouts, album.keep)
     except KeyboardInterrupt:
         done = album.manifest["done"]
         print(f"stopped: {done} of {config.n} slices are in {out}/, without grid and report")

@@ -132,8 +132,9 @@ class CodePriors(Stage):
             file = Path(config.out) / "codes.npz"
             maps = extract_codes(model, self.splits, codes.copies, self.sha256, file)
         self.maps = {
-            name: torch.from_numpy(codes.astype(np.int32)).to(self.device)
-            for name, codes in maps.items()
+            name: torch.from_numpy(values.astype(np.int32)).to(self.device)
+            for name, values in maps.items()
+            if values.dtype == np.uint16
         }
         self.positions = {
             name: torch.from_numpy(split.positions).to(self.device)
@@ -143,7 +144,7 @@ class CodePriors(Stage):
         self.top_shape = model.config.code_shapes(*size)[0]
         train = self.splits["train"]
         self.numbers = Variants(codes.copies, len(train), train.mirror).numbers.to(self.device)
-        # Layouts, where the autoencoder knows these masks too.
+        # Organs are on the layouts where the autoencoder knows these masks too.
         labels = len(train.labels) if len(train.labels) == model.config.labels else 0
         shape = replace(settings.prior, K=model.config.K, labels=labels)
         self.model = Prior(shape, self.top_shape, self.numbers.shape[2]).to(self.device)
@@ -182,11 +183,10 @@ class CodePriors(Stage):
             bottoms = len(indices)
         top = self.maps[f"{split}_top"][variant, indices].long()
         bottom = self.maps[f"{split}_bottom"][variant[:bottoms], indices[:bottoms]].long()
-        layout = None
-        if labels := self.model.config.labels:
-            layout = self.maps[f"{split}_layout"][variant, indices].long()
-            if self.model.training:
-                layout = layout.masked_fill(self.forgotten[1, indices, None, None], labels)
+        layout = self.maps[f"{split}_layout"][variant, indices].long()
+        if self.model.training:
+            forgotten = self.forgotten[1, indices, None, None]
+            layout = layout.masked_fill(forgotten, self.model.config.classes)
         altered = self.numbers[variant, indices] if split == "train" else self.numbers[variant, 0]
         nats = self.model(top, bottom, position, altered, layout, **random)
         nats_top, nats_bottom = nats["top"].mean(), nats["bottom"].mean()  # of a code

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dataset import SPLITS, Mirror, SliceDataset
 from modules import VQVAE2
-from new_slices.layouts import layouts_of, likely
+from new_slices.layouts import layouts_of, likely, smoothed, tissue_levels
 from new_slices.organs import likeliest
 from support import runtime
 
@@ -54,8 +54,7 @@ def decode(
     """Codes -> z-scored slices (N, H, W) float32 and their masks (N, H, W) uint8 classes, or None.
 
     Where the slices were sampled given layouts (N, h, w), a mask is the likeliest given codes and
-    layout. One slice
-    at a time: rounding depends on the size of a batch.
+    layout. One slice at a time: rounding depends on the size of a batch.
     """
     device = next(model.parameters()).device
     images, masks = [], []
@@ -155,10 +154,12 @@ def extract_codes(
     SHA-256 `sha256`, of these splits; else made, and written to the last.
 
     Returns:
-        "train_top" (variants, N, h, w), "train_bottom" (variants, N, 2h, 2w), "validate_top" (1, N,
-        h, w), ... uint16; and "train_layout" (variants, N, 2h, 2w), ... of a study with masks.
+        "train_top" (variants, N, h, w), "train_bottom" and "train_layout" (variants, N, 2h, 2w),
+        "validate_top" (1, N, h, w), ... uint16. Layouts show organs if the autoencoder knows them.
+        For new layouts, "train_tissue" (N, 2h, 2w) float32, the smoothed intensities of unaltered
+        slices, and "levels", where one region ends and the next begins (layouts.py).
     """
-    key = " ".join(["3", sha256, str(variants), *(splits[name].fingerprint for name in SPLITS)])
+    key = " ".join(["4", sha256, str(variants), *(splits[name].fingerprint for name in SPLITS)])
     for file in files:
         try:
             with np.load(file) as saved:
@@ -169,28 +170,31 @@ def extract_codes(
     counts = {name: variants if name == "train" else 1 for name in SPLITS}
     total = sum(counts[name] * len(splits[name]) for name in SPLITS)
     device = next(model.parameters()).device
+    train, labels = splits["train"], model.config.labels
+    labels = labels if labels == len(train.labels) else 0
+    shapes = dict(zip(LEVELS, model.config.code_shapes(*train.pixels.shape[1:]), strict=True))
+    cells = shapes["layout"] = shapes["bottom"]
+    maps = {"levels": tissue_levels(train, cells)}
+    maps["train_tissue"] = np.empty((len(train), *cells), np.float32)
     bar = tqdm(total=total, desc="codes", unit=" slices", disable=None)
-    maps = {}
     for name, split in splits.items():
-        altered = Variants(counts[name], len(split), splits["train"].mirror)
-        shapes = model.config.code_shapes(*split.pixels.shape[1:])
-        for level, shape in zip(LEVELS, shapes, strict=True):
-            maps[f"{name}_{level}"] = np.empty((counts[name], len(split), *shape), np.uint16)
-        if split.labels:
-            maps[f"{name}_layout"] = np.empty((counts[name], len(split), *shapes[1]), np.uint16)
+        altered = Variants(counts[name], len(split), train.mirror)
+        for kind, shape in shapes.items():
+            maps[f"{name}_{kind}"] = np.empty((counts[name], len(split), *shape), np.uint16)
         for indices in torch.arange(len(split)).split(16 if device.type == "cpu" else 64):
             x = split.images(indices).to(device)
-            masks = split.masks(indices) if split.labels else None
-            for variant in range(counts[name]):
-                if masks is not None:
-                    layouts = layouts_of(
-                        altered.masks(masks, variant, indices), shapes[1], len(split.labels)
-                    )
-                    maps[f"{name}_layout"][variant, indices] = layouts.numpy()
-                codes = model.encode(altered.images(x, variant, indices))
-                for level, found in zip(LEVELS, codes, strict=True):
-                    maps[f"{name}_{level}"][variant, indices] = found.cpu().numpy()
+            masks = split.masks(indices) if labels else None
+            for variant in reversed(range(counts[name])):  # the slice as it is comes last
+                seen = altered.images(x, variant, indices)
+                tissue = smoothed(seen, cells).cpu().numpy()
+                drawn = altered.masks(masks, variant, indices) if labels else None
+                layouts = layouts_of(tissue, drawn, maps["levels"], labels)
+                maps[f"{name}_layout"][variant, indices] = layouts
+                for level, codes in zip(LEVELS, model.encode(seen), strict=True):
+                    maps[f"{name}_{level}"][variant, indices] = codes.cpu().numpy()
                 bar.update(len(indices))
+            if name == "train":
+                maps["train_tissue"][indices] = tissue
     bar.close()
     with runtime.atomic_path(files[-1]) as part:
         np.savez(part, key=key, **maps)

@@ -1,32 +1,81 @@
-"""Layouts: which organ lies where, at the resolution of the bottom codes; and new ones, between two
-patients'.
+"""Layouts: what lies where in a slice, one class for each bottom code; and new ones, composed of
+eight patients.
 
-A layout is a mask with one class index for each bottom code. The top prior is told it (prior.py),
-and so learns how a slice with these organs looks. A new slice starts with a new layout: the masks
-of two patients who are much alike, with their signed distances averaged (shape-based interpolation,
-Raya & Udupa 1990), moved and stretched a little. Its organs are new, between those of two patients;
-the rest of the slice is the priors' own.
+A layout covers the whole slice, so that a study needs no masks to have layouts. Its classes are
+
+    0                           air: the darkest tissue, where it reaches the slice's edge
+    1 .. labels - 1             the organs of the study's masks, if there are any
+    labels .. labels + 5        regions: the rest of the slice, sorted by its smoothed intensity
+
+(from 1 on for a study without masks). The top prior is told a slice's layout (prior.py), and so
+learns how such a slice looks.
+
+Both kinds of classes are cut from smooth fields: an organ is where its signed distance is positive,
+a region where the intensity lies between two levels. So a new layout is cut from new fields, which
+are weighed sums of those of eight patients' slices that are much alike (of signed distances alone:
+shape-based interpolation, Raya & Udupa 1990). For intensities the weights vary over the slice, so
+its parts come from different patients, and no patient's slice is like the whole.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import affine_transform, distance_transform_edt
+from scipy.ndimage import (
+    distance_transform_edt,
+    gaussian_filter,
+    label,
+    map_coordinates,
+    shift,
+    zoom,
+)
 from torch import Tensor
 
-from dataset import NO_MASK
+from dataset import NO_MASK, SliceDataset
 from new_slices.organs import nearest_positions
 
-NEARBY = 0.1  # the share of the training slices, nearest in position, that a layout starts from
-ALIKE = 8  # slices of other patients, the most alike, of which one is its partner
+REGIONS = 6  # classes of tissue outside organs, by intensity
+SMOOTH = 1.0  # cells: standard deviation of the Gaussian that smooths intensities
+MOST = 512  # training slices that say which intensities the regions have
 DOUBT = 0.03  # the chance of a class where the layout shows it nowhere near
-SHARES = (0.4, 0.6)  # of the first in the two: never one patient's organs alone
-# An average of two patients varies less than patients do, so it is moved and stretched along each
-# axis
-SHIFT, STRETCH = 0.5, 0.015  # standard deviations: cells, a share
+NEARBY = 0.1  # the share of the training slices, nearest in position, that a layout starts from
+PATIENTS, FEWEST = 8, 4  # that a layout is composed of; of a set of organs that is shown so rarely
+DEEPEST = 8.0  # cells: signed distances end here
+SPREAD = 1.2  # of the weights: with 1 and 8 independent patients, sums vary as patients do
+WEIGHT = 2.0  # of an organ in what makes slices alike, beside intensities in standard deviations
+KNOTS = (3, 2)  # of the smooth random fields that the weights and the bending are
+MOVED, BENT, BLURRED = 0.7, 0.7, 0.7  # cells, standard deviations
+MOVES = [(row, column) for row in (0, -2, 2, -4, 4) for column in (0, -2, 2)]  # cells
+
+
+# ---- the layouts of slices -----------------------------------------------------------------------
+
+
+def smoothed(images: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Slices (B, 1, H, W) -> (B, *shape): the mean intensity of each cell and those around it."""
+    reach = round(3 * SMOOTH)
+    bell = torch.exp(-(torch.arange(-reach, reach + 1, device=images.device) ** 2) / 2 / SMOOTH**2)
+    bell /= bell.sum()
+    cells = F.pad(F.adaptive_avg_pool2d(images, shape), (reach,) * 4, mode="replicate")
+    return F.conv2d(F.conv2d(cells, bell.view(1, 1, -1, 1)), bell.view(1, 1, 1, -1))[:, 0]
+
+
+def tissue_levels(train: SliceDataset, shape: tuple[int, int]) -> np.ndarray:
+    """The intensities (REGIONS - 1,), rising, that part one region from the next: z-scores.
+
+    They lie midway between the means of a one-dimensional k-means of training slices' cells.
+    """
+    chosen = np.arange(len(train))[:: max(1, len(train) // MOST)]
+    parts = np.array_split(chosen, -(-len(chosen) // 64))
+    values = np.concatenate([smoothed(train.images(part), shape).numpy() for part in parts]).ravel()
+    means = np.linspace(*np.quantile(values, (0.01, 0.99)), REGIONS)
+    for _ in range(50):
+        nearest = np.searchsorted((means[1:] + means[:-1]) / 2, values)
+        sizes = np.bincount(nearest, minlength=REGIONS)
+        sums = np.bincount(nearest, values, REGIONS)
+        means = np.where(sizes > 0, sums / np.maximum(sizes, 1), means)
+    return (means[1:] + means[:-1]) / 2
 
 
 def middles(masks: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -35,112 +84,156 @@ def middles(masks: Tensor, shape: tuple[int, int]) -> Tensor:
     return masks[:, rows // 2 :: rows, columns // 2 :: columns]
 
 
-def layouts_of(masks: Tensor, shape: tuple[int, int], labels: int) -> Tensor:
-    """Masks (B, H, W) uint8 -> layouts (B, *shape) int32: the class in the middle of each cell.
+def compose(tissue: np.ndarray, organs: np.ndarray, levels: np.ndarray, labels: int) -> np.ndarray:
+    """Smoothed intensities (h, w) and organs (h, w) in [0, labels) -> a layout (h, w) int64."""
+    regions = np.searchsorted(levels, tissue)
+    # Lungs and bowel gas are as dark as air, but they do not reach the edge of the slice.
+    dark, _ = label(regions == 0)
+    edge = np.concatenate([dark[0], dark[-1], dark[:, 0], dark[:, -1]])
+    air = np.isin(dark, edge[edge > 0])
+    return np.where(organs > 0, organs, np.where(air, 0, regions + max(labels, 1)))
 
-    `labels`, one more than the last class, stands for an unknown one.
+
+def layouts_of(
+    tissue: np.ndarray, masks: Tensor | None, levels: np.ndarray, labels: int
+) -> np.ndarray:
+    """Smoothed intensities (B, h, w) and masks (B, H, W) uint8, None without -> (B, h, w) int64.
+
+    One more than the last class fills the layout of a slice without a mask in a study that has
+    masks: which organs it shows is unknown.
     """
-    found = middles(masks, shape)
-    return torch.where(found == NO_MASK, labels, found.int())
+    shape, unknown = tissue.shape[1:], max(labels, 1) + REGIONS
+    organs = np.zeros(tissue.shape, int) if masks is None else middles(masks, shape).long().numpy()
+    found = [compose(*pair, levels, labels) for pair in zip(tissue, organs, strict=True)]
+    return np.where(organs == NO_MASK, unknown, np.stack(found))
 
 
 def likely(layouts: Tensor, labels: int, height: int, width: int) -> Tensor:
-    """How likely a layout makes every class at every pixel, as a log, (B, h, w) int64 -> (B,
+    """How likely a layout makes every label at every pixel, as a log, (B, h, w) int64 -> (B,
     labels, height, width).
 
-    Between the middles of cells it changes linearly, as what a prior made of the layout may lie
-    somewhat aside.
+    Regions are background. Between the middles of cells it changes linearly, as what a prior made
+    of the layout may lie somewhat aside.
     """
-    shown = F.one_hot(layouts, labels).permute(0, 3, 1, 2).float()
+    organs = torch.where(layouts < labels, layouts, 0)
+    shown = F.one_hot(organs, labels).permute(0, 3, 1, 2).float()
     return (
         F.interpolate(shown, (height, width), mode="bilinear", align_corners=False) + DOUBT
     ).log()
 
 
-def signed_distances(layout: np.ndarray, labels: int) -> np.ndarray:
-    """How deep inside each class every cell lies, in cells; negative outside. (h, w) -> (labels, h,
-    w).
+# ---- new layouts ---------------------------------------------------------------------------------
 
-    A class that is nowhere lies as far away as the layout is long, one that is everywhere as deep.
+
+def signed_distances(organs: np.ndarray, labels: int) -> np.ndarray:
+    """How deep inside each class every cell lies, in cells, at most 8; negative outside. (h, w) ->
+    (labels, h, w).
+
+    The background is a class too: where walls are thin, an organ's own distance says little.
     """
-    distances = np.empty((labels, *layout.shape))
-    for label, distance in enumerate(distances):
-        inside = layout == label
-        if inside.all() or not inside.any():
-            distance[:] = sum(layout.shape) * (1 if inside.all() else -1)
-        else:
+    distances = np.full((max(labels, 1), *organs.shape), -DEEPEST)
+    for organ, distance in enumerate(distances):
+        inside = organs == organ
+        if inside.any():
             distance[:] = distance_transform_edt(inside) - distance_transform_edt(~inside)
-    return distances
+    return distances.clip(-DEEPEST, DEEPEST)
 
 
-def blend(a: np.ndarray, b: np.ndarray, share: float, labels: int) -> np.ndarray:
-    """Signed distances (labels, h, w) at `share`, in [0, 1], of the way from b to a, layouts of the
-    same classes.
-    """
-    return share * signed_distances(a, labels) + (1 - share) * signed_distances(b, labels)
-
-
-def moved(distances: np.ndarray, shift: np.ndarray, stretch: np.ndarray) -> np.ndarray:
-    """Signed distances (labels, h, w), stretched about the middle by `stretch` (2,), then moved by
-    `shift` (2,).
-    """
-    middle = (np.array(distances.shape[1:]) - 1) / 2
-    offset = middle - (middle + shift) / stretch
+def random_fields(rng: np.random.Generator, count: int, shape: tuple[int, int]) -> np.ndarray:
+    """(count, *shape): smooth random fields of about unit standard deviation."""
+    factors = [side / knots for side, knots in zip(shape, KNOTS, strict=True)]
+    knots = rng.normal(size=(count, *KNOTS)).clip(-2, 2)
     return np.stack(
-        [affine_transform(each, 1 / stretch, offset, order=1, mode="nearest") for each in distances]
+        [zoom(each, factors, order=1, grid_mode=True, mode="nearest") for each in knots]
     )
 
 
-class Drawn(NamedTuple):
-    """New layouts (n, h, w) int64; the two training slices (n, 2) each lies between; the share (n,)
-    of the first.
-    """
-
-    layouts: np.ndarray
-    parents: np.ndarray
-    shares: np.ndarray
+def moved(field: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """A field (h, w), moved by cells (2,)."""
+    return shift(field, by, order=1, mode="nearest")
 
 
-def draw(
-    layouts: np.ndarray,
-    positions: np.ndarray,
-    patients: np.ndarray,
-    labels: int,
-    at: Sequence[float],
-    seeds: Sequence[int],
-) -> Drawn:
-    """New layouts at the positions `at` (n,), in [0, 1] or NaN for any, each with random numbers of
-    its own seed.
-
-    The first parent is a random one of the nearest tenth in position. The second is one of the
-    eight slices of other patients that show the same organs and overlap it most; where there is
-    none, the layout is the first one's own, but moved and stretched like the others.
+class Composer:
+    """Draws new layouts from the training slices of a study.
 
     Args:
-        layouts (N, h, w), positions (N,), patients (N,): of the training slices; those without a
-            mask are not used.
+        layouts (N, h, w), tissue (N, h, w): of the training slices; those without a mask in a study
+            with masks are not used.
+        positions (N,), patients (N,).
     """
-    usable = np.flatnonzero((layouts < labels).all((1, 2)))
-    layouts, positions, patients = layouts[usable], positions[usable], patients[usable]
-    shown = np.stack([(layouts == label).any((1, 2)) for label in range(labels)], 1)  # (N, labels)
-    sizes = np.count_nonzero(layouts, axis=(1, 2))  # cells of all organs together
-    nearby = max(ALIKE, round(NEARBY * len(layouts)))
-    found, parents, shares = [], [], []
-    for position, seed in zip(at, seeds, strict=True):
+
+    def __init__(self, layouts, tissue, positions, patients, levels, labels) -> None:
+        known = (layouts < max(labels, 1) + REGIONS).all((1, 2))
+        self.organs = np.where(layouts < labels, layouts, 0)[known]
+        self.tissue, self.positions = tissue[known].astype(np.float64), positions[known]
+        self.patients, self.levels, self.labels = patients[known], levels, labels
+        shown = [(self.organs == organ).any((1, 2)) for organ in range(1, labels)]
+        self.shown = np.stack([np.ones(len(self.organs), bool), *shown], 1)  # which organs
+        organs = [WEIGHT * (self.organs == organ) for organ in range(1, labels)]
+        seen = [field[:, 1::2, 1::2] for field in (self.tissue, *organs)]
+        self.seen = np.concatenate(seen, 1).reshape(len(self.tissue), -1)  # by which they are alike
+
+    def draw(self, at: Sequence[float], seeds: Sequence[int]) -> np.ndarray:
+        """New layouts (n, h, w) int64 at the positions `at` (n,), in [0, 1] or NaN for any, each
+        with random numbers of its own seed.
+        """
+        return np.stack([self.draw_one(*each) for each in zip(at, seeds, strict=True)])
+
+    def draw_one(self, position: float, seed: int) -> np.ndarray:
+        """One of them, (h, w)."""
         rng = np.random.default_rng(seed)
-        order = nearest_positions(position, positions)
-        first = rng.choice(order if np.isnan(position) else order[:nearby])
-        others = np.flatnonzero((shown == shown[first]).all(1) & (patients != patients[first]))
-        second, share = first, 1.0
-        if len(others):
-            overlap = ((layouts[others] == layouts[first]) & (layouts[first] > 0)).sum((1, 2))
-            both = np.maximum(sizes[first] + sizes[others], 1)
-            alike = others[np.argsort(-overlap / both, kind="stable")]
-            second, share = rng.choice(alike[:ALIKE]), rng.uniform(*SHARES)
-        distances = blend(layouts[first], layouts[second], share, labels)
-        found.append(
-            moved(distances, rng.normal(0, SHIFT, 2), 1 + rng.normal(0, STRETCH, 2)).argmax(0)
+        family = self.family(position, rng)
+        shape, count = self.tissue.shape[1:], len(family)
+        weights = random_fields(rng, count, shape)
+        weights = 1 / count + SPREAD * (weights - weights.mean(0)) / max(count - 1, 1) ** 0.5
+        # An organ is of one mixture in all its parts: with weights that vary, thin walls break.
+        whole = weights.mean((1, 2))
+        moves = np.stack([self.move(member, family[0]) for member in family])
+        tissue, distances = 0, 0
+        for member, move, share, weight in zip(family, moves, whole, weights, strict=True):
+            tissue = tissue + weight * moved(self.tissue[member], move)
+            own = signed_distances(self.organs[member], self.labels)
+            distances = distances + share * np.stack([moved(each, move) for each in own])
+        # All were moved to the first one's place; the new one's is a mean of their own places.
+        bend = BENT * random_fields(rng, 2, shape) + rng.normal(0, MOVED, (2, 1, 1))
+        source = np.indices(shape) + bend + (whole @ moves)[:, None, None]
+        tissue, *distances = (
+            map_coordinates(field, source, order=1, mode="nearest")
+            for field in (tissue, *distances)
         )
-        parents.append(usable[[first, second]])
-        shares.append(share)
-    return Drawn(np.stack(found), np.stack(parents), np.array(shares))
+        tissue = gaussian_filter(tissue, BLURRED, mode="nearest")
+        return compose(tissue, np.stack(distances).argmax(0), self.levels, self.labels)
+
+    def family(self, position: float, rng: np.random.Generator) -> np.ndarray:
+        """A random slice of the nearest tenth in position, and of each of the patients most like it
+        the slice that is: indices (n,), n at most 8.
+
+        Only slices with the same organs are alike. A set of organs that less than four patients
+        show is not drawn, unless there is no other.
+        """
+        order = nearest_positions(position, self.positions)
+        if not np.isnan(position):
+            order = order[: max(PATIENTS, round(NEARBY * len(order)))]
+        family, enough = np.array([], int), min(FEWEST, len(np.unique(self.patients)))
+        for anchor in rng.permutation(order):
+            alike = np.flatnonzero((self.shown == self.shown[anchor]).all(1))
+            apart = np.square(self.seen[alike] - self.seen[anchor]).sum(1)
+            nearest = alike[np.argsort(apart, kind="stable")]
+            _, first = np.unique(self.patients[nearest], return_index=True)
+            found = nearest[np.sort(first)][:PATIENTS]  # the nearest slice of every patient
+            if len(found) > len(family):
+                family = found
+            if len(family) >= enough:
+                break
+        return family
+
+    def move(self, index: int, anchor: int) -> np.ndarray:
+        """By how many cells, (2,), a slice has to be moved for its organs to lie where the anchor's
+        do; without organs, to be most like the anchor.
+        """
+        ours, theirs = (np.argwhere(self.organs[i] > 0) for i in (index, anchor))
+        if len(ours):
+            return theirs.mean(0) - ours.mean(0)
+        tissue, other = self.tissue[index], self.tissue[anchor]
+        apart = [np.square(np.roll(tissue, by, (0, 1)) - other).sum() for by in MOVES]
+        return np.array(MOVES[int(np.argmin(apart))], float)

@@ -6,8 +6,8 @@ autoregression in raster order. A slice sampled so is finished on the left befor
 of the right. Here both priors are masked and bidirectional (MaskGIT, Chang et al. 2022, arXiv
 2202.04200): some codes are hidden, and a transformer that sees all the others at once, and
 convolutions after it, predict them. A new map starts with every code hidden and shows more of them
-in each pass. A layout is a mask at the bottom map's resolution (layouts.py): where a study has
-masks, it tells the top level which organs lie where. It may be unknown.
+in each pass. A layout (layouts.py) has a class for each bottom code: it tells the top level which
+tissue lies where, and which organ, where a study has masks. It may be unknown.
 
     codes, some hidden --> one token for each patch of codes --+--> transformer --> convolutions -->
     logits of every row, column and slice position --> MLP --------------------+    over tokens     over codes       code of the map
@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from new_slices.layouts import REGIONS
 from support.runtime import UserError, option
 
 EXPAND = 2  # hidden channels of an MLP over its own
@@ -38,7 +39,7 @@ class PriorConfig:
     """The shape of both priors. The defaults suit some ten thousand slices."""
 
     K: int = option(512, "codes in each codebook")
-    labels: int = 0  # classes of the layouts, 0 for a study without masks; the study sets it
+    labels: int = 0  # of the masks on the layouts, 0 without masks; the study sets it
     prior_channels: int = option(128, "channels of the priors")
     prior_heads: int = option(4, "attention heads of the priors")
     prior_top_layers: int = option(3, "transformer blocks of p(top | layout)")
@@ -48,6 +49,11 @@ class PriorConfig:
     prior_dropout: float = option(
         0.1, "dropout of the tokens, and after attention and MLP in the transformer blocks"
     )
+
+    @property
+    def classes(self) -> int:
+        """How many classes layouts have; this number itself stands for an unknown one."""
+        return max(self.labels, 1) + REGIONS
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -258,7 +264,7 @@ class MaskedPrior(nn.Module):
             position: (B,) the slice's relative position in its volume, in [0, 1]; NaN for unknown.
             variant: (B, variants) float, how the slice was altered; zeros for a slice as it is.
             given: the other map, int64, for a level that has one: of the top level a layout (B, 2h,
-                2w) in [0, labels], where labels stands for unknown; of the bottom level top codes
+                2w) in [0, classes], where classes stands for unknown; of the bottom level top codes
                 (B, h/2, w/2). None: all of it is unknown.
         """
         angles = (
@@ -300,7 +306,7 @@ class Prior(nn.Module):
             (h, w),
             config.prior_top_layers,
             variants,
-            config.labels,
+            config.classes,
             2,
             min(LABEL_CHANNELS, C),
         )
@@ -342,7 +348,7 @@ class Prior(nn.Module):
         "bottom" (n,).
 
         top (B, h, w) and bottom (n, 2h, 2w) are int64 in [0, K), and bottom may be that of the
-        first n slices alone; layout (B, 2h, 2w) is int64 in [0, labels], None for unknown.
+        first n slices alone; layout (B, 2h, 2w) is int64 in [0, classes], None for unknown.
         In training a share `noise` of the codes that the network sees, and of the top codes that
         the bottom level
         sees, is replaced at random: a sample's context, unlike the truth's, has mistakes in it.
@@ -427,7 +433,7 @@ class Prior(nn.Module):
             positions, seeds: B values in [0, 1], NaN for unknown; B integers.
             top, bottom: how each level is sampled.
             progress: called after each of the top.passes + bottom.passes passes.
-            layouts: (B, 2h, 2w) int64 in [0, labels], of a study with masks; None for unknown.
+            layouts: (B, 2h, 2w) int64 in [0, classes]; None for unknown.
 
         Raises:
             ValueError: a position out of its range, no seed, not as many positions as seeds, or
@@ -442,11 +448,11 @@ class Prior(nn.Module):
             expected = (len(seeds), *self.bottom.shape)
             if (
                 layouts.shape != expected
-                or not 0 <= layouts.min() <= layouts.max() <= self.config.labels
+                or not 0 <= layouts.min() <= layouts.max() <= self.config.classes
             ):
                 raise ValueError(
                     f"layouts of shape {tuple(layouts.shape)}, up to {layouts.max()}; "
-                    f"expected {expected} of 0 to {self.config.labels}"
+                    f"expected {expected} of 0 to {self.config.classes}"
                 )
             layouts = layouts.to(device)
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]

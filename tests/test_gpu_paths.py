@@ -40,7 +40,7 @@ PRIOR = {"prior_channels": 16, "bottom_every": 7, **TRAIN}
 # or of code maps
 MEANT = (
     r"if self.updates == 0|sums / count|count_nonzero|histogram.cpu"
-    r"|found.cpu"
+    r"|smoothed\(seen, cells\).cpu|codes.cpu"
 )
 
 

@@ -12,7 +12,7 @@ from dataset import NO_MASK, Mirror
 from modules import VQVAE2, VQVAE2Config
 from new_slices import layouts
 from new_slices.code_maps import Variants, decode
-from new_slices.prior import Sampling
+from new_slices.prior import PriorConfig, Sampling
 
 ROWS, COLUMNS = np.mgrid[:24, :16]
 
@@ -21,48 +21,76 @@ def disc(radius: float, row: float = 12, column: float = 8) -> np.ndarray:
     return (np.hypot(ROWS - row, COLUMNS - column) < radius).astype(np.int64)
 
 
-def test_a_layout_is_the_class_in_the_middle_of_each_cell():
+LEVELS = np.array([-0.8, -0.3, 0.2, 0.7, 1.2])  # of 6 regions
+
+
+def test_tissue_is_the_mean_of_cells_and_their_neighbours():
+    x = torch.zeros(1, 1, 96, 64)
+    x[:, :, 48:52, 32:36] = 1  # one cell
+    tissue = layouts.smoothed(x, (24, 16))[0]
+    assert tissue.sum().item() == pytest.approx(1, abs=1e-5)
+    bell = np.exp(-(np.arange(-3, 4) ** 2) / 2)
+    bell /= bell.sum()
+    assert tissue[9:16, 5:12].numpy() == pytest.approx(np.outer(bell, bell), abs=1e-6)
+    flat = layouts.smoothed(torch.full((1, 1, 32, 16), 0.3), (8, 4))
+    assert flat.numpy() == pytest.approx(np.full((1, 8, 4), 0.3))  # also at the edges
+
+
+def test_levels_part_clusters_of_intensity():
+    class Split:
+        def __len__(self):
+            return 12
+
+        def images(self, indices):
+            bands = torch.tensor([-1.0, -0.55, 0.0, 0.5, 1.05, 1.5]).repeat_interleave(16 * 8)
+            return bands.view(1, 1, 96, 8).expand(len(indices), 1, 96, 8)
+
+    assert layouts.tissue_levels(Split(), (96, 8)) == pytest.approx(
+        [-0.775, -0.275, 0.25, 0.775, 1.275], abs=0.06
+    )
+
+
+def test_a_layout_is_air_organs_and_regions():
+    tissue = np.full((6, 5), -1.0)  # dark everywhere,
+    tissue[1:5, 1:4] = 0.0  # but for a body
+    tissue[2, 2] = -1.0  # with a lung in it, which does not reach the edge,
+    tissue[3, 3] = 1.5  # and something bright
+    organs = np.zeros((6, 5), int)
+    organs[3, 1] = 1
+    found = layouts.compose(tissue, organs, LEVELS, 2)
+    expected = np.zeros((6, 5), int)
+    expected[1:5, 1:4] = 2 + 2
+    expected[2, 2], expected[3, 3], expected[3, 1] = 2, 2 + 5, 1
+    assert np.array_equal(found, expected)
+    bare = layouts.compose(tissue, 0 * organs, LEVELS, 0)  # a study without masks
+    assert bare[1, 1] == 1 + 2 and bare[0, 0] == 0 and bare.max() == 1 + 5 < PriorConfig().classes
+
+
+def test_an_organ_is_the_class_in_the_middle_of_each_cell():
     masks = torch.randint(0, 3, (2, 16, 8), dtype=torch.uint8)
     masks[1] = NO_MASK
-    found = layouts.layouts_of(masks, (4, 2), 3)
-    assert found.shape == (2, 4, 2) and (found[1] == 3).all()
+    tissue = np.zeros((2, 4, 2))
+    found = layouts.layouts_of(tissue, masks, LEVELS, 3)
+    assert found.shape == (2, 4, 2) and (found[1] == PriorConfig(labels=3).classes).all()
     for row in range(4):
         for column in range(2):
-            assert found[0, row, column] == masks[0, 4 * row + 2, 4 * column + 2]
+            organ = masks[0, 4 * row + 2, 4 * column + 2]
+            assert found[0, row, column] == (organ or 3 + 2)
+    assert (layouts.layouts_of(tissue, None, LEVELS, 0) == 1 + 2).all()
 
 
 def test_signed_distances_by_brute_force():
-    layout = np.random.default_rng(0).integers(0, 3, (6, 5))
-    found = layouts.signed_distances(layout, 4)
-    places = np.argwhere(np.ones_like(layout))
-    for label in range(3):
+    organs = np.random.default_rng(0).integers(0, 3, (6, 5))
+    found = layouts.signed_distances(organs, 4)
+    places = np.argwhere(np.ones_like(organs))
+    for organ in range(3):
         for place in places:
-            inside = layout[tuple(place)] == label
-            others = places[(layout[tuple(places.T)] == label) != inside]
+            inside = organs[tuple(place)] == organ
+            others = places[(organs[tuple(places.T)] == organ) != inside]
             nearest = np.linalg.norm(others - place, axis=1).min()
-            assert found[label][tuple(place)] == pytest.approx(nearest if inside else -nearest)
-    assert (found[3] == -11).all()  # it is nowhere
-
-
-def test_between_two_discs_lies_a_disc_of_the_radius_between():
-    small, large = disc(3), disc(7)
-    assert np.array_equal(layouts.blend(small, large, 1, 2).argmax(0), small)
-    assert np.array_equal(layouts.blend(small, large, 0, 2).argmax(0), large)
-    between = layouts.blend(small, large, 0.5, 2).argmax(0)
-    assert np.count_nonzero(between != disc(5)) <= 4
-    nothing = np.zeros_like(small)
-    assert not layouts.blend(nothing, nothing, 0.3, 2).argmax(0).any()
-
-
-def test_a_moved_layout_is_the_same_shape_elsewhere_and_larger():
-    distances = layouts.signed_distances(disc(5, 11.5, 7.5), 2)
-    still = layouts.moved(distances, np.zeros(2), np.ones(2))
-    assert np.allclose(still, distances)
-    aside = layouts.moved(distances, np.array([2, -1]), np.ones(2)).argmax(0)
-    assert np.array_equal(aside, disc(5, 13.5, 6.5))
-    rows, columns = np.nonzero(layouts.moved(distances, np.zeros(2), np.array([1.4, 1])).argmax(0))
-    # 14 by 10 cells, where it was 10 by 10
-    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (5, 18, 3, 12)
+            assert found[organ][tuple(place)] == pytest.approx(nearest if inside else -nearest)
+    assert (found[3] == -layouts.DEEPEST).all()  # it is nowhere
+    assert layouts.signed_distances(organs, 0).shape == (1, 6, 5)
 
 
 def test_a_mask_is_drawn_from_its_codes_and_its_layout(monkeypatch):
@@ -91,39 +119,66 @@ def test_a_mask_is_drawn_from_its_codes_and_its_layout(monkeypatch):
     torch.testing.assert_close(p.sum(1), torch.ones(1, 96, 64))
 
 
-def training_layouts():
-    """Three patients: discs of class 1 in two of them, of class 2 in the third; and one slice
-    without a mask.
+def patients_of_discs(count: int = 9):
+    """The layouts of a study of `count` patients with a disc each, ten slices of one size a
+    patient, in a grey body; of a last one with another organ; and of a slice without a mask.
     """
-    maps = [disc(3 + number / 4, 12 + patient) for patient in range(2) for number in range(10)]
-    maps += [2 * disc(4) for _ in range(10)]
-    maps += [np.full_like(maps[0], 3)]
-    positions = np.append(np.tile(np.linspace(0, 1, 10), 3), 0.5)
-    return np.stack(maps), positions, np.append(np.repeat([4, 5, 6], 10), 4)
+    discs = [disc(3 + patient / 3, 11 + patient % 3) for patient in range(count)]
+    organs = np.stack([*np.repeat(discs, 10, 0), *[2 * disc(4)] * 10, disc(4)])
+    tissue = np.full(organs.shape, 0.5) + np.linspace(-0.2, 0.2, len(organs))[:, None, None]
+    tissue[:, :2], tissue[:, -2:] = -1, -1  # air
+    known = np.stack(
+        [layouts.compose(*each, LEVELS, 3) for each in zip(tissue, organs, strict=True)]
+    )
+    known[-1] = PriorConfig(labels=3).classes
+    positions = np.append(np.tile(np.linspace(0, 1, 10), count + 1), 0.5)
+    return known, tissue, positions, np.append(np.repeat(np.arange(count + 1), 10), 0)
 
 
-def test_a_new_layout_lies_between_two_patients_with_the_same_organs(monkeypatch):
-    maps, positions, patients = training_layouts()
-    astray = layouts.draw(maps, positions, patients, 3, [0.0] * 200, range(200))
-    rows = np.array([np.nonzero(new)[0].mean() for new in astray.layouts])
-    between = [layouts.blend(maps[a], maps[b], s, 3) for (a, b), s in zip(*astray[1:], strict=True)]
-    shifts = rows - [np.nonzero(distances.argmax(0))[0].mean() for distances in between]
-    assert abs(shifts.mean()) < 0.15 and 0.3 < shifts.std() < 0.7
-    monkeypatch.setattr(layouts, "SHIFT", 0.0)
-    monkeypatch.setattr(layouts, "STRETCH", 0.0)
-    at = [0.0] * 20 + [1.0] * 20
-    drawn = layouts.draw(maps, positions, patients, 3, at, range(40))
-    assert drawn.layouts.shape == (40, 24, 16) and drawn.layouts.dtype == np.int64
-    for new, (first, second), share, position in zip(*drawn, at, strict=True):
-        assert abs(positions[first] - position) < 0.3 and 30 not in (first, second)
-        assert set(np.unique(maps[first])) == set(np.unique(maps[second])) == set(np.unique(new))
-        assert patients[first] != patients[second] or (patients[first] == 6 and first == second)
-        assert np.array_equal(new, layouts.blend(maps[first], maps[second], share, 3).argmax(0))
-    assert len(np.unique(drawn.parents[:, 0])) > 5
-    alone = layouts.draw(maps, positions, patients, 3, [1.0], [33])
-    assert np.array_equal(alone.layouts[0], drawn.layouts[33])  # whatever the others are
-    anywhere = layouts.draw(maps, positions, patients, 3, [math.nan] * 60, range(60))
-    assert len(np.unique(positions[anywhere.parents[:, 0]])) == 10
+def test_a_new_layout_is_composed_of_patients_with_the_same_organs():
+    known, tissue, positions, patients = patients_of_discs()
+    composer = layouts.Composer(known, tissue, positions, patients, LEVELS, 3)
+    rng = np.random.default_rng(0)
+    for position in (0.0, 0.5, math.nan):
+        family = composer.family(position, rng)
+        assert len(family) == layouts.PATIENTS == len(set(patients[family]))
+        # nine patients show the first organ, one the second, and the last slice is not used
+        assert not np.isin(9, patients[family]) and family.max() < 90
+        if not math.isnan(position):
+            assert abs(positions[family[0]] - position) < 0.15
+    new = composer.draw([0.2] * 40, range(40))
+    assert new.shape == (40, 24, 16) and new.dtype == np.int64
+    assert new[7:8].tolist() == composer.draw([0.2], [7]).tolist()  # whatever the others are
+    assert not np.array_equal(new[0], new[1])
+    assert not (new == 2).any() and new.max() < 3 + layouts.REGIONS
+    assert (new == 0).any((1, 2)).mean() > 0.8  # air
+    areas = (new == 1).sum((1, 2))
+    smallest, largest = (np.count_nonzero(disc(radius)) for radius in (3, 3 + 8 / 3))
+    assert smallest * 0.7 < areas.min() and areas.max() < largest * 1.4
+    assert areas.std() > 10
+    for layout in new:  # and a disc it is
+        rows, columns = np.nonzero(layout == 1)
+        centred = disc((len(rows) / math.pi) ** 0.5, rows.mean(), columns.mean())
+        assert np.count_nonzero((layout == 1) != centred) < 0.4 * len(rows)
+
+
+def test_with_one_patient_or_without_masks_there_are_layouts_too():
+    known, tissue, positions, patients = patients_of_discs(1)
+    one = known[:10], tissue[:10], positions[:10], patients[:10]
+    new = layouts.Composer(*one, LEVELS, 3).draw([0.5, math.nan], [0, 1])
+    assert set(np.unique(new)) <= set(range(9)) and (new == 1).any((1, 2)).all()
+    bare = np.stack([layouts.compose(each, 0 * disc(1), LEVELS, 0) for each in tissue])
+    composer = layouts.Composer(bare, tissue, positions, patients, LEVELS, 0)
+    new = composer.draw([0.1] * 3, range(3))
+    assert set(np.unique(new)) <= set(range(7)) and (new[:, 8:16] > 0).all()
+
+
+def test_a_slice_without_organs_is_moved_to_where_it_is_most_like_another():
+    tissue = np.stack([disc(5, 10, 8), disc(5, 14, 6)]).astype(float)
+    known = np.ones((2, 24, 16), int)
+    composer = layouts.Composer(known, tissue, np.zeros(2), np.arange(2), LEVELS, 0)
+    assert composer.move(1, 0).tolist() == [-4, 2] and composer.move(0, 0).tolist() == [0, 0]
+    assert np.array_equal(layouts.moved(tissue[1], composer.move(1, 0)), tissue[0])
 
 
 def test_masks_are_altered_as_their_slices_are():
@@ -162,7 +217,7 @@ def test_the_top_prior_sees_the_layout_and_the_bottom_prior_does_not():
         and not known["top"].isclose(unknown["top"]).any()
     )
     assert known["bottom"].equal(other["bottom"]) and known["bottom"].equal(unknown["bottom"])
-    assert nats(torch.full_like(layout, 3))["top"].equal(unknown["top"])
+    assert nats(torch.full_like(layout, model.config.classes))["top"].equal(unknown["top"])
     hidden = torch.rand(top.shape) < 0.5
     everything = model.top(top, model.top.known(position, variant, layout))
     some = model.top(top, model.top.known(position, variant, layout), at=hidden)
@@ -175,7 +230,7 @@ def test_samples_follow_their_layouts():
     top, _ = model.sample(position, [1, 2], *how, layouts=layout)
     assert not top.equal(model.sample(position, [1, 2], *how)[0])
     assert top[1:].equal(model.sample(position[1:], [2], *how, layouts=layout[1:])[0])
-    for wrong in (layout[:, 1:], layout[:1], layout + 2):
+    for wrong in (layout[:, 1:], layout[:1], layout + 8):
         with pytest.raises(ValueError, match="layouts of shape"):
             model.sample(position, [1, 2], *how, layouts=wrong)
 

@@ -15,9 +15,9 @@ import generate
 import train_prior
 from dataset import DataConfig, Mirror, open_study, open_trained_study
 from modules import load_model
-from new_slices import code_maps, layouts
+from new_slices import code_maps
 from new_slices.code_maps import Variants, extract_codes
-from new_slices.layouts import layouts_of
+from new_slices.layouts import layouts_of, smoothed, tissue_levels
 from new_slices.prior import Prior, PriorConfig
 from support import runtime, trainer
 
@@ -125,6 +125,7 @@ def test_the_top_prior_is_told_the_layout_of_the_variant_it_sees(masked_study, t
     stage = train_prior.CodePriors(train_prior.Settings(codes=settings, prior=TINY, train=config))
     train_split, variants = stage.splits["train"], Variants(4, 14, Mirror())
     assert stage.model.config.labels == 2
+    levels = tissue_levels(train_split, (16, 8))
     seen, indices = [], torch.arange(14)
     stage.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     hidden = []
@@ -132,19 +133,20 @@ def test_the_top_prior_is_told_the_layout_of_the_variant_it_sees(masked_study, t
         stage.start_epoch(torch.Generator().manual_seed(seed))
         stage.batch_losses("train", indices)
         position, layout = seen[-1][2], seen[-1][4]
-        unknown = (layout == 2).all((1, 2))
+        unknown = (layout == 8).all((1, 2))  # two labels and six regions
         assert unknown[13]  # it has no mask
         hidden.append(unknown[:13])
         assert not unknown[:13].equal(position[:13].isnan())  # each by a chance of its own
         for i in np.flatnonzero(~unknown):
-            altered = variants.masks(
-                train_split.masks([i]), int(stage.variant[i]), torch.tensor([i])
-            )
-            assert layout[i].equal(layouts_of(altered, (16, 8), 2)[0].long())
+            which = int(stage.variant[i]), torch.tensor([i])
+            seen_masks = variants.masks(train_split.masks([i]), *which)
+            seen_tissue = smoothed(variants.images(train_split.images([i]), *which), (16, 8))
+            expected = layouts_of(seen_tissue.numpy(), seen_masks, levels, 2)
+            assert np.array_equal(layout[i], expected[0])
     assert torch.stack(hidden).float().mean().item() == pytest.approx(0.5, abs=0.1)
     stage.model.eval()
     stage.batch_losses("validate", torch.arange(5))
-    assert (seen[-1][4] == 2).all()  # validation slices have no masks here
+    assert (seen[-1][4] == 8).all()  # validation slices have no masks here
 
 
 def test_new_slices_start_from_layouts_of_the_study(masked_study, tmp_path, monkeypatch, capsys):
@@ -160,25 +162,19 @@ def test_new_slices_start_from_layouts_of_the_study(masked_study, tmp_path, monk
     )
     monkeypatch.setattr(generate, "account", lambda *_: {})
     monkeypatch.setattr(generate, "segmenter_of", lambda *_, **__: None)
-    for name in ("SHIFT", "STRETCH"):
-        monkeypatch.setattr(layouts, name, 0.0)
     files = {"checkpoint": str(autoencoder), "prior": str(prior), "out": str(tmp_path / "new")}
     generate.generate(generate.GenerateConfig(n=5, batch_size=3, device="cpu", **files))
-    manifest = json.loads((tmp_path / "new" / "manifest.json").read_text())
     (found,) = torch.cat(given)[None]
-    assert found.shape == (5, 16, 8) and set(found.unique().tolist()) == {0, 1}
+    assert found.shape == (5, 16, 8) and 1 in found and found.max() < 8
     assert len(list((tmp_path / "new" / "keras_slices_seg_synthetic").iterdir())) == 5
     with np.load(tmp_path / "codes.npz") as maps:
         known = maps["train_layout"][0]
-    assert (known[13] == 2).all() and known[:13].max() == 1
-    names = [path.name for path in open_study(DataConfig(str(masked_study), 64, 32))["train"].paths]
-    for layout, source in zip(found.numpy(), manifest["layouts"], strict=True):
-        a, b = (known[names.index(name)] for name in source["between"])
-        assert names[13] not in source["between"]
-        assert source["between"][0][:8] != source["between"][1][:8]  # two patients
-        assert ((layout == 1) <= ((a == 1) | (b == 1))).all() and (
-            (layout == 1) >= ((a == 1) & (b == 1))
-        ).all()
+        names = [
+            path.name for path in open_study(DataConfig(str(masked_study), 64, 32))["train"].paths
+        ]
+    assert (known[13] == 8).all() and not (known[:13] == 8).any()
+    manifest = (tmp_path / "new" / "manifest.json").read_text()
+    assert not any(name[:8] in manifest for name in names)  # it names no patient
     # the study's masks are gone: the priors' own way without them
     no_masks = shutil.ignore_patterns("keras_slices_seg_*")
     bare = shutil.copytree(masked_study, tmp_path / "study", ignore=no_masks)
@@ -187,7 +183,7 @@ def test_new_slices_start_from_layouts_of_the_study(masked_study, tmp_path, monk
         generate.GenerateConfig(n=2, device="cpu", **files), DataConfig(data=str(bare))
     )
     assert "sampling without layouts" in capsys.readouterr().out
-    assert json.loads((tmp_path / "bare" / "manifest.json").read_text())["layouts"] is None
+    assert given[-1] is None
 
 
 def test_validation_repeats_and_agrees_with_the_likelihood(autoencoder, tmp_path):

@@ -14,7 +14,7 @@ import train
 import train_prior
 from dataset import NO_MASK, DataConfig, Mirror, open_study
 from modules import VQVAE2, Output, Quantised, VQVAE2Config
-from new_slices.layouts import layouts_of
+from new_slices.layouts import middles
 from support import metrics, runtime, trainer
 
 SMALL = VQVAE2Config(K=16, D=8, channels=16, top_channels=24, residual_channels=8, decoder_blocks=1)
@@ -450,7 +450,7 @@ def test_the_masks_terms_are_of_the_mask_and_of_the_layout():
     x, mask_logits = torch.randn(2, 1, 16, 8), torch.randn(2, 3, 16, 8)
     of_layout = (
         20
-        * torch.nn.functional.one_hot(layouts_of(masks, (4, 2), 3).long(), 3)
+        * torch.nn.functional.one_hot(middles(masks, (4, 2)).long(), 3)
         .permute(0, 3, 1, 2)
         .float()
     )
