@@ -27,7 +27,7 @@ DOCUMENTED = Path(__file__).parent / "Results" / "phantom"  # the results of the
 # Priors that have seen fewer slices are unsure of much, and their less likely codes are mostly
 # wrong. So new slices are then made of likelier codes, in fewer passes.
 FEW_SLICES = 10_000
-CAUTIOUS = {"top_temperature": 0.4, "top_spread": 4.0, "bottom_temperature": 0.2}
+CAUTIOUS = {"top_temperature": 0.2, "top_spread": 4.0, "bottom_temperature": 0.2}
 CAUTIOUS |= {"top_passes": 8, "bottom_passes": 4, "guidance": 0.5}
 
 

@@ -3,7 +3,7 @@
     python generate.py                           # 64 slices from the checkpoints in Results/
     python generate.py --n 512 --position 0.5    # where the prostate tends to lie
     # Less varied, if the priors trained for only minutes:
-    python generate.py --top-temperature 0.4 --bottom-temperature 0.2
+    python generate.py --top-temperature 0.2 --bottom-temperature 0.2
 
 Writes to Results/generated/ (or --out): grid.png (the first samples, unselected, beside test slices
 at the same positions), overview.png (test slice | reconstruction | sample), NNNN.png,
