@@ -44,7 +44,7 @@ SPLITS = ("train", "validate", "test")
 STUDY_NAMES = ("keras_slices_data", "HipMRI_study_keras_slices_data")
 # The files of a cache; the arrays hold the splits one after another.
 CACHED = PIXELS, MASKS, TABLE, INDEX = "pixels.npy", "masks.npy", "table.npz", "index.json"
-CACHE_VERSION = 6  # increase it when what is cached changes its meaning
+CACHE_VERSION = 7  # increase it when what is cached changes its meaning
 MOST_NOTES = 9  # lines on what is odd in a study
 NO_MASK = 255  # in a mask: nothing is known of this pixel; no class has this index
 LARGEST = 2**26  # pixels of a slice
@@ -71,6 +71,7 @@ ANNOUNCED = {
 ANNOUNCED = {
     key: re.compile(written, re.IGNORECASE | re.VERBOSE) for key, written in ANNOUNCED.items()
 }
+ALMOST = 0.01  # a label this near to a whole number is that number
 RECONSTRUCTION = "VQ-VAE-2 reconstruction, not for clinical use"  # in the header of every one
 NEW_NAME = (
     "Fix: rename it like case_004_week_0_slice_0.nii.gz, or tell its parts with --name-pattern, "
@@ -448,13 +449,17 @@ def read_labels(image: nifti.Image, raw: np.ndarray) -> np.ndarray:
     """The labels of a mask, int64: whole numbers from 0, the background, on; UserError for others.
 
     Integers stay integers: float32 would make 312782560 of an atlas's 312782546. Floats are taken
-    as far as they count in ones, float32 up to 2^24.
+    as far as they count in ones, float32 up to 2^24. One that a resampling or the header's slope
+    left at 0.9999 is a 1; the edge of an organ that was interpolated, 0.4, is none.
     """
     labels = image.values(raw)
     kind, most = raw.dtype if raw.dtype.kind == "f" else labels.dtype, 2**63 - 1
     if kind.kind == "f":
         most = min(most, 2 ** (np.finfo(kind).nmant + 1))
     with np.errstate(invalid="ignore"):  # Inf has no remainder, and is no label either
+        if labels.dtype.kind == "f":
+            whole = np.rint(labels)
+            labels = np.where(np.abs(labels - whole) <= ALMOST, whole, labels)
         good = (labels >= 0) & (labels <= most) & (labels % 1 == 0)
     if not good.all():
         wrong = labels[~good].flat[0]
@@ -470,11 +475,7 @@ def _read_mask(path: str, of_slice: nifti.Image) -> np.ndarray:
     shape = of_slice.shape[:2]
     if image.shape[:2] != shape:
         raise UserError(f"its shape is {image.shape[:2]}; expected {shape}, as of its slice")
-    directions = [
-        file.affine[:3, :2] / np.linalg.norm(file.affine[:3, :2], axis=0)
-        for file in (image, of_slice)
-    ]
-    turned = (np.prod(directions, axis=0).sum(axis=0) < 0.5).any()  # cosines, for rows and columns
+    turned = nifti.turned(image.affine, of_slice.affine, axes=2)
     if turned and image.oriented and of_slice.oriented:
         raise UserError(
             "its affine turns or mirrors it against its slice; expected the same directions"
@@ -502,7 +503,7 @@ def _decode(
     except (UserError, OSError) as error:
         return f"{reading}{error}"
     row = {"affines": image.affine, "oriented": image.oriented, "broken": image.broken}
-    row |= {"shapes": pixels.shape, "has_mask": mask is not None}
+    row |= {"disputed": image.disputed, "shapes": pixels.shape, "has_mask": mask is not None}
     pixels = np.ascontiguousarray(placement.place(pixels, fill=pixels.min()))
     row["mean"], row["std"], row["constant"] = z_score(pixels)
     row["sums"] = zlib.crc32(pixels), zlib.crc32(labels)
@@ -655,15 +656,38 @@ def _notes_on_labels(known: list[int], others: list[int], has_mask: np.ndarray) 
     return [note for note, there in notes.items() if there]
 
 
+def _notes_on_copies(jobs: list[Job], table: dict[str, np.ndarray]) -> list[str]:
+    """A warning where two splits hold the same picture: then one patient has two names."""
+    first, copies = {}, []
+    # The checksum alone agrees by chance in one of fifty studies of HipMRI's size.
+    pictures = zip(table["sums"][:, 0], table["mean"], table["std"], strict=True)
+    for job, picture, constant in zip(jobs, pictures, table["constant"], strict=True):
+        original = first.setdefault(picture, job)
+        if original.split != job.split and not constant:
+            copies.append((job.file.path, original.file.path))
+    if not copies:
+        return []
+    one, other = copies[0]
+    return [
+        f"warning: {len(copies)} slices are also in another split, such as {one}, which is {other}."
+        " Is it one patient under two names? Scores will flatter the model."
+    ]
+
+
 def _notes(jobs: list[Job], table: dict[str, np.ndarray], config: DataConfig) -> list[str]:
     """What is odd in a study's slices, in a line for each kind."""
-    notes, size = [], (config.height, config.width)
+    notes, size = _notes_on_copies(jobs, table), (config.height, config.width)
     runs = Counter(nifti.directions(table["affines"][table["oriented"]]))
     if len(runs) > 1:
         listing = ", ".join(f"{count} {letters}" for letters, count in runs.most_common())
         notes.append(f"warning: rows and columns of slices run in different directions: {listing}")
     none = "slices have an affine that is none in their header (voxel sizes alone were used)"
-    odd = {none: table["broken"], "slices have one value only (kept, std 1)": table["constant"]}
+    two = "slices have an sform and a qform that turn them differently (the sform was taken)"
+    odd = {
+        none: table["broken"],
+        two: table["disputed"],
+        "slices have one value only (kept, std 1)": table["constant"],
+    }
     for shape in sorted(set(map(tuple, table["shapes"].tolist())) - {size}):
         place = Placement.make(shape, size, config.fit)
         what = f"slices of {shape[0]}x{shape[1]} were {place.verb} to {size[0]}x{size[1]}"

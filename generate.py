@@ -30,7 +30,7 @@ from new_slices.organs import segmenter_of
 from new_slices.prior import BOTTOM_SAMPLING, TOP_SAMPLING, Prior, PriorConfig, Sampling
 from new_slices.sample_report import Inputs, appraise, near, print_report
 from support import figures, nifti, results_page, runtime
-from support.runtime import UserError, check_number, option
+from support.runtime import UserError, check_number, check_seed, option
 
 SHOWN = 32  # samples in grid.png
 PAIRS = 8  # of the nearest pairs, of samples and of test slices
@@ -91,8 +91,8 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_number("n", self.n, least=1)
-        for name in ("batch_size", "seed"):
-            check_number(name, getattr(self, name), least=0)
+        check_number("batch_size", self.batch_size, least=0)
+        check_seed(self.seed)
         if not math.isnan(self.position):
             check_number("position", self.position, least=0, most=1)
         self.sampling()

@@ -36,7 +36,16 @@ from dataset import (
     way_in,
 )
 from support import nifti
-from support.runtime import UserError, from_flags, in_parallel, option, parser, run_cli, write_json
+from support.runtime import (
+    UserError,
+    check_seed,
+    from_flags,
+    in_parallel,
+    option,
+    parser,
+    run_cli,
+    write_json,
+)
 
 # The patients of HipMRI in each split of the course's.
 COURSE = {"train": {*range(4, 34), 35}, "validate": {*range(36, 40)}, "test": {*range(40, 43)}}
@@ -80,6 +89,7 @@ class SliceConfig:
 
     def __post_init__(self) -> None:
         check_pattern(self.name_pattern)
+        check_seed(self.seed)
         if not self.volumes:
             raise UserError("--volumes: name the folder of the volumes")
         if self.count < 0 or self.first < -1:
@@ -291,6 +301,7 @@ class Cut(NamedTuple):
     planes: int
     oblique: float  # degrees between its axes and the world's
     moved: bool  # its mask's affine puts the mask elsewhere by a voxel or more
+    disputed: bool  # the two affines of its header, or of its mask's, turn it differently
 
 
 def _turning(image: nifti.Image, config: SliceConfig) -> np.ndarray:
@@ -374,7 +385,9 @@ def _slice_volume(job: tuple[Volume, str], config: SliceConfig) -> Cut | str:
             here[:3, 3] += plane * affine[:3, 2]  # column 2 is the step from plane to plane
             target = Path(config.out, folder, name)
             nifti.write(target, stack[..., number], here, oriented=image.oriented)
-    return Cut(len(planes), nifti.obliquity(image.affine) if image.oriented else 0.0, moved)
+    oblique = nifti.obliquity(image.affine) if image.oriented else 0.0
+    disputed = image.disputed or bool(volume.mask and mask.disputed)
+    return Cut(len(planes), oblique, moved, disputed)
 
 
 def slice_volumes(config: SliceConfig) -> None:
@@ -424,6 +437,9 @@ def report(config: SliceConfig, cuts: list[Cut], volumes: Counter) -> None:
     if moved := sum(cut.moved for cut in cuts):
         print(f"warning: {moved} masks lie elsewhere than their volumes by their affines; taken "
               "voxel by voxel")  # fmt: skip
+    if disputed := sum(cut.disputed for cut in cuts):
+        print(f"warning: {disputed} volumes or their masks have an sform and a qform that turn "
+              "them differently; the sform was taken, so look at left and right")  # fmt: skip
     counts = ", ".join(f"{volumes[name]} {name}" for name in SPLITS)
     total = sum(cut.planes for cut in cuts)
     print(f"{config.out}: {total} slices of {len(cuts)} volumes; volumes: {counts}")

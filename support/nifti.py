@@ -65,6 +65,15 @@ class Image:
         """Whether the header's slope and intercept change the stored values."""
         return self.scale not in ((None, None), (1, 0))
 
+    @property
+    def disputed(self) -> bool:
+        """Whether the header's two affines run the axes in different directions: one is wrong."""
+        if min(self.header["sform_code"], self.header["qform_code"]) <= 0:
+            return False
+        with np.errstate(all="ignore"):
+            both = [_full(make(self.header)) for make in (nibabel.Nifti1Header.get_sform, _qform)]
+        return all(map(usable, both)) and turned(*both, min(3, self.raw.ndim))
+
     def values(self, raw: np.ndarray | None = None) -> np.ndarray:
         """The array, or the part `raw` of it, in the file's units: raw * slope + intercept."""
         raw = self.raw if raw is None else raw
@@ -278,6 +287,12 @@ def turn_to(image: Image, array: np.ndarray, target: np.ndarray) -> tuple[np.nda
     """`array` of `image` with its axes along those of the affine `target`, and its new affine."""
     turning = ornt_transform(*map(nibabel.io_orientation, (image.affine, target)))
     return turn(array, turning), turn_affine(image.affine, array.shape, turning)
+
+
+def turned(one: np.ndarray, other: np.ndarray, axes: int) -> bool:
+    """Whether any of the first `axes` of two affines runs more than 60 degrees from the other's."""
+    units = [a[:3, :axes] / np.linalg.norm(a[:3, :axes], axis=0) for a in (one, other)]
+    return bool((np.prod(units, axis=0).sum(axis=0) < 0.5).any())  # the cosines
 
 
 def directions(affines: np.ndarray) -> list[str]:

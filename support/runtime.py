@@ -87,6 +87,10 @@ def set_up_process() -> None:
     # bits of mantissa, on Ampere and later, which changes up to 0.7 % of the codes. Training steps
     # allow it again (trainer.py).
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    # A process without a console (`2>&-`, pythonw) has None for these, and progress bars need one.
+    sys.stdout, sys.stderr = (
+        stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr)
+    )
     # A line reaches a file when it is printed, and does not wait for many others. A character that
     # the encoding of a file lacks, as on Windows, becomes a question mark.
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -222,8 +226,13 @@ def fill(config: type, values: dict):
 def check_number(name: str, value: float, least: float = -math.inf, most: float = 2**40) -> None:
     """UserError, which names the flag of the field `name`, unless least <= value <= most."""
     if not least <= value <= most:  # nor is NaN
-        expected = f"{least:g} to {most:g}" if most < 2**40 else f"{least:g} or more"
+        expected = f"{least:g} to {most:.10g}" if most < 2**40 else f"{least:g} or more"
         raise UserError(f"{flag(name)} is {value}; expected {expected}")
+
+
+def check_seed(seed: int) -> None:
+    """UserError for a `--seed` that Python, NumPy and PyTorch do not all take."""
+    check_number("seed", seed, least=0, most=2**32 - 1)
 
 
 def thread_pool() -> ThreadPoolExecutor:

@@ -77,8 +77,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "save_every"):
             runtime.check_number(name, getattr(self, name), least=1)
-        for name in ("slices", "minutes", "weight_decay", "clip", "patience", "keep", "seed"):
+        for name in ("slices", "minutes", "weight_decay", "clip", "patience", "keep"):
             runtime.check_number(name, getattr(self, name), least=0)
+        runtime.check_seed(self.seed)
         runtime.check_number("warmup", self.warmup, least=0, most=1)
         runtime.check_number("lr", self.lr, least=1e-300, most=1e300)
 

@@ -484,6 +484,48 @@ def test_labels_are_never_taken_through_a_float(study, config):
         open_study(config)
 
 
+def test_labels_that_are_almost_whole_are_whole(study, config):
+    """A float mask that was resampled, and one whose header scales 255 to 1.0000001."""
+    labels = blocks(0, (0, 1, 2))
+    put_mask(study, "train", 4, 0, labels * np.float32(0.9999))
+    put_mask(study, "train", 4, 1, (labels - 0.004).astype(np.float32))
+    path = put_mask(study, "train", 4, 2, np.full(SIZE, 255, np.uint8))
+    data = bytearray(gzip.decompress(path.read_bytes()))
+    struct.pack_into("<f", data, 112, 1 / 255)  # scl_slope
+    path.write_bytes(gzip.compress(data))
+    assert 1 < nibabel.load(path).get_fdata().max() < 1.0001
+    train = open_study(config)["train"]
+    assert train.labels == (0, 1, 2)
+    for number, expected in enumerate((labels, labels, np.ones(SIZE))):
+        np.testing.assert_array_equal(train.masks([number])[0], expected)
+    put_mask(study, "train", 4, 0, labels * np.float32(0.98))
+    with pytest.raises(UserError, match=r"a label of [01]\.9[68]"):
+        open_study(config)
+
+
+def test_one_picture_in_two_splits_is_said_whatever_it_is_called(study, config, capsys):
+    open_study(config)
+    assert "another split" not in capsys.readouterr().out
+    for split, patient in (("train", 4), ("test", 40)):  # of one value: no sign of anything
+        save(study / f"keras_slices_{split}" / name_of(patient, 5), np.zeros(SIZE, np.float32))
+    save(study / "keras_slices_test" / name_of(40, 1), noise(403))
+    save(study / "keras_slices_test" / name_of(40, 2), noise(403))  # twice in a split, and in train
+    for _ in range(2):  # decoded, and from the cache
+        open_study(config)
+        out = capsys.readouterr().out
+        assert "warning: 2 slices are also in another split, such as " in out
+        assert f"{name_of(40, 1)}, which is " in out and f"{name_of(4, 3)}. Is it one" in out
+
+
+def test_slices_that_two_affines_turn_differently_are_said(study, config, capsys):
+    image = nibabel.Nifti1Image(noise(1), AFFINE)
+    image.set_sform(AFFINE, 1)
+    image.set_qform(AFFINE @ np.diag([-1, 1, -1, 1]), 1)
+    image.to_filename(study / "keras_slices_train" / name_of(4, 0))
+    open_study(config)
+    assert "1 slices have an sform and a qform that turn them" in capsys.readouterr().out
+
+
 def test_a_study_without_masks_has_no_labels(config, capsys):
     train = open_study(config)["train"]
     assert (

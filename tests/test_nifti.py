@@ -163,6 +163,25 @@ def test_random_damage_is_read_or_named_and_nothing_else(tmp_path):
 # ---- affines ----
 
 
+@pytest.mark.parametrize(
+    "codes, turn, disputed",
+    [
+        ((1, 1), (1, 1, 1), False),
+        ((1, 1), (-1, -1, 1), True),
+        ((0, 1), (-1, -1, 1), False),
+        ((1, 0), (-1, -1, 1), False),
+    ],
+)
+def test_an_sform_and_a_qform_that_turn_a_file_differently_are_seen(
+    tmp_path, codes, turn, disputed
+):
+    """Where a header names one affine alone, the other is not looked at."""
+    image = nibabel.Nifti1Image(np.zeros((6, 4, 5), np.float32), None)
+    image.set_sform(AFFINE, codes[0])
+    image.set_qform(AFFINE @ np.diag([*turn, 1]), codes[1], strip_shears=True)
+    assert read(tmp_path, image.to_bytes()).disputed is disputed
+
+
 def test_a_quaternion_a_little_longer_than_one_is_shortened(tmp_path):
     half = 0.5**0.5
     image = nibabel.Nifti1Image(PIXELS, None)

@@ -12,7 +12,11 @@ import pytest
 import torch
 from conftest import ROOT
 
+from generate import GenerateConfig
+from slice_volumes import SliceConfig
 from support import runtime
+from support.runtime import UserError
+from support.trainer import TrainConfig
 
 KEYS = {
     "kind": "vqvae2",
@@ -267,6 +271,27 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"file: cannot write there .* Fix: another --out"):
         runtime.writable_folder(tmp_path / "file")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+@pytest.mark.parametrize("config", [TrainConfig, GenerateConfig, SliceConfig])
+def test_a_seed_that_numpy_refuses_is_a_user_s_mistake(config, seed):
+    given = {"volumes": "x"} if config is SliceConfig else {}
+    assert config(seed=2**32 - 1, **given)
+    with pytest.raises(UserError, match=rf"--seed is {seed}; expected 0 to 4294967295"):
+        config(seed=seed, **given)
+    runtime.seed_everything(2**32 - 1)
+
+
+def test_a_process_without_a_console_runs_and_shows_its_bars_to_nobody():
+    code = """
+import sys
+sys.stdout = sys.stderr = None
+from tqdm import tqdm
+from support import runtime
+runtime.run_cli(lambda: print(*tqdm(range(3))))
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):

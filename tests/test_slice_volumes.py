@@ -270,6 +270,20 @@ def test_all_orientations_give_the_same_slices_in_the_same_place(
                 assert np.abs(nibabel.load(mask).affine - image.affine).max() < 1e-3
 
 
+def test_two_affines_that_turn_a_volume_differently_are_said(tmp_path, capsys):
+    paths = [write_subject(tmp_path / "in", patient, mask_codes="RAS") for patient in range(1, 5)]
+    run_slice(tmp_path / "in", tmp_path / "same")
+    assert "qform" not in capsys.readouterr().out
+    masks = [path.with_name(path.name.replace("T2w", "T2w_seg")) for path in paths]
+    for path in (paths[0], paths[1], masks[1], masks[2]):
+        image = nibabel.load(path)
+        image.set_sform(image.affine, 1)
+        image.set_qform(image.affine @ np.diag([-1, -1, 1, 1]), 1)
+        image.to_filename(path)
+    run_slice(tmp_path / "in", tmp_path / "out")
+    assert "warning: 3 volumes or their masks have an sform and a qf" in capsys.readouterr().out
+
+
 def test_no_split_is_empty_and_the_course_s_is_for_hipmri(tmp_path, capsys):
     for patient in range(4, 10):  # all of them in the course's training split
         write_subject(tmp_path / "bids", patient)
