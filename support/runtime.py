@@ -89,7 +89,8 @@ def set_up_process() -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     # A process without a console (`2>&-`, pythonw) has None for these, and progress bars need one.
     sys.stdout, sys.stderr = (
-        stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr)
+        stream or open(os.devnull, "w")  # noqa: SIM115
+        for stream in (sys.stdout, sys.stderr)
     )
     # A line reaches a file when it is printed, and does not wait for many others. A character that
     # the encoding of a file lacks, as on Windows, becomes a question mark.
