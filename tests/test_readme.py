@@ -52,7 +52,8 @@ def as_python(command: str) -> tuple[str, list[str]] | None:
 
 
 STORY = commands(BASH)
-ALL = STORY + commands(re.findall(r"```bash\n(.*?)```", RESULTS, re.S))
+INLINE = re.findall(r"`(python [^`]+)`", RESULTS)  # the commands of the findings
+ALL = STORY + commands(re.findall(r"```bash\n(.*?)```", RESULTS, re.S)) + commands(INLINE)
 FLAGS = [found for found in map(as_python, ALL) if found]
 
 
