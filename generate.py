@@ -63,9 +63,6 @@ class GenerateConfig:
     bottom_temperature: float = option(
         BOTTOM_SAMPLING.temperature, "the same of the bottom codes, which add detail and texture"
     )
-    nucleus: float = option(
-        1.0, "sample among the likeliest codes that hold this probability (top-p), in (0, 1]"
-    )
     top_passes: int = option(
         TOP_SAMPLING.passes, "passes of the top prior over its map; each shows more codes"
     )
@@ -100,10 +97,8 @@ class GenerateConfig:
     def sampling(self) -> tuple[Sampling, Sampling]:
         """How the top level is sampled, and the bottom level."""
         return (
-            Sampling(
-                self.top_passes, self.top_temperature, self.nucleus, self.top_spread, self.guidance
-            ),
-            Sampling(self.bottom_passes, self.bottom_temperature, self.nucleus, self.bottom_spread),
+            Sampling(self.top_passes, self.top_temperature, self.top_spread, self.guidance),
+            Sampling(self.bottom_passes, self.bottom_temperature, self.bottom_spread),
         )
 
 

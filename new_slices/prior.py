@@ -9,9 +9,9 @@ convolutions after it, predict them. A new map starts with every code hidden and
 in each pass. A layout (layouts.py) has a class for each bottom code: it tells the top level which
 tissue lies where, and which organ, where a study has masks. It may be unknown.
 
-    codes, some hidden --> one token for each patch of codes --+--> transformer --> convolutions -->
-    logits of every row, column and slice position --> MLP --------------------+    over tokens     over codes       code of the map
-    layout (top level), top codes (bottom level) --------------+
+    codes, some hidden --> one token a patch of codes --+--> transformer --> convolutions --> logits
+    row, column, position of the slice --> MLP ---------+    over tokens     over codes     of codes
+    condition: layout (top), top codes (bottom) --------+
 
 The number of hidden codes is uniform in training, which makes the loss the bound of Hoogeboom et
 al. 2022 (arXiv 2110.02037, equation 8) on -log p: the mean number of nats, over all orders, of
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from new_slices.layouts import REGIONS
-from support.runtime import UserError, option
+from support.runtime import UserError, check_number, option
 
 EXPAND = 2  # hidden channels of an MLP over its own
 LABEL_CHANNELS = 16  # of the embedding of a layout's class, of which there are few
@@ -58,16 +58,12 @@ class PriorConfig:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             least = 0 if name in ("labels", "prior_dropout", "prior_refine_blocks") else 1
-            if not value >= least:
-                raise UserError(f"{name} is {value}; expected at least {least}")
-            if name.endswith(("layers", "blocks")) and value > 1000:
-                raise UserError(f"{name} is {value}; expected at most 1000")
+            most = 1000 if name.endswith(("layers", "blocks")) else 2**31
+            check_number(name, value, least, 0.99 if name == "prior_dropout" else most)
         if self.prior_channels % self.prior_heads:
             raise UserError(
                 f"prior_channels is {self.prior_channels}; expected a multiple of prior_heads"
             )
-        if self.prior_dropout >= 1:
-            raise UserError(f"prior_dropout is {self.prior_dropout}; expected less than 1")
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,6 @@ class Sampling:
     Attributes:
         passes: how many times the network is asked; each pass shows more codes.
         temperature: divides the logits; 0 takes the likeliest code every time.
-        top_p: sample among the fewest codes that hold this much probability, in (0, 1].
         spread: how much chance decides which codes a pass shows: 0 shows the most certain ones.
         guidance: the change that the other map makes to the logits counts this many times more; 0
             leaves it alone.
@@ -85,23 +80,13 @@ class Sampling:
 
     passes: int = 16
     temperature: float = 1.0
-    top_p: float = 1.0
     spread: float = 0.0
     guidance: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.passes <= 10_000:
-            raise UserError(f"passes is {self.passes}; expected 1 to 10000")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(
-                f"temperature is {self.temperature}; expected 0 (the likeliest code) or more"
-            )
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; expected 0 < top_p <= 1")
-        if not 0 <= self.spread < math.inf:
-            raise UserError(f"spread is {self.spread}; expected 0 or more")
-        if not 0 <= self.guidance < math.inf:
-            raise UserError(f"guidance is {self.guidance}; expected 0 or more")
+        check_number("passes", self.passes, least=1, most=10_000)
+        for name in ("temperature", "spread", "guidance"):
+            check_number(name, getattr(self, name), least=0)
 
 
 # What gave the best slices of priors that trained for an hour (Results/README.md). The top codes
@@ -166,15 +151,18 @@ class Refine(nn.Module):
 class MaskedPrior(nn.Module):
     """One level: the distribution of every code of a map given those that are not hidden.
 
-    `shape` is the map's height and width. A token stands for patch x patch codes, so that
-    attention, whose cost
-    grows with the square of the tokens, stays cheap: the transformer decides what lies where. The
-        `Refine`
-    blocks then convolve over single codes, so that walls go on from one token to the next.
-    `variants` numbers describe how a slice was altered before it was coded (see `codes.py`). A
-    level also sees another map if that map has `given` values (0 for none): the top level a layout,
-    the bottom level the top map. `times` is its side over this map's, `width` the channels of a
-    value's embedding.
+    A token stands for patch x patch codes, so that attention, whose cost grows with the square of
+    the tokens, stays cheap: the transformer decides what lies where. The `Refine` blocks then
+    convolve over single codes, so that walls go on from one token to the next. A level also sees
+    another map, its condition: the top level a layout, the bottom level the top map.
+
+    Args:
+        shape: height and width of the map.
+        variants: how many numbers describe how a slice was altered before it was coded, see
+            `code_maps.Variants`.
+        condition_values: how many values the condition has.
+        condition_scale: its side over this map's.
+        condition_channels: of the embedding of a value.
     """
 
     def __init__(
@@ -183,9 +171,9 @@ class MaskedPrior(nn.Module):
         shape: tuple[int, int],
         layers: int,
         variants: int,
-        given: int = 0,
-        times: float = 1,
-        width: int = 0,
+        condition_values: int,
+        condition_scale: float,
+        condition_channels: int,
     ):
         super().__init__()
         C, P = config.prior_channels, config.prior_patch
@@ -199,23 +187,17 @@ class MaskedPrior(nn.Module):
         self.unknown_position = nn.Parameter(torch.zeros(C))
         self.variant = nn.Linear(variants, C, bias=False)
         self.anatomy = MLP(C)  # what tends to lie at this place of this slice
-        self.given = None
-        if given:
-            self.given_shape = tuple(int(times * side) for side in shape)
-            side = max(
-                int(times * P), 1
-            )  # values of the other map that lie in a token, along each axis
-            self.given = nn.Embedding(given + 1, width)  # the last one stands for an unknown value
-            self.gather = nn.Conv2d(
-                width, C, side + 2, stride=side, padding=1
-            )  # and the ones around them
+        # The last value stands for an unknown one.
+        self.condition = nn.Embedding(condition_values + 1, condition_channels)
+        self.condition_shape = tuple(int(condition_scale * side) for side in shape)
+        # A token sees the values of the condition that lie in it, and the ones around them.
+        side = max(int(condition_scale * P), 1)
+        self.gather = nn.Conv2d(condition_channels, C, side + 2, stride=side, padding=1)
         self.dropout = nn.Dropout(config.prior_dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(layers))
         self.norm = nn.LayerNorm(C)
         self.split = nn.Linear(C, P * P * C)  # a token -> its codes
-        self.local = nn.Conv2d(
-            C, C, 5, padding=2, groups=C
-        )  # what the codes next to a code say of it
+        self.local = nn.Conv2d(C, C, 5, padding=2, groups=C)  # what neighbours say of a code
         self.refine = nn.Sequential(*(Refine(C) for _ in range(config.prior_refine_blocks)))
         self.head_norm, self.head = nn.LayerNorm(C), nn.Linear(C, config.K)
         self.start()
@@ -234,17 +216,17 @@ class MaskedPrior(nn.Module):
                 )
         nn.init.zeros_(self.head.weight)  # an untrained prior is uniform
 
-    def forward(self, codes: Tensor, known: Tensor, at: Tensor | None = None) -> Tensor:
+    def forward(self, codes: Tensor, context: Tensor, at: Tensor | None = None) -> Tensor:
         """Logits (B, h, w, K) of every code of the map, hidden or not.
 
         Args:
             codes: (B, h, w) int64 in [0, K); K where a code is hidden.
-            known: (B, C, grid), what `self.known` makes of all else.
+            context: (B, C, grid), what `self.context` makes of all else.
             at: (B, h, w) bool, to be told the logits of these M codes alone, (M, K).
         """
         h, w = self.shape
         embedded = self.embed(codes).permute(0, 3, 1, 2)  # (B, C, h, w)
-        x = self.dropout(self.merge(whole_patches(embedded, self.patch)) + known)
+        x = self.dropout(self.merge(whole_patches(embedded, self.patch)) + context)
         for block in self.blocks:
             x = block(x)
         x = self.split(self.norm(x.permute(0, 2, 3, 1)))  # (B, grid, C) -> (B, grid, P*P*C)
@@ -256,16 +238,15 @@ class MaskedPrior(nn.Module):
         x = x.permute(0, 2, 3, 1)
         return self.head(self.head_norm(x if at is None else x[at]))
 
-    def known(self, position: Tensor, variant: Tensor, given: Tensor | None = None) -> Tensor:
+    def context(self, position: Tensor, variant: Tensor, condition: Tensor | None = None) -> Tensor:
         """What is known before any code is, (B, C, grid): the place in the map, and what the
         arguments tell.
 
         Args:
             position: (B,) the slice's relative position in its volume, in [0, 1]; NaN for unknown.
             variant: (B, variants) float, how the slice was altered; zeros for a slice as it is.
-            given: the other map, int64, for a level that has one: of the top level a layout (B, 2h,
-                2w) in [0, classes], where classes stands for unknown; of the bottom level top codes
-                (B, h/2, w/2). None: all of it is unknown.
+            condition: int64, of the top level a layout (B, 2h, 2w) in [0, classes], where classes
+                stands for unknown; of the bottom level top codes (B, h/2, w/2). None: unknown.
         """
         angles = (
             position.nan_to_num()[:, None]
@@ -277,13 +258,15 @@ class MaskedPrior(nn.Module):
         about = about + self.variant(variant.to(self.rows))
         x = self.rows + self.columns + about[:, :, None, None]
         x = self.anatomy(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        if self.given is None:
-            return x
-        if given is None:
-            unknown = self.given.num_embeddings - 1
-            given = torch.full((len(position), *self.given_shape), unknown, device=position.device)
-        around = whole_patches(self.given(given).permute(0, 3, 1, 2), self.gather.stride[0])
-        return x + F.interpolate(self.gather(around), self.grid)
+        if condition is None:
+            shape, unknown = (
+                (len(position), *self.condition_shape),
+                self.condition.num_embeddings - 1,
+            )
+            condition = torch.full(shape, unknown, device=position.device)
+        values = self.condition(condition).permute(0, 3, 1, 2)
+        around = self.gather(whole_patches(values, self.gather.stride[0]))
+        return x + F.interpolate(around, self.grid)
 
 
 class Prior(nn.Module):
@@ -306,12 +289,18 @@ class Prior(nn.Module):
             (h, w),
             config.prior_top_layers,
             variants,
-            config.classes,
-            2,
-            min(LABEL_CHANNELS, C),
+            condition_values=config.classes,
+            condition_scale=2,
+            condition_channels=min(LABEL_CHANNELS, C),
         )
         self.bottom = MaskedPrior(
-            config, (2 * h, 2 * w), config.prior_bottom_layers, variants, config.K, 0.5, C
+            config,
+            (2 * h, 2 * w),
+            config.prior_bottom_layers,
+            variants,
+            condition_values=config.K,
+            condition_scale=0.5,
+            condition_channels=C,
         )
 
     @torch.no_grad()
@@ -332,7 +321,7 @@ class Prior(nn.Module):
             vectors *= 0.02 / vectors.std().clamp_min(1e-12)  # the size that `start` gave them
             level.embed.weight[: self.config.K] = vectors
             level.head.weight.copy_(vectors)
-        self.bottom.given.weight.copy_(self.top.embed.weight)
+        self.bottom.condition.weight.copy_(self.top.embed.weight)
 
     def forward(
         self,
@@ -342,46 +331,17 @@ class Prior(nn.Module):
         variant: Tensor,
         layout: Tensor | None = None,
         generator: torch.Generator | None = None,
-        noise: float = 0.0,
     ) -> dict[str, Tensor]:
-        """An estimate of the bound on -log p in nats a code, unbiased without noise: "top" (B,),
-        "bottom" (n,).
+        """An unbiased estimate of the bound on -log p in nats a code: "top" (B,), "bottom" (n,).
 
         top (B, h, w) and bottom (n, 2h, 2w) are int64 in [0, K), and bottom may be that of the
         first n slices alone; layout (B, 2h, 2w) is int64 in [0, classes], None for unknown.
-        In training a share `noise` of the codes that the network sees, and of the top codes that
-        the bottom level
-        sees, is replaced at random: a sample's context, unlike the truth's, has mistakes in it.
         """
         n = len(bottom)
-        seen = replace_at_random(top[:n], noise, self.config.K, generator)
         return {
-            "top": self.bound(self.top, top, (position, variant, layout), generator, noise),
-            "bottom": self.bound(
-                self.bottom, bottom, (position[:n], variant[:n], seen), generator, noise
-            ),
+            "top": bound(self.top, top, (position, variant, layout), generator),
+            "bottom": bound(self.bottom, bottom, (position[:n], variant[:n], top[:n]), generator),
         }
-
-    def bound(
-        self,
-        level: MaskedPrior,
-        codes: Tensor,
-        known: Sequence[Tensor | None],
-        generator: torch.Generator | None,
-        noise: float,
-    ) -> Tensor:
-        """(B,) mean of -log p over the hidden codes of each map, their number uniform in 1 ..
-        h*w.
-        """
-        hidden = random_masks(codes, generator)
-        context = replace_at_random(codes, noise, self.config.K, generator).masked_fill(
-            hidden, self.config.K
-        )
-        logits = level(context, level.known(*known)).float()
-        nats = F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none").view_as(
-            codes
-        )
-        return (nats * hidden).sum((1, 2)) / hidden.sum((1, 2))
 
     @torch.inference_mode()
     def nats(
@@ -425,9 +385,8 @@ class Prior(nn.Module):
         """New code maps, top (B, h, w) and bottom (B, 2h, 2w), int64 in [0, K).
 
         Every slice has random numbers of its own, from its seed. Its codes do not depend on the
-        other slices of the
-        batch, but for rounding: once in some thousand slices a code may differ where two are
-            equally likely.
+        other slices of the batch, but for rounding: once in some thousand slices a code may differ
+        where two are equally likely.
 
         Args:
             positions, seeds: B values in [0, 1], NaN for unknown; B integers.
@@ -461,6 +420,19 @@ class Prior(nn.Module):
         return top_codes, unmask(self.bottom, (*known, top_codes), generators, bottom, progress)
 
 
+def bound(
+    level: MaskedPrior,
+    codes: Tensor,
+    known: Sequence[Tensor | None],
+    generator: torch.Generator | None,
+) -> Tensor:
+    """(B,): mean -log p over the hidden codes of each map, their number uniform in 1 .. h*w."""
+    hidden = random_masks(codes, generator)
+    logits = level(codes.masked_fill(hidden, level.K), level.context(*known)).float()
+    nats = F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none")
+    return (nats.view_as(codes) * hidden).sum((1, 2)) / hidden.sum((1, 2))
+
+
 def whole_patches(x: Tensor, side: int) -> Tensor:
     """x (B, C, h, w), with zeros below and at the right, to multiples of `side` along both axes."""
     return F.pad(x, (0, -x.shape[3] % side, 0, -x.shape[2] % side))
@@ -490,16 +462,6 @@ def uniform(
     return torch.rand(shape, generator=generator, device=source).to(device, non_blocking=True)
 
 
-def replace_at_random(
-    codes: Tensor, share: float, K: int, generator: torch.Generator | None
-) -> Tensor:
-    """Codes (B, h, w) in [0, K), each replaced with probability `share` by one drawn from all K."""
-    if not share:
-        return codes
-    hit, other = (uniform(codes.shape, codes.device, generator) for _ in range(2))
-    return torch.where(hit < share, (other * K).long(), codes)
-
-
 def unmask(
     level: MaskedPrior,
     known: Sequence[Tensor | None],
@@ -517,8 +479,8 @@ def unmask(
     """
     B, N, K, T = len(generators), math.prod(level.shape), level.K, sampling.passes
     guided = sampling.guidance and known[-1] is not None
-    given = level.known(*known)
-    not_given = level.known(*known[:-1]) if guided else None
+    context = level.context(*known)
+    unconditional = level.context(*known[:-1]) if guided else None
     device = level.rows.device
     codes = torch.full((B, N), K, device=device)
 
@@ -526,16 +488,17 @@ def unmask(
         rows = [torch.rand(N, generator=generator) for generator in generators]
         return torch.stack(rows).to(device).clamp_(1e-7, 1 - 1e-7)
 
+    # The map is empty at first. A pass samples all that is hidden, keeps what the network is surest
+    # of, and hides the rest again: the next pass sees what was kept.
     for i in range(1, T + 1):
         hidden = codes == K
         at = hidden.view(B, *level.shape)
-        logits = level(
-            codes.view(B, *level.shape), given, at
-        ).float()  # (M, K), of all slices together
+        # The logits (M, K) of the codes of all slices that are still hidden.
+        logits = level(codes.view(B, *level.shape), context, at).float()
         if guided:
-            without = level(codes.view(B, *level.shape), not_given, at).float()
+            without = level(codes.view(B, *level.shape), unconditional, at).float()
             logits = logits + sampling.guidance * (logits - without)
-        sampled = sample_codes(logits, own_uniform()[hidden], sampling.temperature, sampling.top_p)
+        sampled = sample_codes(logits, own_uniform()[hidden], sampling.temperature)
         log_p = logits.gather(1, sampled[:, None])[:, 0] - logits.logsumexp(1)
         gumbel = -(-own_uniform()[hidden].log()).log()
         certainty = torch.full((B, N), math.inf, device=device)  # of codes that are shown already
@@ -549,21 +512,14 @@ def unmask(
     return codes.view(B, *level.shape)
 
 
-def sample_codes(logits: Tensor, u: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+def sample_codes(logits: Tensor, u: Tensor, temperature: float = 1.0) -> Tensor:
     """Codes (...) from logits (..., K) by inversion of their cumulative distribution at u (...) in
-    (0, 1).
-
-    temperature and top_p are those of `Sampling`.
+    (0, 1). At temperature 0 the likeliest.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    p = (logits / temperature).softmax(-1)
-    if top_p < 1:
-        ranked = p.sort(-1, descending=True)[0]
-        left_out = ranked.cumsum(-1) - ranked >= top_p  # the likelier codes hold enough
-        p = p.masked_fill(p < ranked.masked_fill(left_out, math.inf).amin(-1, keepdim=True), 0)
-    total = p.cumsum(-1)
-    # the first code whose cumulative probability exceeds u: never one of probability 0
+    total = (logits / temperature).softmax(-1).cumsum(-1)
+    # The first code whose cumulative probability exceeds u: never one of probability 0.
     return torch.searchsorted(total, (u[..., None] * total[..., -1:]), right=True).squeeze(-1)
 
 

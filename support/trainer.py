@@ -473,15 +473,6 @@ class Trainer:
         sums.add_(means.double(), alpha=len(indices))
         return losses["loss"]
 
-    def check_finite(self, loss: float, where: str) -> None:
-        """UserError if the loss is not finite: such weights must not be saved."""
-        if not math.isfinite(loss):
-            progress, last = self.progress, self.checkpoints.last_saved or "none of this run"
-            raise UserError(
-                f"the loss is {loss} at epoch {progress.epoch + 1}, step {progress.step}, {where}. "
-                f"Last good checkpoint: {last}. Fix: a lower --lr, or --clip 1."
-            )
-
     # ---- validation, logs, checkpoints ----
 
     def means(self, sums: Tensor, count: int, where: str) -> dict[str, float]:
@@ -490,7 +481,7 @@ class Trainer:
         """
         runtime.sum_over_ranks(sums)
         means = dict(zip(self.stage.loss_names, (sums / count).tolist(), strict=True))
-        self.check_finite(means["loss"], where)
+        check_finite(self, means["loss"], where)
         return means
 
     @torch.inference_mode()
@@ -583,7 +574,17 @@ def show_loss(run: Trainer, loss: Tensor | None, batch: Tensor, bar: tqdm) -> No
     run.loss_shown_at = time.monotonic()
     bar.set_postfix(epoch=run.progress.epoch + 1, loss=f"{value:.4f}", refresh=False)
     paths = [run.stage.splits["train"].paths[i].name for i in runtime.share(batch).tolist()]
-    run.check_finite(value, "or before" if gpu else f"on {', '.join(paths)}")
+    check_finite(run, value, "or before" if gpu else f"on {', '.join(paths)}")
+
+
+def check_finite(run: Trainer, loss: float, where: str) -> None:
+    """UserError if the loss is not finite: such weights must not be saved."""
+    if not math.isfinite(loss):
+        progress, last = run.progress, run.checkpoints.last_saved or "none of this run"
+        raise UserError(
+            f"the loss is {loss} at epoch {progress.epoch + 1}, step {progress.step}, {where}. "
+            f"Last good checkpoint: {last}. Fix: a lower --lr, or --clip 1."
+        )
 
 
 def epoch_line(run: Trainer, record: dict, better: bool) -> str:

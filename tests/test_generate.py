@@ -342,10 +342,9 @@ def test_a_position_is_asked_of_the_prior_and_of_the_real_slices(trained, tmp_pa
 @pytest.mark.parametrize(
     "setting",
     [
-        *({"n": 0}, {"top_temperature": -1.0}, {"bottom_temperature": math.nan}, {"nucleus": 0.0}),
+        *({"n": 0}, {"top_temperature": -1.0}, {"bottom_temperature": math.nan}),
         *(
             {"top_passes": 0},
-            {"nucleus": 1.1},
             {"top_spread": -1.0},
             {"guidance": -1.0},
             {"position": 1.1},

@@ -219,8 +219,8 @@ def test_the_top_prior_sees_the_layout_and_the_bottom_prior_does_not():
     assert known["bottom"].equal(other["bottom"]) and known["bottom"].equal(unknown["bottom"])
     assert nats(torch.full_like(layout, model.config.classes))["top"].equal(unknown["top"])
     hidden = torch.rand(top.shape) < 0.5
-    everything = model.top(top, model.top.known(position, variant, layout))
-    some = model.top(top, model.top.known(position, variant, layout), at=hidden)
+    everything = model.top(top, model.top.context(position, variant, layout))
+    some = model.top(top, model.top.context(position, variant, layout), at=hidden)
     assert some.allclose(everything[hidden], atol=1e-5)
 
 
@@ -240,7 +240,7 @@ def test_guidance_adds_to_the_logits_what_the_layout_changes_in_them():
     model, _, _, position, layout = layout_prior()
     hidden = torch.full((2, *model.top.shape), model.config.K)
     known, unknown = (
-        model.top(hidden, model.top.known(position, model.as_it_is(2), given))
+        model.top(hidden, model.top.context(position, model.as_it_is(2), given))
         for given in (layout, None)
     )
     assert not known.argmax(-1).equal(

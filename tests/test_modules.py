@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from modules import VQVAE2, ToPixels, VectorQuantiser, VQVAE2Config
+from support import runtime
 
 SMALL = VQVAE2Config(K=16, D=8, channels=16, top_channels=24, residual_channels=8, decoder_blocks=1)
-from support import runtime
 
 
 def small_model(seed: int = 0) -> VQVAE2:

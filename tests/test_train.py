@@ -450,9 +450,7 @@ def test_the_masks_terms_are_of_the_mask_and_of_the_layout():
     x, mask_logits = torch.randn(2, 1, 16, 8), torch.randn(2, 3, 16, 8)
     of_layout = (
         20
-        * torch.nn.functional.one_hot(middles(masks, (4, 2)).long(), 3)
-        .permute(0, 3, 1, 2)
-        .float()
+        * torch.nn.functional.one_hot(middles(masks, (4, 2)).long(), 3).permute(0, 3, 1, 2).float()
     )
     none, config = output_of(torch.randn(2, 1, 16, 8)), train.LossConfig(mask_weight=0.3)
     for layout_logits in (of_layout, of_layout.flip(1)):
