@@ -123,7 +123,7 @@ def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, VQVAE2, Prior]:
         )
     device = runtime.pick_device(config.device)
     model = trained.model.to(device)
-    with runtime.reading(config.prior):
+    with runtime.reading(config.prior, saved["revision"]):
         learnt = runtime.fill(PriorConfig, saved["model_config"])
         shape, variants = tuple(saved["top_shape"]), saved["codes_config"]["copies"]
         prior = Prior(learnt, shape, NUMBERS)

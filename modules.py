@@ -463,7 +463,7 @@ def load_model(path: Path | str) -> Trained:
     """
     saved = runtime.load_checkpoint(path, "vqvae2")
     study = StudyInfo.from_checkpoint(saved, path)
-    with runtime.reading(path):
+    with runtime.reading(path, saved["revision"]):
         model = VQVAE2(runtime.fill(VQVAE2Config, saved["model_config"]))
         model.load_state_dict(saved["model"])
         return Trained(model.eval(), study, path, runtime.sha256(path), int(saved["epoch"]))

@@ -118,10 +118,11 @@ def make_settings(given: dict) -> Settings:
     if resume:
         check_may_change(given | ({"preset": preset} if preset else {}), resume)
         checkpoint = runtime.load_checkpoint(resume, Autoencoder.kind)
-        with runtime.reading(resume):
+        # All of them, or it is refused: one that is gone since then would be lost in silence.
+        with runtime.reading(resume, checkpoint["revision"]):
             start = {}
             for name in ("train", "model", "loss"):
-                start |= vars(runtime.fill(CONFIGS[name], checkpoint[f"{name}_config"]))
+                start |= vars(CONFIGS[name](**checkpoint[f"{name}_config"]))
         study = StudyInfo.from_checkpoint(checkpoint, resume)
         start |= {"out": str(Path(resume).parent), **study_flags(study, resume, given)}
     elif weights:

@@ -98,10 +98,11 @@ def make_settings(given: dict) -> Settings:
     if resume:
         check_may_change(given | ({"preset": preset} if preset else {}), resume)
         checkpoint = runtime.load_checkpoint(resume, CodePriors.kind)
-        with runtime.reading(resume):
+        # All of them, or it is refused: one that is gone since then would be lost in silence.
+        with runtime.reading(resume, checkpoint["revision"]):
             start = {}
             for key, name in (("train", "train"), ("codes", "codes"), ("model", "prior")):
-                start |= vars(runtime.fill(CONFIGS[name], checkpoint[f"{key}_config"]))
+                start |= vars(CONFIGS[name](**checkpoint[f"{key}_config"]))
         # A checkpoint names the autoencoder, not its folder: people share checkpoints.
         folder = Path(resume).parent
         start |= {"out": str(folder), "checkpoint": str(folder / start["checkpoint"])}

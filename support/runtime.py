@@ -487,22 +487,28 @@ def save_checkpoint(path: Path | str, checkpoint: dict) -> None:
 
 
 @contextmanager
-def reading(path: Path | str) -> Iterator[None]:
-    """Whatever fails in the block is the fault of the file `path`, which it reads: a UserError."""
+def reading(path: Path | str, revision: str = "") -> Iterator[None]:
+    """Whatever fails in the block is the fault of the file `path`, which it reads: a UserError.
+
+    `revision` is that of the program that wrote the file, where it is known.
+    """
     try:
         yield
     except Exception as error:  # what a file can make PyTorch raise is no short list
         if isinstance(error, OSError) and error.filename:
             raise  # it names what cannot be opened
         why = f"{type(error).__name__}: {str(error).partition(chr(10))[0].partition('. ')[0]}"
+        by = f" as it is, but by its revision {revision}" if revision else ""
         raise UserError(
-            f"{path}: damaged, or not written by this program ({why}). "
+            f"{path}: damaged, or not written by this program{by} ({why}). "
             "Fix: an earlier checkpoint, or train again."
         ) from error
 
 
 def load_checkpoint(path: Path | str, *kinds: str) -> dict:
-    """Read a checkpoint that `save_checkpoint` wrote, on the CPU; its "path" is added.
+    """Read a checkpoint that `save_checkpoint` wrote, on the CPU.
+
+    Its "path" is added, and the program's "revision" that wrote it, or "".
 
     No code in the file is run. Every byte is compared with the sums that the file carries, so that
     a bit that flipped on the disk is found, and weights that are not finite are refused.
@@ -522,18 +528,21 @@ def load_checkpoint(path: Path | str, *kinds: str) -> dict:
                 raise ValueError(f"{damaged} is not what was written")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         written, kind = saved["format"], str(saved["kind"])
+        runs = [line["run"]["revision"] for line in saved.get("history", ()) if "run" in line]
+        saved |= {"path": str(path), "revision": "".join(runs[-1:])}
         if not all(weights.isfinite().all() for weights in saved["model"].values()):
             raise ValueError("weights that are not finite")
     if written != FORMAT:
         raise UserError(
-            f"{path}: a checkpoint of format {written}, which another revision of this program "
-            f"wrote; expected {FORMAT}. Fix: that revision, or train again."
+            f"{path}: a checkpoint of format {written}, by revision "
+            f"{saved['revision'] or 'unknown'} of this program; expected {FORMAT}. "
+            "Fix: that revision, or train again."
         )
     if kind not in kinds:
         wanted = " or ".join(KINDS[kind] for kind in kinds)
         names = " or ".join(f"{kind}_best.pth" for kind in kinds)
         raise UserError(f"{path}: {KINDS.get(kind, kind)}; expected {wanted}. Fix: name {names}.")
-    return saved | {"path": str(path)}
+    return saved
 
 
 def provenance() -> dict:

@@ -273,7 +273,7 @@ class Checkpoints:
         """
         if checkpoint:
             self.check_slices(checkpoint)
-            with runtime.reading(checkpoint["path"]):
+            with runtime.reading(checkpoint["path"], checkpoint["revision"]):
                 self.restore(checkpoint)
         # Without a best checkpoint of its own in the folder, the next epoch becomes the best one.
         if not self.best_is_ours():

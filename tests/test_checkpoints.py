@@ -40,7 +40,7 @@ def resume(path, out):
 
 def write(checkpoint, path):
     """A file with the right sums, whatever is in it."""
-    torch.save({key: value for key, value in checkpoint.items() if key != "path"}, path)
+    torch.save(checkpoint, path)
     return path
 
 
@@ -139,7 +139,7 @@ def test_what_is_wrong_is_refused_by_name(what, saved, stage, tmp_path):
     WRONG[what](checkpoint)
     path = write(checkpoint, tmp_path / "wrong.pth")
     with pytest.raises(
-        UserError, match=r"wrong\.pth: damaged, or not written by this program \(.*Fix"
+        UserError, match=r"wrong\.pth: damaged, or not written by this program.* \(.*Fix"
     ):
         settings = train.make_settings({"resume": str(path), "out": str(tmp_path)})
         trainer.Trainer(stage, settings.train, settings.checkpoint)
@@ -147,7 +147,7 @@ def test_what_is_wrong_is_refused_by_name(what, saved, stage, tmp_path):
 
 def test_what_we_never_wrote_decides_nothing(saved, tmp_path):
     checkpoint = runtime.load_checkpoint(saved, "vqvae2")
-    checkpoint["train_config"]["cache"] = checkpoint["cache"] = str(tmp_path / "gift")
+    checkpoint["cache"] = str(tmp_path / "gift")
     checkpoint["optimiser"]["param_groups"] = [{"lr": 1.0, "maximize": True, "params": [0]}] * 2
     path = write(checkpoint, tmp_path / "gift.pth")
     assert train.make_settings({"resume": str(path)}).data.cache == ""
@@ -155,6 +155,19 @@ def test_what_we_never_wrote_decides_nothing(saved, tmp_path):
     weights = [runtime.load_checkpoint(path, "vqvae2")["model"] for path in (gift, plain)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not (tmp_path / "gift").exists()
+
+
+def test_a_run_of_another_revision_does_not_go_on_and_its_revision_is_named(saved, tmp_path):
+    """A setting that we do not have would be lost in silence; the model can still be used."""
+    checkpoint = runtime.load_checkpoint(saved, "vqvae2")
+    checkpoint["train_config"]["momentum"] = 0.5
+    checkpoint["history"][0]["run"]["revision"] = "5afe7e8"
+    path = write(checkpoint, tmp_path / "older.pth")
+    with pytest.raises(
+        UserError, match=r"older\.pth: .*by its revision 5afe7e8 \(.*momentum.*train again"
+    ):
+        resume(path, tmp_path / "a")
+    assert load_model(path).epoch == 1
 
 
 def test_no_file_that_a_checkpoint_is_not_is_opened(tmp_path):

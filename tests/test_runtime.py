@@ -161,8 +161,11 @@ def test_checkpoints_come_back_without_running_code(tmp_path):
             runtime.load_checkpoint(tmp_path / f"{name}.pth", "vqvae2")
     with pytest.raises(ValueError, match="prior"):
         runtime.load_checkpoint(tmp_path / "a.pth", "prior")
-    torch.save({**saved, "format": "vqvae2-2"}, tmp_path / "old.pth")
-    with pytest.raises(runtime.UserError, match=r"format vqvae2-2, which another revision.*Fix"):
+    old = {"format": "vqvae2-2", "history": [{"run": {"revision": "5afe7e8"}}]}
+    torch.save(saved | old, tmp_path / "old.pth")
+    with pytest.raises(
+        runtime.UserError, match=r"format vqvae2-2, by revision 5afe7e8.*expected vqvae2-3.*Fix"
+    ):
         runtime.load_checkpoint(tmp_path / "old.pth", "vqvae2")
 
 
