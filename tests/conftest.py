@@ -81,6 +81,23 @@ def masked_study(study, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def organs_study(study, tmp_path_factory) -> Path:
+    """The study with two organs, 5 and 9; one test slice has no mask."""
+    folder = tmp_path_factory.mktemp("organs") / "keras_slices_data"
+    shutil.copytree(study, folder)
+    rows, columns = np.mgrid[:64, :32]
+    for path in folder.glob("keras_slices_*/case_*.nii.gz"):
+        _, patient, _, _, _, number = path.name.removesuffix(".nii.gz").split("_")
+        if (patient, number) != ("040", "1"):
+            mask = np.where(np.hypot(rows - 32, columns - 16) < 8 + int(number), 5, 0)
+            mask[:8, :8] = 9
+            place = folder / path.parent.name.replace("slices_", "slices_seg_")
+            name = path.name.replace("case", "seg")
+            nifti.write(place / name, mask.astype(np.uint8), np.eye(4))
+    return folder
+
+
 def start(script: str, *args, **options) -> subprocess.Popen:
     """A script of the repository in a process of its own."""
     return subprocess.Popen(

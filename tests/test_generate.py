@@ -17,10 +17,11 @@ from conftest import run
 from PIL import Image
 
 import generate
-from dataset import DataConfig, Mirror, open_study, parse_name
+from dataset import DataConfig, Mirror, StudyInfo, open_study, parse_name
 from modules import VQVAE2, VQVAE2Config
-from new_slices import code_maps, sample_report
-from new_slices.prior import Prior, PriorConfig
+from new_slices import code_maps, organs, sample_report
+from new_slices.layouts import likely
+from new_slices.prior import Prior, PriorConfig, Sampling
 from support import runtime
 
 MODEL = VQVAE2Config(K=16, D=8, channels=16, top_channels=16, residual_channels=8, decoder_blocks=1)
@@ -29,16 +30,15 @@ PRIOR = PriorConfig(
 )
 
 
-def save_models(folder, study, splits, model, prior):
-    data = {"study": str(study), "height": 64, "width": 32, "synthetic": False}
-    data["fingerprints"] = {name: split.fingerprint for name, split in splits.items()}
-    one = {"kind": "vqvae2", "model_config": dataclasses.asdict(MODEL), "model": model.state_dict()}
-    runtime.save_checkpoint(folder / "vqvae2_best.pth", {**one, "data": data, "epoch": 1})
-    two = {"kind": "prior", "model_config": dataclasses.asdict(PRIOR), "model": prior.state_dict()}
-    digest = runtime.sha256(folder / "vqvae2_best.pth")
-    two |= {"top_shape": [8, 4], "autoencoder_sha256": digest, "data": data, "epoch": 1}
-    two["codes_config"] = {"copies": 2}
-    runtime.save_checkpoint(folder / "prior_best.pth", two)
+def save_models(folder, splits, model, prior):
+    data = StudyInfo.from_splits(splits).as_dict()
+    one = {"model_config": dataclasses.asdict(model.config), "model": model.state_dict()}
+    one |= {"kind": "vqvae2", "data": data, "epoch": 1}
+    runtime.save_checkpoint(folder / "vqvae2_best.pth", one)
+    two = {"model_config": dataclasses.asdict(prior.config), "model": prior.state_dict()}
+    two |= {"kind": "prior", "data": data, "epoch": 1, "top_shape": [8, 4]}
+    two["autoencoder_sha256"] = runtime.sha256(folder / "vqvae2_best.pth")
+    runtime.save_checkpoint(folder / "prior_best.pth", two | {"codes_config": {"copies": 2}})
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def trained(study, tmp_path_factory):
     ) in prior.parameters():  # an untrained prior is uniform: any likelihood would look right
         torch.nn.init.normal_(parameter, std=0.3)
     folder = tmp_path_factory.mktemp("Results")
-    save_models(folder, study, splits, model.eval(), prior.eval())
+    save_models(folder, splits, model.eval(), prior.eval())
     return folder, model, prior, splits
 
 
@@ -327,6 +327,7 @@ def test_a_position_is_asked_of_the_prior_and_of_the_real_slices(trained, tmp_pa
     monkeypatch.setattr(sample_report, "FEWEST", 2)
     report = generate.generate(config(trained, tmp_path, position=1.0, n=3))
     assert asked == [1, 1, 1] and report["realism"]["rows"][sample_report.FLOOR]["n"] == 2
+    assert report["realism"]["training_slices"] == 2  # the nearest, not all 14
     asked.clear()
     for split in trained[3].values():
         monkeypatch.setattr(split, "positions", np.full(len(split), np.nan, np.float32))
@@ -360,7 +361,7 @@ def test_settings_out_of_range(setting):
 
 def test_models_that_are_not_a_pair(trained, tmp_path):
     _, model, prior, splits = trained
-    save_models(tmp_path, splits["train"].study, splits, model, prior)
+    save_models(tmp_path, splits, model, prior)
     saved = runtime.load_checkpoint(tmp_path / "prior_best.pth", "prior")
     runtime.save_checkpoint(tmp_path / "prior_best.pth", {**saved, "autoencoder_sha256": "0" * 64})
     files = ("--checkpoint", tmp_path / "vqvae2_best.pth", "--prior", tmp_path / "prior_best.pth")
@@ -374,3 +375,78 @@ def test_models_that_are_not_a_pair(trained, tmp_path):
             generate.generate(config(trained, tmp_path / "out", prior=str(tmp_path / "keys.pth")))
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         generate.generate(config((tmp_path / "none",), tmp_path / "out"))
+
+
+LEVELS_APART = {
+    **{"top_temperature": 0.5, "top_passes": 3, "top_spread": 2.0},
+    **{"bottom_temperature": 0.6, "bottom_passes": 2, "bottom_spread": 3.0},
+    **{"nucleus": 0.9, "guidance": 0.7},
+}
+
+
+@pytest.fixture(scope="module")
+def two_organs(organs_study, tmp_path_factory):
+    """As `trained`, untrained, of a study with the labels 5 and 9."""
+    torch.manual_seed(0)
+    splits = open_study(DataConfig(data=str(organs_study), height=64, width=32))
+    model = VQVAE2(dataclasses.replace(MODEL, labels=3))
+    prior = Prior(dataclasses.replace(PRIOR, labels=3), (8, 4), code_maps.NUMBERS)
+    model(splits["train"].images(range(8)))  # starts the codebooks
+    with torch.no_grad():  # one that is sure of some labels, and not the ones of the layouts
+        model.mask_head.last[2].weight.mul_(30)
+    folder = tmp_path_factory.mktemp("Results")
+    save_models(folder, splits, model.eval(), prior.eval())
+    return folder, model, prior, splits
+
+
+def test_written_masks_are_the_study_s_labels_given_codes_and_layout(
+    two_organs, organs_study, tmp_path, monkeypatch, no_report
+):
+    """From the settings of the sampler to the files, in a study with two organs."""
+    sampled, whole, learnt_from = [], Prior.sample, []
+
+    def sample(self, positions, seeds, top, bottom, *, layouts, **options):
+        codes = whole(self, positions, seeds, top, bottom, layouts=layouts, **options)
+        sampled.append((top, bottom, layouts, *codes))
+        return codes
+
+    monkeypatch.setattr(Prior, "sample", sample)
+    monkeypatch.setattr(
+        generate, "segmenter_of", lambda split, *_, **__: learnt_from.append(split.split)
+    )
+    settings = config(two_organs, tmp_path, batch_size=2, n=5, **LEVELS_APART)
+    generate.generate(settings, DataConfig(data=str(organs_study)))
+    assert learnt_from == ["train"]
+    levels = Sampling(3, 0.5, 0.9, 2.0, 0.7), Sampling(2, 0.6, 0.9, 3.0)
+    assert [batch[:2] for batch in sampled] == [levels] * 3
+    layouts, top, bottom = (torch.cat(parts) for parts in list(zip(*sampled, strict=True))[2:])
+    with torch.inference_mode():
+        logits = two_organs[1].decode_with_masks(top, bottom)[1]
+    told = logits + likely(layouts, 3, 64, 32)
+    assert (told.argmax(1) != logits.argmax(1)).any()  # the layout says something
+    files = sorted((tmp_path / generate.MASKS).iterdir())
+    written = np.stack([np.asarray(nibabel.load(path).dataobj) for path in files])
+    assert set(np.unique(written)) == {0, 5, 9}
+    assert np.array_equal(written, np.array([0, 5, 9])[told.argmax(1)])
+
+
+def test_agreement_is_of_each_slice_s_own_mask(two_organs, monkeypatch):
+    """A segmenter that finds just the masks that the samples bring agrees with all of them."""
+    rng = np.random.default_rng(1)
+    images = rng.normal(size=(5, 64, 32)).astype(np.float32)
+    masks = rng.integers(3, size=images.shape).astype(np.uint8)
+    found = {image.tobytes(): mask for image, mask in zip(images, masks, strict=True)}
+    nothing = np.zeros((64, 32), np.uint8)
+    monkeypatch.setattr(
+        organs, "segment", lambda _, x: np.stack([found.get(i.tobytes(), nothing) for i in x])
+    )
+    _, model, prior, splits = two_organs
+    codes = {"train_top": np.zeros((1, 14, 8, 4)), "train_bottom": np.zeros((1, 14, 16, 8))}
+    codes |= {"validate_top": np.zeros((1, 5, 8, 4)), "validate_bottom": np.zeros((1, 5, 16, 8))}
+    samples = code_maps.Samples(images, np.zeros((5, 8, 4)), np.zeros((5, 16, 8)), masks)
+    positions, twins = splits["test"].positions[:5], np.arange(5)
+    inputs = sample_report.Inputs(model, prior, splits, codes, samples, positions, twins, object())
+    rows = sample_report.make_rows(inputs, rng)
+    assert not np.array_equal(rows[sample_report.SAMPLES].images, images)  # in another order
+    table, _ = sample_report.score_anatomy(inputs, rows, np.arange(14))
+    assert table[sample_report.SAMPLES]["agreement"] == 1

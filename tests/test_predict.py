@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import shutil
 import sys
 from dataclasses import asdict
 
@@ -398,23 +397,6 @@ def test_a_failed_run_leaves_no_scores_of_an_earlier_one_and_no_empty_folder(
         assert code == 2 and "case_040_week_0_slice_0.nii.gz: a slice holds NaN" in err
     assert not (tmp_path / "scores" / "metrics.json").exists()
     assert not (tmp_path / "new").exists()
-
-
-@pytest.fixture(scope="module")
-def organs_study(study, tmp_path_factory):
-    """The study with two organs, 5 and 9; one test slice has no mask."""
-    folder = tmp_path_factory.mktemp("organs") / "keras_slices_data"
-    shutil.copytree(study, folder)
-    rows, columns = np.mgrid[:64, :32]
-    for path in folder.glob("keras_slices_*/case_*.nii.gz"):
-        _, patient, _, _, _, number = path.name.removesuffix(".nii.gz").split("_")
-        if (patient, number) != ("040", "1"):
-            mask = np.where(np.hypot(rows - 32, columns - 16) < 8 + int(number), 5, 0)
-            mask[:8, :8] = 9
-            place = folder / path.parent.name.replace("slices_", "slices_seg_")
-            name = path.name.replace("case", "seg")
-            nifti.write(place / name, mask.astype(np.uint8), np.eye(4))
-    return folder
 
 
 def test_dice_of_the_decoded_masks(organs_study, tmp_path, monkeypatch, capsys):

@@ -300,10 +300,13 @@ runtime.run_cli(lambda: print(*tqdm(range(3))))
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     """So a power cut leaves the old one. A file that is renamed before its bytes come is empty."""
     done, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: (done.append("fsync"), fsync(file)))
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (done.append(os.fstat(file).st_size), fsync(file))
+    )
     monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
     runtime.save_checkpoint(tmp_path / "a.pth", {**KEYS, "model": {}})
-    assert done == ["fsync", "replace"]
+    # All of its bytes have left Python's buffer by then.
+    assert done == [(tmp_path / "a.pth").stat().st_size, "replace"]
 
 
 def test_a_file_replaces_no_folder(tmp_path):

@@ -1,5 +1,6 @@
 """Stage two: the priors trained on the codes of a small autoencoder, by the same loop."""
 
+import copy
 import json
 import math
 import shutil
@@ -7,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 from test_train import assert_same, fit
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -57,12 +59,15 @@ def test_codes_are_the_autoencoder_s_and_kept_for_it_alone(autoencoder, tmp_path
     read = extract_codes(None, splits, 2, digest, tmp_path / "codes.npz")
     assert read["train_top"].shape == (2, 14, 8, 4)  # read, for no model was there
     assert read["validate_top"].shape == (1, 5, 8, 4)
-    for variants, other in (
-        (2, "other"),
-        (3, digest),
-    ):  # another autoencoder, other variants: made anew
+    # Another autoencoder, other variants, other slices of any split: made anew.
+    for variants, other in ((2, "other"), (3, digest)):
         with pytest.raises(AttributeError):
             extract_codes(None, splits, variants, other, tmp_path / "codes.npz")
+    for name, split in splits.items():
+        changed = copy.copy(split)
+        changed.fingerprint = "other"
+        with pytest.raises(AttributeError):
+            extract_codes(None, splits | {name: changed}, 2, digest, tmp_path / "codes.npz")
 
 
 def test_variants_are_altered_as_their_numbers_say(autoencoder):
@@ -89,6 +94,35 @@ def test_variants_are_altered_as_their_numbers_say(autoencoder):
     assert torch.corrcoef(torch.stack([found, expected]))[0, 1] > 0.9999
     variants.numbers[2] = torch.tensor([1.0, 1, 0, 0, 0, 0, 0])
     assert variants.images(x, 2, indices).numpy() == pytest.approx(x.flip(2).numpy(), abs=1e-4)
+
+
+@pytest.mark.parametrize("turn", [1.0, -0.5])
+def test_a_turn_is_a_rotation(monkeypatch, turn):
+    """As SciPy turns a slice about its centre; large here, where a shear would look other."""
+    monkeypatch.setattr(code_maps, "TURN", 0.6)
+    variants = Variants(3, 1, Mirror())
+    variants.fields.zero_()
+    variants.numbers[2] = torch.tensor([0, 1, 0, 0, turn, 0, 0])
+    x = scipy.ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(64, 48)), 2)
+    found = variants.moved(torch.tensor(x)[None, None].float(), 2, torch.tensor([0]), "bilinear")
+    expected = scipy.ndimage.rotate(x, -np.degrees(0.6 * turn), reshape=False, order=1)
+    inside = (slice(20, 44), slice(12, 36))
+    assert found[0, 0].numpy()[inside] == pytest.approx(expected[inside], abs=1e-3)
+
+
+def test_the_seed_decides_the_weights_of_the_priors(autoencoder, tmp_path):
+    """Whatever has been drawn before."""
+
+    def start(seed):
+        torch.rand(seed + 1)
+        config = trainer.TrainConfig(out=str(tmp_path), device="cpu", seed=seed)
+        codes = train_prior.CodesConfig(checkpoint=str(autoencoder))
+        settings = train_prior.Settings(codes=codes, prior=TINY, train=config)
+        weights = train_prior.CodePriors(settings).model.parameters()
+        return torch.cat([weight.flatten() for weight in weights])
+
+    first = start(0)
+    assert start(0).equal(first) and not start(1).equal(first)
 
 
 def test_the_prior_is_told_the_variant_it_sees(autoencoder, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from test_train import SMALL
 
 import train
-from dataset import DataConfig
+from dataset import DataConfig, Mirror
 from modules import VQVAE2
 from support import nifti, runtime, trainer
 from support.optimiser import split_parameters
@@ -147,6 +147,30 @@ def test_half_of_the_training_slices_are_mirrored_anew_in_every_epoch(make):
     assert images_seen(trainer)[0].all()
     unflipped = make()
     assert all(images_seen(unflipped)[0].all() for _ in range(2))
+
+
+def test_a_mirrored_slice_trains_on_its_own_mask(organs_study, tmp_path):
+    """Mirrored with it, and its left and right labels exchanged."""
+    data = DataConfig(data=str(organs_study), height=64, width=32)
+    settings = train.Settings(
+        data=data,
+        train=trainer.TrainConfig(out=str(tmp_path), device="cpu"),
+        model=SMALL,
+        loss=train.LossConfig(flip=True),
+    )
+    stage, given = train.Autoencoder(settings), []
+    stage.mirror = Mirror(partners=((1, 2),))
+    stage.losses_of = lambda x, masks: given.extend([x, masks])
+    stage.mirrored[:] = torch.arange(14) % 2 == 1
+    stage.model.train()
+    stage.batch_losses("train", BATCH)
+    images, masks = stage.splits["train"].images(BATCH), stage.splits["train"].masks(BATCH)
+    assert set(masks.unique().tolist()) == {0, 1, 2}
+    for i, index in enumerate(BATCH.tolist()):
+        image, mask = images[i], masks[i]
+        if index % 2:
+            image, mask = image.flip(1), torch.tensor([0, 2, 1])[mask.flip(0).long()]
+        assert given[0][i].equal(image) and given[1][i].tolist() == mask.tolist()
 
 
 def test_the_best_checkpoint_has_the_lowest_validation_reconstruction(make, monkeypatch):
