@@ -328,8 +328,9 @@ def print_table(rows: dict[str, dict]) -> None:
         line(name, rows[name]["planes"], cells[name])
     if len(rows) > SHOWN:
         print(f"... and {len(rows) - SHOWN} more, in scans.json")
-    total = sum(row["planes"] for row in rows.values())
-    line("mean of the files", total, np.mean(list(cells.values()), axis=0))
+    if len(rows) > 1:
+        total = sum(row["planes"] for row in rows.values())
+        line("mean of the files", total, np.mean(list(cells.values()), axis=0))
 
 
 def main() -> None:

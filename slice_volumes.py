@@ -442,7 +442,7 @@ def report(config: SliceConfig, cuts: list[Cut], volumes: Counter) -> None:
               "them differently; the sform was taken, so look at left and right")  # fmt: skip
     counts = ", ".join(f"{volumes[name]} {name}" for name in SPLITS)
     total = sum(cut.planes for cut in cuts)
-    print(f"{config.out}: {total} slices of {len(cuts)} volumes; volumes: {counts}")
+    print(f"wrote {config.out}/: {total} slices of {len(cuts)} volumes, {counts}")
 
 
 def main() -> None:

@@ -188,6 +188,16 @@ def test_an_organ_that_was_not_learnt_is_named_and_no_other(wrong):
     assert line.startswith(f"{bad} was not learnt (") and good not in line and "roughness" in line
 
 
+def test_an_organ_with_half_of_its_pieces_is_named():
+    """Two heads in all real masks, one in those that are judged."""
+    _, real = bodies(40)
+    real = real[[(mask == 2).any() for mask in real]]
+    one = real.copy()
+    one[:, :32][one[:, :32] == 2] = 1
+    found = organs.judge_masks(one, real, real, (0, 1, 2))
+    assert "label_2 was not learnt (pieces 1, in real masks 2 to 2" in organs.not_learnt(found)
+
+
 def test_masks_without_an_organ():
     """No Dice of 1 where nobody shows the organ; one of 0 where only the real masks do."""
     truth = ovals(10, 0)
@@ -245,12 +255,41 @@ def test_a_segmenter_learns_and_is_kept(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "b").exists()
     again = organs.segmenter_of(split, tmp_path / "b", tmp_path / "a")  # wherever it is found
     np.testing.assert_array_equal(organs.segment(again, test.pixels), found)
-    split.fingerprint = "other slices"
+    split.mirror = Mirror(-2, ((1, 2),))  # other slices than these were learnt
+    with pytest.raises(pytest.fail.Exception):
+        organs.segmenter_of(split, tmp_path / "a")
+    split.mirror, split.fingerprint = Mirror(), "other slices"
     with pytest.raises(pytest.fail.Exception):
         organs.segmenter_of(split, tmp_path / "a")
     runtime.write_text(tmp_path / "a" / organs.KEPT, "rubbish")
     with pytest.raises(pytest.fail.Exception):
         organs.segmenter_of(split, tmp_path / "a")
+
+
+def test_a_segmenter_learns_from_mirrored_slices_with_their_masks(monkeypatch):
+    """An organ lies under its mask in every slice, and the one in the upper half is always 1."""
+    truth = np.zeros((16, 64, 48), np.uint8)
+    for i, mask in enumerate(truth):
+        mask[disc(16, 12 + i, 6)], mask[disc(50, 30 - i, 6)] = 1, 2
+    seen, forward, losses = [], organs.Segmenter.forward, organs.mask_losses
+    monkeypatch.setattr(
+        organs.Segmenter, "forward", lambda net, x: seen.append([x]) or forward(net, x)
+    )
+    monkeypatch.setattr(
+        organs, "mask_losses", lambda x, masks: seen[-1].append(masks) or losses(x, masks)
+    )
+
+    def pairs(indices):
+        masks = torch.from_numpy(truth[indices])
+        return 100 * (masks > 0).float()[:, None], masks
+
+    organs.train_segmenter(pairs, 16, 3, Mirror(-2, ((1, 2),)), steps=6)
+    images, masks = (torch.cat(each) for each in zip(*seen, strict=True))
+    middle = (images.amax((2, 3), keepdim=True) + images.amin((2, 3), keepdim=True)) / 2
+    assert torch.equal(images[:, 0] > middle[:, 0], masks > 0)
+    assert (masks[:, :32] < 2).all() and (masks[:, 32:] != 1).all()
+    rows = (masks == 1).sum(2).argmax(1)
+    assert len(set(rows.tolist())) == 2  # some are mirrored and some are not
 
 
 def test_a_folder_that_may_only_be_read_costs_nothing(tmp_path, monkeypatch, capsys):

@@ -467,3 +467,17 @@ def test_an_organ_of_blocks_is_named(organs_study):
     assert found["dice"]["decoded"]["mean"]["mean"] > 0.8  # which tells nothing of it
     assert found["not_learnt"].startswith("label_5 was not learnt (")
     assert "label_9" not in found["not_learnt"]
+
+
+def test_what_is_drawn_in_the_padding_counts_nowhere(organs_study, tmp_path):
+    folder = study_of(organs_study, tmp_path / "keras_slices_data", (64, 20))
+    splits = open_study(DataConfig(data=str(folder), height=64, width=32, fit="pad"))
+    test = splits["test"]
+    chosen = np.flatnonzero(test.has_mask)
+    drawn = np.zeros((len(test), 64, 32), np.uint8)
+    drawn[chosen] = test.masks(chosen).numpy()
+    drawn[:, :20, :5] = 1  # a piece of an organ, beside the slice
+    found = predict.score_masks(drawn, splits, None)
+    assert found["dice"]["decoded"]["mean"]["mean"] == 1 and not found["not_learnt"]
+    roughness = found["masks"]["label_5"]["roughness"]
+    assert roughness["masks"] == roughness["real"]

@@ -102,6 +102,21 @@ def test_axis_first_and_count_choose_the_planes(tmp_path):
         apply_affine(image.affine, [2, 5, 0]), apply_affine(RAS, [2, 5, 2]), atol=1e-4
     )
     assert len(list((tmp_path / "out").rglob("case_*"))) == 6
+    run_slice(tmp_path / "a", tmp_path / "first", axis=2, first=0, count=1)
+    image = nibabel.load(tmp_path / "first" / "keras_slices_train" / name_of(4, 0))
+    np.testing.assert_array_equal(np.asarray(image.dataobj), noise(40, SHAPE)[:, :, 0])
+
+
+def test_masks_that_lie_elsewhere_are_said(tmp_path, capsys):
+    release = write_release(tmp_path / "a", (4, 36, 40))
+    moved = RAS.copy()
+    moved[:3, 3] += 2 * RAS[:3, 0]
+    mask = release / f"{SCHEMES['anonymous'][1].format(4, 0)}.nii.gz"
+    for affine, said in ((moved, "warning: 1 masks lie elsewhere"), (RAS + 1e-3, "")):
+        save(mask, np.ones(SHAPE, np.uint8), affine)
+        run_slice(release, tmp_path / f"out{len(said)}")
+        out = capsys.readouterr().out
+        assert said in out and ("lie elsewhere" in out) == bool(said)
 
 
 def test_a_volume_without_orientation_needs_the_axis_flag(tmp_path):
@@ -109,7 +124,9 @@ def test_a_volume_without_orientation_needs_the_axis_flag(tmp_path):
     with pytest.raises(ValueError, match=r"Case_004.*no orientation.*--axis"):
         run_slice(release, tmp_path / "out")
     run_slice(release, tmp_path / "other", axis=1)
-    assert len(list((tmp_path / "other").rglob("case_*"))) == 12
+    (image, *more) = (tmp_path / "other").rglob("case_*")
+    assert len(more) == 11
+    assert nibabel.load(image).header["sform_code"] == 0  # the slices do not pretend to know
 
 
 def test_a_folder_that_holds_slices_is_refused(tmp_path):
