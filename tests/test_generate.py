@@ -380,7 +380,6 @@ def test_models_that_are_not_a_pair(trained, tmp_path):
 LEVELS_APART = {
     **{"top_temperature": 0.5, "top_passes": 3, "top_spread": 2.0},
     **{"bottom_temperature": 0.6, "bottom_passes": 2, "bottom_spread": 3.0},
-    **{"nucleus": 0.9, "guidance": 0.7},
 }
 
 
@@ -417,7 +416,7 @@ def test_written_masks_are_the_study_s_labels_given_codes_and_layout(
     settings = config(two_organs, tmp_path, batch_size=2, n=5, **LEVELS_APART)
     generate.generate(settings, DataConfig(data=str(organs_study)))
     assert learnt_from == ["train"]
-    levels = Sampling(3, 0.5, 0.9, 2.0, 0.7), Sampling(2, 0.6, 0.9, 3.0)
+    levels = Sampling(3, 0.5, 2.0, 0.7), Sampling(2, 0.6, 3.0)
     assert [batch[:2] for batch in sampled] == [levels] * 3
     layouts, top, bottom = (torch.cat(parts) for parts in list(zip(*sampled, strict=True))[2:])
     with torch.inference_mode():

@@ -170,7 +170,7 @@ def test_the_scorecard_by_hand():
     by_place, halves, mixed, outside = sample_report.CONTROLS
     seen = {"kernel_distance": [by_place, halves, outside], "plausible": [by_place, mixed]}
     table = {name: {key: each[i] for key, each in values.items()} for i, name in enumerate(names)}
-    table[sample_report.RECONSTRUCTIONS] = {"agreement": 0.9}
+    table[sample_report.RECONSTRUCTIONS] = {"agreement": 0.9, "kernel_distance": 11}
     table[sample_report.SAMPLES]["agreement"] = 0.8
 
     def audit(flagged, copies):
@@ -183,7 +183,7 @@ def test_the_scorecard_by_hand():
     card = sample_report.scorecard(report)
     found = {question: tuple(line.values())[:4] for question, line in card.items()}
     assert found == {
-        "likeness": (16, 10, 20, False),  # nearer to the control
+        "likeness": (16, 11, 20, False),  # nearer to the control
         "coverage": (0.16, 0.17, 1, None),
         "constraint": (0.6, 0.7, 0.2, True),  # nearer to the floor
         "masks": (0.8, 0.9, None, None),
@@ -212,8 +212,6 @@ def test_the_conclusion_is_never_better_than_what_is_known():
     halves = of(["two patients' halves"], likeness=True)
     assert halves.startswith("Cannot tell") and "two patients' halves" in halves
     assert of([], likeness=None).startswith("Cannot tell")
-    assert of([], likeness=True, constraint=None) == (
-        "By these measures the new slices are as held-out ones."
-    )
+    assert of([], likeness=True, constraint=None).startswith("No fault found")
     unknown = sample_report.conclusion({"scorecard": card(likeness=None), "realism": None})
     assert unknown.startswith("Cannot tell")

@@ -235,6 +235,7 @@ def test_a_cloud_around_a_whole_organ_is_called_bad(tmp_path):
 
     def likeness(samples) -> bool:
         rows = {sample_report.FLOOR: held_out[:n], sample_report.SAMPLES: samples[:n]}
+        rows[sample_report.RECONSTRUCTIONS] = held_out[:n]
         rows |= dict.fromkeys(sample_report.CONTROLS, cloud(held_out, validate)[:n])
         rows = {name: sample_report.Row(images, None) for name, images in rows.items()}
         inputs = sample_report.Inputs(None, None, splits, {}, None, None, None)
