@@ -1,6 +1,7 @@
 """reconstruct.py on files of one's own: what comes back is each file's shape, place and type."""
 
 import json
+from dataclasses import replace
 
 import nibabel
 import numpy as np
@@ -254,6 +255,20 @@ def test_a_fit_is_undone(fit, shape):
     np.testing.assert_allclose(corner[:2], [-1, -1.5], atol=1e-9)
     far = affine @ [*(np.add(placement.offset, placement.scaled) - 0.5), 0, 1]
     np.testing.assert_allclose(far[:2], [2 * shape[0] - 1, 3 * shape[1] - 1.5], atol=1e-9)
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop", "stretch"])
+def test_planes_are_fitted_as_the_training_slices_were(checkpoint, fit, monkeypatch):
+    """By the --fit that the study was opened with."""
+    seen, forward = [], VQVAE2.forward
+    monkeypatch.setattr(VQVAE2, "forward", lambda self, x: seen.append(x) or forward(self, x))
+    trained = load_model(checkpoint)
+    trained = trained._replace(study=replace(trained.study, fit=fit))
+    plane = np.random.default_rng(0).normal(size=(60, 60)).astype(np.float32)
+    reconstruct.reconstruct_planes(trained, plane[None], 1)
+    grid = Placement.make((60, 60), (64, 32), fit).place(plane, fill=plane.min())
+    mean, std, _ = z_score(grid)
+    np.testing.assert_allclose(seen[0][0, 0], (grid - mean) / std, atol=1e-5)
 
 
 def test_what_cannot_be_used_is_named_and_the_rest_done(checkpoint, tmp_path):
