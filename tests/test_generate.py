@@ -379,7 +379,7 @@ def test_models_that_are_not_a_pair(trained, tmp_path):
 
 LEVELS_APART = {
     **{"top_temperature": 0.5, "top_passes": 3, "top_spread": 2.0},
-    **{"bottom_temperature": 0.6, "bottom_passes": 2, "bottom_spread": 3.0},
+    **{"bottom_temperature": 0.6, "bottom_passes": 2, "bottom_spread": 3.0, "guidance": 0.7},
 }
 
 
