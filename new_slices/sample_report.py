@@ -335,17 +335,19 @@ def score_realism(inputs: Inputs, rows: dict[str, Row], rng: np.random.Generator
         table = {name: by_anatomy[name] | table[name] for name in rows}
     seen = seen_controls(table, errors)
     kept = {measure: controls for measure, controls in seen.items() if controls}
+    left_out = [measure for measure in seen if measure not in kept]
     return plain(
         {
             "rows": {
-                name: {"n": len(rows[name].images)} | {k: v for k, v in row.items() if k in kept}
+                name: {"n": len(rows[name].images)}
+                | {measure: value for measure, value in row.items() if measure not in left_out}
                 for name, row in table.items()
             },
             "organs": by_organ,
             "kernel_distance_error": errors,
             "seen": kept,
             "unseen": [c for c in CONTROLS if not any(c in sees for sees in kept.values())],
-            "left_out": [measure for measure in seen if measure not in kept],
+            "left_out": left_out,
             "training_slices": len(real),
         }
     )

@@ -449,3 +449,19 @@ def test_agreement_is_of_each_slice_s_own_mask(two_organs, monkeypatch):
     assert not np.array_equal(rows[sample_report.SAMPLES].images, images)  # in another order
     table, _ = sample_report.score_anatomy(inputs, rows, np.arange(14))
     assert table[sample_report.SAMPLES]["agreement"] == 1
+
+
+def test_a_measure_without_a_floor_of_held_out_slices_stays_in_the_table(two_organs, monkeypatch):
+    """Agreement: held-out slices bring no mask. What sees no control is left out, and it is not."""
+    names = (sample_report.FLOOR, sample_report.SAMPLES, *sample_report.CONTROLS)
+    table = {name: {"plausible": 0.1, "area": 5.0} for name in names}
+    table[sample_report.FLOOR] = {"plausible": 0.6, "area": 9.0}
+    table[sample_report.SAMPLES]["agreement"] = 0.9
+    monkeypatch.setattr(sample_report, "score_likeness", lambda *_: ({n: {} for n in names}, {}))
+    monkeypatch.setattr(sample_report, "score_anatomy", lambda *_: (table, {}))
+    _, model, prior, splits = two_organs
+    inputs = sample_report.Inputs(model, prior, splits, {}, None, None, None, segmenter=model)
+    rows = {name: sample_report.Row(np.zeros((5, 64, 32)), None) for name in names}
+    report = sample_report.score_realism(inputs, rows, np.random.default_rng(0))
+    assert report["rows"][sample_report.SAMPLES] == {"n": 5, "plausible": 0.1, "agreement": 0.9}
+    assert report["left_out"] == ["area"] and not report["unseen"]
