@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 import sys
 from dataclasses import asdict
 
@@ -230,6 +231,8 @@ def test_scores_and_bits_are_over_a_slice_s_own_pixels(study, tmp_path, shape, f
     )
     shown = {"pad": min(64 / shape[0], 32 / shape[1]) ** 2 * np.prod(shape) / 2048}.get(fit, 1)
     assert result["padding"] == pytest.approx(1 - shown, abs=0.03)
+    with Image.open(tmp_path / "original_0.png") as picture:  # without the padding
+        assert np.prod(picture.size) / 2048 == pytest.approx(1 - result["padding"], abs=1e-5)
     assert ("of the model's grid is padding" in capsys.readouterr().out) == (fit == "pad")
 
 
@@ -238,6 +241,8 @@ def test_best_and_worst_are_what_they_are_called(study, checkpoint, tmp_path, mo
     monkeypatch.setattr(
         figures, "comparison_sheet", lambda *args: drawn.append(args) or draw(*args)
     )
+    maps, draw_maps = [], figures.code_maps
+    monkeypatch.setattr(figures, "code_maps", lambda *args: maps.append(args) or draw_maps(*args))
     predict_with(checkpoint, out=str(tmp_path))
     with open(tmp_path / "test_scores.csv", newline="") as file:
         scores = sorted(float(row["ssim_report"]) for row in csv.DictReader(file))
@@ -248,6 +253,9 @@ def test_best_and_worst_are_what_they_are_called(study, checkpoint, tmp_path, mo
     ):
         assert title.startswith(f"{kind}: patient 04") and f"SSIM {expected:.4f}" in title
         assert metrics.ssim_report(original, image)[0] == pytest.approx(expected, abs=1e-5)
+    ((_, original, top, bottom, title, *_),) = maps
+    np.testing.assert_array_equal(original, rows[1][1])  # the median slice
+    assert (top.shape, bottom.shape) == ((8, 4), (16, 8)) and title.startswith("median")
 
 
 def test_only_old_reconstructions_are_deleted(study, checkpoint, tmp_path):
@@ -467,6 +475,26 @@ def test_an_organ_of_blocks_is_named(organs_study):
     assert found["dice"]["decoded"]["mean"]["mean"] > 0.8  # which tells nothing of it
     assert found["not_learnt"].startswith("label_5 was not learnt (")
     assert "label_9" not in found["not_learnt"]
+
+
+def test_a_patient_without_an_organ_has_no_dice_of_it(organs_study, tmp_path):
+    """Neither 1 nor 0: the mean over organs is that of the others, the mean over patients too."""
+    folder = tmp_path / "keras_slices_data"
+    shutil.copytree(organs_study, folder)
+    for path in folder.glob("keras_slices_seg_test/seg_041*"):
+        mask = np.array(nifti.read(path).raw)
+        mask[mask == 9] = 0
+        nifti.write(path, mask, np.eye(4))
+    splits = open_study(DataConfig(data=str(folder), height=64, width=32))
+    test = splits["test"]
+    chosen = np.flatnonzero(test.has_mask)
+    drawn = np.zeros((len(test), 64, 32), np.uint8)
+    drawn[chosen] = test.masks(chosen).numpy()
+    drawn[:, 32:] = 0  # half of the organ 5
+    table = predict.score_masks(drawn, splits, None)["dice"]["decoded"]
+    assert table["label_9"]["per_patient"] == {"040": 1.0} and table["label_9"]["mean"] == 1
+    means = table["mean"]["per_patient"]
+    assert means["041"] == table["label_5"]["per_patient"]["041"] < 0.8 < means["040"]
 
 
 def test_what_is_drawn_in_the_padding_counts_nowhere(organs_study, tmp_path):

@@ -95,6 +95,13 @@ def test_a_scan_is_cut_as_the_training_slices_were(study, tmp_path, codes, direc
     np.testing.assert_array_equal(turned.planes, expected.transpose(2, 0, 1))
 
 
+def test_a_slice_for_a_model_that_knows_no_plane_is_taken_as_it_is_stored(tmp_path):
+    pixels = np.random.default_rng(0).random((16, 12), np.float32)
+    nibabel.save(nibabel.Nifti1Image(pixels, np.diag([-1, -1, 1, 1])), tmp_path / "slice.nii.gz")
+    scan = reconstruct.Scan(str(tmp_path / "slice.nii.gz"), StudyInfo("s", 64, 32, {}))
+    np.testing.assert_array_equal(scan.planes, pixels[None])
+
+
 def test_the_plane_of_the_model_is_told_and_another_is_said(study, tmp_path, capsys):
     data = {"study": "s", "height": 64, "width": 32, "fingerprints": {"test": ""}, "labels": []}
     data |= {"synthetic": False, "allow_patient_overlap": False, "fit": "auto"}
@@ -190,6 +197,18 @@ def test_types_axes_and_constant_planes(checkpoint, tmp_path, capsys):
         assert codes["name"].tolist().count("f8.nii") == 6 and codes["plane"].tolist()[:6] == [
             *range(6)
         ]
+
+
+@pytest.mark.usefixtures("identity")
+def test_integers_with_a_scale_come_back_in_the_file_s_units(checkpoint, tmp_path):
+    values = np.random.default_rng(0).random((64, 32)).astype(np.float32) / 100
+    image = nibabel.Nifti1Image(values, np.eye(4))
+    image.header.set_data_dtype(np.int16)  # nibabel finds a scale for them
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    use(checkpoint, [tmp_path / "a.nii.gz"], tmp_path / "out")
+    found = nibabel.load(tmp_path / "out" / "a.nii.gz")
+    assert found.get_data_dtype() == np.float32
+    np.testing.assert_allclose(found.get_fdata(), values, atol=1e-5)
 
 
 def test_scores_and_bits_are_those_of_the_slice(checkpoint, tmp_path, capsys):
