@@ -81,7 +81,7 @@ class TrainConfig:
             runtime.check_number(name, getattr(self, name), least=0)
         runtime.check_seed(self.seed)
         runtime.check_number("warmup", self.warmup, least=0, most=1)
-        runtime.check_number("lr", self.lr, least=0, most=1e300)
+        runtime.check_number("lr", self.lr, least=1e-38, most=1e38)
 
     def length(self) -> str:
         """How long the run lasts, in words."""
