@@ -78,7 +78,7 @@ class GenerateConfig:
     seed: int = option(0, "seed of the samples")
     checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder, as train.py wrote it")
     prior: str = option(
-        "Results/prior_best.pth", "the priors over its codes, as train.py --stage prior wrote them"
+        "Results/prior_best.pth", "the priors over its codes, as train_prior.py wrote them"
     )
     out: str = option("Results/generated", "folder to write to")
     batch_size: int = option(
