@@ -113,13 +113,11 @@ class VectorQuantiser(nn.Module):
     appendix A.1).
 
     The codebook starts from the first training batch. A code whose moving count falls below
-    `revive` times the mean restarts at a vector of the current batch. Its moving averages restart
-    too: the old ones would pull it straight back. With a `bit_weight` above 0 the quantiser is
-        entropy-constrained (Chou, Lookabaugh & Gray
-    1989): it takes a more distant code if that code is common enough to save the bits. In `eval()`
-        no buffer
-    changes. All ranks hold the same codebook, the one a single process would learn from their
-    joined batch.
+    `revive` times the mean restarts at a vector of the current batch, and so do its moving
+    averages: the old ones would pull it straight back. With a `bit_weight` above 0 the quantiser is
+    entropy-constrained (Chou, Lookabaugh & Gray 1989): it takes a more distant code if that code is
+    common enough to save the bits. In `eval()` no buffer changes. All ranks hold the same codebook,
+    the one a single process would learn from their joined batch.
     """
 
     # rows of the distance matrix, (rows, K) floats, that a CPU holds at once; a GPU holds 32 times
