@@ -29,6 +29,18 @@ DOCUMENTED = Path(__file__).parent / "Results" / "phantom"  # the results of the
 FEW_SLICES = 10_000
 CAUTIOUS = {"top_temperature": 0.2, "top_spread": 4.0, "bottom_temperature": 0.2}
 CAUTIOUS |= {"top_passes": 8, "bottom_passes": 4, "guidance": 0.5}
+# What is compared with the documented run.
+SCORES = {
+    "metrics.json": [
+        ("ssim_report", "mean"),
+        ("psnr", "mean"),
+        ("dice", "decoded", "mean", "mean"),
+    ],
+    "generated/report.json": [
+        ("realism", "rows", "samples", "plausible"),
+        ("realism", "rows", "samples", "kernel_distance"),
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -55,19 +67,6 @@ def compare_with_documented(out: Path, documented: Path = DOCUMENTED) -> None:
             if ours is not None and theirs is not None and f"{ours:.3g}" != f"{theirs:.3g}":
                 differences.append(f"{'.'.join(key)} {ours:.4f} instead of {theirs:.4f}")
     print(f"compared with Results/phantom: {'; '.join(differences) or 'as documented'}")
-
-
-SCORES = {
-    "metrics.json": [
-        ("ssim_report", "mean"),
-        ("psnr", "mean"),
-        ("dice", "decoded", "mean", "mean"),
-    ],
-    "generated/report.json": [
-        ("realism", "rows", "samples", "plausible"),
-        ("realism", "rows", "samples", "kernel_distance"),
-    ],
-}
 
 
 def read_score(path: Path, keys: tuple[str, ...]) -> float | None:

@@ -372,7 +372,7 @@ class VQVAE2(nn.Module):
         )
         # the encoder sees no mask, so whatever this draws is in the codes
         self.mask_head = MaskHead(C + D, config.labels, S) if config.labels else None
-        # in training alone: each top code has to tell which organs lie in its place, as its prior
+        # for the loss alone: each top code has to tell which organs lie in its place, as its prior
         # is told a layout
         self.layout_head = Pointwise(D, 4 * config.labels) if config.labels else None
 

@@ -26,7 +26,7 @@ from new_slices.layouts import middles
 from new_slices.organs import likeliest, mask_losses
 from support import metrics, results_page, runtime
 from support.runtime import UserError, check_number, option
-from support.trainer import Stage, TrainConfig, by_epochs, check_may_change, fit
+from support.trainer import Stage, TrainConfig, fit, other_lengths, settings_to_resume
 
 # A preset is what differs from the report's hyperparameters, the defaults. Flags given beside it
 # win. Of equally many slices, steps of one slice learn more than steps of 16: the codebooks move
@@ -116,19 +116,14 @@ def make_settings(given: dict) -> Settings:
     preset, resume, weights = (given.pop(name, "") for name in ("preset", "resume", "weights"))
     start, checkpoint = PRESETS[preset or "report"], None
     if resume:
-        check_may_change(given | ({"preset": preset} if preset else {}), resume)
-        checkpoint = runtime.load_checkpoint(resume, Autoencoder.kind)
-        # All of them, or it is refused: one that is gone since then would be lost in silence.
-        with runtime.reading(resume, checkpoint["revision"]):
-            start = {}
-            for name in ("train", "model", "loss"):
-                start |= vars(CONFIGS[name](**checkpoint[f"{name}_config"]))
-        study = StudyInfo.from_checkpoint(checkpoint, resume)
-        start |= {"out": str(Path(resume).parent), **study_flags(study, resume, given)}
+        flags = given | ({"preset": preset} if preset else {})
+        saved = {name: CONFIGS[name] for name in ("train", "model", "loss")}
+        checkpoint, start = settings_to_resume(resume, flags, Autoencoder.kind, saved)
+        start |= study_flags(StudyInfo.from_checkpoint(checkpoint, resume), resume, given)
     elif weights:
         trained = load_model(weights)
         start = vars(trained.model.config) | study_flags(trained.study, weights, given) | start
-    values = start | by_epochs(given) | given
+    values = start | other_lengths(given) | given
     configs = {name: runtime.fill(config, values) for name, config in CONFIGS.items()}
     return Settings(**configs, weights=weights, checkpoint=checkpoint)
 
@@ -204,9 +199,10 @@ class Autoencoder(Stage):
             self.masks = {
                 name: self.splits[name].masks_on(self.device, self.held[name]) for name in self.held
             }
-        self.mirror = self.splits["train"].mirror
-        if self.mirror.note and self.loss.flip:
-            print(f"{self.splits['train'].study}: {self.mirror.note}")
+        train = self.splits["train"]
+        # To find out which labels have a side takes a look at a thousand masks: only if it matters.
+        if self.loss.flip and train.mirror.note:
+            print(f"{train.study}: {train.mirror.note}")
         runtime.seed_everything(config.seed)
         self.model = VQVAE2(replace(settings.model, labels=len(labels)))
         if settings.weights:
@@ -250,9 +246,10 @@ class Autoencoder(Stage):
         x = self.images[split](indices).to(memory_format=torch.channels_last)
         masks = self.masks[split](indices) if self.model.config.labels else None
         if self.loss.flip and self.model.training:
+            mirror = self.splits["train"].mirror
             mirrored = self.mirrored[indices.to(self.device, non_blocking=True)]
-            x = self.mirror.images(x, mirrored)
-            masks = masks if masks is None else self.mirror.masks(masks, mirrored)
+            x = mirror.images(x, mirrored)
+            masks = masks if masks is None else mirror.masks(masks, mirrored)
         return self.losses_of(x, masks)
 
     def losses_of(self, x: Tensor, masks: Tensor | None) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from new_slices.code_maps import MOST_VARIANTS, Variants, extract_codes
 from new_slices.prior import Prior, PriorConfig
 from support import results_page, runtime
 from support.runtime import UserError, check_number, option
-from support.trainer import Stage, TrainConfig, by_epochs, check_may_change, fit
+from support.trainer import Stage, TrainConfig, fit, other_lengths, settings_to_resume
 from train import STEPS
 
 # The bottom prior, whose codes are details of what the top places, needs fewer slices.
@@ -51,7 +51,7 @@ class CodesConfig:
     forget: float = option(
         0.1, "share of training slices whose position is hidden from the priors, and of layouts"
     )
-    bottom_every: int = option(1, "train the bottom prior on every n-th slice of a batch")
+    bottom_every: int = option(1, "train the bottom prior on one in n slices of a batch")
 
     def __post_init__(self) -> None:
         check_number("bottom_every", self.bottom_every, least=1)
@@ -96,17 +96,12 @@ def make_settings(given: dict) -> Settings:
     preset, resume = given.pop("preset", ""), given.pop("resume", "")
     start, checkpoint = PRESETS[preset or "best"], None
     if resume:
-        check_may_change(given | ({"preset": preset} if preset else {}), resume)
-        checkpoint = runtime.load_checkpoint(resume, CodePriors.kind)
-        # All of them, or it is refused: one that is gone since then would be lost in silence.
-        with runtime.reading(resume, checkpoint["revision"]):
-            start = {}
-            for key, name in (("train", "train"), ("codes", "codes"), ("model", "prior")):
-                start |= vars(CONFIGS[name](**checkpoint[f"{key}_config"]))
+        flags = given | ({"preset": preset} if preset else {})
+        saved = {"train": TrainConfig, "codes": CodesConfig, "model": PriorConfig}
+        checkpoint, start = settings_to_resume(resume, flags, CodePriors.kind, saved)
         # A checkpoint names the autoencoder, not its folder: people share checkpoints.
-        folder = Path(resume).parent
-        start |= {"out": str(folder), "checkpoint": str(folder / start["checkpoint"])}
-    values = start | by_epochs(given) | given
+        start["checkpoint"] = str(Path(resume).parent / start["checkpoint"])
+    values = start | other_lengths(given) | given
     configs = {name: runtime.fill(config, values) for name, config in CONFIGS.items()}
     return Settings(**configs, checkpoint=checkpoint)
 

@@ -49,6 +49,14 @@ MOVED, BENT, BLURRED = 0.7, 0.7, 0.7  # cells, standard deviations
 MOVES = [(row, column) for row in (0, -2, 2, -4, 4) for column in (0, -2, 2)]  # cells
 
 
+def classes(labels: int) -> int:
+    """How many classes the layouts of a study with so many labels have.
+
+    This number itself fills the layout of a slice whose organs are unknown.
+    """
+    return max(labels, 1) + REGIONS
+
+
 # ---- the layouts of slices -----------------------------------------------------------------------
 
 
@@ -102,7 +110,7 @@ def layouts_of(
     One more than the last class fills the layout of a slice without a mask in a study that has
     masks: which organs it shows is unknown.
     """
-    shape, unknown = tissue.shape[1:], max(labels, 1) + REGIONS
+    shape, unknown = tissue.shape[1:], classes(labels)
     organs = np.zeros(tissue.shape, int) if masks is None else middles(masks, shape).long().numpy()
     found = [compose(*pair, levels, labels) for pair in zip(tissue, organs, strict=True)]
     return np.where(organs == NO_MASK, unknown, np.stack(found))
@@ -163,7 +171,7 @@ class Composer:
     """
 
     def __init__(self, layouts, tissue, positions, patients, levels, labels) -> None:
-        known = (layouts < max(labels, 1) + REGIONS).all((1, 2))
+        known = (layouts < classes(labels)).all((1, 2))
         self.organs = np.where(layouts < labels, layouts, 0)[known]
         self.tissue, self.positions = tissue[known].astype(np.float64), positions[known]
         self.patients, self.levels, self.labels = patients[known], levels, labels

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from new_slices.layouts import REGIONS
+from new_slices.layouts import classes
 from support.runtime import UserError, check_number, option
 
 EXPAND = 2  # hidden channels of an MLP over its own
@@ -53,7 +53,7 @@ class PriorConfig:
     @property
     def classes(self) -> int:
         """How many classes layouts have; this number itself stands for an unknown one."""
-        return max(self.labels, 1) + REGIONS
+        return classes(self.labels)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -19,7 +19,7 @@ slices have that fault cannot be told.
     kernel distance    KID to training slices in the features of picture_features.py
     plausible          share of slices whose organs occur together in at least 1 % of the training
                        slices near their position, each organ with an area, centre, pieces, holes,
-                       solidity and left-right asymmetry within the central 98 % of theirs; a small
+                       solidity, asymmetry and roughness within the central 98 % of theirs; a small
                        U-Net, trained on training slices, finds the organs in all of them
     area, centre       Wasserstein distances to training slices at the same positions, means over
                        organs: as a share of the organ's mean area, and in pixels
@@ -195,7 +195,7 @@ def make_rows(inputs: Inputs, rng: np.random.Generator) -> dict[str, Row]:
     splits, samples, position = inputs.splits, inputs.samples, inputs.position
     train, validate = splits["train"], splits["validate"]
     real = {name: rng.permutation(near(splits[name], position)) for name in ("validate", "test")}
-    # one n, because Fréchet distances fall with it
+    # Of one size, so that all rows have the same standard errors.
     n = min(MOST_PER_ROW, len(samples.images), *map(len, real.values()))
     chosen, tested = real["validate"][:n], real["test"][:n]
     positions = validate.positions[chosen]

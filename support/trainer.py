@@ -90,19 +90,34 @@ class TrainConfig:
         return f"{self.slices} slices" if self.slices else f"{self.epochs} epochs"
 
 
-def by_epochs(given: dict) -> dict:
-    """What `given` flags take out of a preset: with --epochs or --minutes, its number of slices."""
+def other_lengths(given: dict) -> dict:
+    """What --epochs or --slices among the flags `given` take out of a preset: its other lengths.
+
+    --minutes takes nothing out: where it is not 0, it comes before both.
+    """
     other = {name: 0 for name in ("slices", "minutes") if name not in given}
     return other if given.keys() & {"epochs", "slices"} else {}
 
 
-def check_may_change(given: dict, resume: str) -> None:
-    """UserError where the flags `given` beside --resume would make the run another one."""
+def settings_to_resume(
+    resume: str, given: dict, kind: str, configs: dict[str, type]
+) -> tuple[dict, dict]:
+    """The checkpoint `resume` of a `kind`, and all settings that its run goes on with.
+
+    `configs` are the dataclasses of the checkpoint's "<name>_config". UserError where the flags
+    `given` beside --resume would make the run another one.
+    """
     if changed := [runtime.flag(name) for name in given if name not in MAY_CHANGE]:
         raise UserError(
             f"{', '.join(changed)}: a run that goes on keeps the settings of {resume}. Fix: leave "
             "it out, or start a new run."
         )
+    checkpoint, settings = runtime.load_checkpoint(resume, kind), {}
+    # All of them, or it is refused: one that is gone since then would be lost in silence.
+    with runtime.reading(resume, checkpoint["revision"]):
+        for name, config in configs.items():
+            settings |= vars(config(**checkpoint[f"{name}_config"]))
+    return checkpoint, settings | {"out": str(Path(resume).parent)}
 
 
 def shareable(config: TrainConfig) -> dict:

@@ -3,6 +3,7 @@ them.
 """
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from support import nifti
 
@@ -31,8 +31,7 @@ def pytest_configure(config) -> None:
         os.environ["FAST_BF16"] = answer
         folder = str(Path(__file__).parent / "forced")
         os.environ["PYTHONPATH"] = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
-        capabilities = torch.cpu.get_capabilities() | {"amx_bf16": answer == "yes"}
-        torch.cpu.get_capabilities = lambda: capabilities
+        runpy.run_path(f"{folder}/sitecustomize.py")
 
 
 @pytest.fixture(scope="session", autouse=True)

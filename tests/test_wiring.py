@@ -159,7 +159,7 @@ def test_a_mirrored_slice_trains_on_its_own_mask(organs_study, tmp_path):
         loss=train.LossConfig(flip=True),
     )
     stage, given = train.Autoencoder(settings), []
-    stage.mirror = Mirror(partners=((1, 2),))
+    stage.splits["train"].mirror = Mirror(partners=((1, 2),))
     stage.losses_of = lambda x, masks: given.extend([x, masks])
     stage.mirrored[:] = torch.arange(14) % 2 == 1
     stage.model.train()
