@@ -3,19 +3,29 @@
     python -m benchmarks.utility Results/generated --data phantom_slices_data --steps 300
     python -m benchmarks.utility Results/generated --data DIR --patients 4 8 16 --below 100
 
-One network and one recipe (new_slices/organs.py) learn from the study's slices, from the generated
-slices alone, and from both; with --patients also from the slices of a few of the study's patients,
-with and without the generated ones. Every network takes the same number of steps. In a mixture half
-of each batch is of the study. The generated folder must hold masks, as generate.py writes them for
-a study that has masks.
+One network and one recipe (new_slices/organs.py) learn from the study's slices; from the same
+slices, shifted, turned, stretched, bent and shaded at random; from the generated slices alone; and
+from altered and generated ones together, half of each batch. With --patients the first, the second
+and the last are also of a few of the study's patients. Every network takes the same number of
+steps. The generated folder must hold masks, as generate.py writes them for a study with masks.
+
+Two questions need two studies. *Release*: what are samples worth to someone who may not see the
+patients? The models learnt from all patients, and --patients are few of them. *Augment*: what do
+they add for someone who has but a few? Then the models, too, learnt from these alone:
+
+    python -m benchmarks.few_patients --data DIR --patients 4 --out few
+    python train.py --data few --preset best; python train_prior.py; python generate.py --n 256
+    python -m benchmarks.utility Results/generated --data few
 
 Prints and writes to --out the mean Dice over organs and test patients, with 95 % intervals over
-patients, and each organ's. With --below, patients numbered below that are one set and the rest
-another. Every network learns and is tested within one set. A generated slice is used for a set that
-has all its organs, one without organs for both.
+patients, each organ's, and the gain by generated slices over altered ones, paired by patient. With
+--below, patients numbered below that are one set and the rest another. Every network learns and is
+tested within one set. A generated slice is used for a set that has all its organs, one without
+organs for both.
 """
 
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +36,11 @@ from torch import Tensor
 from benchmarks.per_set import study_sets
 from dataset import NO_MASK, DataConfig, SliceDataset, open_study, parse_name, read_slice, z_score
 from new_slices import organs
+from new_slices.code_maps import Variants
 from support import metrics, nifti, runtime
 from support.runtime import UserError
+
+WAYS = 100  # in which a slice is altered
 
 
 class Pairs(NamedTuple):
@@ -70,6 +83,19 @@ def read_generated(folder: Path, labels: tuple[int, ...]) -> tuple[Tensor, Tenso
         images.append((pixels - mean) / std)
         masks.append(np.searchsorted(labels, values).astype(np.uint8))
     return torch.from_numpy(np.stack(images))[:, None], torch.from_numpy(np.stack(masks))
+
+
+def altered(split: SliceDataset, chosen: np.ndarray) -> Pairs:
+    """Plain augmentation: the slices `chosen`, each time altered in another of a hundred ways."""
+    variants, turn = Variants(2 + WAYS, len(split), split.mirror), count()
+
+    def take(indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        own = torch.from_numpy(chosen[indices])
+        variant = 2 + next(turn) % WAYS  # Variants 0 and 1 are the slice and its mirror image.
+        images = variants.images(split.images(own), variant, own)
+        return images, variants.masks(split.masks(own), variant, own)
+
+    return Pairs(take, len(chosen))
 
 
 def mixture(study: Pairs, synthetic: Pairs) -> Pairs:
@@ -151,14 +177,14 @@ def compare(
     device, labels = runtime.pick_device(args.device), train.labels
     runs: dict[str, list[np.ndarray]] = {}
     for seed in range(args.seeds):
-        study = pairs_of(train, slices["train"])
-        kinds = {"study": study, "generated alone": synthetic}
-        kinds["study and generated"] = mixture(study, synthetic)
-        for count in args.patients:
-            # every seed draws other patients
-            few = pairs_of(train, few_patients(train, slices["train"], count, seed))
-            kinds[f"{count} patients"] = few
-            kinds[f"{count} patients and generated"] = mixture(few, synthetic)
+        kinds = {"generated alone": synthetic}
+        few = {
+            f"{n} patients": few_patients(train, slices["train"], n, seed) for n in args.patients
+        }
+        for name, chosen in ({"study": slices["train"]} | few).items():
+            kinds[name] = pairs_of(train, chosen)
+            kinds[f"{name}, altered"] = altered(train, chosen)
+            kinds[f"{name}, altered, and generated"] = mixture(altered(train, chosen), synthetic)
         for kind, pairs in kinds.items():
             net = organs.train_segmenter(
                 pairs.take,
@@ -171,7 +197,27 @@ def compare(
             )
             patients, dice = score(net, test, slices["test"])
             runs.setdefault(kind, []).append(dice)
-    return {kind: summarise(dice, patients, labels) for kind, dice in runs.items()}
+    rows = {kind: summarise(dice, patients, labels) for kind, dice in runs.items()}
+    for kind, dice in runs.items():
+        if kind.endswith(", and generated"):
+            rows[kind]["gain"] = gain(dice, runs[kind.removesuffix(", and generated")], patients)
+    return rows
+
+
+def interval(row: dict) -> str:
+    return "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
+
+
+def gain(dice: list[np.ndarray], without: list[np.ndarray], patients: np.ndarray) -> dict:
+    """The mean difference of Dice (P, organs) of the same patients and seeds, with its interval.
+
+    The interval is over patients and seeds: every seed's difference of a patient is a value.
+    """
+    differences = np.nanmean(np.stack(dice) - np.stack(without), 2)  # (seeds, P)
+    groups = np.broadcast_to(patients, differences.shape)
+    known = ~np.isnan(differences)
+    low, high = metrics.bootstrap_interval(differences[known], groups[known])
+    return {"mean": float(differences[known].mean()), "low": low, "high": high}
 
 
 def main() -> None:
@@ -206,9 +252,11 @@ def main() -> None:
         result["sets"][name] = {"test_patients": people, "generated": len(own), "rows": rows}
         print(f"\n{name}: Dice on {len(tested)} slices of {people} people, {len(own)} generated")
         for kind, row in rows.items():
-            interval = "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
             by_organ = "  ".join(f"{organ} {value:.3f}" for organ, value in row["organs"].items())
-            print(f"  {kind:<36}{row['dice']:.3f}{interval}  {by_organ}")
+            found = f"{row['dice']:.3f}{interval(row)}"
+            if "gain" in row:
+                found += f"  gain {row['gain']['mean']:+.3f}{interval(row['gain'])}"
+            print(f"  {kind:<40}{found}  {by_organ}")
     result["data"] = {"study": train.study.resolve().name, "fingerprint": train.fingerprint}
     runtime.write_json(args.out, result | {"provenance": runtime.provenance()})
     print(f"wrote {args.out}")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import features, utility
+from benchmarks import features, few_patients, utility
 from dataset import DataConfig, open_study
 from new_slices import organs, sample_report
 from new_slices.picture_features import picture_features
@@ -123,6 +123,37 @@ def test_a_summary_by_hand():
     assert found["low"] <= found["dice"] <= found["high"]
 
 
+def test_the_gain_by_generated_slices_is_paired_by_patient_and_seed():
+    with_samples = [np.array([[0.5, np.nan], [0.7, 0.9]]), np.array([[0.7, 0.8], [0.7, 0.9]])]
+    without = [np.array([[0.4, np.nan], [0.7, 0.8]]), np.array([[0.4, 0.7], [0.9, 0.9]])]
+    found = utility.gain(with_samples, without, np.array([1, 2]))
+    assert found["mean"] == pytest.approx((0.1 + 0.05 + 0.2 - 0.1) / 4)
+    assert found["low"] == pytest.approx((0.05 - 0.1) / 2) and found["high"] == pytest.approx(0.15)
+
+
+def test_an_altered_slice_takes_its_mask_along(folders):
+    train = open_study(DataConfig(data=str(folders / "study"), height=64, width=32))["train"]
+    chosen = np.array([3, 5, 7])
+    pairs = utility.altered(train, chosen)
+    (images, masks), (again, _) = pairs.take(np.array([0, 2])), pairs.take(np.array([0, 2]))
+    assert not images.equal(again) and not images.equal(train.images(chosen[[0, 2]]))
+    for image, mask in zip(images[:, 0], masks, strict=True):  # the organ is the bright disc
+        assert image[mask == 1].mean() > 1 > -0.2 > image[mask == 0].mean()
+
+
+def test_a_study_of_few_patients_keeps_the_others_out_of_training_alone(
+    folders, tmp_path, monkeypatch
+):
+    out = tmp_path / "few"
+    flags = ["--data", folders / "study", "--patients", 1, "--below", 100, "--out", out]
+    monkeypatch.setattr(sys, "argv", ["few_patients.py", *map(str, flags)])
+    few_patients.main()
+    splits = open_study(DataConfig(data=str(out), height=64, width=32))
+    people = {name: {each.patient for each in split.names} for name, split in splits.items()}
+    assert len(people["train"]) == 1 and people["train"] < {4, 5} and people["test"] == {40, 41}
+    assert len(splits["train"]) == 6 and splits["train"].has_mask.all()
+
+
 def test_utility_of_slices_as_good_as_real(folders, tmp_path, monkeypatch, capsys):
     """Both sets are tested apart, and a network that saw one real patient is among the rows."""
     arguments = [
@@ -154,8 +185,10 @@ def test_utility_of_slices_as_good_as_real(folders, tmp_path, monkeypatch, capsy
         "patients >= 100": 1,
     }
     for of in sets.values():
-        few = {"1 patients", "1 patients and generated"}
-        assert of["rows"].keys() == {"study", "generated alone", "study and generated"} | few
+        kinds = {"generated alone"}
+        for name in ("study", "1 patients"):
+            kinds |= {name, f"{name}, altered", f"{name}, altered, and generated"}
+        assert of["rows"].keys() == kinds
         assert of["rows"]["generated alone"]["dice"] > 0.7 and of["rows"]["study"]["dice"] > 0.7
     assert "generated alone" in capsys.readouterr().out
 
