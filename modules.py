@@ -1,14 +1,15 @@
-"""The VQ-VAE-2: a two-level encoder, a vector quantiser and a decoder; `load_model` opens a trained
-one. No loss, no printing.
+"""The VQ-VAE-2: encoder, vector quantiser, decoder; `load_model` opens a trained one.
 
 Razavi, van den Oord & Vinyals 2019, "Generating Diverse High-Fidelity Images with VQ-VAE-2" (arXiv
 1906.00446); the quantiser is van den Oord, Vinyals & Kavukcuoglu 2017, "Neural Discrete
 Representation Learning" (arXiv 1711.00937), with the EMA codebook of its appendix A.1.
 
-    x (B, 1, H, W) --> bottom encoder --> h_bottom (B, C, H/4, W/4)
-    h_bottom       --> top encoder    --> h_top    (B, C, H/8, W/8) --> quantise --> top codes
+    x (B, 1, H, W) --> bottom encoder --> h_bottom (B, C, 2h, 2w)
+    h_bottom       --> top encoder    --> h_top    (B, D, h, w) --> quantise --> top codes
     h_bottom, decoded top             --> quantise --> bottom codes
     decoded top, bottom codes         --> decoder  --> reconstruction (B, 1, H, W)
+
+Here h = H / 2S and w = W / 2S for a stride of S pixels: 4, or 8 at the preset `low-rate`.
 """
 
 import math
@@ -27,8 +28,9 @@ from support.runtime import UserError, check_number, option, rank, sum_over_rank
 
 @dataclass(frozen=True)
 class VQVAE2Config:
-    """The shape of the network. By default a 256x128 slice has 2048 + 512 codes of 9 bits, 0.703
-    bits per pixel.
+    """The shape of the network.
+
+    By default a 256x128 slice has 2048 + 512 codes of 9 bits, 0.703 bits per pixel.
     """
 
     K: int = option(512, "codes in each codebook")
@@ -53,9 +55,8 @@ class VQVAE2Config:
         "lambda, the price of a bit as a share of the codebook's variance; above 0 the codes take "
         "fewer bits",
     )
-    labels: int = (
-        0  # classes of the masks that the decoder predicts too, 0 for none; the study sets it
-    )
+    # Classes of the masks that the decoder predicts too, 0 for none. The study sets it.
+    labels: int = 0
 
     def __post_init__(self) -> None:
         check_number("K", self.K, least=1, most=2**16)  # code maps are stored in 16 bits
@@ -80,9 +81,7 @@ class VQVAE2Config:
         return (bottom[0] // 2, bottom[1] // 2), bottom
 
     def bits_per_pixel(self, height: int, width: int) -> float:
-        """The nominal rate: log2(K) bits for every code of both levels, divided by the number of
-        pixels.
-        """
+        """The nominal rate: log2(K) bits for every code of both levels, over the pixels."""
         codes = sum(h * w for h, w in self.code_shapes(height, width))
         return codes * math.log2(self.K) / (height * width)
 
@@ -90,7 +89,7 @@ class VQVAE2Config:
 class Quantised(NamedTuple):
     """What the quantiser returns for one level."""
 
-    # (B, D, h, w): the nearest codes; their gradient goes straight to the encoder's output
+    # (B, D, h, w): the nearest codes. Their gradient goes straight to the encoder's output.
     vectors: Tensor
     codes: Tensor  # (B, h, w) int64 in [0, K)
     commitment: Tensor  # (): mean squared distance between the encoder's output and its codes
@@ -103,14 +102,12 @@ class Output(NamedTuple):
     top: Quantised
     bottom: Quantised
     mask_logits: Tensor | None = None  # (B, labels, H, W); None for a model without masks
-    layout_logits: Tensor | None = (
-        None  # (B, labels, H/4, W/4), by the top codes alone; None likewise
-    )
+    # (B, labels, 2h, 2w): a mask as coarse as the bottom codes, by the top codes; None likewise.
+    coarse_mask_logits: Tensor | None = None
 
 
 class VectorQuantiser(nn.Module):
-    """Nearest-code quantiser with an EMA codebook (van den Oord et al. 2017, section 3.1 and
-    appendix A.1).
+    """Nearest-code quantiser with an EMA codebook (van den Oord et al. 2017, 3.1 and A.1).
 
     The codebook starts from the first training batch. A code whose moving count falls below
     `revive` times the mean restarts at a vector of the current batch, and so do its moving
@@ -120,8 +117,7 @@ class VectorQuantiser(nn.Module):
     the one a single process would learn from their joined batch.
     """
 
-    # rows of the distance matrix, (rows, K) floats, that a CPU holds at once; a GPU holds 32 times
-    # more
+    # Rows of the distance matrix (rows, K) that a CPU holds at once. A GPU holds 32 times more.
     chunk = 4096
 
     def __init__(
@@ -134,13 +130,8 @@ class VectorQuantiser(nn.Module):
         epsilon: float = 1e-5,
     ):
         super().__init__()
-        self.K, self.decay, self.revive, self.bit_weight, self.epsilon = (
-            K,
-            decay,
-            revive,
-            bit_weight,
-            epsilon,
-        )
+        self.K, self.decay, self.revive = K, decay, revive
+        self.bit_weight, self.epsilon = bit_weight, epsilon
         self.register_buffer("codebook", torch.randn(K, D))  # e
         self.register_buffer("ema_count", torch.ones(K))  # N
         self.register_buffer("ema_sum", self.codebook.clone())  # m
@@ -150,8 +141,7 @@ class VectorQuantiser(nn.Module):
     def forward(self, z: Tensor) -> Quantised:
         """z (B, D, h, w), the encoder's output z_e(x) -> the nearest code at every position."""
         B, D, h, w = z.shape
-        # float32 even under autocast: bfloat16 distances tie, and bfloat16 moving averages stop
-        # moving
+        # In float32 even under autocast: bfloat16 distances tie, and its moving averages stop.
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             flat = z.permute(0, 2, 3, 1).reshape(-1, D)  # (B, D, h, w) -> (B*h*w, D)
@@ -181,14 +171,9 @@ class VectorQuantiser(nn.Module):
             p = self.ema_count / self.ema_count.sum()
             variance = p @ (self.codebook - p @ self.codebook).square().sum(1)
             costs = costs - self.bit_weight * variance * p.clamp_min(1e-9).log2()
-        # min, not argmin: half the CPU time
         rows = self.chunk if flat.device.type == "cpu" else 32 * self.chunk
-        return torch.cat(
-            [
-                torch.addmm(costs, part, self.codebook.T, alpha=-2).min(1)[1]
-                for part in flat.split(rows)
-            ]
-        )
+        parts = (torch.addmm(costs, x, self.codebook.T, alpha=-2) for x in flat.split(rows))
+        return torch.cat([part.min(1)[1] for part in parts])  # argmin takes twice as long on a CPU
 
     def vectors(self, codes: Tensor) -> Tensor:
         """codes (B, h, w) int64 in [0, K) -> their codebook vectors (B, D, h, w)."""
@@ -206,15 +191,14 @@ class VectorQuantiser(nn.Module):
     @torch.no_grad()
     def update(self, flat: Tensor, codes: Tensor) -> None:
         """The moving averages of appendix A.1, then the revival of dead codes."""
-        # not bincount, which would sync the GPU
-        count = flat.new_zeros(self.K).scatter_add_(
-            0, codes, torch.ones_like(codes, dtype=flat.dtype)
-        )
+        # Not bincount, for which a GPU would have to be waited for.
+        ones = torch.ones_like(codes, dtype=flat.dtype)
+        count = flat.new_zeros(self.K).scatter_add_(0, codes, ones)
         total = torch.zeros_like(self.codebook).index_add_(0, codes, flat)
         replacements = self.random_vectors(flat)
         sum_over_ranks(count, total, replacements)
-        # gamma starts low and rises: at first the codebook must follow an encoder whose scale still
-        # changes
+        # Gamma rises from a low start: at first the scale of the encoder's output still changes,
+        # and the codebook must follow it.
         weight = (9 / (10 + self.updates)).clamp_min(1 - self.decay)  # 1 - gamma
         self.updates += 1
         self.ema_count.lerp_(count, weight)  # N <- gamma N + (1 - gamma) n
@@ -224,7 +208,7 @@ class VectorQuantiser(nn.Module):
         dead = self.ema_count < self.revive * mean
         self.ema_count.copy_(torch.where(dead, mean, self.ema_count))
         self.ema_sum.copy_(torch.where(dead[:, None], replacements * mean, self.ema_sum))
-        # Laplace smoothing: no count is 0, and the counts still add up to N
+        # Laplace smoothing: no count is 0, and the counts still add up to N.
         smoothed = (self.ema_count + self.epsilon) / (used + self.K * self.epsilon) * used
         self.codebook.copy_(self.ema_sum / smoothed[:, None])
 
@@ -250,9 +234,7 @@ class VectorQuantiser(nn.Module):
 
 
 class Pointwise(nn.Conv2d):
-    """A 1x1 convolution computed as a matrix product, which is faster than `Conv2d` for a few
-    slices on a CPU.
-    """
+    """A 1x1 convolution as a matrix product: faster than `Conv2d` for a few slices on a CPU."""
 
     def __init__(self, channels: int, out: int):
         super().__init__(channels, out, 1)
@@ -276,18 +258,15 @@ class ToPixels(nn.ConvTranspose2d):
         h, w = x.shape[2:]
         x = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, C, h, w) -> (B, h*w, C)
         windows = F.linear(x, self.weight.flatten(1).T)  # -> (B, h*w, window)
-        size = (h * self.stride[0], w * self.stride[0])
-        x = F.fold(
-            windows.float().mT, size, self.kernel_size, padding=self.padding, stride=self.stride
-        )
+        size, window = (h * self.stride[0], w * self.stride[0]), self.kernel_size
+        x = F.fold(windows.float().mT, size, window, padding=self.padding, stride=self.stride)
         return x + self.bias  # (B, 1, stride * h, stride * w)
 
 
 class ResidualBlock(nn.Module):
     """x + W2 silu(W1 silu(x)): a 3x3 convolution to fewer channels, then a 1x1 convolution back.
 
-    SiLU instead of the paper's ReLU: with ReLU most units of the top encoder's block died within
-    5,000 steps.
+    SiLU instead of the paper's ReLU, with which most of the top encoder died within 5,000 steps.
     """
 
     def __init__(self, channels: int, hidden: int, dilation: int = 1):
@@ -324,7 +303,7 @@ class MaskHead(nn.Module):
         )
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """vectors (B, inputs, H/4, W/4) -> logits (B, labels, H, W) float32."""
+        """vectors (B, inputs, 2h, 2w) -> logits (B, labels, H, W) float32."""
         near = self.near(vectors)
         return self.last(near + self.wide(near)).float()
 
@@ -340,8 +319,8 @@ class VQVAE2(nn.Module):
         def blocks(n: int, channels: int) -> list[nn.Module]:
             return [ResidualBlock(channels, config.residual_channels) for _ in range(n)]
 
-        # space to depth, then 3x3: sees what a 12x12 convolution of stride 4 would, at a fraction
-        # of the cost
+        # Space to depth, then 3x3: at a stride of 4 this sees what a 12x12 convolution would, at a
+        # fraction of its cost.
         self.encoder_bottom = nn.Sequential(
             nn.PixelUnshuffle(S),
             nn.Conv2d(S**2, C, 3, padding=1),
@@ -351,10 +330,9 @@ class VQVAE2(nn.Module):
         self.encoder_top = nn.Sequential(
             nn.Conv2d(C, T, 2, stride=2), *blocks(config.top_blocks, T), nn.SiLU(), Pointwise(T, D)
         )
-        self.quantiser_top = VectorQuantiser(
-            config.K, D, config.ema_decay, config.revive, config.bit_weight
-        )
-        # brings the top codes to the bottom level's resolution
+        quantiser = config.K, D, config.ema_decay, config.revive, config.bit_weight
+        self.quantiser_top = VectorQuantiser(*quantiser)
+        # Brings the top codes to the bottom level's resolution.
         self.decoder_top = nn.Sequential(
             Pointwise(D, T),
             *blocks(config.top_blocks, T),
@@ -362,59 +340,50 @@ class VQVAE2(nn.Module):
             nn.ConvTranspose2d(T, C, 2, stride=2),
         )
         self.to_bottom = Pointwise(2 * C, D)
-        self.quantiser_bottom = VectorQuantiser(
-            config.K, D, config.ema_decay, config.revive, config.bit_weight
-        )
-        # brings both levels to pixels; windows twice as wide as the stride overlap and leave no
-        # seams
+        self.quantiser_bottom = VectorQuantiser(*quantiser)
+        # Brings both levels to pixels. Windows twice as wide as the stride leave no seams.
         self.decoder = nn.Sequential(
             Pointwise(C + D, C), *blocks(config.decoder_blocks, C), nn.SiLU(), ToPixels(C, S)
         )
-        # the encoder sees no mask, so whatever this draws is in the codes
+        # The encoder sees no mask, so whatever this draws is in the codes.
         self.mask_head = MaskHead(C + D, config.labels, S) if config.labels else None
-        # for the loss alone: each top code has to tell which organs lie in its place, as its prior
-        # is told a layout
+        # For the loss alone: each top code has to tell which organs lie in its place, so that a
+        # prior can follow the layouts that it is told. Checkpoints know it by this older name.
         self.layout_head = Pointwise(D, 4 * config.labels) if config.labels else None
 
     def forward(self, x: Tensor) -> Output:
-        """x (B, 1, H, W), z-scored -> its reconstruction, the codes of both levels and the mask
-        they hold.
+        """x (B, 1, H, W), z-scored -> its reconstruction, its codes and the mask that they hold.
 
-        Raises:
-            UserError: H or W is not a multiple of twice the stride.
+        UserError where H or W is not a multiple of twice the stride.
         """
         top, bottom, decoded_top = self.quantise(x)
         image, mask_logits = self.decode(decoded_top, bottom.vectors)
         if self.layout_head is None:
             return Output(image, top, bottom)
-        layout_logits = F.pixel_shuffle(self.layout_head(top.vectors), 2).float()
-        return Output(image, top, bottom, mask_logits, layout_logits)
+        coarse = F.pixel_shuffle(self.layout_head(top.vectors), 2).float()  # (B, labels, 2h, 2w)
+        return Output(image, top, bottom, mask_logits, coarse)
 
     def quantise(self, x: Tensor) -> tuple[Quantised, Quantised, Tensor]:
-        """x (B, 1, H, W) -> top level, bottom level, decoded top (B, C, H/4, W/4).
+        """x (B, 1, H, W) -> top level, bottom level, decoded top (B, C, 2h, 2w).
 
-        Razavi et al. 2019, algorithm 1: the bottom level sees the decoded top and adds what it
-        lacks.
+        Razavi et al. 2019, algorithm 1: the bottom level sees the decoded top, adds what it lacks.
         """
         if x.ndim != 4 or x.shape[1] != 1:
             raise ValueError(f"slices of shape {tuple(x.shape)}; expected (B, 1, height, width)")
         self.config.code_shapes(*x.shape[2:])
-        h_bottom = self.encoder_bottom(x)  # (B, 1, H, W) -> (B, C, H/4, W/4)
-        top = self.quantiser_top(self.encoder_top(h_bottom))  # -> (B, D, H/8, W/8)
-        decoded_top = self.decoder_top(top.vectors)  # -> (B, C, H/4, W/4)
+        h_bottom = self.encoder_bottom(x)  # (B, 1, H, W) -> (B, C, 2h, 2w)
+        top = self.quantiser_top(self.encoder_top(h_bottom))  # -> (B, D, h, w)
+        decoded_top = self.decoder_top(top.vectors)  # -> (B, C, 2h, 2w)
         bottom = self.quantiser_bottom(self.to_bottom(torch.cat([h_bottom, decoded_top], 1)))
         return top, bottom, decoded_top
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, 1, H, W), z-scored -> codes int64 in [0, K): top (B, H/8, W/8), bottom (B, H/4,
-        W/4).
-        """
+        """x (B, 1, H, W), z-scored -> codes int64 in [0, K): top (B, h, w), bottom (B, 2h, 2w)."""
         top, bottom, _ = self.quantise(x)
         return top.codes, bottom.codes
 
     def decode(self, decoded_top: Tensor, bottom: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Decoded top (B, C, H/4, W/4) and bottom vectors (B, D, H/4, W/4) -> slices and logits of
-        their masks.
+        """Decoded top (B, C, 2h, 2w), bottom vectors (B, D, 2h, 2w) -> slices, logits of masks.
 
         Slices are (B, 1, H, W) float32, logits (B, labels, H, W) float32 or None.
         """
@@ -425,20 +394,16 @@ class VQVAE2(nn.Module):
     def decode_with_masks(self, top: Tensor, bottom: Tensor) -> tuple[Tensor, Tensor | None]:
         """Codes int64 in [0, K), top (B, h, w) and bottom (B, 2h, 2w) -> what `decode` gives.
 
-        Raises:
-            ValueError: the maps do not have these shapes.
+        ValueError for maps of other shapes.
         """
         if top.ndim != 3 or bottom.shape != (len(top), 2 * top.shape[1], 2 * top.shape[2]):
-            raise ValueError(
-                f"codes of {tuple(top.shape)} and {tuple(bottom.shape)}; "
-                "expected (B, h, w) and (B, 2h, 2w)"
-            )
-        return self.decode(
-            self.decoder_top(self.quantiser_top.vectors(top)), self.quantiser_bottom.vectors(bottom)
-        )
+            shapes = f"codes of {tuple(top.shape)} and {tuple(bottom.shape)}"
+            raise ValueError(f"{shapes}; expected (B, h, w) and (B, 2h, 2w)")
+        decoded_top = self.decoder_top(self.quantiser_top.vectors(top))
+        return self.decode(decoded_top, self.quantiser_bottom.vectors(bottom))
 
     def decode_codes(self, top: Tensor, bottom: Tensor) -> Tensor:
-        """`decode_with_masks` without the masks: slices (B, 1, 8h, 8w)."""
+        """`decode_with_masks` without the masks: slices (B, 1, H, W)."""
         return self.decode_with_masks(top, bottom)[0]
 
 

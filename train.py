@@ -28,10 +28,9 @@ from support import metrics, results_page, runtime
 from support.runtime import UserError, check_number, option
 from support.trainer import Stage, TrainConfig, fit, other_lengths, settings_to_resume
 
-# A preset is what differs from the report's hyperparameters, the defaults. Flags given beside it
-# win. Of equally many slices, steps of one slice learn more than steps of 16: the codebooks move
-# with every step.
-STEPS = {
+# How both stages are trained in every preset but `report`. Of equally many slices, steps of one
+# slice learn more than steps of 16: the codebooks move with every step.
+SHARED_RECIPE = {
     "batch_size": 1,
     "optimiser": "muon",
     "lr": 1.5e-3,
@@ -40,8 +39,10 @@ STEPS = {
     "weight_decay": 0.01,
     "clip": 1.0,
 }
-RECIPE = STEPS | {"mse": 0.0, "l1": 0.2, "ssim": 1.0, "flip": True}
+RECIPE = SHARED_RECIPE | {"mse": 0.0, "l1": 0.2, "ssim": 1.0, "flip": True}
 WIDER = {"channels": 96, "top_channels": 192, "residual_channels": 48}
+# A preset is what differs from the defaults, which are the report's hyperparameters. Flags given
+# beside it win.
 PRESETS = {
     "report": {},
     "quick": RECIPE | {"slices": 2_000, "lr": 3e-3},
@@ -64,19 +65,16 @@ class LossConfig:
     mse: float = option(1.0, "weight of the mean squared error in the reconstruction term")
     l1: float = option(0.0, "weight of the mean absolute error in the reconstruction term")
     ssim: float = option(0.0, "weight of 1 - SSIM in the reconstruction term")
-    mask_weight: float = option(0.02, "weight of the losses of masks and layouts")
+    mask_weight: float = option(0.02, "weight of the losses of masks, fine and coarse")
     flip: bool = option(
-        False,
-        "mirror each slice left-right with probability 1/2, and exchange left and right labels",
+        False, "mirror slices left-right with probability 1/2, and exchange left and right labels"
     )
 
     def __post_init__(self) -> None:
         for name in ("beta", "mse", "l1", "ssim", "mask_weight"):
             check_number(name, getattr(self, name), least=0)
         if self.mse + self.l1 + self.ssim == 0:
-            raise UserError(
-                "--mse, --l1 and --ssim are all 0; expected at least one reconstruction term"
-            )
+            raise UserError("--mse, --l1 and --ssim are all 0; expected at least one of them above")
 
 
 @dataclass(frozen=True)
@@ -129,9 +127,7 @@ def make_settings(given: dict) -> Settings:
 
 
 def study_flags(study: StudyInfo, path: str, given: dict) -> dict:
-    """The flags that open the study of a checkpoint as its training did, unless `given` names
-    another.
-    """
+    """The flags that open a checkpoint's study as its training did, or the one that is `given`."""
     data = given.get("data") or find_trained_study(study, path, given.get("cache", ""))
     return {"data": data, **{name: getattr(study, name) for name in KEPT}}
 
@@ -142,7 +138,7 @@ def losses(
     """Every loss of a batch as a scalar; "loss" is minimised, in the report's words
 
         loss = reconstruction + codebook + beta * commitment
-               [+ mask_weight * (cross-entropy + Dice loss + layout)].
+               [+ mask_weight * (cross-entropy + Dice loss + both of the coarse mask)].
 
     The codebook term ||sg[z_e] - e||^2 has no entry: the moving averages of
     `VectorQuantiser.update` minimise it (van den Oord et al. 2017, appendix A.1). Losses of weight
@@ -152,21 +148,21 @@ def losses(
     terms = {
         "mse": F.mse_loss(y, x),
         "l1": F.l1_loss(y, x),
-        "ssim": 1 - metrics.ssim(x, y).mean(),
+        "ssim_loss": 1 - metrics.ssim(x, y).mean(),
         "commitment_top": output.top.commitment,
         "commitment_bottom": output.bottom.commitment,
     }
-    reconstruction = (
-        config.mse * terms["mse"] + config.l1 * terms["l1"] + config.ssim * terms["ssim"]
-    )
+    reconstruction = config.mse * terms["mse"] + config.l1 * terms["l1"]
+    reconstruction = reconstruction + config.ssim * terms["ssim_loss"]
     loss = reconstruction + config.beta * (terms["commitment_top"] + terms["commitment_bottom"])
     if masks is not None:
-        terms |= mask_losses(output.mask_logits, masks)
-        layout = mask_losses(output.layout_logits, middles(masks, output.layout_logits.shape[2:]))
-        terms["layout"] = layout["mask_cross_entropy"] + layout["mask_dice"]
-        loss = loss + config.mask_weight * (
-            terms["mask_cross_entropy"] + terms["mask_dice"] + terms["layout"]
+        fine, coarse = output.mask_logits, output.coarse_mask_logits
+        of_masks = mask_losses(fine, masks)
+        of_masks["coarse_mask_loss"] = sum(
+            mask_losses(coarse, middles(masks, coarse.shape[2:])).values()
         )
+        loss = loss + config.mask_weight * sum(of_masks.values())
+        terms |= of_masks
     return {"loss": loss, "reconstruction": reconstruction, **terms}
 
 
@@ -174,7 +170,7 @@ class Autoencoder(Stage):
     """Stage one: reconstructs z-scored slices, and counts the codes of both levels."""
 
     kind, command = "vqvae2", "python train.py"
-    loss_names = ("loss", "reconstruction", "mse", "l1", "ssim")
+    loss_names = ("loss", "reconstruction", "mse", "l1", "ssim_loss")
     loss_names += ("commitment_top", "commitment_bottom")
     # What is reported; the commitment rises while the codebook learns to be used.
     best_by = "reconstruction"
@@ -188,14 +184,14 @@ class Autoencoder(Stage):
         settings.model.code_shapes(*size)  # a UserError for a grid that the network cannot halve
         if min(size) < 16:
             raise UserError(f"a grid of {size[0]}x{size[1]}; expected 16 or more of each to score")
-        # a split that a GPU holds takes indices there: they are copied once
+        # A split that a GPU holds takes indices there: they are copied once.
         self.held = {name: self.splits[name].fits_on(self.device) for name in ("train", "validate")}
         self.images = {
             name: self.splits[name].on(self.device, held) for name, held in self.held.items()
         }
         labels = self.splits["train"].labels
         if labels:
-            self.loss_names += ("mask_cross_entropy", "mask_dice", "layout")
+            self.loss_names += ("mask_cross_entropy", "mask_dice_loss", "coarse_mask_loss")
             self.masks = {
                 name: self.splits[name].masks_on(self.device, self.held[name]) for name in self.held
             }
@@ -218,9 +214,7 @@ class Autoencoder(Stage):
         self.mirrored = torch.zeros(len(self.splits["train"]), dtype=torch.bool, device=self.device)
 
     def start_from(self, path: str) -> None:
-        """Take the weights and codebooks of another autoencoder; only its --bit-weight may
-        differ.
-        """
+        """Take the weights and codebooks of another autoencoder, of any --bit-weight."""
         start = load_model(path).model
         model = self.model.config
         if replace(start.config, bit_weight=model.bit_weight) != model:
@@ -304,7 +298,7 @@ class Autoencoder(Stage):
         known = [dice for dice in record["dice"]["validate"].values() if dice is not None]
         dice = f"mask Dice {sum(known) / len(known):.3f}, " if known else ""
         return (
-            f"SSIM {1 - record['validate']['ssim']:.4f}, {dice}"
+            f"SSIM {1 - record['validate']['ssim_loss']:.4f}, {dice}"
             f"codes used {used['top']} top {used['bottom']} bottom"
         )
 

@@ -24,10 +24,10 @@ from new_slices.prior import Prior, PriorConfig
 from support import results_page, runtime
 from support.runtime import UserError, check_number, option
 from support.trainer import Stage, TrainConfig, fit, other_lengths, settings_to_resume
-from train import STEPS
+from train import SHARED_RECIPE
 
 # The bottom prior, whose codes are details of what the top places, needs fewer slices.
-RECIPE = STEPS | {
+RECIPE = SHARED_RECIPE | {
     "batch_size": 4,
     "bottom_every": 4,
     "lr": 2e-3,

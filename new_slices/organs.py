@@ -102,7 +102,7 @@ def mask_losses(logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
     truth = torch.zeros_like(p).scatter_(1, target.unsqueeze(1), 1) * known
     both, either = (p * truth).sum((0, 2, 3)), (p + truth).sum((0, 2, 3))
     dice = (2 * both[1:] + 1) / (either[1:] + 1)
-    return {"mask_cross_entropy": cross_entropy, "mask_dice": 1 - dice.mean()}
+    return {"mask_cross_entropy": cross_entropy, "mask_dice_loss": 1 - dice.mean()}
 
 
 def train_segmenter(

@@ -95,7 +95,7 @@ def test_every_parameter_learns():
     model, x = VQVAE2(replace(SMALL, labels=3)), torch.randn(4, 1, 32, 16)
     output = model(x)
     commitment = output.top.commitment + output.bottom.commitment
-    of_masks = output.mask_logits.square().mean() + output.layout_logits.square().mean()
+    of_masks = output.mask_logits.square().mean() + output.coarse_mask_logits.square().mean()
     (F.mse_loss(output.reconstruction, x) + 0.25 * commitment + of_masks).backward()
     still = [
         name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0

@@ -441,25 +441,23 @@ def test_mask_losses_against_a_sum_over_pixels():
                 nll.append(-np.log(p @ truth))
                 both, either = both + p * truth, either + p + truth
     assert found["mask_cross_entropy"].item() == pytest.approx(np.mean(nll), rel=1e-5)
-    assert found["mask_dice"].item() == pytest.approx(
+    assert found["mask_dice_loss"].item() == pytest.approx(
         1 - np.mean(((2 * both + 1) / (either + 1))[1:]), rel=1e-5
     )
 
 
-def test_the_masks_terms_are_of_the_mask_and_of_the_layout():
+def test_the_masks_terms_are_of_the_mask_and_of_the_coarse_one():
     generator = torch.Generator().manual_seed(0)
     masks = torch.randint(3, (2, 16, 8), generator=generator, dtype=torch.uint8)
     x, mask_logits = torch.randn(2, 1, 16, 8), torch.randn(2, 3, 16, 8)
-    of_layout = (
-        20
-        * torch.nn.functional.one_hot(middles(masks, (4, 2)).long(), 3).permute(0, 3, 1, 2).float()
-    )
+    one_hot = torch.nn.functional.one_hot(middles(masks, (4, 2)).long(), 3)
+    right = 20 * one_hot.permute(0, 3, 1, 2).float()
     none, config = output_of(torch.randn(2, 1, 16, 8)), train.LossConfig(mask_weight=0.3)
-    for layout_logits in (of_layout, of_layout.flip(1)):
-        output = none._replace(mask_logits=mask_logits, layout_logits=layout_logits)
+    for coarse in (right, right.flip(1)):
+        output = none._replace(mask_logits=mask_logits, coarse_mask_logits=coarse)
         terms = train.losses(x, output, config, masks)
-        assert (terms["layout"] < 0.05) == (layout_logits is of_layout)
-        of_masks = terms["mask_cross_entropy"] + terms["mask_dice"] + terms["layout"]
+        assert (terms["coarse_mask_loss"] < 0.05) == (coarse is right)
+        of_masks = sum(terms[name] for name in terms if "mask" in name)
         added = terms["loss"] - train.losses(x, none, config)["loss"]
         assert added.item() == pytest.approx(0.3 * of_masks.item(), rel=1e-4)
 
