@@ -82,6 +82,9 @@ class Scan:
         self.notes: list[str] = []
         self.image = (read_png if path.lower().endswith(".png") else nifti.read)(path)
         self.raw = self.image.raw
+        if self.image.disputed:
+            self.notes.append("have an sform and a qform that turn them differently (the sform "
+                              "was taken, so look at left and right)")  # fmt: skip
         values = nifti.finite(self.image.values())
         # A slice is a volume of one plane, and what has more axes than three is several volumes.
         volumes = values.reshape(*(*values.shape, 1, 1)[:3], -1)

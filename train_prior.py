@@ -123,7 +123,10 @@ class CodePriors(Stage):
             self.splits = open_trained_study(trained.study, settings.data, codes.checkpoint)
         self.study = StudyInfo.from_splits(self.splits)
         size = trained.study.height, trained.study.width
-        self.pixels = math.prod(size)
+        # Bits are counted per pixel of the slices' own files, as predict.py does.
+        self.pixels = {
+            name: float(split.shapes.prod(1).mean()) for name, split in self.splits.items()
+        }
         with runtime.first_of_node():
             file = Path(config.out) / "codes.npz"
             maps = extract_codes(model, self.splits, codes.copies, self.sha256, file)
@@ -192,7 +195,7 @@ class CodePriors(Stage):
             "loss": nats_slice / (codes_top + codes_bottom),
             "nats_top": nats_top,
             "nats_bottom": nats_bottom,
-            "bits_per_pixel": nats_slice / (math.log(2) * self.pixels),
+            "bits_per_pixel": nats_slice / (math.log(2) * self.pixels[split]),
         }
 
     def describe(self, record: dict) -> str:

@@ -178,12 +178,15 @@ def likelihood(
 
 
 def score_likelihood(inputs: Inputs, rng: np.random.Generator) -> dict:
-    height, width = inputs.splits["train"].pixels.shape[1:]
-    report = {"nominal_bits_per_pixel": inputs.model.config.bits_per_pixel(height, width)}
+    """By split, the `likelihood` of its slices, per pixel of their own files."""
+    height, width = inputs.splits["test"].pixels.shape[1:]
+    bits = inputs.model.config.bits_per_pixel(height, width) * height * width
+    report = {"nominal_bits_per_pixel": bits / inputs.splits["test"].shapes.prod(1).mean()}
     for name, split in inputs.splits.items():
         chosen = np.sort(rng.permutation(len(split))[:MOST_RATED])
         maps, positions = inputs.codes_of(name, chosen), split.positions[chosen]
-        report[name] = likelihood(inputs.prior, maps, positions, height * width, inputs.seed)
+        pixels = split.shapes[chosen].prod(1).mean()
+        report[name] = likelihood(inputs.prior, maps, positions, pixels, inputs.seed)
     return report
 
 

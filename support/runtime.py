@@ -8,6 +8,7 @@ import argparse
 import atexit
 import dataclasses
 import difflib
+import errno
 import hashlib
 import io
 import json
@@ -43,6 +44,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # How long a rank waits for the slowest thing that another one does alone.
 PATIENCE = timedelta(minutes=30)
 TEMPORARY = ".part-"  # how the names of temporary folders begin
+# Of a write to a pipe whose reader has gone, as of `| head`: Windows calls it an invalid argument.
+NOBODY_READS = {errno.EPIPE, errno.EINVAL} if os.name == "nt" else {errno.EPIPE}
 # What PyTorch says, as a plain RuntimeError, where the CPU's memory does not suffice.
 NO_MEMORY = (
     "t allocate memory",
@@ -62,7 +65,8 @@ class UserError(ValueError):
 def run_cli(main: Callable[[], None]) -> None:
     """Run a script's `main`; what the user can fix becomes one message on stderr and exit code 2.
 
-    Every other exception is a bug of ours: it keeps its traceback, and exit code 1.
+    A command whose output nobody reads any more ends without a word. Every other exception is a bug
+    of ours: it keeps its traceback, and exit code 1.
     """
     set_up_process()
     try:
@@ -71,6 +75,11 @@ def run_cli(main: Callable[[], None]) -> None:
         print("interrupted", file=sys.stderr)
         leave(130)  # what a shell reports for a process that Ctrl-C ended
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NOBODY_READS:
+            # Python would try once more on its way out, and complain.
+            for stream in (sys.stdout, sys.stderr):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            leave(141)  # what a shell reports for a process that its closed pipe ended
         if (message := user_message(error)) is None:
             raise
         print(f"error{f' of rank {rank()}' if world() > 1 else ''}: {message}", file=sys.stderr)

@@ -211,6 +211,22 @@ def test_likelihood_is_that_of_the_prior_by_hand(made, trained):
     assert likelihood["nominal_bits_per_pixel"] == 160 * 4 / (64 * 32)
 
 
+def test_the_likelihood_is_per_pixel_of_the_slices_own_files(trained, tmp_path, monkeypatch):
+    """As if files of 48x20 had been padded to the grid of 64x32."""
+    _, model, prior, splits = trained
+    codes = code_maps.extract_codes(model, splits, 2, "", tmp_path / "codes.npz")
+    inputs = sample_report.Inputs(model, prior, splits, codes, None, None, None)
+    whole = sample_report.score_likelihood(inputs, np.random.default_rng(0))
+    for split in splits.values():
+        monkeypatch.setattr(split, "shapes", np.full((len(split), 2), (48, 20)))
+    own = sample_report.score_likelihood(inputs, np.random.default_rng(0))
+    grid, file = 64 * 32, 48 * 20
+    assert own["nominal_bits_per_pixel"] == whole["nominal_bits_per_pixel"] * grid / file
+    for name in splits:
+        for key in ("bits_per_pixel", "standard_error"):
+            assert own[name][key] == pytest.approx(whole[name][key] * grid / file)
+
+
 @pytest.mark.parametrize(
     "split, mirrored", [("train", False), ("train", True), ("validate", False)]
 )
@@ -338,6 +354,15 @@ def test_a_position_is_asked_of_the_prior_and_of_the_real_slices(trained, tmp_pa
     assert json.loads((tmp_path / "manifest.json").read_text())["positions"] == [None, None]
     with pytest.raises(ValueError, match="tell no positions"):
         generate.generate(config(trained, tmp_path, n=2, position=0.5))
+
+
+def test_samples_of_a_position_stand_beside_test_slices_near_it(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_report, "FEWEST", 2)
+    test = trained[3]["test"]
+    for position in (0.0, 1.0):
+        twins, asked = generate.choose_twins(config(trained, tmp_path, position=position), test)
+        assert set(twins) == set(np.abs(test.positions - position).argsort(kind="stable")[:2])
+        assert (asked == position).all()
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,20 @@ def test_the_plane_of_the_model_is_told_and_another_is_said(study, tmp_path, cap
     assert "1 files are coronal, and the model has learnt axial slices" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("turn, said", [((-1, -1, 1), True), ((1, 1, 1), False)])
+def test_two_affines_that_turn_a_scan_differently_are_said(
+    checkpoint, tmp_path, capsys, turn, said
+):
+    pixels, affine = landmark(shape=(64, 32, 12))
+    image = nibabel.Nifti1Image(pixels, None)
+    image.set_sform(affine, 1)
+    image.set_qform(affine @ np.diag([*turn, 1]), 1)
+    nibabel.save(image, tmp_path / "scan.nii.gz")
+    row = use(checkpoint, [tmp_path / "scan.nii.gz"], tmp_path / "out")["files"]["scan.nii.gz"]
+    line = "1 files have an sform and a qform that turn them differently"
+    assert (line in capsys.readouterr().out) is bool(row["notes"]) is said
+
+
 @pytest.mark.usefixtures("identity")
 @pytest.mark.parametrize("shape", [(60, 32, 1, 8), (60, 1, 32, 8), (1, 60, 32), (60, 32, 5)])
 @pytest.mark.parametrize("oriented", [True, False])

@@ -223,6 +223,30 @@ def test_a_line_reaches_a_file_when_it_is_printed(tmp_path):
         process.wait()
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_a_command_whose_reader_has_gone_ends_without_a_word(both):
+    """As of `python train.py | head -1`, and of `2>&1 | head -1`."""
+    code = """
+import sys, time
+from support import runtime
+
+def main():
+    for _ in range(1000):
+        print("said")
+        print("said", file=sys.stderr)
+        time.sleep(0.01)
+
+runtime.run_cli(main)
+"""
+    stderr = subprocess.STDOUT if both else subprocess.PIPE
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, cwd=ROOT)
+    assert process.stdout.readline().strip() == b"said"
+    process.stdout.close()
+    errors = b"" if both else process.stderr.read()
+    assert process.wait(timeout=60) == 141 and set(errors.split()) <= {b"said"}
+
+
 def test_a_temporary_folder_is_ours_alone_and_goes(tmp_path):
     with runtime.atomic_path(tmp_path / "a.txt") as part:
         assert part.parent.stat().st_mode & 0o777 == 0o700

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
+from test_predict import study_of, write_checkpoint
 from test_train import assert_same, fit
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -237,6 +238,21 @@ def test_validation_repeats_and_agrees_with_the_likelihood(autoencoder, tmp_path
     assert logged["bits_per_pixel"] == pytest.approx(bits, rel=0.03)  # other masks
     again = fit_prior(autoencoder, tmp_path / "again")
     assert runtime.load_checkpoint(again, "prior")["history"][-1]["validate"] == logged
+
+
+def test_bits_are_per_pixel_of_the_slices_own_files(study, tmp_path):
+    """Slices of 48x20 lie in a grid of 64x32, whose padding counts nowhere."""
+    folder = study_of(study, tmp_path / "keras_slices_data", (48, 20))
+    codes = train_prior.CodesConfig(
+        checkpoint=str(write_checkpoint(tmp_path / "vqvae2_best.pth", folder, "pad"))
+    )
+    config = trainer.TrainConfig(out=str(tmp_path), device="cpu")
+    stage = train_prior.CodePriors(train_prior.Settings(codes=codes, prior=TINY, train=config))
+    stage.model.eval()
+    losses = stage.batch_losses("validate", torch.arange(5))
+    nats = 32 * losses["nats_top"] + 128 * losses["nats_bottom"]
+    expected = nats.item() / math.log(2) / (48 * 20)
+    assert losses["bits_per_pixel"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_bottom_prior_can_learn_from_fewer_slices_than_the_top(autoencoder, tmp_path):
