@@ -162,6 +162,15 @@ def test_changes_smoothly_by_slice_and_a_little_by_week():
         assert 0.99 > by_slice > by_week > others.max()
 
 
+def test_every_slice_has_noise_of_its_own():
+    """By patient, week and number."""
+    noises = []
+    for patient, week, number in ((4, 0, 20), (5, 0, 20), (4, 1, 20), (4, 0, 21)):
+        clean, noisy, _ = Man(0, patient, week).cut(number)
+        noises.append((noisy - clean)[100:150, 40:90].ravel())
+    assert np.abs(np.corrcoef(noises) - np.eye(4)).max() < 0.1
+
+
 def test_noise_leaves_room_for_a_model():
     slices = [
         Man(0, patient, 0).cut(number)[:2] for patient in PATIENTS for number in (5, 20, 40, 55)

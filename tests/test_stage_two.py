@@ -85,6 +85,13 @@ def test_variants_are_altered_as_their_numbers_say(autoencoder):
         and (altered.std((1, 2, 3)) - 1).abs().max() < 1e-2
     )
     assert variants.images(x[3:5], 2, indices[3:5]).equal(altered[3:5])  # whatever the batch
+    # pure shading: a smooth factor whose logarithm is SHADE times the field
+    variants.fields[:, :, :2], variants.numbers[2] = 0, torch.tensor([0.0, 1, 0, 0, 0, 0, 0])
+    field = Variants.smooth(x, variants.fields[2, indices, 2:])
+    shaded = (x - x.amin((2, 3), keepdim=True)) * torch.exp(code_maps.SHADE * field)
+    shaded = (shaded - shaded.mean((2, 3), keepdim=True)) / shaded.std((2, 3), keepdim=True)
+    assert (shaded - x).abs().max() > 0.3 and 0.5 < field.std() < 1.5
+    assert variants.images(x, 2, indices).numpy() == pytest.approx(shaded.numpy(), abs=2e-3)
     # one pure shift: the content moves by whole pixels
     variants.fields.zero_()
     variants.numbers[2] = torch.tensor([0, 1, 0.5, -0.25, 0, 0, 0])
@@ -238,6 +245,17 @@ def test_validation_repeats_and_agrees_with_the_likelihood(autoencoder, tmp_path
     assert logged["bits_per_pixel"] == pytest.approx(bits, rel=0.03)  # other masks
     again = fit_prior(autoencoder, tmp_path / "again")
     assert runtime.load_checkpoint(again, "prior")["history"][-1]["validate"] == logged
+
+
+def test_each_level_starts_from_its_own_codebook(autoencoder, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(Prior, "start_from", lambda self, *books: given.extend(books))
+    codes = train_prior.CodesConfig(checkpoint=str(autoencoder))
+    config = trainer.TrainConfig(out=str(tmp_path), device="cpu")
+    train_prior.CodePriors(train_prior.Settings(codes=codes, prior=TINY, train=config))
+    model = load_model(autoencoder).model
+    top, bottom = model.quantiser_top.codebook, model.quantiser_bottom.codebook
+    assert given[0].equal(top) and given[1].equal(bottom) and not top.equal(bottom)
 
 
 def test_bits_are_per_pixel_of_the_slices_own_files(study, tmp_path):

@@ -242,8 +242,7 @@ def test_validation_is_float32_whatever_the_machine_is_fast_at(make, monkeypatch
     assert set(seen) == {(True, trained), (False, torch.float32)}
 
 
-@pytest.mark.parametrize("seen_before", [0, 9])
-def test_a_run_by_slices_sees_just_so_many(make, monkeypatch, seen_before):
+def test_a_run_by_slices_sees_just_so_many(make, monkeypatch):
     """14 slices an epoch: 23 end within the second one, in a batch that is cut short."""
     run, seen, rates = make(slices=23, schedule="cosine"), [], []
     step = trainer.Trainer.train_step
@@ -259,6 +258,16 @@ def test_a_run_by_slices_sees_just_so_many(make, monkeypatch, seen_before):
     assert [len(batch) for batch in seen] == [4, 4, 4, 2, 4, 4, 1]
     shares = [0, 4, 8, 12, 14, 18, 22]
     assert rates == pytest.approx([trainer.learning_rate(run.config, n / 23) for n in shares])
+
+
+@pytest.mark.parametrize("epoch, seen, left", [(0, 9, 5), (1, 4, 5), (1, 9, 0)])
+def test_a_run_by_slices_that_goes_on_sees_the_rest(make, epoch, seen, left):
+    """Of 23 slices, 14 an epoch; the rest of an epoch are those that it had not seen."""
+    run = make(slices=23)
+    run.progress.epoch = epoch
+    order = run.start_epoch()
+    run.progress.seen = seen
+    assert run.start_epoch().equal(order[seen:]) and len(order[seen:]) == left
 
 
 def test_the_dice_of_the_log_is_that_of_all_validation_slices_together(masked_study, tmp_path):
