@@ -2,6 +2,9 @@
 
     python generate.py                           # 64 slices from the checkpoints in Results/
     python generate.py --n 512 --position 0.5    # where the prostate tends to lie
+    python generate.py --layout MY_MASKS         # of your own masks, a NIfTI slice or a folder
+    python generate.py --layouts-only            # new masks alone, in seconds
+    python generate.py --nnunet Dataset501_New   # for nnU-Net too: nnUNet_raw=Results/generated
     # Less varied, if the priors trained for only minutes:
     python generate.py --top-temperature 0.2 --bottom-temperature 0.2
 
@@ -14,7 +17,8 @@ beside what held-out slices and worthless ones score. Not for diagnosis.
 
 import dataclasses
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,17 +26,29 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import SIZE, DataConfig, SliceDataset, StudyInfo, open_trained_study
+from dataset import (
+    SIZE,
+    DataConfig,
+    Placement,
+    SliceDataset,
+    StudyInfo,
+    find_nifti,
+    open_trained_study,
+    raise_bad,
+    read_labels,
+    read_slice,
+)
 from modules import VQVAE2, load_model
 from new_slices.code_maps import NUMBERS, Samples, Variants, decode, extract_codes
-from new_slices.layouts import Composer
-from new_slices.organs import segmenter_of
+from new_slices.layouts import REGIONS, Composer, likely, middles
+from new_slices.organs import dice_by_patient, likeliest, nearest_positions, segmenter_of
 from new_slices.prior import BOTTOM_SAMPLING, TOP_SAMPLING, Prior, PriorConfig, Sampling
-from new_slices.sample_report import Inputs, appraise, near, print_report
+from new_slices.sample_report import Inputs, appraise, near, plain, print_report
 from support import figures, nifti, results_page, runtime
 from support.runtime import UserError, check_number, check_seed, option
 
 SHOWN = 32  # samples in grid.png
+NEED_MASKS = ("layout", "layouts_only")  # flags
 PAIRS = 8  # of the nearest pairs, of samples and of test slices
 SEED_STEP = 1_000_003  # between the samples of one --seed and of the next
 DESCRIPTION = "synthetic, sampled from VQ-VAE-2 priors, not a patient"
@@ -45,7 +61,7 @@ OURS = (
     "grid.png",
     "overview.png",
 )
-OURS += ("report.json", "realism.png", "anatomy.png", "copying.png", "nearest.png")
+OURS += ("layouts.png", "report.json", "realism.png", "anatomy.png", "copying.png", "nearest.png")
 
 
 @dataclass(frozen=True)
@@ -75,6 +91,10 @@ class GenerateConfig:
         TOP_SAMPLING.guidance,
         "0: a layout changes the top codes' logits as learnt; 1: twice as much, and so on",
     )
+    layout: str = option(
+        "", "masks of your own, a NIfTI slice or a folder of them, taken in turn: organs lie there"
+    )
+    layouts_only: bool = option(False, "write new masks and layouts.png, and sample no slices")
     seed: int = option(0, "seed of the samples")
     checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder, as train.py wrote it")
     prior: str = option(
@@ -150,24 +170,75 @@ def open_splits(
     return splits
 
 
+def check_masks(config: GenerateConfig, prior: Prior, train: SliceDataset) -> None:
+    """UserError where a flag needs masks, and the priors or the study have none."""
+    asked = [name for name in NEED_MASKS if getattr(config, name)]
+    if asked and not 0 < prior.config.labels == len(train.labels):
+        raise UserError(
+            f"{runtime.flag(asked[0])}: {config.prior} learnt {max(prior.config.labels - 1, 0)} "
+            f"organs and {train.study} shows {max(len(train.labels) - 1, 0)}; expected the same, 1 "
+            "or more. Fix: leave the flag out, or train on a study with masks."
+        )
+
+
+# ---- masks of the user's own ----
+
+
+def read_mask(path: str, study: StudyInfo) -> np.ndarray:
+    """A mask in the model's grid, (H, W) uint8 classes: turned by its affine to lie as most
+    training slices do, then placed as they were. UserError for one that cannot be used.
+    """
+    image = read_slice(path)[1]
+    labels = read_labels(image, image.raw.reshape(*image.shape[:2], 1))
+    if image.oriented and study.plane:
+        ends = study.directions + nifti.PLANES[study.plane][2]
+        labels = nifti.turn(labels, nifti.turning(image.affine, ends))
+    if labels.shape[2] > 1:
+        raise UserError(
+            f"it lies in another plane than the training slices, which are {study.plane}"
+        )
+    if unknown := sorted(set(np.unique(labels).tolist()).difference(study.labels)):
+        known = ", ".join(map(str, study.labels))
+        raise UserError(f"labels {', '.join(map(str, unknown))}; the model knows {known}")
+    classes = np.searchsorted(study.labels, labels[..., 0]).astype(np.uint8)
+    size = study.height, study.width
+    return Placement.make(classes.shape, size, study.fit).place(classes, nearest=True)
+
+
+def read_masks(source: str, study: StudyInfo, n: int) -> np.ndarray:
+    """The masks in a file or folder by name, over and over: (n, H, W); see `read_mask`."""
+    folder = os.path.isdir(source)
+    paths = [entry.path for entry in find_nifti(source, [])] if folder else [source]
+    if not paths or not os.path.exists(source):
+        raise FileNotFoundError(f"{source}: no NIfTI files there. Fix: check --layout.")
+    masks, bad = [], {}
+    for path in paths:
+        try:
+            masks.append(read_mask(path, study))
+        except (UserError, OSError) as error:
+            bad[path] = str(error)
+    if bad:
+        raise_bad(source, bad, len(paths))
+    print(f"{source}: {len(masks)} masks for {n} slices")
+    return np.stack(masks)[np.arange(n) % len(masks)]
+
+
+# ---- layouts and samples ----
+
+
 def seeds_of(config: GenerateConfig) -> list[int]:
     return [config.seed * SEED_STEP + i for i in range(config.n)]
 
 
-def draw_layouts(
-    config: GenerateConfig, prior: Prior, train: SliceDataset, maps: dict, positions: np.ndarray
-) -> np.ndarray | None:
-    """A layout for every sample, at its position: (n, h, w) int64. None where the study has no
-    masks such as the priors learnt.
-    """
+def make_composer(prior: Prior, train: SliceDataset, maps: dict) -> Composer | None:
+    """What draws new layouts. None where the study has no masks such as the priors learnt."""
     labels = prior.config.labels
     if labels and labels != len(train.labels):
         print(f"{train.study}: it has no masks such as the priors learnt: sampling without layouts")
         return None
     patients = np.array([name.patient for name in train.names])
     known = maps["train_layout"][0].astype(np.int64), maps["train_tissue"]
-    composer = Composer(*known, train.positions, patients, maps["levels"], labels)
-    return composer.draw(positions, seeds_of(config))
+    return Composer(*known, train.positions, patients, maps["levels"], labels)
 
 
 def sample(
@@ -218,6 +289,17 @@ def sample(
     )
 
 
+def clear(out: Path) -> None:
+    """Take away an earlier run's files: none of them may pass for one of ours."""
+    earlier = out / "manifest.json"
+    if not earlier.is_file():
+        return
+    if DESCRIPTION not in earlier.read_text(errors="replace"):
+        raise UserError(f"{earlier}: not that of generated slices. Fix: --out, another folder.")
+    for old in (path for pattern in OURS for path in out.glob(pattern)):
+        old.unlink()
+
+
 class Album:
     """What a run leaves in its folder: pictures and NIfTI of every finished slice, and the
     manifest.
@@ -231,6 +313,7 @@ class Album:
         labels: tuple[int, ...],
     ):
         self.out, self.positions = Path(config.out), positions
+        self.seed = config.seed
         train, test = splits["train"], splits["test"]
         shown = test.images(np.linspace(0, len(test) - 1, min(64, len(test))).astype(int)).numpy()
         # black and white
@@ -244,14 +327,6 @@ class Album:
         self.look = {"span": self.span, "note": self.note, "label_values": labels}
         self.look["letters"] = letters.pop() if len(letters) == 1 else ""
         self.labels = np.array(labels, np.min_scalar_type(max(labels, default=0)))
-        earlier = self.out / "manifest.json"
-        if earlier.is_file():  # no file of an earlier run may pass for one of ours
-            if DESCRIPTION not in earlier.read_text(errors="replace"):
-                raise UserError(
-                    f"{earlier}: not that of generated slices. Fix: --out, another folder."
-                )
-            for old in (path for pattern in OURS for path in self.out.glob(pattern)):
-                old.unlink()
         settings = dataclasses.asdict(config)
         settings["position"] = None if math.isnan(config.position) else config.position
         self.manifest = {
@@ -281,17 +356,22 @@ class Album:
     def keep(self, first: int, samples: Samples) -> None:
         for i, image in enumerate(samples.images, first):
             figures.save_slice(self.out / f"{i:04d}.png", image, *self.span)
-            number = round(59 * np.nan_to_num(self.positions[i]))
-            # The patient counts on from the seed: slices of two runs may lie in one folder.
-            patient = 900 + self.manifest["seed"] * SEED_STEP + i
-            name = f"{patient:03d}_week_0_slice_{number}.nii.gz"
             pixels = (image.astype(np.float64) * self.std + self.mean).astype(np.float32)
-            nifti.write(self.out / NIFTI / f"case_{name}", pixels, self.affine, DESCRIPTION)
-            if samples.masks is not None:
-                mask = self.labels[samples.masks[i - first]]
-                nifti.write(self.out / MASKS / f"seg_{name}", mask, self.affine, DESCRIPTION)
+            self.write(f"{NIFTI}/case", i, pixels)
+        self.keep_masks(first, () if samples.masks is None else samples.masks)
         self.manifest["done"] = first + len(samples.images)
         self.write_manifest()
+
+    def keep_masks(self, first: int, masks: Sequence[np.ndarray]) -> None:
+        for i, mask in enumerate(masks, first):
+            self.write(f"{MASKS}/seg", i, self.labels[mask])
+
+    def write(self, kind: str, i: int, pixels: np.ndarray) -> None:
+        """Write slice i, or its mask, as NIfTI."""
+        number = round(59 * np.nan_to_num(self.positions[i]))
+        # The patient counts on from the seed: slices of two runs may lie in one folder.
+        name = f"{kind}_{900 + self.seed * SEED_STEP + i:03d}_week_0_slice_{number}.nii.gz"
+        nifti.write(self.out / name, pixels, self.affine, DESCRIPTION)
 
 
 # ---- pictures, and the run as a whole ----
@@ -325,6 +405,24 @@ def write_grid(album: Album, test: SliceDataset, samples: Samples, twins: np.nda
         "generated, random and unselected": with_masks(at, samples.images[: len(shown)], masks),
     }
     figures.slice_grid(album.out / "grid.png", groups, min(8, len(shown)), **album.look)
+
+
+def write_layouts(
+    album: Album, layouts: np.ndarray, labels: int, size: tuple[int, int]
+) -> np.ndarray:
+    """Draw the first layouts (n, h, w): air black, organs grey, tissue by its class.
+
+    Returns the masks (n, *size) of their organs, uint8 classes.
+    """
+    parts = (likely(part, max(labels, 1), *size) for part in torch.from_numpy(layouts).split(16))
+    masks = np.concatenate([likeliest(part).numpy() for part in parts])
+    organ = (layouts > 0) & (layouts < labels)
+    tissue = np.where(organ, REGIONS / 2, np.maximum(layouts - max(labels, 1) + 1, 0))
+    pixels = np.ones((size[0] // layouts.shape[1], size[1] // layouts.shape[2]))
+    shown = [("", np.kron(each, pixels), mask) for each, mask in zip(tissue, masks, strict=True)]
+    look = album.look | {"span": (0, REGIONS)}
+    figures.slice_grid(album.out / "layouts.png", {"new layouts": shown[:SHOWN]}, 8, **look)
+    return masks
 
 
 def write_pictures(album: Album, inputs: Inputs, report: dict, drawn: dict) -> None:
@@ -395,6 +493,24 @@ def choose_twins(config: GenerateConfig, test: SliceDataset) -> tuple[np.ndarray
     return twins, np.full(config.n, config.position)
 
 
+def plan(
+    config: GenerateConfig, composer: Composer | None, own: np.ndarray | None, test: SliceDataset
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The test slice beside each sample, its position, and its layout (n, h, w) if it has one.
+
+    A mask of the user's `own` (n, H, W) lies where the training slice does whose organs are most
+    like its own, unless a position is asked for.
+    """
+    (twins, positions), drawn = choose_twins(config, test), None
+    if own is not None:
+        drawn = middles(torch.from_numpy(own), composer.organs.shape[1:]).numpy().astype(int)
+        if math.isnan(config.position):
+            positions = composer.positions[[composer.most_alike(each)[0] for each in drawn]]
+            twins = np.array([nearest_positions(each, test.positions)[0] for each in positions])
+    layouts = None if composer is None else composer.draw(positions, seeds_of(config), drawn)
+    return twins, positions, layouts
+
+
 def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     """Sample, write everything to the out folder, and return what report.json holds.
 
@@ -411,33 +527,46 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     """
     study, variants, model, prior = load_models(config)
     splits = open_splits(config, data, study)
-    out, test = runtime.writable_folder(config.out), splits["test"]
-    twins, positions = choose_twins(config, test)
-    album = Album(config, splits, positions, study.labels)
+    out, train, test = runtime.writable_folder(config.out), splits["train"], splits["test"]
+    check_masks(config, prior, train)
+    own = read_masks(config.layout, study, config.n) if config.layout else None
+    clear(out)
     # The slices that were there are gone from the page, even if this run is stopped.
     results_page.write(out)
     # The code maps that the priors were trained on, where they are at hand.
     files = (folder / "codes.npz" for folder in (Path(config.prior).parent, out))
-    maps = extract_codes(model, splits, variants, album.manifest["autoencoder"]["sha256"], *files)
-    layouts = draw_layouts(config, prior, splits["train"], maps, positions)
+    maps = extract_codes(model, splits, variants, runtime.sha256(config.checkpoint), *files)
+    twins, positions, layouts = plan(config, make_composer(prior, train, maps), own, test)
+    album = Album(config, splits, positions, study.labels)
+    if layouts is not None:
+        masks = write_layouts(album, layouts, prior.config.labels, train.pixels.shape[1:])
+    if config.layouts_only:
+        album.keep_masks(0, masks)
+        print(f"wrote {out}/: {config.n} masks in {MASKS}/, layouts.png and manifest.json")
+        return {}
     try:
         samples = sample(config, model, prior, positions, layouts, album.keep)
     except KeyboardInterrupt:
         done = album.manifest["done"]
         print(f"stopped: {done} of {config.n} slices are in {out}/, without grid and report")
         raise
+    if own is not None:
+        dice = dice_by_patient(samples.masks, own, np.zeros(len(own)), len(study.labels))[1][0]
+        found = {f"label_{label}": d for label, d in zip(study.labels[1:], dice, strict=True)}
+        album.manifest["dice_with_your_masks"] = plain(found)
+        print(f"Dice of the new masks with yours, mean over organs: {np.nanmean(dice):.3f}")
     write_grid(album, test, samples, twins)
     segmenter = None
-    if splits["train"].has_mask.any():
+    if train.has_mask.any():
         folders, device = (Path(config.checkpoint).parent, out), runtime.pick_device(config.device)
-        segmenter = segmenter_of(splits["train"], *folders, device=device)
+        segmenter = segmenter_of(train, *folders, device=device)
     asked = {"position": config.position, "seed": config.seed}
     compared = {"positions": positions, "twins": twins, "segmenter": segmenter, **asked}
     report = account(album, Inputs(model, prior, splits, maps, samples, **compared))
     masks = f", masks in {MASKS}/" if samples.masks is not None else ""
     print(f"wrote {out}/: {config.n} slices as NNNN.png and in {NIFTI}/{masks}, grid.png,")
-    print("  overview.png, manifest.json, report.json, realism.png, copying.png and nearest.png;")
-    print(f"  all of it is in {results_page.write(out)}")
+    print("  overview.png, layouts.png, manifest.json, report.json, realism.png, copying.png and")
+    print(f"  nearest.png; all of it is in {results_page.write(out)}")
     return report
 
 

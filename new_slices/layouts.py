@@ -17,6 +17,7 @@ shape-based interpolation, Raya & Udupa 1990). For intensities the weights vary 
 its parts come from different patients, and no patient's slice is like the whole.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -130,6 +131,19 @@ def likely(layouts: Tensor, labels: int, height: int, width: int) -> Tensor:
     ).log()
 
 
+def organ_dice(queries: np.ndarray, slices: np.ndarray, labels: int) -> np.ndarray:
+    """How alike the organs of layouts (N, h, w) and (M, h, w) lie: (N, M), the mean Dice of the
+    organs that either shows; 0 where neither shows any.
+    """
+    total = shown = np.zeros((len(queries), len(slices)))
+    for organ in range(1, labels):
+        a, b = ((x == organ).reshape(len(x), -1).astype(np.float32) for x in (queries, slices))
+        sizes = a.sum(1)[:, None] + b.sum(1)
+        total = total + 2 * (a @ b.T) / np.maximum(sizes, 1)
+        shown = shown + (sizes > 0)
+    return total / np.maximum(shown, 1)
+
+
 # ---- new layouts ---------------------------------------------------------------------------------
 
 
@@ -154,6 +168,12 @@ def random_fields(rng: np.random.Generator, count: int, shape: tuple[int, int]) 
     return np.stack(
         [zoom(each, factors, order=1, grid_mode=True, mode="nearest") for each in knots]
     )
+
+
+def centre(organs: np.ndarray) -> np.ndarray:
+    """The middle of all organs (h, w) together, in cells: (2,); without any, of the layout."""
+    places = np.argwhere(organs > 0)
+    return places.mean(0) if len(places) else (np.array(organs.shape) - 1) / 2
 
 
 def moved(field: np.ndarray, by: np.ndarray) -> np.ndarray:
@@ -181,16 +201,28 @@ class Composer:
         seen = [field[:, 1::2, 1::2] for field in (self.tissue, *organs)]
         self.seen = np.concatenate(seen, 1).reshape(len(self.tissue), -1)  # by which they are alike
 
-    def draw(self, at: Sequence[float], seeds: Sequence[int]) -> np.ndarray:
+    def draw(
+        self, at: Sequence[float], seeds: Sequence[int], drawn: Sequence[np.ndarray] | None = None
+    ) -> np.ndarray:
         """New layouts (n, h, w) int64 at the positions `at` (n,), in [0, 1] or NaN for any, each
         with random numbers of its own seed.
-        """
-        return np.stack([self.draw_one(*each) for each in zip(at, seeds, strict=True)])
 
-    def draw_one(self, position: float, seed: int) -> np.ndarray:
+        `drawn` (n, h, w) are organs of the user's own: tissue is then composed of the slices whose
+        organs are most like them, whatever their position, and moved to where these lie. Where
+        organs of the composed slices stick out, they become tissue of their intensity.
+        """
+        drawn = [None] * len(seeds) if drawn is None else drawn
+        return np.stack([self.draw_one(*each) for each in zip(at, seeds, drawn, strict=True)])
+
+    def draw_one(self, position: float, seed: int, drawn: np.ndarray | None = None) -> np.ndarray:
         """One of them, (h, w)."""
         rng = np.random.default_rng(seed)
-        family = self.family(position, rng)
+        order = (
+            rng.permutation(self.near(position))
+            if drawn is None
+            else self.most_alike(drawn, position)
+        )
+        family = self.family(order)
         shape, count = self.tissue.shape[1:], len(family)
         weights = random_fields(rng, count, shape)
         weights = 1 / count + SPREAD * (weights - weights.mean(0)) / max(count - 1, 1) ** 0.5
@@ -202,28 +234,43 @@ class Composer:
             tissue = tissue + weight * moved(self.tissue[member], move)
             own = signed_distances(self.organs[member], self.labels)
             distances = distances + share * np.stack([moved(each, move) for each in own])
-        # All were moved to the first one's place; the new one's is a mean of their own places.
+        # All were moved to the first one's place; the new one's is a mean of their own places, or
+        # that of the organs which are given.
+        place = whole @ moves if drawn is None else centre(self.organs[family[0]]) - centre(drawn)
         bend = BENT * random_fields(rng, 2, shape) + rng.normal(0, MOVED, (2, 1, 1))
-        source = np.indices(shape) + bend + (whole @ moves)[:, None, None]
+        source = np.indices(shape) + bend + place[:, None, None]
         tissue, *distances = (
             map_coordinates(field, source, order=1, mode="nearest")
             for field in (tissue, *distances)
         )
         tissue = gaussian_filter(tissue, BLURRED, mode="nearest")
-        return compose(tissue, np.stack(distances).argmax(0), self.levels, self.labels)
+        organs = np.stack(distances).argmax(0) if drawn is None else drawn
+        return compose(tissue, organs, self.levels, self.labels)
 
-    def family(self, position: float, rng: np.random.Generator) -> np.ndarray:
-        """A random slice of the nearest tenth in position, and of each of the patients most like it
-        the slice that is: indices (n,), n at most 8.
+    def near(self, position: float) -> np.ndarray:
+        """The nearest tenth in position of all slices, all of them for NaN: indices."""
+        order = nearest_positions(position, self.positions)
+        return order if np.isnan(position) else order[: max(PATIENTS, round(NEARBY * len(order)))]
+
+    def most_alike(self, organs: np.ndarray, position: float = math.nan) -> np.ndarray:
+        """All slices, those first whose organs are most like `organs` (h, w): indices.
+
+        What counts is which organs there are, then their Dice, then the position.
+        """
+        shown = np.isin(np.arange(1, self.labels), organs)
+        others = (self.shown[:, 1:] != shown).sum(1)
+        dice = organ_dice(organs[None], self.organs, self.labels)[0]
+        return np.lexsort((np.abs(self.positions - position), -dice, others))
+
+    def family(self, order: np.ndarray) -> np.ndarray:
+        """The first slice of `order`, and of each of the patients most like it the slice that is:
+        indices (n,), n at most 8.
 
         Only slices with the same organs are alike. A set of organs that less than four patients
-        show is not drawn, unless there is no other.
+        show is passed over, unless there is no other.
         """
-        order = nearest_positions(position, self.positions)
-        if not np.isnan(position):
-            order = order[: max(PATIENTS, round(NEARBY * len(order)))]
         family, enough = np.array([], int), min(FEWEST, len(np.unique(self.patients)))
-        for anchor in rng.permutation(order):
+        for anchor in order:
             alike = np.flatnonzero((self.shown == self.shown[anchor]).all(1))
             apart = np.square(self.seen[alike] - self.seen[anchor]).sum(1)
             nearest = alike[np.argsort(apart, kind="stable")]
@@ -239,9 +286,8 @@ class Composer:
         """By how many cells, (2,), a slice has to be moved for its organs to lie where the anchor's
         do; without organs, to be most like the anchor.
         """
-        ours, theirs = (np.argwhere(self.organs[i] > 0) for i in (index, anchor))
-        if len(ours):
-            return theirs.mean(0) - ours.mean(0)
+        if self.organs[index].any():
+            return centre(self.organs[anchor]) - centre(self.organs[index])
         tissue, other = self.tissue[index], self.tissue[anchor]
         apart = [np.square(np.roll(tissue, by, (0, 1)) - other).sum() for by in MOVES]
         return np.array(MOVES[int(np.argmin(apart))], float)

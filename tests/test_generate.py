@@ -22,7 +22,7 @@ from modules import VQVAE2, VQVAE2Config
 from new_slices import code_maps, organs, sample_report
 from new_slices.layouts import likely
 from new_slices.prior import Prior, PriorConfig, Sampling
-from support import runtime
+from support import nifti, runtime
 
 MODEL = VQVAE2Config(K=16, D=8, channels=16, top_channels=16, residual_channels=8, decoder_blocks=1)
 PRIOR = PriorConfig(
@@ -102,7 +102,7 @@ def no_report(monkeypatch):
 def test_files_are_named_and_say_what_they_are(made, trained):
     out, report = made
     train = trained[3]["train"]
-    names = {"grid", "overview", "copying", "nearest", *(f"{i:04d}" for i in range(5))}
+    names = {"grid", "overview", "layouts", "copying", "nearest", *(f"{i:04d}" for i in range(5))}
     assert {path.stem for path in out.glob("*.png")} - {
         "realism"
     } == names  # tiny: it may see no control
@@ -168,7 +168,7 @@ def test_interrupted_sampling_keeps_what_is_finished(made, trained, tmp_path, mo
         "keras_slices_synthetic",
         "codes.npz",
         "index.html",
-    } == {"0000.png", "0001.png", "manifest.json"}
+    } == {"0000.png", "0001.png", "layouts.png", "manifest.json"}
     assert len(list((tmp_path / "keras_slices_synthetic").iterdir())) == 2
     assert (tmp_path / "0001.png").read_bytes() == (made[0] / "0001.png").read_bytes()
 
@@ -490,3 +490,80 @@ def test_a_measure_without_a_floor_of_held_out_slices_stays_in_the_table(two_org
     report = sample_report.score_realism(inputs, rows, np.random.default_rng(0))
     assert report["rows"][sample_report.SAMPLES] == {"n": 5, "plausible": 0.1, "agreement": 0.9}
     assert report["left_out"] == ["area"] and not report["unseen"]
+
+
+def own_masks(folder):
+    """A user's masks: one as the study's lie, and the same one stored mirrored."""
+    rows, columns = np.mgrid[:64, :32]
+    mask = np.where(np.hypot(rows - 32, columns - 16) < 8 + 3, 5, 0).astype(np.uint8)
+    mask[:8, :8] = 9
+    nifti.write(folder / "a.nii.gz", mask, np.eye(4))
+    mirrored = np.diag([-1.0, 1, 1, 1])
+    mirrored[0, 3] = 63
+    nifti.write(folder / "b.nii.gz", mask[::-1].astype(np.float32), mirrored)
+    return mask
+
+
+def test_layouts_of_the_user_s_own_masks(
+    two_organs, organs_study, tmp_path, monkeypatch, no_report, capsys
+):
+    mask, given = own_masks(tmp_path), []
+    whole = Prior.sample
+
+    def sample(self, positions, *args, layouts, **options):
+        given.append((positions, layouts))
+        return whole(self, positions, *args, layouts=layouts, **options)
+
+    monkeypatch.setattr(Prior, "sample", sample)
+    monkeypatch.setattr(generate, "segmenter_of", lambda *_, **__: None)
+    settings = config(two_organs, tmp_path / "out", n=3, layout=str(tmp_path))
+    generate.generate(settings, DataConfig(data=str(organs_study)))
+    classes = np.searchsorted([0, 5, 9], mask)[2::4, 2::4]
+    layouts = np.concatenate([layouts.numpy() for _, layouts in given])
+    for layout in layouts:  # a, b, and a again: the organs as they are, other tissue elsewhere
+        assert np.array_equal(np.where(layout < 3, layout, 0), classes)
+        assert (layout[classes == 0] >= 3).any()
+    # The training slices with such a mask are the fourth of seven.
+    assert np.concatenate([at for at, _ in given]).tolist() == [0.5] * 3
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert set(manifest["dice_with_your_masks"]) == {"label_5", "label_9"}
+    assert "2 masks for 3 slices" in capsys.readouterr().out
+
+
+def test_a_mask_that_cannot_be_used_is_named_with_its_reason(two_organs, organs_study, tmp_path):
+    mask = own_masks(tmp_path)
+    nifti.write(tmp_path / "c.nii.gz", np.where(mask == 9, 7, mask), np.eye(4))
+    nifti.write(tmp_path / "d.nii.gz", np.stack([mask] * 3, 2), np.eye(4))
+    coronal = np.eye(4)[[0, 2, 1, 3]]
+    nifti.write(tmp_path / "e.nii.gz", mask, coronal)
+    data = DataConfig(data=str(organs_study))
+    with pytest.raises(runtime.UserError, match="3 of 5 files cannot be used") as error:
+        settings = config(two_organs, tmp_path / "out", n=1, layout=str(tmp_path))
+        generate.generate(settings, data)
+    for reason in (
+        "c.nii.gz: labels 7; the model knows 0, 5, 9",
+        "d.nii.gz: an array of 64x32x3 pixels; expected a 2-D slice",
+        "e.nii.gz: it lies in another plane than the training slices, which are axial",
+    ):
+        assert reason in str(error.value)
+    with pytest.raises(FileNotFoundError, match="no NIfTI files there"):
+        generate.generate(config(two_organs, tmp_path / "out", layout="nowhere"), data)
+
+
+def test_layouts_alone_are_masks_and_a_picture(two_organs, organs_study, tmp_path, monkeypatch):
+    monkeypatch.setattr(Prior, "sample", None)  # nothing is sampled
+    data = DataConfig(data=str(organs_study))
+    generate.generate(config(two_organs, tmp_path, n=9, layouts_only=True), data)
+    assert not (tmp_path / generate.NIFTI).exists() and (tmp_path / "layouts.png").is_file()
+    files = sorted((tmp_path / generate.MASKS).iterdir())
+    images = [nibabel.load(file) for file in files]
+    masks = np.stack([np.asarray(image.dataobj) for image in images])
+    assert masks.shape == (9, 64, 32) and set(np.unique(masks)) == {0, 5, 9}
+    assert np.array_equal(images[0].affine, two_organs[3]["train"].affines[0])
+    assert (masks[:, 28:36, 12:20] == 5).mean() > 0.9  # the middle of every disc
+
+
+@pytest.mark.parametrize("flag", [{"layout": "."}, {"layouts_only": True}])
+def test_what_needs_masks_is_refused_without(trained, tmp_path, flag):
+    with pytest.raises(runtime.UserError, match="learnt 0 organs"):
+        generate.generate(config(trained, tmp_path, **flag))

@@ -140,7 +140,7 @@ def test_a_new_layout_is_composed_of_patients_with_the_same_organs():
     composer = layouts.Composer(known, tissue, positions, patients, LEVELS, 3)
     rng = np.random.default_rng(0)
     for position in (0.0, 0.5, math.nan):
-        family = composer.family(position, rng)
+        family = composer.family(rng.permutation(composer.near(position)))
         assert len(family) == layouts.PATIENTS == len(set(patients[family]))
         # nine patients show the first organ, one the second, and the last slice is not used
         assert not np.isin(9, patients[family]) and family.max() < 90
@@ -160,6 +160,38 @@ def test_a_new_layout_is_composed_of_patients_with_the_same_organs():
         rows, columns = np.nonzero(layout == 1)
         centred = disc((len(rows) / math.pi) ** 0.5, rows.mean(), columns.mean())
         assert np.count_nonzero((layout == 1) != centred) < 0.4 * len(rows)
+
+
+def test_organs_alike_by_brute_force():
+    rng = np.random.default_rng(0)
+    few, many = rng.integers(0, 5, (3, 6, 5)), rng.integers(0, 5, (4, 6, 5))
+    few[0], many[0] = np.where(few[0] < 3, 0, few[0]), 0  # an organ that one of two lacks counts
+    found = layouts.organ_dice(few, many, 4)
+    for i, a in enumerate(few):
+        for j, b in enumerate(many):
+            pairs = [(a == organ, b == organ) for organ in (1, 2, 3)]
+            scores = [2 * (x & y).sum() / (x.sum() + y.sum()) for x, y in pairs if (x | y).any()]
+            assert found[i, j] == pytest.approx(np.mean(scores or [0]))
+    assert not layouts.organ_dice(many[:1], many[:1], 4).any()  # no organs, nothing in common
+
+
+def test_tissue_is_composed_around_organs_of_one_s_own():
+    """Slices with the same organs, moved to where these lie; nothing of their own organs stays."""
+    known, tissue, positions, patients = patients_of_discs()
+    tissue = tissue + 1.0 * (known == 1)  # the first organ is bright
+    composer = layouts.Composer(known, tissue, positions, patients, LEVELS, 3)
+    drawn = disc(4, 6, 5)
+    order = composer.most_alike(drawn)
+    assert (known[order[:90]] == 1).any((1, 2)).all() and order[-10:].min() >= 90
+    new = composer.draw([0.5] * 20, range(20), [drawn] * 20)
+    assert np.array_equal(np.where(new < 3, new, 0) == 1, drawn[None].repeat(20, 0) == 1)
+    assert not (new == 2).any()
+    bright, theirs = new > 3 + 3, disc(3, 15, 9) == 1  # where discs of the training slices lie
+    around = (disc(6, 6, 5) == 1) & (drawn == 0)
+    assert bright[:, theirs].mean() < 0.1 < 0.4 < bright[:, around].mean()
+    assert len(np.unique(new.reshape(20, -1), axis=0)) > 1  # other tissue by other seeds
+    bare = composer.draw([0.5], [0], [0 * drawn])
+    assert not ((bare == 1) | (bare == 2)).any()
 
 
 def test_with_one_patient_or_without_masks_there_are_layouts_too():
