@@ -366,6 +366,14 @@ class Album:
         for i, mask in enumerate(masks, first):
             self.write(f"{MASKS}/seg", i, self.labels[mask])
 
+    def compare(self, masks: np.ndarray, own: np.ndarray) -> None:
+        """Say how near new masks (n, H, W) are to those that were asked for."""
+        _, dice = dice_by_patient(masks, own, np.zeros(len(own)), len(self.labels))
+        found = {f"label_{label}": d for label, d in zip(self.labels[1:], dice[0], strict=True)}
+        self.manifest["dice_with_your_masks"] = plain(found)
+        self.write_manifest()
+        print(f"Dice of the new masks with yours, mean over organs: {np.nanmean(dice):.3f}")
+
     def write(self, kind: str, i: int, pixels: np.ndarray) -> None:
         """Write slice i, or its mask, as NIfTI."""
         number = round(59 * np.nan_to_num(self.positions[i]))
@@ -551,10 +559,7 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
         print(f"stopped: {done} of {config.n} slices are in {out}/, without grid and report")
         raise
     if own is not None:
-        dice = dice_by_patient(samples.masks, own, np.zeros(len(own)), len(study.labels))[1][0]
-        found = {f"label_{label}": d for label, d in zip(study.labels[1:], dice, strict=True)}
-        album.manifest["dice_with_your_masks"] = plain(found)
-        print(f"Dice of the new masks with yours, mean over organs: {np.nanmean(dice):.3f}")
+        album.compare(samples.masks, own)
     write_grid(album, test, samples, twins)
     segmenter = None
     if train.has_mask.any():
