@@ -11,13 +11,18 @@
 Writes to Results/generated/ (or --out): grid.png (the first samples, unselected, beside test slices
 at the same positions), overview.png (test slice | reconstruction | sample), NNNN.png,
 keras_slices_synthetic/case_*.nii.gz with their masks keras_slices_seg_synthetic/seg_*.nii.gz, and
-manifest.json; then report.json and its pictures: likelihood, anatomy, variety and copying, each
-beside what held-out slices and worthless ones score. Not for diagnosis.
+layouts.png and manifest.json; then report.json and its pictures: likelihood, anatomy, variety and
+copying, each beside what held-out slices and worthless ones score. Not for diagnosis.
+
+With --layout, slices show organs where your masks do, with tissue composed around them; a mask lies
+where the training slices do that are most like it. --nnunet writes no splits: no two new slices
+share a patient, so nnU-Net's random folds are right, but only real slices tell a network's worth.
 """
 
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +53,8 @@ from support import figures, nifti, results_page, runtime
 from support.runtime import UserError, check_number, check_seed, option
 
 SHOWN = 32  # samples in grid.png
-NEED_MASKS = ("layout", "layouts_only")  # flags
+NEED_MASKS = ("layout", "layouts_only", "nnunet")  # flags
+NNUNET = re.compile(r"Dataset\d{3}_[\w-]+")  # what nnU-Net calls a data set
 PAIRS = 8  # of the nearest pairs, of samples and of test slices
 SEED_STEP = 1_000_003  # between the samples of one --seed and of the next
 DESCRIPTION = "synthetic, sampled from VQ-VAE-2 priors, not a patient"
@@ -61,7 +67,15 @@ OURS = (
     "grid.png",
     "overview.png",
 )
-OURS += ("layouts.png", "report.json", "realism.png", "anatomy.png", "copying.png", "nearest.png")
+OURS += (
+    "Dataset[0-9]*_*/*Tr/synthetic_*.nii.gz",
+    "layouts.png",
+    "report.json",
+    "realism.png",
+    "anatomy.png",
+    "copying.png",
+    "nearest.png",
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,9 @@ class GenerateConfig:
         "", "masks of your own, a NIfTI slice or a folder of them, taken in turn: organs lie there"
     )
     layouts_only: bool = option(False, "write new masks and layouts.png, and sample no slices")
+    nnunet: str = option(
+        "", "write slices and masks for nnU-Net v2 too, into this folder of --out: Dataset501_Name"
+    )
     seed: int = option(0, "seed of the samples")
     checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder, as train.py wrote it")
     prior: str = option(
@@ -110,8 +127,9 @@ class GenerateConfig:
         check_number("n", self.n, least=1)
         check_number("batch_size", self.batch_size, least=0)
         check_seed(self.seed)
-        if not math.isnan(self.position):
-            check_number("position", self.position, least=0, most=1)
+        if self.nnunet and not NNUNET.fullmatch(self.nnunet):
+            raise UserError(f"--nnunet is {self.nnunet}; expected a name such as Dataset501_Heart")
+        check_number("position", np.nan_to_num(self.position), least=0, most=1)
         self.sampling()
 
     def sampling(self) -> tuple[Sampling, Sampling]:
@@ -190,9 +208,9 @@ def read_mask(path: str, study: StudyInfo) -> np.ndarray:
     """
     image = read_slice(path)[1]
     labels = read_labels(image, image.raw.reshape(*image.shape[:2], 1))
-    if image.oriented and study.plane:
-        ends = study.directions + nifti.PLANES[study.plane][2]
-        labels = nifti.turn(labels, nifti.turning(image.affine, ends))
+    told = image.oriented and study.plane  # without directions it is taken as it is stored
+    ends = study.directions + nifti.PLANES[study.plane][2] if told else ""
+    labels = nifti.turn(labels, nifti.turning(image.affine, ends)) if told else labels
     if labels.shape[2] > 1:
         raise UserError(
             f"it lies in another plane than the training slices, which are {study.plane}"
@@ -209,16 +227,14 @@ def read_masks(source: str, study: StudyInfo, n: int) -> np.ndarray:
     """The masks in a file or folder by name, over and over: (n, H, W); see `read_mask`."""
     folder = os.path.isdir(source)
     paths = [entry.path for entry in find_nifti(source, [])] if folder else [source]
-    if not paths or not os.path.exists(source):
-        raise FileNotFoundError(f"{source}: no NIfTI files there. Fix: check --layout.")
     masks, bad = [], {}
     for path in paths:
         try:
             masks.append(read_mask(path, study))
         except (UserError, OSError) as error:
             bad[path] = str(error)
-    if bad:
-        raise_bad(source, bad, len(paths))
+    if bad or not masks:
+        raise_bad(source, bad or {source: "it holds no NIfTI files"}, max(1, len(paths)))
     print(f"{source}: {len(masks)} masks for {n} slices")
     return np.stack(masks)[np.arange(n) % len(masks)]
 
@@ -262,8 +278,8 @@ def sample(
     size = config.batch_size or (4 if next(model.parameters()).device.type == "cpu" else 256)
     with runtime.stop_signals() as stopped, bar:
 
-        def progress() -> None:
-            bar.update(len(batch) / (top.passes + bottom.passes))
+        def progress(passes: int = 1) -> None:
+            bar.update(passes * len(batch) / (top.passes + bottom.passes))
             if stopped:
                 raise KeyboardInterrupt
 
@@ -282,8 +298,7 @@ def sample(
             samples = Samples(images, *(level.cpu().numpy() for level in codes), masks)
             keep(first, samples)
             parts.append(samples)
-            if stopped:
-                raise KeyboardInterrupt
+            progress(passes=0)
     return Samples(
         *(None if each[0] is None else np.concatenate(each) for each in zip(*parts, strict=True))
     )
@@ -313,7 +328,7 @@ class Album:
         labels: tuple[int, ...],
     ):
         self.out, self.positions = Path(config.out), positions
-        self.seed = config.seed
+        self.seed, self.nnunet = config.seed, config.nnunet
         train, test = splits["train"], splits["test"]
         shown = test.images(np.linspace(0, len(test) - 1, min(64, len(test))).astype(int)).numpy()
         # black and white
@@ -361,10 +376,34 @@ class Album:
         self.keep_masks(first, () if samples.masks is None else samples.masks)
         self.manifest["done"] = first + len(samples.images)
         self.write_manifest()
+        if self.nnunet:
+            self.keep_for_nnunet(first, samples)
 
     def keep_masks(self, first: int, masks: Sequence[np.ndarray]) -> None:
         for i, mask in enumerate(masks, first):
             self.write(f"{MASKS}/seg", i, self.labels[mask])
+
+    def keep_for_nnunet(self, first: int, samples: Samples) -> None:
+        """Images, masks and dataset.json as nnU-Net v2 wants them in its folder nnUNet_raw.
+
+        A slice is a volume of one plane: SimpleITK, its reader, refuses coronal 2-D files. nnU-Net
+        cuts planes across the axis of the largest voxels, so the plane is as thick as its reader
+        takes that of 2-D files to be.
+        """
+        across = np.cross(*self.affine[:3, :2].T)
+        affine = self.affine.copy()
+        size = np.linalg.norm(self.affine[:3, :2], axis=0).max()
+        affine[:3, 2] = 999 * size * across / np.linalg.norm(across)
+        for i, (image, mask) in enumerate(zip(samples.images, samples.masks, strict=True), first):
+            name = f"synthetic_{self.seed * SEED_STEP + i:06d}"
+            pixels = (image * self.std + self.mean).astype(np.float32)
+            for file, plane in ((f"imagesTr/{name}_0000", pixels), (f"labelsTr/{name}", mask)):
+                path = self.out / self.nnunet / f"{file}.nii.gz"
+                nifti.write(path, plane[..., None], affine, DESCRIPTION)
+        labels = {f"label_{label}": k for k, label in enumerate(self.labels.tolist()) if k}
+        about = {"channel_names": {"0": "MR"}, "labels": {"background": 0} | labels}
+        about |= {"numTraining": self.manifest["done"], "file_ending": ".nii.gz"}
+        runtime.write_json(self.out / self.nnunet / "dataset.json", about)
 
     def compare(self, masks: np.ndarray, own: np.ndarray) -> None:
         """Say how near new masks (n, H, W) are to those that were asked for."""
@@ -512,9 +551,9 @@ def plan(
     (twins, positions), drawn = choose_twins(config, test), None
     if own is not None:
         drawn = middles(torch.from_numpy(own), composer.organs.shape[1:]).numpy().astype(int)
-        if math.isnan(config.position):
-            positions = composer.positions[[composer.most_alike(each)[0] for each in drawn]]
-            twins = np.array([nearest_positions(each, test.positions)[0] for each in positions])
+        alike = composer.positions[[composer.most_alike(each)[0] for each in drawn]]
+        positions = alike if math.isnan(config.position) else positions
+        twins = np.array([nearest_positions(each, test.positions)[0] for each in positions])
     layouts = None if composer is None else composer.draw(positions, seeds_of(config), drawn)
     return twins, positions, layouts
 

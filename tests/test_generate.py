@@ -376,6 +376,7 @@ def test_samples_of_a_position_stand_beside_test_slices_near_it(trained, tmp_pat
             {"position": 1.1},
             {"position": -0.1},
             {"batch_size": -1},
+            {"nnunet": "Dataset1"},
         ),
     ],
 )
@@ -546,8 +547,11 @@ def test_a_mask_that_cannot_be_used_is_named_with_its_reason(two_organs, organs_
         "e.nii.gz: it lies in another plane than the training slices, which are axial",
     ):
         assert reason in str(error.value)
-    with pytest.raises(FileNotFoundError, match="no NIfTI files there"):
-        generate.generate(config(two_organs, tmp_path / "out", layout="nowhere"), data)
+    (tmp_path / "empty").mkdir()
+    for wrong, reason in (("nowhere", "not there"), ("empty", "it holds no NIfTI files")):
+        with pytest.raises(runtime.UserError, match=f"{wrong}: .*{reason}"):
+            settings = config(two_organs, tmp_path / "out", layout=str(tmp_path / wrong))
+            generate.generate(settings, data)
 
 
 def test_layouts_alone_are_masks_and_a_picture(two_organs, organs_study, tmp_path, monkeypatch):
@@ -563,7 +567,32 @@ def test_layouts_alone_are_masks_and_a_picture(two_organs, organs_study, tmp_pat
     assert (masks[:, 28:36, 12:20] == 5).mean() > 0.9  # the middle of every disc
 
 
-@pytest.mark.parametrize("flag", [{"layout": "."}, {"layouts_only": True}])
+def test_slices_for_nnunet(two_organs, organs_study, tmp_path, monkeypatch, no_report):
+    """One plane a volume, which is the thickest axis; consecutive labels; the same slices."""
+    monkeypatch.setattr(generate, "segmenter_of", lambda *_, **__: None)
+    settings = config(two_organs, tmp_path, n=3, batch_size=2, nnunet="Dataset501_Two")
+    generate.generate(settings, DataConfig(data=str(organs_study)))
+    folder = tmp_path / "Dataset501_Two"
+    about = json.loads((folder / "dataset.json").read_text())
+    assert about["labels"] == {"background": 0, "label_5": 1, "label_9": 2}
+    assert about["channel_names"] == {"0": "MR"} and about["file_ending"] == ".nii.gz"
+    images, labels = (sorted((folder / kind).iterdir()) for kind in ("imagesTr", "labelsTr"))
+    assert about["numTraining"] == len(images) == len(labels) == 3
+    assert [path.name.replace("_0000.nii", ".nii") for path in images] == [
+        path.name for path in labels
+    ]
+    cases, masks = (sorted((tmp_path / of).iterdir()) for of in (generate.NIFTI, generate.MASKS))
+    for ours, theirs in zip(images + labels, cases + masks, strict=True):
+        volume, plane = nibabel.load(ours), nibabel.load(theirs)
+        assert volume.shape == (64, 32, 1) and np.argmax(volume.header.get_zooms()) == 2
+        assert np.array_equal(volume.affine[:, :2], plane.affine[:, :2])
+        values = np.array([0, 5, 9])[volume.dataobj] if ours in labels else volume.get_fdata()
+        assert np.allclose(values[..., 0], plane.get_fdata())
+
+
+@pytest.mark.parametrize(
+    "flag", [{"layout": "."}, {"layouts_only": True}, {"nnunet": "Dataset501_A"}]
+)
 def test_what_needs_masks_is_refused_without(trained, tmp_path, flag):
     with pytest.raises(runtime.UserError, match="learnt 0 organs"):
         generate.generate(config(trained, tmp_path, **flag))
