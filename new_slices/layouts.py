@@ -12,9 +12,11 @@ learns how such a slice looks.
 
 Both kinds of classes are cut from smooth fields: an organ is where its signed distance is positive,
 a region where the intensity lies between two levels. So a new layout is cut from new fields, which
-are weighed sums of those of eight patients' slices that are much alike (of signed distances alone:
-shape-based interpolation, Raya & Udupa 1990). For intensities the weights vary over the slice, so
-its parts come from different patients, and no patient's slice is like the whole.
+are weighed sums of those of at most eight patients' slices that are much alike. Sums of slices that
+lie as they are would be a blur. So each is first laid over one of them, and what is new gets a
+mixture of their shapes (an active appearance model of few slices: Cootes, Edwards & Taylor 2001).
+The weights of intensities vary over the slice, so its parts come from different patients, and no
+patient's slice is like the whole.
 """
 
 import math
@@ -23,14 +25,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import (
-    distance_transform_edt,
-    gaussian_filter,
-    label,
-    map_coordinates,
-    shift,
-    zoom,
-)
+from scipy.ndimage import distance_transform_edt, gaussian_filter, label, map_coordinates, zoom
+from skimage.registration import optical_flow_ilk
 from torch import Tensor
 
 from dataset import NO_MASK, SliceDataset
@@ -43,11 +39,12 @@ DOUBT = 0.03  # the chance of a class where the layout shows it nowhere near
 NEARBY = 0.1  # the share of the training slices, nearest in position, that a layout starts from
 PATIENTS, FEWEST = 8, 4  # that a layout is composed of; of a set of organs that is shown so rarely
 DEEPEST = 8.0  # cells: signed distances end here
-SPREAD = 1.2  # of the weights: with 1 and 8 independent patients, sums vary as patients do
+SPREAD, SPREAD_OF_SHAPES = 1.2, 0.7  # of the weights, see `shares`
 WEIGHT = 2.0  # of an organ in what makes slices alike, beside intensities in standard deviations
+PAINT = (0.5, 1.5)  # how much brighter than tissue, from 0 to 1, organs are to the optical flow
+REACH, FARTHEST = 8, 6.0  # cells: radius of its window; it finds nothing farther away
 KNOTS = (3, 2)  # of the smooth random fields that the weights and the bending are
-MOVED, BENT, BLURRED = 0.7, 0.7, 0.7  # cells, standard deviations
-MOVES = [(row, column) for row in (0, -2, 2, -4, 4) for column in (0, -2, 2)]  # cells
+BENT, MOVED = 1.0, 1.0  # cells, standard deviations
 
 
 def classes(labels: int) -> int:
@@ -176,9 +173,26 @@ def centre(organs: np.ndarray) -> np.ndarray:
     return places.mean(0) if len(places) else (np.array(organs.shape) - 1) / 2
 
 
-def moved(field: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """A field (h, w), moved by cells (2,)."""
-    return shift(field, by, order=1, mode="nearest")
+def warped(field: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """A field (h, w) whose every cell is taken from so many cells away, (2, h, w)."""
+    return map_coordinates(field, np.indices(field.shape) + there, order=1, mode="nearest")
+
+
+def inverse(there: np.ndarray) -> np.ndarray:
+    """The displacement (2, h, w) that leads back, by fixed-point iteration (Chen et al. 2008)."""
+    back = -there
+    for _ in range(4):
+        back = -np.stack([warped(axis, back) for axis in there])
+    return back
+
+
+def shares(random: np.ndarray, spread: float) -> np.ndarray:
+    """Random numbers (n, ...) of unit standard deviation -> weights, whose sum over n is 1.
+
+    With n independent slices and a spread of 1, weighted sums vary as much as the slices do.
+    """
+    n = len(random)
+    return 1 / n + spread * (random - random.mean(0)) / max(n - 1, 1) ** 0.5
 
 
 class Composer:
@@ -200,6 +214,11 @@ class Composer:
         organs = [WEIGHT * (self.organs == organ) for organ in range(1, labels)]
         seen = [field[:, 1::2, 1::2] for field in (self.tissue, *organs)]
         self.seen = np.concatenate(seen, 1).reshape(len(self.tissue), -1)  # by which they are alike
+        # What the optical flow sees: tissue from 0 to 1, and each organ brighter by its own step.
+        ends = np.quantile(self.tissue, (0.001, 0.999))
+        steps = np.append(0, np.linspace(*PAINT, max(labels - 1, 0)))
+        self.painted = np.interp(self.tissue, ends, (0, 1)) + steps[self.organs]
+        self.painted = self.painted.astype(np.float32)
 
     def draw(
         self, at: Sequence[float], seeds: Sequence[int], drawn: Sequence[np.ndarray] | None = None
@@ -223,29 +242,32 @@ class Composer:
             else self.most_alike(drawn, position)
         )
         family = self.family(order)
-        shape, count = self.tissue.shape[1:], len(family)
-        weights = random_fields(rng, count, shape)
-        weights = 1 / count + SPREAD * (weights - weights.mean(0)) / max(count - 1, 1) ** 0.5
-        # An organ is of one mixture in all its parts: with weights that vary, thin walls break.
-        whole = weights.mean((1, 2))
-        moves = np.stack([self.move(member, family[0]) for member in family])
-        tissue, distances = 0, 0
-        for member, move, share, weight in zip(family, moves, whole, weights, strict=True):
-            tissue = tissue + weight * moved(self.tissue[member], move)
+        # The first slice is the frame over which the others are laid, cell by cell. If there are
+        # enough others it gives neither tissue nor shape: nothing should lead back to it.
+        frame, members = family[0], family[1:] if len(family) >= FEWEST else family
+        shape, count = self.tissue.shape[1:], len(members)
+        # Tissue is of another mixture in every place; a shape is of one mixture in all its parts,
+        # or thin walls would break.
+        of_tissue = shares(random_fields(rng, count, shape), SPREAD)
+        of_shape = shares(rng.normal(size=count).clip(-2, 2), SPREAD_OF_SHAPES)
+        tissue, distances, place = 0, 0, 0
+        for member, weight, share in zip(members, of_tissue, of_shape, strict=True):
+            there = self.displacement(frame, member)
             own = signed_distances(self.organs[member], self.labels)
-            distances = distances + share * np.stack([moved(each, move) for each in own])
-        # All were moved to the first one's place; the new one's is a mean of their own places, or
-        # that of the organs which are given.
-        place = whole @ moves if drawn is None else centre(self.organs[family[0]]) - centre(drawn)
+            tissue = tissue + weight * warped(self.tissue[member], there)
+            distances = distances + np.stack([warped(each, there) for each in own]) / count
+            place = place + share * there
+        # All lie in the frame's place now. What is new lies where a mixture of theirs does, bent a
+        # little, or where the organs that are given lie.
         bend = BENT * random_fields(rng, 2, shape) + rng.normal(0, MOVED, (2, 1, 1))
-        source = np.indices(shape) + bend + place[:, None, None]
-        tissue, *distances = (
-            map_coordinates(field, source, order=1, mode="nearest")
-            for field in (tissue, *distances)
-        )
-        tissue = gaussian_filter(tissue, BLURRED, mode="nearest")
-        organs = np.stack(distances).argmax(0) if drawn is None else drawn
-        return compose(tissue, organs, self.levels, self.labels)
+        if drawn is None:
+            source = inverse(place + bend)
+        else:
+            source = bend + (centre(self.organs[frame]) - centre(drawn))[:, None, None]
+        organs = drawn
+        if drawn is None:
+            organs = np.stack([warped(each, source) for each in distances]).argmax(0)
+        return compose(warped(tissue, source), organs, self.levels, self.labels)
 
     def near(self, position: float) -> np.ndarray:
         """The nearest tenth in position of all slices, all of them for NaN: indices."""
@@ -282,12 +304,17 @@ class Composer:
                 break
         return family
 
-    def move(self, index: int, anchor: int) -> np.ndarray:
-        """By how many cells, (2,), a slice has to be moved for its organs to lie where the anchor's
-        do; without organs, to be most like the anchor.
+    def displacement(self, frame: int, member: int) -> np.ndarray:
+        """Where another slice shows what the frame shows in each cell, seen from that cell: (2, h,
+        w), in cells.
+
+        By the centres of their organs, and then by optical flow (iterative Lucas-Kanade, Le
+        Besnerais & Champagnat 2005).
         """
-        if self.organs[index].any():
-            return centre(self.organs[anchor]) - centre(self.organs[index])
-        tissue, other = self.tissue[index], self.tissue[anchor]
-        apart = [np.square(np.roll(tissue, by, (0, 1)) - other).sum() for by in MOVES]
-        return np.array(MOVES[int(np.argmin(apart))], float)
+        ahead = (centre(self.organs[member]) - centre(self.organs[frame]))[:, None, None]
+        there = warped(self.painted[member], ahead + np.zeros((2, 1, 1)))
+        flow = optical_flow_ilk(
+            self.painted[frame], there.astype(np.float32), radius=REACH, num_warp=3, gaussian=True
+        )
+        # Where there is nothing to see, as in air, the flow is noise.
+        return ahead + gaussian_filter(flow.clip(-FARTHEST, FARTHEST), (0, 2, 2), mode="nearest")

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 from test_prior import TINY, make_prior, random_maps
 
 from dataset import NO_MASK, Mirror
@@ -156,10 +157,10 @@ def test_a_new_layout_is_composed_of_patients_with_the_same_organs():
     smallest, largest = (np.count_nonzero(disc(radius)) for radius in (3, 3 + 8 / 3))
     assert smallest * 0.7 < areas.min() and areas.max() < largest * 1.4
     assert areas.std() > 10
-    for layout in new:  # and a disc it is
+    for layout in new:  # and a disc it is, a little bent
         rows, columns = np.nonzero(layout == 1)
         centred = disc((len(rows) / math.pi) ** 0.5, rows.mean(), columns.mean())
-        assert np.count_nonzero((layout == 1) != centred) < 0.4 * len(rows)
+        assert np.count_nonzero((layout == 1) != centred) < 0.5 * len(rows)
 
 
 def test_organs_alike_by_brute_force():
@@ -205,12 +206,35 @@ def test_with_one_patient_or_without_masks_there_are_layouts_too():
     assert set(np.unique(new)) <= set(range(7)) and (new[:, 8:16] > 0).all()
 
 
-def test_a_slice_without_organs_is_moved_to_where_it_is_most_like_another():
-    tissue = np.stack([disc(5, 10, 8), disc(5, 14, 6)]).astype(float)
-    known = np.ones((2, 24, 16), int)
-    composer = layouts.Composer(known, tissue, np.zeros(2), np.arange(2), LEVELS, 0)
-    assert composer.move(1, 0).tolist() == [-4, 2] and composer.move(0, 0).tolist() == [0, 0]
-    assert np.array_equal(layouts.moved(tissue[1], composer.move(1, 0)), tissue[0])
+def test_a_slice_is_laid_over_another():
+    """A bright disc elsewhere and of another size, with organs or without: then they are alike."""
+    rows, columns = np.mgrid[:64, :32]
+    organs = np.stack(
+        [np.hypot(rows - y, columns - x) < r for y, x, r in ((30, 16, 9), (35, 14, 7))]
+    ).astype(int)
+    tissue = np.stack([gaussian_filter(1.0 * each, 1.5) for each in organs])
+    apart = np.abs(tissue[1] - tissue[0]).mean()
+    for known, labels in ((np.ones_like(organs), 0), (organs, 2)):
+        composer = layouts.Composer(known, tissue, np.zeros(2), np.arange(2), LEVELS, labels)
+        laid = layouts.warped(tissue[1], composer.displacement(0, 1))
+        assert np.abs(laid - tissue[0]).mean() < 0.4 * apart
+        assert np.abs(composer.displacement(0, 0)).max() < 1e-3
+
+
+def test_the_way_back_leads_back():
+    rows, columns = np.mgrid[:24, :16]
+    there = np.stack([1.5 * np.sin(columns / 5), 2 * np.cos(rows / 7)])
+    back = layouts.inverse(there)
+    again = back + np.stack([layouts.warped(axis, back) for axis in there])
+    assert np.abs(again)[:, 4:-4, 4:-4].max() < 0.02
+
+
+def test_mixtures_vary_as_their_parts_do():
+    rng = np.random.default_rng(0)
+    parts = rng.normal(size=(20_000, 8))
+    weights = np.stack([layouts.shares(rng.normal(size=8), 1.0) for _ in parts])
+    np.testing.assert_allclose(weights.sum(1), 1)
+    assert (weights * parts).sum(1).std() == pytest.approx(1, abs=0.08)
 
 
 def test_masks_are_altered_as_their_slices_are():
