@@ -90,7 +90,7 @@ def window_means(x: Tensor) -> Tensor:
     """Means of all 7x7 windows, (B, C, H, W) -> (B, C, H - 6, W - 6)."""
     if x.device.type != "cpu":
         return F.avg_pool2d(F.avg_pool2d(x, (7, 1), 1), (1, 7), 1)
-    # avg_pool2d takes five times as long on a CPU as these sums of 2, 4 and 7 neighbours
+    # On a CPU avg_pool2d takes five times as long as these sums of 2, 4 and 7 neighbours.
     for dim in (2, 3):
         n = x.shape[dim] - 6
         two = x.narrow(dim, 0, n + 5) + x.narrow(dim, 1, n + 5)
@@ -142,19 +142,13 @@ def body_mask(original: np.ndarray) -> np.ndarray:
 def score_slice(original: np.ndarray, reconstruction: np.ndarray) -> dict[str, float]:
     """Every score of one slice by the protocol above; `_body` is over `body_mask(original)` alone.
 
-    Args:
-        original, reconstruction: (H, W) in one unit, at least 11 pixels a side.
-
-    Raises:
-        UserError: two shapes, a slice too small for the Gaussian window, or values that are NaN or
-            infinite.
+    Both are (H, W) in one unit. UserError for two shapes, a slice too small for the Gaussian
+    window, or values that are NaN or infinite.
     """
-    shapes = original.shape, reconstruction.shape
-    if shapes[0] != shapes[1] or original.ndim != 2 or min(original.shape) < SMALLEST:
-        raise UserError(
-            f"slices of shapes {shapes[0]} and {shapes[1]}; expected one shape (H, W), each side "
-            f"at least {SMALLEST}"
-        )
+    one, other = original.shape, reconstruction.shape
+    if one != other or original.ndim != 2 or min(one) < SMALLEST:
+        shapes = f"slices of shapes {one} and {other}"
+        raise UserError(f"{shapes}; expected one shape (H, W), each side at least {SMALLEST}")
     if not (np.isfinite(original).all() and np.isfinite(reconstruction).all()):
         raise UserError("a slice holds NaN or infinite values; expected finite ones")
     mean, std = original.mean(dtype=np.float64), original.std(dtype=np.float64)
@@ -218,22 +212,6 @@ def bits_per_pixel(codes: Sequence[int], bits: Sequence[float], pixels: int) -> 
 # ---- sets of slices: how alike, how varied, and how much of them is copied ----
 
 
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, F) and (M, F).
-
-    Heusel et al. 2017, equation 6. With C_a = A^T A and C_b = B^T B the root's trace is the sum of
-    the singular values of A B^T: exact for N below F too. Samples of one distribution are further
-    from 0 the larger F / N: compare at one N only.
-    """
-    a, b = _features(a, b)
-    centred = ((x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
-    # R of A = Q R will do for A: it has at most F rows, and Q changes no singular value.
-    root_a, root_b = (np.linalg.qr(x, mode="r") for x in centred)
-    traces = np.sum(root_a**2) + np.sum(root_b**2)
-    cross = np.linalg.norm(root_a @ root_b.T, "nuc")
-    return float(max(0.0, np.sum((a.mean(0) - b.mean(0)) ** 2) + traces - 2 * cross))
-
-
 def kernel_distance(
     a: np.ndarray, b: np.ndarray, halves: int = 100, seed: int = 0
 ) -> tuple[float, float]:
@@ -246,7 +224,10 @@ def kernel_distance(
     sets: the delete-d jackknife of Shao & Wu 1989 for d = N / 2, where its factor is 1. Between
     sets of one distribution it is too large, up to 1.7 times.
     """
-    a, b = _features(a, b, 4)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 4:
+        shapes = f"features of {a.shape} and {b.shape}"
+        raise ValueError(f"{shapes}; expected (N, F) and (M, F), at least 4 rows")
+    a, b = a.astype(np.float64), b.astype(np.float64)
     pairs = (a, a), (b, b), (a, b)
     within_a, within_b, between = ((x @ y.T / a.shape[1] + 1) ** 3 for x, y in pairs)
 
@@ -259,14 +240,6 @@ def kernel_distance(
     rng, sizes = np.random.default_rng(seed), between.shape
     drawn = [estimate(*(rng.permutation(n)[: n // 2] for n in sizes)) for _ in range(halves)]
     return estimate(*map(np.arange, sizes)), float(np.std(drawn, ddof=1))
-
-
-def _features(a: np.ndarray, b: np.ndarray, least: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """Features (N, F) and (M, F) as float64; ValueError for other shapes or too few rows."""
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < least:
-        shapes = f"features of {a.shape} and {b.shape}"
-        raise ValueError(f"{shapes}; expected (N, F) and (M, F), at least {least} rows")
-    return a.astype(np.float64), b.astype(np.float64)
 
 
 def _blur(x: Tensor) -> Tensor:

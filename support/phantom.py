@@ -1,11 +1,9 @@
 """A synthetic male pelvis: coronal T2-like slices with masks, so that all runs without any data.
 
-    python -m support.phantom --out phantom_slices_data
-
 Shapes are functions of millimetres in a reference man: x from the midline to either side, y from
 anterior to posterior, z from foot to head, the origin between the femoral heads. A patient
 stretches, turns and bends these coordinates, a week moves him and fills bladder and rectum, a slice
-is a plane through them.
+is a plane through them. driver.py makes a study of them where there is none.
 """
 
 import itertools
@@ -17,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from support import nifti, runtime
-from support.runtime import UserError, check_number, in_parallel, option
+from support.runtime import UserError, in_parallel
 
 SHAPE = 256, 128  # pixels of a slice, left to right and foot to head
 PLANES = 60  # from anterior to posterior
@@ -86,17 +84,12 @@ BETWEEN_THIGHS = (0, 0, -93, 0, 0, -160, 1, 20, 0.0, 0)
 class PhantomConfig:
     """How large a phantom study is. Patients are numbered from 4, 36 and 40, then from 43."""
 
-    train_patients: int = option(200, "patients to train on")
-    validate_patients: int = option(24, "patients to validate on")
-    test_patients: int = option(24, "patients to test on")
-    weeks: int = option(1, "volumes of each patient")
-    slices: int = option(5, "slices of a volume: the ends of its 60 planes, the rest at random")
-    seed: int = option(0, "another seed gives other patients")
-
-    def __post_init__(self):
-        for name, value in asdict(self).items():
-            least, most = int(name != "seed"), {"slices": PLANES}.get(name, 10**9)
-            check_number(name, value, least, most)
+    train_patients: int = 200
+    validate_patients: int = 24
+    test_patients: int = 24
+    weeks: int = 1  # volumes of each patient
+    slices: int = 5  # of a volume, at most 60: the ends of its planes, the rest at random
+    seed: int = 0  # another one gives other patients
 
 
 class Waves:
@@ -321,11 +314,11 @@ def write_phantom(out: Path | str, config: PhantomConfig = PhantomConfig()) -> P
     marker, about = out / "SYNTHETIC.txt", json.dumps({"version": VERSION, **asdict(config)})
     about = f"{ABOUT}{about}\n"
     if out.exists() and not marker.is_file():
-        raise UserError(f"{out}: not a phantom, it has no SYNTHETIC.txt. Fix: another --out.")
+        raise UserError(f"{out}: not a phantom, it has no SYNTHETIC.txt. Fix: rename it.")
     inside = (path for path in out.rglob("*") if path.is_file())
     if foreign := [p for p in inside if not OURS.fullmatch(p.relative_to(out).as_posix())]:
         what = f"{out}: holds files of others, such as {foreign[0]}"
-        raise UserError(f"{what}. Fix: move them, or another --out.")
+        raise UserError(f"{what}. Fix: move them.")
     numbers = {case: planes(config, *case) for case in cases}
     files = [out / (n % number) for case in cases for n in cases[case] for number in numbers[case]]
     if marker.is_file() and marker.read_text() == about and all(file.is_file() for file in files):
@@ -348,16 +341,3 @@ def write_phantom(out: Path | str, config: PhantomConfig = PhantomConfig()) -> P
     made = f"{len(files) // 2} slices and as many masks, seed {config.seed}"
     print(f"{out}: wrote a synthetic phantom, {made}")
     return out
-
-
-def main() -> None:
-    parser = runtime.parser(__doc__, PhantomConfig)
-    parser.add_argument(
-        "--out", type=Path, default=Path("phantom_slices_data"), help="default: %(default)s"
-    )
-    args = parser.parse_args()
-    write_phantom(args.out, runtime.from_flags(PhantomConfig, args))
-
-
-if __name__ == "__main__":
-    runtime.run_cli(main)

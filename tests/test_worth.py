@@ -1,6 +1,4 @@
-"""benchmarks/features.py and benchmarks/utility.py: their measures by hand, and a run of each on a
-small folder.
-"""
+"""benchmarks/features.py and benchmarks/utility.py: measures by hand, and a run of each."""
 
 import importlib.util
 import json
@@ -9,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import sqrtm
 
 from benchmarks import features, few_patients, utility
 from dataset import DataConfig, open_study
@@ -47,6 +46,40 @@ def folders(tmp_path_factory):
     for i in range(8):
         write(out / "generated", "synthetic", 900 + i, 0)
     return out
+
+
+def test_frechet_is_heusel_s_formula():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(200, 6)) @ rng.normal(size=(6, 6)), rng.normal(size=(150, 6)) + 0.5
+    ca, cb = np.cov(a.T), np.cov(b.T)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * sqrtm(ca @ cb).real)
+    assert features.frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+
+
+def test_frechet_of_diagonal_gaussians():
+    """Samples with exactly these moments: sum of (m_a - m_b)^2 + (s_a - s_b)^2."""
+    white = (
+        np.linalg.qr(np.c_[np.ones(50), np.random.default_rng(0).normal(size=(50, 3))])[0][:, 1:]
+        * 7
+    )
+    a, b = white * [1, 2, 3] + [0, 1, 0], white * [2, 2, 0.5] + [1, 1, -2]
+    assert features.frechet_distance(a, b) == pytest.approx((1 + 0 + 4) + (1 + 0 + 2.5**2))
+    assert features.frechet_distance(b, a) == pytest.approx(features.frechet_distance(a, b))
+    assert features.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_with_fewer_rows_than_features():
+    """Features that lie in 3 of 40 dimensions have the distance they have there."""
+    rng = np.random.default_rng(0)
+    a, b, turn = (
+        rng.normal(size=(12, 3)),
+        2 * rng.normal(size=(15, 3)),
+        np.linalg.qr(rng.normal(size=(40, 3)))[0],
+    )
+    assert features.frechet_distance(a @ turn.T, b @ turn.T) == pytest.approx(
+        features.frechet_distance(a, b)
+    )
+    assert features.frechet_distance(a @ turn.T, a @ turn.T) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -215,9 +248,7 @@ def test_features_of_a_folder(folders, tmp_path, monkeypatch):
 
 
 def test_an_appraisal_by_anatomy_sees_what_is_broken(folders):
-    """Slices in two pieces, or with the disc elsewhere, are less plausible than real ones; masks
-    are compared.
-    """
+    """Slices in two pieces, or with the disc elsewhere, are less plausible; masks are compared."""
     splits = open_study(DataConfig(data=str(folders / "study"), height=64, width=32))
     train, validate = splits["train"], splits["validate"]
 
