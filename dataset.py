@@ -51,10 +51,8 @@ LARGEST = 2**26  # pixels of a slice
 A_SLICE = "a 2-D slice. Fix: `python slice_volumes.py` cuts volumes into slices"
 FITS = ("auto", "pad", "crop", "stretch")
 OF_THE_REPORT = (256, 128)  # rows and columns of HipMRI's slices
-MULTIPLE = 8  # the model halves its grid three times
-STANDARD_NAME = re.compile(
-    r"(?:case|seg)_(\d+)_week_(\d+)_slice_(\d+)\.nii(?:\.gz)?", re.IGNORECASE
-)
+MULTIPLE = 8  # of a grid that follows its study: a top code covers 8x8 pixels, by default
+STANDARD_NAME = re.compile(r"(?:case|seg)_(\d+)_week_(\d+)_slice_(\d+)\.nii(?:\.gz)?", re.I)
 # How other names tell their numbers: by a word that announces one, or as public data sets do.
 ANNOUNCED = {
     "patient": r"""(?<![a-z]) sub-([a-z0-9]+)                                  # BIDS
@@ -68,9 +66,7 @@ ANNOUNCED = {
         | BraTS-[a-z]+-\d+-(\d+) | OAS[12]_\d+_MR(\d+) | OAS3\d{4}_MR_d(\d+)""",
     "slice": r"(?<![a-z]) (?:slice|plane|sl|z) [_-]?(\d+)",
 }
-ANNOUNCED = {
-    key: re.compile(written, re.IGNORECASE | re.VERBOSE) for key, written in ANNOUNCED.items()
-}
+ANNOUNCED = {key: re.compile(words, re.I | re.VERBOSE) for key, words in ANNOUNCED.items()}
 ALMOST = 0.01  # a label this near to a whole number is that number
 RECONSTRUCTION = "VQ-VAE-2 reconstruction, not for clinical use"  # in the header of every one
 NEW_NAME = (
@@ -83,23 +79,18 @@ NEW_NAME = (
 class DataConfig:
     """Which study, and the grid in which the model sees its slices."""
 
-    data: str = option(
-        "", f"study folder; empty is that of the checkpoint, else {STUDY_NAMES[0]}/ here"
-    )
+    data: str = option("", f"study folder; empty: the checkpoint's, else {STUDY_NAMES[0]}/ here")
     height: int = option(0, "rows of the model's grid; 0 follows the study's slices")
     width: int = option(0, "columns of the model's grid; 0 follows the study's slices")
     fit: str = option(
         "auto",
-        "slices of another size: pad and crop keep the aspect ratio of their pixels; auto leaves "
-        "their pixels as they are in a grid that is less than 8 larger, stretches them where that "
-        "changes the ratio by an eighth or less, and pads them otherwise",
+        "how slices of another size come into the grid; auto leaves them as they are where it is "
+        "less than 8 larger, stretches by an eighth of the aspect ratio at most, and else pads",
         choices=FITS,
     )
     allow_patient_overlap: bool = option(False, "let splits share a patient")
     name_pattern: str = option(
-        "",
-        "what files are called, a regular expression with the groups patient, week and slice, of "
-        "which only patient must be there; empty: names that announce their numbers",
+        "", "names of files, a regular expression with a group patient, and perhaps week and slice"
     )
     cache: str = option("", "decoded slices; empty is ~/.cache/vqvae2-slices")
 
@@ -121,8 +112,9 @@ def check_pattern(pattern: str) -> None:
         raise UserError(f"--name-pattern {pattern}: {error}") from error
 
 
-SIZE = ("height", "width", "fit")  # fields of `DataConfig` that a trained model decides
-KEPT = (*SIZE, "allow_patient_overlap", "name_pattern")  # that its checkpoint keeps
+# The fields of `DataConfig` that a trained model decides, and those that its checkpoint keeps.
+SIZE = ("height", "width", "fit")
+CHECKPOINT_FIELDS = (*SIZE, "allow_patient_overlap", "name_pattern")
 
 
 class SliceName(NamedTuple):
@@ -214,13 +206,10 @@ def find_nifti(
             others.append(entry.path)
 
 
-def scan(
-    folder: Path | str, pattern: str, bad: dict[str, str], others: list[str]
-) -> list[SourceFile]:
+def scan(folder: Path, pattern: str, bad: dict[str, str], others: list[str]) -> list[SourceFile]:
     """The slices in `folder` and below, named by `pattern`, in order of patient, week and slice.
 
-    Those that cannot be used go into `bad`, with the reason, and files that are no NIfTI into
-    `others`.
+    Those that cannot be used go into `bad`, with the reason; what is no NIfTI goes into `others`.
     """
     files: dict[SliceName, SourceFile] = {}
     for entry in find_nifti(folder, others) if os.path.isdir(folder) else ():
@@ -282,11 +271,10 @@ def _check_patients(study: Path, jobs: list[Job], allowed: bool) -> None:
     examples = {split: {} for split in SPLITS}
     for job in jobs:
         examples[job.split][job.file.name.patient] = os.path.basename(job.file.path)
-    shared = [
-        (number, one, other)
-        for one, other in combinations(SPLITS, 2)
-        for number in sorted(examples[one].keys() & examples[other].keys())
-    ]
+    shared = []
+    for one, other in combinations(SPLITS, 2):
+        both = sorted(examples[one].keys() & examples[other].keys())
+        shared += [(number, one, other) for number in both]
     if not shared:
         return
     number, *splits = shared[0]
@@ -294,10 +282,9 @@ def _check_patients(study: Path, jobs: list[Job], allowed: bool) -> None:
     listing = ", ".join(f"{number:03d} in {one} and {other}" for number, one, other in shared[:10])
     listing += ", ..." if len(shared) > 10 else ""
     if not allowed:
-        raise UserError(
-            f"{study}: shared patients: {listing}; {names} were both read as patient {number:03d}. "
-            "Fix: move them, rename them if they are not one patient, or --allow-patient-overlap."
-        )
+        found = f"shared patients: {listing}; {names} were both read as patient {number:03d}"
+        fix = "Fix: move them, rename them if they are not one patient, or --allow-patient-overlap"
+        raise UserError(f"{study}: {found}. {fix}.")
     print(f"warning: shared patients: {listing}. Scores will flatter the model.")
 
 
@@ -305,8 +292,9 @@ def grid_of(jobs: list[Job]) -> tuple[int, int]:
     """The rows and columns of the grid in which a model sees these slices, if nothing else is said.
 
     They are the smallest multiples of 8 that hold every slice, so that little of the grid is
-    padding. Where most slices are of HipMRI's 256x128, that is the grid, and its few of 256x144 are
-    stretched. One slice of each volume is looked at, as the others have its size.
+    padding; a network of a larger stride, which needs multiples of 16, says so. Where most slices
+    are of HipMRI's 256x128, that is the grid, and its few of 256x144 are stretched. One slice of
+    each volume is looked at, as the others have its size.
     """
     shapes = Counter()
     for path in {job.file.name[:2]: job.file.path for job in jobs}.values():
@@ -377,15 +365,13 @@ class Placement:
 
     def _windows(self) -> tuple[tuple, tuple]:
         """Where the two grids overlap: in the model's, and in the scaled slice."""
-        starts = [(max(move, 0), max(-move, 0)) for move in self.offset]
-        lengths = [
-            min(size - a, scaled - b)
-            for size, scaled, (a, b) in zip(self.size, self.scaled, starts, strict=True)
-        ]
-        return tuple(
-            tuple(slice(start[i], start[i] + n) for start, n in zip(starts, lengths, strict=True))
-            for i in (0, 1)
-        )
+        here, there = [], []
+        for size, scaled, move in zip(self.size, self.scaled, self.offset, strict=True):
+            a, b = max(move, 0), max(-move, 0)
+            length = min(size - a, scaled - b)
+            here.append(slice(a, a + length))
+            there.append(slice(b, b + length))
+        return tuple(here), tuple(there)
 
     def place(self, pixels: np.ndarray, fill: float = 0, nearest: bool = False) -> np.ndarray:
         """A slice (shape) in the grid (size), with `fill` around it; `nearest` is for masks."""
@@ -408,9 +394,11 @@ class Placement:
 
     def affine(self, affine: np.ndarray) -> np.ndarray:
         """The affine of the grid, from that of the slice."""
-        scale = [here / there for here, there in zip(self.shape, self.scaled, strict=True)]
-        start = [(0.5 - move) * step - 0.5 for move, step in zip(self.offset, scale, strict=True)]
-        return nifti.grid_affine(affine, scale, start)
+        scale = np.divide(self.shape, self.scaled)
+        grid = np.diag([*scale, 1.0, 1.0])
+        # The middle of the grid's first pixel, in pixels of the slice.
+        grid[:2, 3] = (0.5 - np.array(self.offset)) * scale - 0.5
+        return affine @ grid
 
 
 def _resize(pixels: np.ndarray, shape: tuple[int, int], nearest: bool) -> np.ndarray:
@@ -418,11 +406,9 @@ def _resize(pixels: np.ndarray, shape: tuple[int, int], nearest: bool) -> np.nda
     if pixels.shape == tuple(shape):
         return pixels
     if nearest:  # labels are picked as they are, and never pass through a float
-        rows, columns = (
-            ((np.arange(there) + 0.5) * here / there).astype(int)
-            for here, there in zip(pixels.shape, shape, strict=True)
-        )
-        return pixels[np.ix_(rows, columns)]
+        pairs = zip(pixels.shape, shape, strict=True)
+        places = [((np.arange(new) + 0.5) * old / new).astype(int) for old, new in pairs]
+        return pixels[np.ix_(*places)]
     return resize(pixels, shape, anti_aliasing=True, preserve_range=True).astype(np.float32)
 
 
@@ -462,10 +448,8 @@ def read_labels(image: nifti.Image, raw: np.ndarray) -> np.ndarray:
             labels = np.where(np.abs(labels - whole) <= ALMOST, whole, labels)
         good = (labels >= 0) & (labels <= most) & (labels % 1 == 0)
     if not good.all():
-        wrong = labels[~good].flat[0]
-        raise UserError(
-            f"a label of {wrong}; expected whole numbers from 0, the background, to {most} ({kind})"
-        )
+        expected = f"expected whole numbers from 0, the background, to {most} ({kind})"
+        raise UserError(f"a label of {labels[~good].flat[0]}; {expected}")
     return np.ascontiguousarray(labels, np.int64)
 
 
@@ -477,19 +461,16 @@ def _read_mask(path: str, of_slice: nifti.Image) -> np.ndarray:
         raise UserError(f"its shape is {image.shape[:2]}; expected {shape}, as of its slice")
     turned = nifti.turned(image.affine, of_slice.affine, axes=2)
     if turned and image.oriented and of_slice.oriented:
-        raise UserError(
-            "its affine turns or mirrors it against its slice; expected the same directions"
-        )
+        raise UserError("its affine turns or mirrors it against its slice; expected none of that")
     return read_labels(image, image.raw.reshape(image.shape[:2]))
 
 
 def _decode(
     job: Job, size: tuple[int, int], fit: str
 ) -> tuple[np.ndarray, tuple | None, dict] | str:
-    """A slice in the grid, float32 in scanner units; its mask, as the labels that it shows and the
-    place among them of each pixel's; and its row of the table.
+    """A slice in the grid, its mask and its row of the table; or why a file cannot be used.
 
-    A string says why a file cannot be used.
+    The slice is float32 in scanner units, the mask its labels and the place of each pixel's there.
     """
     mask, labels, reading = None, b"", ""
     try:
@@ -557,10 +538,9 @@ def _fill_cache(folder: Path, study: Path, jobs: list[Job], config: DataConfig, 
     except OSError as error:
         if not _is_whole(folder):  # else another run was quicker, and its slices are the same
             size = len(jobs) * config.height * config.width * 5 / 1e9
-            raise OSError(
-                f"{folder}: cannot write the decoded slices ({error.strerror or error}). "
-                f"Fix: --cache DIR, a folder that you may write to with {size:.2f} GB free."
-            ) from error
+            why = f"{folder}: cannot write the decoded slices ({error.strerror or error})"
+            fix = f"Fix: --cache DIR, a folder that you may write to with {size:.2f} GB free"
+            raise OSError(f"{why}. {fix}.") from error
     seconds = time.perf_counter() - started
     print(f"decoded slices: {len(jobs)} into the cache {folder} in {seconds:.1f} s")
 
@@ -649,11 +629,9 @@ def _notes_on_labels(known: list[int], others: list[int], has_mask: np.ndarray) 
     if len(known) == 1:
         return ["no training mask shows an organ: the study counts as one without masks"]
     names = ", ".join(map(str, sorted(others)))
-    notes = {
-        f"no training mask shows the labels {names}: their pixels count as unknown": others,
-        f"{(~has_mask).sum()} slices have no mask": not has_mask.all(),
-    }
-    return [note for note, there in notes.items() if there]
+    unknown = f"no training mask shows the labels {names}: their pixels count as unknown"
+    none = f"{(~has_mask).sum()} slices have no mask"
+    return [unknown] * bool(others) + [none] * (not has_mask.all())
 
 
 def _notes_on_copies(jobs: list[Job], table: dict[str, np.ndarray]) -> list[str]:
@@ -667,11 +645,10 @@ def _notes_on_copies(jobs: list[Job], table: dict[str, np.ndarray]) -> list[str]
             copies.append((job.file.path, original.file.path))
     if not copies:
         return []
-    one, other = copies[0]
-    return [
-        f"warning: {len(copies)} slices are also in another split, such as {one}, which is {other}."
-        " Is it one patient under two names? Scores will flatter the model."
-    ]
+    pair = ", which is ".join(copies[0])
+    also = f"{len(copies)} slices are also in another split, such as {pair}"
+    question = "Is it one patient under two names? Scores will flatter the model."
+    return [f"warning: {also}. {question}"]
 
 
 def _notes(jobs: list[Job], table: dict[str, np.ndarray], config: DataConfig) -> list[str]:
@@ -683,11 +660,8 @@ def _notes(jobs: list[Job], table: dict[str, np.ndarray], config: DataConfig) ->
         notes.append(f"warning: rows and columns of slices run in different directions: {listing}")
     none = "slices have an affine that is none in their header (voxel sizes alone were used)"
     two = "slices have an sform and a qform that turn them differently (the sform was taken)"
-    odd = {
-        none: table["broken"],
-        two: table["disputed"],
-        "slices have one value only (kept, std 1)": table["constant"],
-    }
+    odd = {none: table["broken"], two: table["disputed"]}
+    odd["slices have one value only (kept, std 1)"] = table["constant"]
     for shape in sorted(set(map(tuple, table["shapes"].tolist())) - {size}):
         place = Placement.make(shape, size, config.fit)
         what = f"slices of {shape[0]}x{shape[1]} were {place.verb} to {size[0]}x{size[1]}"
@@ -798,12 +772,10 @@ class SliceDataset(torch.utils.data.Dataset):
         paths, names: of the N source files, in order of patient, week and slice.
         pixels: (N, height, width) float32 memory map, scanner units, in the grid of `config`.
         mean, std: (N,) float32, scanner units; std (of the population) is 1 for a constant slice.
-        positions: (N,) float32 in [0, 1], where in its volume a slice lies; NaN if it is the only
-            one.
+        positions: (N,) float32, in its volume, 0 (first) to 1 (last); NaN for an only slice.
         affines, shapes: (N, 4, 4) float64 and (N, 2) int, of the source files.
         oriented: (N,) bool, whether the affine gives directions; else it holds voxel sizes alone.
-        labels: the values in the masks of the train split, sorted, 0 among them; () where these
-            show no organ.
+        labels: the values in the train split's masks, sorted, with 0; () if these show no organ.
         has_mask: (N,) bool.
         fingerprint: hex digest of names, pixels and masks: a copy of a study has the same.
         synthetic: the study holds a file named SYNTHETIC.txt.
@@ -860,48 +832,25 @@ class SliceDataset(torch.utils.data.Dataset):
 
     def fits_on(self, device: torch.device) -> bool:
         """Whether `device` is a GPU with room for the images and masks of the split."""
-        return (
-            device.type != "cpu" and 3 * self.pixels.size <= torch.cuda.mem_get_info(device)[0] / 3
-        )
+        gpu = device.type != "cpu"
+        return gpu and 3 * self.pixels.size <= torch.cuda.mem_get_info(device)[0] / 3
 
-    def on(
-        self, device: torch.device, held: bool = False
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """`images` for a training loop: takes indices (B,) on the CPU, gives the batch on `device`.
+    def on(self, device: torch.device, held: bool = False, masks: bool = False) -> Callable:
+        """`images`, or `masks`, for a training loop: indices (B,) -> the batch on `device`.
 
-        `held`: the device holds the whole split from now on, in half precision, and takes indices
-        there too.
+        `held`: the device holds the whole split from now on, its images in half precision, and
+        takes indices there too. No batch crosses over, and none is waited for.
         """
-        return self._on(device, held, self.images, torch.float16)
-
-    def masks_on(
-        self, device: torch.device, held: bool = False
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """`masks` for a training loop, as `on` is `images`."""
-        return self._on(device, held, self.masks, torch.uint8)
-
-    def _on(
-        self, device: torch.device, held: bool, batch: Callable, dtype: torch.dtype
-    ) -> Callable:
+        batch, dtype = (self.masks, torch.uint8) if masks else (self.images, torch.float16)
         if held:
-            return self.resident(device, batch, dtype)
+            one = batch([0])
+            whole = torch.empty(len(self), *one.shape[1:], dtype=dtype, device=device)
+            for indices in torch.arange(len(self)).split(256):
+                whole[indices[0] : indices[-1] + 1] = batch(indices)
+            return lambda indices: whole[indices.to(device, non_blocking=True)].to(one.dtype)
         if device.type == "cpu":
             return batch
         return lambda indices: batch(indices).pin_memory().to(device, non_blocking=True)
-
-    def resident(
-        self,
-        device: torch.device,
-        batch: Callable | None = None,
-        dtype: torch.dtype = torch.float16,
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """`on` for a device that holds the split: no batch crosses over, and none is waited for."""
-        batch = batch or self.images
-        one = batch([0])
-        held = torch.empty(len(self), *one.shape[1:], dtype=dtype, device=device)
-        for indices in torch.arange(len(self)).split(256):
-            held[indices[0] : indices[-1] + 1] = batch(indices)
-        return lambda indices: held[indices.to(device, non_blocking=True)].to(one.dtype)
 
     def placement(self, index: int) -> Placement:
         """How the source slice `index` lies in the grid."""
@@ -935,20 +884,15 @@ class SliceDataset(torch.utils.data.Dataset):
 def open_study(config: DataConfig) -> dict[str, SliceDataset]:
     """The three splits of a study, decoded into the cache if they are not there yet.
 
-    Prints what it did and what is odd in the study.
-
-    Raises:
-        FileNotFoundError: no study, or a split missing or empty.
-        UserError: files that cannot be used (all listed at once), or patients shared between
-            splits.
-        OSError: the cache cannot be written.
+    Prints what it did and what is odd in the study. FileNotFoundError for no study, or a split that
+    is missing or empty; UserError for files that cannot be used (all listed at once), or patients
+    shared between splits; OSError where the cache cannot be written.
     """
     study = find_study(config.data)
     if study is None:
-        raise FileNotFoundError(
-            f"{Path.cwd()}: neither {'/ nor '.join(STUDY_NAMES)}/ is here. "
-            "Fix: --data DIR, or `python driver.py`, which makes a synthetic study."
-        )
+        none = f"{Path.cwd()}: neither {'/ nor '.join(STUDY_NAMES)}/ is here"
+        fix = "Fix: --data DIR, or `python driver.py`, which makes a synthetic study"
+        raise FileNotFoundError(f"{none}. {fix}.")
     bad: dict[str, str] = {}
     jobs = _scan_study(study, config.name_pattern, bad)
     _check_patients(study, jobs, config.allow_patient_overlap)
@@ -1019,7 +963,7 @@ class StudyInfo:
             labels=train.labels,
             directions=directions,
             plane=nifti.plane_of(directions),
-            **{name: getattr(train.config, name) for name in KEPT},
+            **{name: getattr(train.config, name) for name in CHECKPOINT_FIELDS},
         )
 
     @classmethod
@@ -1048,9 +992,8 @@ def find_trained_study(trained: StudyInfo, checkpoint: str, cache: str = "") -> 
     studies = [json.loads(path.read_text()) for path in caches]
     studies = [study for study in studies if Path(study["study"]).is_dir()]
     if not studies:
-        raise FileNotFoundError(
-            f"{name}: the study that {checkpoint} was trained on is not there. Fix: --data DIR."
-        )
+        gone = f"{name}: the study that {checkpoint} was trained on is not there"
+        raise FileNotFoundError(f"{gone}. Fix: --data DIR.")
     same = [study.get("fingerprints") == trained.fingerprints for study in studies]
     return studies[same.index(max(same))]["study"]
 
@@ -1060,12 +1003,18 @@ def open_trained_study(
 ) -> dict[str, SliceDataset]:
     """The study of `config`, else the one a checkpoint was trained on; fitted as for the training.
 
-    `trained` is the record of the checkpoint at the path `checkpoint`. Raises as `open_study` does.
+    `trained` is the record of the checkpoint at the path `checkpoint`. A line says where some of
+    the slices are not those of its study. Raises as `open_study` does.
     """
-    settings = {name: getattr(config, name) or getattr(trained, name) for name in KEPT}
+    settings = {name: getattr(config, name) or getattr(trained, name) for name in CHECKPOINT_FIELDS}
     settings |= {name: getattr(trained, name) for name in SIZE}
     settings["data"] = config.data or find_trained_study(trained, checkpoint, config.cache)
-    return open_study(replace(config, **settings))
+    splits = open_study(replace(config, **settings))
+    ours = {name: split.fingerprint for name, split in splits.items()}
+    if other := [name for name, theirs in trained.fingerprints.items() if ours[name] != theirs]:
+        what = f"its {' and '.join(other)} slices are not those that {checkpoint} was trained with"
+        print(f"note: {splits['train'].study}: {what}")
+    return splits
 
 
 def restore(dataset: SliceDataset, index: int, image: np.ndarray) -> np.ndarray:
@@ -1083,8 +1032,6 @@ def restore(dataset: SliceDataset, index: int, image: np.ndarray) -> np.ndarray:
 def save_reconstruction(
     dataset: SliceDataset, index: int, image: np.ndarray, path: Path | str
 ) -> None:
-    """Write a z-scored (height, width) image as float32 NIfTI in scanner units on the plane of
-    slice `index`, at its size and with its affine.
-    """
+    """Write a z-scored (height, width) image as NIfTI, `restore`d, with slice `index`'s affine."""
     pixels, oriented = restore(dataset, index, image), bool(dataset.oriented[index])
     nifti.write(path, pixels, dataset.affines[index], RECONSTRUCTION, oriented=oriented)

@@ -1,16 +1,14 @@
-"""The whole story in order: a study, the autoencoder and its scores, the priors over its codes and
-new slices.
+"""The whole story in order: a study, the autoencoder, its scores, its priors and new slices.
 
     python driver.py                             # no data: makes a synthetic study first
     python driver.py --data keras_slices_data    # a real study, with the report's settings
     python driver.py --data keras_slices_data --preset best
     python driver.py --prior-slices 0            # reconstruction only
 
-Takes the flags of train.py, which are the autoencoder's. Open Results/index.html afterwards:
-everything is on that page.
+Takes the flags of train.py but --resume and --weights; they are the autoencoder's. Open
+Results/index.html afterwards: everything is on that page.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,16 +28,11 @@ FEW_SLICES = 10_000
 CAUTIOUS = {"top_temperature": 0.2, "top_spread": 4.0, "bottom_temperature": 0.2}
 CAUTIOUS |= {"top_passes": 8, "bottom_passes": 4, "guidance": 0.5}
 # What is compared with the documented run.
+SAMPLES = ("realism", "rows", "samples")
+DICE = ("dice", "decoded", "mean")
 SCORES = {
-    "metrics.json": [
-        ("ssim_report", "mean"),
-        ("psnr", "mean"),
-        ("dice", "decoded", "mean", "mean"),
-    ],
-    "generated/report.json": [
-        ("realism", "rows", "samples", "plausible"),
-        ("realism", "rows", "samples", "kernel_distance"),
-    ],
+    "metrics.json": [("ssim_report", "mean"), ("psnr", "mean"), (*DICE, "mean")],
+    "generated/report.json": [(*SAMPLES, "plausible"), (*SAMPLES, "kernel_distance")],
 }
 
 
@@ -49,9 +42,7 @@ class DriverConfig:
 
     nifti: bool = option(False, "write the reconstructions as NIfTI too")
     n: int = option(64, "slices to sample")
-    prior_slices: int = option(
-        -1, "slices that the priors train on; 0: no priors and no samples; -1: those of the preset"
-    )
+    prior_slices: int = option(-1, "slices that the priors see; 0: no priors; -1: the preset's")
 
     def __post_init__(self) -> None:
         check_number("n", self.n, least=1)
@@ -62,31 +53,18 @@ def compare_with_documented(out: Path, documented: Path = DOCUMENTED) -> None:
     """Say whether the scores of the run in `out` are those of the documented one, to 3 digits."""
     differences = []
     for file, keys in SCORES.items():
+        read = [results_page.read_json(folder / file) for folder in (out, documented)]
         for key in keys:
-            ours, theirs = (read_score(folder / file, key) for folder in (out, documented))
+            ours, theirs = (results_page.at(scores, *key) for scores in read)
             if ours is not None and theirs is not None and f"{ours:.3g}" != f"{theirs:.3g}":
                 differences.append(f"{'.'.join(key)} {ours:.4f} instead of {theirs:.4f}")
     print(f"compared with Results/phantom: {'; '.join(differences) or 'as documented'}")
 
 
-def read_score(path: Path, keys: tuple[str, ...]) -> float | None:
-    """The number at `keys` of a JSON file; None where it has none."""
-    value = json.loads(path.read_text()) if path.is_file() else None
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
 def main() -> None:
-    configs = train.CONFIGS.values()
-    parser = runtime.parser(
-        __doc__,
-        train.StartConfig,
-        DriverConfig,
-        *configs,
-        everyday=(*train.EVERYDAY, "n", "prior_slices"),
-        without=("resume", "weights"),
-    )
+    configs = train.StartConfig, DriverConfig, *train.CONFIGS.values()
+    everyday, without = (*train.EVERYDAY, "n", "prior_slices"), ("resume", "weights")
+    parser = runtime.parser(__doc__, *configs, everyday=everyday, without=without)
     given, help_wanted = runtime.given_flags(parser)
     config = runtime.fill(DriverConfig, given)
     synthetic = find_study(given.get("data", "")) is None

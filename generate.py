@@ -174,9 +174,6 @@ def open_splits(
 ) -> dict[str, SliceDataset]:
     """The study at the models' size; `trained` is the record in the priors' checkpoint."""
     splits = open_trained_study(trained, data, config.prior)
-    if any(split.fingerprint != trained.fingerprints[name] for name, split in splits.items()):
-        study = splits["train"].study
-        print(f"note: {study}: its slices are not those that the models were trained on")
     if all(np.isnan(split.positions).all() for split in splits.values()):
         if not math.isnan(config.position):
             raise UserError(
@@ -615,8 +612,9 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
 
 
 def main() -> None:
-    args = runtime.parser(__doc__, GenerateConfig, DataConfig, without=SIZE).parse_args()
-    generate(*(runtime.from_flags(each, args) for each in (GenerateConfig, DataConfig)))
+    configs = GenerateConfig, DataConfig
+    given = vars(runtime.parser(__doc__, *configs, without=SIZE).parse_args())
+    generate(*(runtime.fill(config, given) for config in configs))
 
 
 if __name__ == "__main__":

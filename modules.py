@@ -34,26 +34,18 @@ class VQVAE2Config:
     """
 
     K: int = option(512, "codes in each codebook")
-    stride: int = option(
-        4, "pixels a bottom code covers along each axis; a top code covers twice as many"
-    )
+    stride: int = option(4, "pixels of a bottom code along each axis; a top code has twice as many")
     D: int = option(64, "dimensions of a code vector")
     channels: int = option(64, "channels at the bottom level's resolution")
-    top_channels: int = option(
-        128, "channels at the top level's resolution, where a convolution costs a quarter as much"
-    )
+    top_channels: int = option(128, "channels at the top level's resolution, a quarter as costly")
     residual_channels: int = option(32, "channels inside a residual block")
     encoder_blocks: int = option(1, "residual blocks of the bottom encoder")
     top_blocks: int = option(1, "residual blocks of the top encoder, and of the top decoder")
     decoder_blocks: int = option(3, "residual blocks of the decoder")
     ema_decay: float = option(0.99, "gamma of the codebook's moving averages")
-    revive: float = option(
-        0.03, "a code used less than this share of the mean use is dead and restarts from the batch"
-    )
+    revive: float = option(0.03, "a code used less than this share of the mean use is dead")
     bit_weight: float = option(
-        0.0,
-        "lambda, the price of a bit as a share of the codebook's variance; above 0 the codes take "
-        "fewer bits",
+        0.0, "lambda, the price of a bit as a share of the codebook's variance; 0: bits are free"
     )
     # Classes of the masks that the decoder predicts too, 0 for none. The study sets it.
     labels: int = 0
@@ -74,9 +66,9 @@ class VQVAE2Config:
         """(h, w) of the top and of the bottom code map of a slice of height x width pixels."""
         multiple = 2 * self.stride
         if height % multiple or width % multiple or height < 1 or width < 1:
-            raise UserError(
-                f"a slice of {height}x{width}; expected both to be multiples of {multiple}"
-            )
+            rows, columns = (-(-length // multiple) * multiple for length in (height, width))
+            found = f"a grid of {height}x{width}; expected multiples of {multiple}, 2 x stride"
+            raise UserError(f"{found}. Fix: --height {rows} --width {columns}")
         bottom = (height // self.stride, width // self.stride)
         return (bottom[0] // 2, bottom[1] // 2), bottom
 

@@ -35,11 +35,12 @@ from dataset import (
     restore,
     save_reconstruction,
 )
-from modules import VQVAE2, Trained, load_model
+from modules import VQVAE2, load_model
 from new_slices import organs
 from new_slices.code_maps import LEVELS
 from new_slices.organs import Segmenter
 from support import figures, metrics, nifti, results_page, runtime
+from support.results_page import MASK_SOURCES
 from support.runtime import UserError, check_number, option
 
 PICTURES = 4  # originals and reconstructions written slice by slice
@@ -52,11 +53,6 @@ COLUMNS = {  # of the terminal's table
     "psnr": "PSNR dB",
     "mae": "MAE",
 }
-MASKS = {  # where a mask comes from
-    "decoded": "decoded from the codes",
-    "unet": "a U-Net of equal cost on the original slices",
-    "most_frequent": "the most frequent label of each place",
-}
 
 
 @dataclass(frozen=True)
@@ -65,12 +61,8 @@ class PredictConfig:
 
     checkpoint: str = option("Results/vqvae2_best.pth", "the model, as train.py wrote it")
     out: str = option("", "folder to write to; empty is the checkpoint's")
-    nifti: bool = option(
-        False, "write the reconstructions as NIfTI, with their originals' affine and units"
-    )
-    unet: bool = option(
-        True, "train a U-Net, once, and compare its masks with those of the codes: up to 10 minutes"
-    )
+    nifti: bool = option(False, "write the reconstructions as NIfTI, in their originals' units")
+    unet: bool = option(True, "train a U-Net, once, to compare its masks with: up to 10 minutes")
     batch_size: int = option(32, "slices at a time")
     device: str = option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
 
@@ -81,30 +73,14 @@ class PredictConfig:
 # ---- a model and its test split ----
 
 
-def open_splits(trained: Trained, data: DataConfig) -> dict[str, SliceDataset]:
-    """The study at the size the model was trained at; says where its test files are not the model's
-    own.
-    """
-    splits = open_trained_study(trained.study, data, trained.path)
-    test = splits["test"]
-    if test.fingerprint != trained.study.fingerprints.get("test"):
-        print(f"note: {test.study}: its test slices are not those of the study that was trained on")
-    return splits
-
-
 class Reconstructed(NamedTuple):
-    """Slices of a split and what the model makes of them.
+    """Slices of a split and what the model makes of them."""
 
-    Originals and images (B, H, W) float32, z-scored; codes top (B, H/8, W/8) and bottom (B, H/4,
-    W/4), int32 in [0, K); masks (B, H, W) uint8 as the codes tell them, all 0 for a model without
-    masks.
-    """
-
-    originals: np.ndarray
-    images: np.ndarray
-    top: np.ndarray
-    bottom: np.ndarray
-    masks: np.ndarray
+    originals: np.ndarray  # (B, H, W) float32, z-scored
+    images: np.ndarray  # (B, H, W) float32, z-scored
+    top: np.ndarray  # (B, h, w) int32 in [0, K)
+    bottom: np.ndarray  # (B, 2h, 2w) int32 in [0, K)
+    masks: np.ndarray  # (B, H, W) uint8, as the codes tell them; all 0 for a model without masks
 
 
 @torch.inference_mode()
@@ -125,10 +101,9 @@ def reconstruct_slices(model: VQVAE2, test: SliceDataset, indices: Sequence[int]
 def score_split(
     model: VQVAE2, test: SliceDataset, batch_size: int, folder: Path | None
 ) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
-    """The scores of every slice, in file order, and its maps: "top", "bottom" and "masks"; NIfTI
-    files into `folder`.
+    """The scores of every slice, in file order, and the maps of all: "top", "bottom", "masks".
 
-    Reconstructions of an earlier run in `folder` are deleted, and nothing else is.
+    NIfTI files go into `folder`, where those of an earlier run are deleted, and nothing else is.
     """
     written: set[Path] = set()
 
@@ -186,18 +161,15 @@ def summarise(scores: list[dict[str, float]], patients: list[str]) -> dict[str, 
 
 
 def rates(model: VQVAE2, codes: dict[str, np.ndarray], pixels: int) -> dict[str, dict]:
-    """The bits that the code maps (N, h, w) of N slices take for each of their `pixels` in all, and
-    how the codebooks are used.
-    """
+    """The bits that code maps (N, h, w) take for each of `pixels`, and how codebooks are used."""
     K = model.config.K
     counts = {level: np.bincount(codes[level].ravel(), minlength=K) for level in LEVELS}
     entropy = {level: metrics.code_entropy(counts[level]) for level in LEVELS}
     lengths = [codes[level].size for level in LEVELS]
+    nominal = metrics.bits_per_pixel(lengths, [math.log2(K)] * len(LEVELS), pixels)
+    by_entropy = metrics.bits_per_pixel(lengths, list(entropy.values()), pixels)
     return {
-        "bits_per_pixel": {
-            "nominal": metrics.bits_per_pixel(lengths, [math.log2(K)] * len(LEVELS), pixels),
-            "code_entropy": metrics.bits_per_pixel(lengths, list(entropy.values()), pixels),
-        },
+        "bits_per_pixel": {"nominal": nominal, "code_entropy": by_entropy},
         "codes_used": {level: int(np.count_nonzero(counts[level])) for level in LEVELS},
         "perplexity": {level: 2 ** entropy[level] for level in LEVELS},
     }
@@ -224,9 +196,7 @@ def most_frequent_labels(split: SliceDataset) -> np.ndarray:
 def draw_masks(
     decoded: np.ndarray, splits: dict[str, SliceDataset], chosen: np.ndarray, net: Segmenter | None
 ) -> dict[str, np.ndarray]:
-    """Masks (n, H, W) of the test slices `chosen` (n,), by `MASKS`; `decoded` (N, H, W) is what the
-    codes tell of all of them.
-    """
+    """Masks (n, H, W) of the test slices `chosen` (n,), by `MASK_SOURCES`; one is `decoded`."""
     train, test = splits["train"], splits["test"]
     drawn = {"decoded": decoded[chosen]}
     if net:
@@ -243,8 +213,8 @@ def score_masks(
 ) -> dict:
     """What metrics.json says of masks; `decoded` (N, H, W) by the model.
 
-    "dice": by `MASKS`, the `summary` of each organ over patients; "masks": the verdicts on the
-    decoded masks, see `organs.judge_masks`; "not_learnt": a line on them, or "".
+    "dice": by `MASK_SOURCES`, the `summary` of each organ over patients; "masks": the verdicts on
+    the decoded masks, see `organs.judge_masks`; "not_learnt": a line on them, or "".
     """
     test = splits["test"]
     chosen = np.flatnonzero(test.has_mask)
@@ -276,9 +246,7 @@ def mean_of_known(dice: np.ndarray) -> np.ndarray:
 
 
 def rounded(value):
-    """`value` with every float in it rounded to six decimals; the scores are not more precise than
-    that.
-    """
+    """`value` with every float in it rounded to six decimals, as precise as scores are."""
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -307,7 +275,7 @@ def write_pictures(
     `with_masks` adds the contours of the study's masks and of those that the codes tell.
     """
     note = SYNTHETIC * test.synthetic
-    # one slice of each patient, then the rest in file order
+    # One slice of each patient, then the rest in file order.
     first = [patients.index(patient) for patient in dict.fromkeys(patients)]
     shown = sorted(range(len(test)), key=lambda i: (i not in first, i))[:PICTURES]
     found = reconstruct_slices(model, test, shown)
@@ -355,9 +323,7 @@ def print_scores(result: dict) -> None:
         line("95 % to", "", "high")
     for patient, n in result["patients"].items():
         line(f"patient {patient}", n, "per_patient", patient)
-    rate, used, perplexity = (
-        result[name] for name in ("bits_per_pixel", "codes_used", "perplexity")
-    )
+    rate, used, perplexity = map(result.get, ("bits_per_pixel", "codes_used", "perplexity"))
     kinds = f"{rate['nominal']:.3f} nominal, {rate['code_entropy']:.3f} by code entropy"
     padding = f"; {result['padding']:.0%} of the model's grid is padding and counts nowhere"
     print(f"bits per pixel: {kinds}{padding if result['padding'] else ''}")
@@ -378,7 +344,7 @@ def print_masks(dice: dict, verdicts: dict[str, dict], not_learnt: str) -> None:
     line("", ["mean", *verdicts])
     for name, table in dice.items():
         means = (table.get(organ, {}).get("mean") for organ in ("mean", *verdicts))
-        line(f"Dice, {MASKS[name]}", map(number, means))
+        line(f"Dice, {MASK_SOURCES[name]}", map(number, means))
     for name in organs.JUDGED:
         pairs = (verdict[name] for verdict in verdicts.values())
         cells = (f"{number(pair['masks'])} / {number(pair['real'])}" for pair in pairs)
@@ -391,17 +357,13 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
     """Score the test split, write everything to the out folder, and return what metrics.json holds.
 
     `data` names the study and the cache; without a name it is the study that the model was trained
-    on. The size of the slices is the model's own.
-
-    Raises:
-        FileNotFoundError: no checkpoint, or no study.
-        UserError: a checkpoint or slices that cannot be used.
-        OSError: a folder that cannot be written.
+    on. The size of the slices is the model's own. FileNotFoundError for no checkpoint or study,
+    UserError for one that cannot be used, OSError for a folder that cannot be written.
     """
     trained, device = load_model(config.checkpoint), runtime.pick_device(config.device)
     model, beside = trained.model.to(device), Path(config.checkpoint).parent
     out = runtime.writable_folder(config.out or beside)
-    splits = open_splits(trained, data)
+    splits = open_trained_study(trained.study, data, config.checkpoint)
     train, test = splits["train"], splits["test"]
     patients = [f"{name.patient:03d}" for name in test.names]
     folder = out / "reconstructions" if config.nifti else None
@@ -441,8 +403,9 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
 
 
 def main() -> None:
-    args = runtime.parser(__doc__, PredictConfig, DataConfig, without=SIZE).parse_args()
-    predict(*(runtime.from_flags(config, args) for config in (PredictConfig, DataConfig)))
+    configs = PredictConfig, DataConfig
+    given = vars(runtime.parser(__doc__, *configs, without=SIZE).parse_args())
+    predict(*(runtime.fill(config, given) for config in configs))
 
 
 if __name__ == "__main__":

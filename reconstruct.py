@@ -341,7 +341,7 @@ def main() -> None:
     flags.usage = "%(prog)s FILE_OR_FOLDER ... [flags]"
     flags.add_argument("inputs", nargs="+", help="slices, volumes, PNG pictures or folders of them")
     args = flags.parse_args()
-    reconstruct(args.inputs, runtime.from_flags(ReconstructConfig, args))
+    reconstruct(args.inputs, runtime.fill(ReconstructConfig, vars(args)))
 
 
 if __name__ == "__main__":

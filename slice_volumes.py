@@ -25,37 +25,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset import (
-    SPLITS,
-    STUDY_NAMES,
-    check_pattern,
-    find_nifti,
-    name_parts,
-    raise_bad,
-    read_labels,
-    way_in,
-)
-from support import nifti
-from support.runtime import (
-    UserError,
-    check_seed,
-    from_flags,
-    in_parallel,
-    option,
-    parser,
-    run_cli,
-    write_json,
-)
+import dataset
+from dataset import SPLITS, find_nifti
+from support import nifti, runtime
+from support.runtime import UserError, in_parallel, option
 
 # The patients of HipMRI in each split of the course's.
 COURSE = {"train": {*range(4, 34), 35}, "validate": {*range(36, 40)}, "test": {*range(40, 43)}}
-MASK_NAME = re.compile(
-    r"(?<![a-z])(?:seg|dseg|segmentation|masks?|labels?|labelmap|semantic|gt|roi)(?![a-z])",
-    re.IGNORECASE,
-)
-MASK_FOLDER = re.compile(
-    r"(?:semantic_labels.*|labels?|labels?t[rs]|masks?|segmentations?)", re.IGNORECASE
-)
+MASK_WORDS = "seg|dseg|segmentation|masks?|labels?|labelmap|semantic|gt|roi"
+MASK_NAME = re.compile(rf"(?<![a-z])(?:{MASK_WORDS})(?![a-z])", re.I)
+MASK_FOLDER = re.compile(r"(?:semantic_labels.*|labels?|labels?t[rs]|masks?|segmentations?)", re.I)
 OBLIQUE = 5  # degrees from which it is said
 RECORDED = ("plane", "axis", "first", "count", "match", "seed")  # of `SliceConfig`, in slices.json
 ENDS = {"R": "right", "A": "front", "S": "head"}  # of the world's axes
@@ -66,13 +45,11 @@ class SliceConfig:
     """Which planes of which volumes. Which 60 planes the course took is not published."""
 
     volumes: str = option("", "folder of the volumes, searched with all its folders")
-    out: str = option(STUDY_NAMES[0], "study folder to make")
+    out: str = option(dataset.STUDY_NAMES[0], "study folder to make")
     match: str = option("*", "only volumes with this name or path, such as '*_T2w*'")
     masks: str = option("", "folder of the masks; empty: masks are known by their names")
     name_pattern: str = option(
-        "",
-        "regular expression with the groups patient and week, for paths in which no word "
-        "announces them",
+        "", "regular expression with groups patient and week, for paths that announce no numbers"
     )
     plane: str = option("coronal", "plane to cut, by the affine", choices=tuple(nifti.PLANES))
     axis: int = option(
@@ -81,21 +58,18 @@ class SliceConfig:
     first: int = option(-1, "first plane; -1 centres the range")
     count: int = option(60, "planes of each volume, or all where there are fewer; 0 is all")
     split: str = option(
-        "auto",
-        "hipmri is the course's; auto takes it for HipMRI alone",
-        choices=("auto", "random", "hipmri"),
+        "auto", "auto: the course's for HipMRI alone", choices=("auto", "random", "hipmri")
     )
     seed: int = option(0, "seed of the random 80/10/10 split by patient")
 
     def __post_init__(self) -> None:
-        check_pattern(self.name_pattern)
-        check_seed(self.seed)
+        dataset.check_pattern(self.name_pattern)
+        runtime.check_seed(self.seed)
         if not self.volumes:
             raise UserError("--volumes: name the folder of the volumes")
         if self.count < 0 or self.first < -1:
-            raise UserError(
-                f"--first {self.first} --count {self.count}: expected first >= 0, count >= 0"
-            )
+            found = f"--first {self.first} --count {self.count}"
+            raise UserError(f"{found}: expected first >= 0, count >= 0")
 
 
 class Volume(NamedTuple):
@@ -120,7 +94,7 @@ def identify(path: str, pattern: str = "") -> tuple[str, str]:
 
     UserError where no subject is named; see `name_parts`.
     """
-    parts = name_parts(path, pattern)
+    parts = dataset.name_parts(path, pattern)
     return _plain(parts["patient"]), _plain(parts.get("week", "0"))
 
 
@@ -129,9 +103,7 @@ def _plain(label: str) -> str:
 
 
 def _numbers(labels: set[str]) -> dict[str, int]:
-    """A number for each label: its own where all are numbers, else its place in their order, from
-    1.
-    """
+    """A number for each label: its own where all are numbers, else its place in order, from 1."""
     if all(label.isdecimal() for label in labels):
         return {label: int(label) for label in labels}
     return {label: place for place, label in enumerate(sorted(labels), 1)}
@@ -159,24 +131,23 @@ def list_files(config: SliceConfig) -> tuple[list[File], list[File]]:
         masks = listed("--masks", config.masks)
     apart = {os.path.realpath(mask.path) for mask in masks}
     images = [file for file in files if os.path.realpath(file.path) not in apart]
-    wanted = [
-        image
-        for image in images
-        if any(fnmatch.fnmatch(name, config.match) for name in (image.short, Path(image.path).name))
-    ]
+
+    def matches(image: File) -> bool:
+        names = image.short, Path(image.path).name
+        return any(fnmatch.fnmatch(name, config.match) for name in names)
+
+    wanted = list(filter(matches, images))
     if not wanted:
-        among = f" {len(images)} volumes do not match {config.match}." if images else way_in(others)
-        raise FileNotFoundError(
-            f"{config.volumes}: no volumes, .nii or .nii.gz files such as "
-            f"Case_004_Week0_LFOV.nii.gz, in it.{among} Fix: check --volumes and --match."
-        )
+        among = dataset.way_in(others)
+        if images:
+            among = f" {len(images)} volumes do not match {config.match}."
+        none = f"{config.volumes}: no volumes, files such as Case_004_Week0_LFOV.nii.gz, in it"
+        raise FileNotFoundError(f"{none}.{among} Fix: check --volumes and --match.")
     return wanted, masks
 
 
-def group(
-    files: list[File], pattern: str
-) -> tuple[dict[tuple[str, str], list[str]], dict[str, str]]:
-    """Paths by subject and session, and why the others' names tell none."""
+def group(files: list[File], pattern: str) -> tuple[dict, dict[str, str]]:
+    """Paths by (subject, session), and why the others' names tell none."""
     groups, unnamed = defaultdict(list), {}
     for path, short in files:
         try:
@@ -208,26 +179,22 @@ def pair(volumes: dict, masks: dict) -> dict[tuple[str, str], str]:
         lonely = all(count[subject] == 1 for count in sessions)
         found = masks.get((subject, session)) or (of_subject[subject] if lonely else [])
         if len(found) > 1:
-            raise UserError(
-                f"two masks of one volume, {found[0]} and {found[1]}. Fix: one file for each "
-                "volume, with a label for each organ; --masks DIR names a folder of such files."
-            )
+            fix = "Fix: one for each volume, with a label for each organ; --masks DIR is for such"
+            raise UserError(f"two masks of one volume, {found[0]} and {found[1]}. {fix}.")
         for path in found:
             pairs[subject, session] = path
     return pairs
 
 
 def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, int]]:
-    """The volumes with their masks, whether they are HipMRI's release, and the numbers that stand
-    for names: {"subject ctl1": 1}.
+    """The volumes with their masks; whether they are HipMRI's; numbers for names, {"subject a": 1}.
 
     Raises before anything is written: FileNotFoundError for no volumes; UserError for names that
     tell no subject, and for two volumes or two masks of one subject and session.
     """
     files, mask_files = list_files(config)
-    (volumes, unnamed), (masks, _) = (
-        group(found, config.name_pattern) for found in (files, mask_files)
-    )
+    volumes, unnamed = group(files, config.name_pattern)
+    masks, _ = group(mask_files, config.name_pattern)
     folders = group_by_folder(files)
     apart = all(len(Path(file.short).parts) > 1 for file in files)
     # As scanners export them: P0001/t2_tse.nii.gz, P0002/t2_tse.nii.gz.
@@ -235,7 +202,7 @@ def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, int
         volumes, unnamed, masks = folders, {}, group_by_folder(mask_files)
         print(f"{config.volumes}: subjects are told apart by their folders")
     if unnamed:
-        raise_bad(config.volumes, unnamed, len(files))
+        dataset.raise_bad(config.volumes, unnamed, len(files))
     if double := [paths for paths in volumes.values() if len(paths) > 1]:
         listing = "".join(f"\n  {' and '.join(paths)}" for paths in double[:10])
         raise UserError(
@@ -246,10 +213,8 @@ def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, int
     pairs = pair(volumes, masks)
     left = [file.path for file in mask_files if file.path not in pairs.values()]
     if config.masks and not pairs:
-        raise UserError(
-            f"{config.masks}: no mask of the subjects in {config.volumes}. Fix: check --masks, and "
-            "the subjects in its names, or tell them with --name-pattern."
-        )
+        none = f"{config.masks}: no mask of the subjects in {config.volumes}"
+        raise UserError(f"{none}. Fix: check --masks and its names, or tell --name-pattern.")
     if left:
         print(f"{len(left)} masks are of none of these volumes, such as {left[0]}")
     subjects, sessions = (_numbers(set(labels)) for labels in zip(*volumes, strict=True))
@@ -267,21 +232,19 @@ def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, int
 def split_patients(
     patients: set[int], seed: int, split: str = "random"
 ) -> tuple[dict[int, str], str]:
-    """The split of each patient, and a line on it: the course's, or a seeded 80/10/10 %. None is
-    empty.
+    """The split of each patient, and a line on it: the course's, or a seeded 80/10/10 %.
 
-    `split` is "hipmri" or "random", or "auto" for the course's where it knows all patients and
-    fills all splits.
+    None is empty. `split` is "hipmri" or "random", or "auto" for the course's where it knows all
+    patients and fills all splits.
     """
     course = {patient: name for name, members in COURSE.items() for patient in members}
     chosen = {patient: course[patient] for patient in sorted(patients & course.keys())}
     fits = patients <= course.keys() and set(chosen.values()) == set(SPLITS)
     if split == "hipmri" and not fits:
         counts = ", ".join(f"{list(chosen.values()).count(name)} {name}" for name in SPLITS)
-        raise UserError(
-            f"--split hipmri: {len(patients - course.keys())} of {len(patients)} patients are not "
-            f"HipMRI's, and it would give {counts}. Fix: --split random."
-        )
+        foreign = f"{len(patients - course.keys())} of {len(patients)} patients are not HipMRI's"
+        given = f"--split hipmri: {foreign}, and it would give {counts}"
+        raise UserError(f"{given}. Fix: --split random.")
     if split != "random" and fits:
         return chosen, "split by patient as in the course"
     if len(patients) < 3:
@@ -311,9 +274,7 @@ def _turning(image: nifti.Image, config: SliceConfig) -> np.ndarray:
         return np.array([[order.index(axis), 1] for axis in range(3)])
     if not image.oriented:
         found = "an affine that is none" if image.broken else "no orientation"
-        raise UserError(
-            f"{found} in its header. Fix: --axis (1 for a 256x256x128 volume of HipMRI)"
-        )
+        raise UserError(f"{found} in its header. Fix: --axis (1 for HipMRI's 256x256x128)")
     return nifti.turning(image.affine, nifti.PLANES[config.plane])
 
 
@@ -336,13 +297,13 @@ def read_volume(path: str) -> tuple[nifti.Image, np.ndarray]:
 
 
 def _read_mask(path: str, volume: nifti.Image) -> tuple[nifti.Image, np.ndarray, bool]:
-    """A mask with its axes along its volume's, and whether its affine puts it elsewhere by a voxel
-    or more.
-    """
+    """A mask with its axes along its volume's, and whether its affine puts it a voxel off."""
     image, raw = read_volume(path)
     shape, moved = volume.shape[:3], False
     if image.oriented and volume.oriented:
-        raw, affine = nifti.turn_to(image, raw, volume.affine)
+        along = nifti.turning_to(image.affine, volume.affine)
+        affine = nifti.turn_affine(image.affine, raw.shape, along)
+        raw = nifti.turn(raw, along)
         corners = np.array([[0, 0, 0, 1], [*(length - 1 for length in shape), 1]])
         apart = np.linalg.solve(volume.affine, (affine - volume.affine) @ corners.T)[:3]
         moved = bool(np.abs(apart).max() >= 1)
@@ -373,7 +334,7 @@ def _slice_volume(job: tuple[Volume, str], config: SliceConfig) -> Cut | str:
         if volume.mask:
             reading = f"its mask {volume.mask}: "
             mask, mask_raw, moved = _read_mask(volume.mask, image)
-            labels = _narrow(read_labels(mask, chosen(mask_raw)))
+            labels = _narrow(dataset.read_labels(mask, chosen(mask_raw)))
             stacks[f"keras_slices_seg_{split}", "seg"] = labels
     except (UserError, OSError) as error:
         return f"{reading}{error}"
@@ -393,17 +354,14 @@ def _slice_volume(job: tuple[Volume, str], config: SliceConfig) -> Cut | str:
 def slice_volumes(config: SliceConfig) -> None:
     """Cut volumes into a study of 2-D slices and masks.
 
-    FileNotFoundError where there are no volumes. UserError for names that clash and for an output
-    folder that holds slices, before anything is written; and, when all the rest is done, for
-    volumes that cannot be used.
+    FileNotFoundError where there are no volumes. UserError for names that clash and an output
+    folder that holds slices, before anything is written; at the end, for volumes of no use.
     """
     volumes, hipmri, named = find_volumes(config)
     # Slices of another cut, or of masks that were corrected since, must not stay among these.
     if found := next(Path(config.out).glob("keras_slices_*/*"), None):
-        raise UserError(
-            f"{config.out}: already holds slices, such as {found.name}. "
-            "Fix: delete it to cut anew, or another --out."
-        )
+        there = f"{config.out}: already holds slices, such as {found.name}"
+        raise UserError(f"{there}. Fix: delete it to cut anew, or another --out.")
     split = "random" if config.split == "auto" and not hipmri else config.split
     split_of, line = split_patients({volume.patient for volume in volumes}, config.seed, split)
     jobs = [(volume, split_of[volume.patient]) for volume in volumes]
@@ -415,16 +373,16 @@ def slice_volumes(config: SliceConfig) -> None:
     if cuts := [result for result in results.values() if isinstance(result, Cut)]:
         patients = {f"patient {number:03d}": name for number, name in sorted(split_of.items())}
         settings = {name: getattr(config, name) for name in RECORDED}
-        write_json(Path(config.out, "slices.json"), settings | patients | named)
+        runtime.write_json(Path(config.out, "slices.json"), settings | patients | named)
         report(config, cuts, Counter(split for _, split in jobs))
     if bad:
-        raise_bad(config.volumes, bad, len(jobs))
+        dataset.raise_bad(config.volumes, bad, len(jobs))
 
 
 def report(config: SliceConfig, cuts: list[Cut], volumes: Counter) -> None:
     """Print what is said once of all volumes."""
-    fewest, most = min(cut.planes for cut in cuts), max(cut.planes for cut in cuts)
-    line = f"{fewest} planes a volume" if fewest == most else f"{fewest} to {most} planes a volume"
+    counts = sorted({cut.planes for cut in cuts})
+    line = f"{' to '.join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))} planes a volume"
     if config.axis < 0:
         row, column, number = (ENDS[end] for end in nifti.PLANES[config.plane])
         line += f", {config.plane}: rows run to the patient's {row}, columns to the {column}, "
@@ -432,22 +390,23 @@ def report(config: SliceConfig, cuts: list[Cut], volumes: Counter) -> None:
     print(line)
     oblique = [cut.oblique for cut in cuts if cut.oblique >= OBLIQUE and config.axis < 0]
     if oblique:
-        print(f"{len(oblique)} volumes are oblique, by up to {max(oblique):.0f} degrees: cut along "
-              "the nearest axis")  # fmt: skip
+        by = f"by up to {max(oblique):.0f} degrees"
+        print(f"{len(oblique)} volumes are oblique, {by}: cut along the nearest axis")
     if moved := sum(cut.moved for cut in cuts):
-        print(f"warning: {moved} masks lie elsewhere than their volumes by their affines; taken "
-              "voxel by voxel")  # fmt: skip
+        apart = f"{moved} masks lie elsewhere than their volumes by their affines"
+        print(f"warning: {apart}; taken voxel by voxel")
     if disputed := sum(cut.disputed for cut in cuts):
-        print(f"warning: {disputed} volumes or their masks have an sform and a qform that turn "
-              "them differently; the sform was taken, so look at left and right")  # fmt: skip
+        odd = f"{disputed} volumes or their masks have an sform and a qform that turn"
+        print(f"warning: {odd} them differently; the sform was taken, so look at left and right")
     counts = ", ".join(f"{volumes[name]} {name}" for name in SPLITS)
     total = sum(cut.planes for cut in cuts)
     print(f"wrote {config.out}/: {total} slices of {len(cuts)} volumes, {counts}")
 
 
 def main() -> None:
-    slice_volumes(from_flags(SliceConfig, parser(__doc__, SliceConfig).parse_args()))
+    given = vars(runtime.parser(__doc__, SliceConfig).parse_args())
+    slice_volumes(runtime.fill(SliceConfig, given))
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    runtime.run_cli(main)

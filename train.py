@@ -20,7 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataset import KEPT, NO_MASK, DataConfig, StudyInfo, find_trained_study, open_study
+from dataset import (
+    CHECKPOINT_FIELDS,
+    NO_MASK,
+    DataConfig,
+    StudyInfo,
+    find_trained_study,
+    open_study,
+)
 from modules import VQVAE2, Output, VQVAE2Config, load_model
 from new_slices.layouts import middles
 from new_slices.organs import likeliest, mask_losses
@@ -66,9 +73,7 @@ class LossConfig:
     l1: float = option(0.0, "weight of the mean absolute error in the reconstruction term")
     ssim: float = option(0.0, "weight of 1 - SSIM in the reconstruction term")
     mask_weight: float = option(0.02, "weight of the losses of masks, fine and coarse")
-    flip: bool = option(
-        False, "mirror slices left-right with probability 1/2, and exchange left and right labels"
-    )
+    flip: bool = option(False, "mirror half of all slices at random, with left and right labels")
 
     def __post_init__(self) -> None:
         for name in ("beta", "mse", "l1", "ssim", "mask_weight"):
@@ -81,9 +86,7 @@ class LossConfig:
 class StartConfig:
     """Where to start."""
 
-    preset: str = option(
-        "report", "settings to start from; flags beside it win", choices=tuple(PRESETS)
-    )
+    preset: str = option("report", "settings to start from; flags win", choices=tuple(PRESETS))
     resume: str = option("", "go on from this checkpoint, with its settings")
     weights: str = option("", "begin with the weights of this autoencoder, and its study")
 
@@ -129,7 +132,7 @@ def make_settings(given: dict) -> Settings:
 def study_flags(study: StudyInfo, path: str, given: dict) -> dict:
     """The flags that open a checkpoint's study as its training did, or the one that is `given`."""
     data = given.get("data") or find_trained_study(study, path, given.get("cache", ""))
-    return {"data": data, **{name: getattr(study, name) for name in KEPT}}
+    return {"data": data, **{name: getattr(study, name) for name in CHECKPOINT_FIELDS}}
 
 
 def losses(
@@ -156,11 +159,9 @@ def losses(
     reconstruction = reconstruction + config.ssim * terms["ssim_loss"]
     loss = reconstruction + config.beta * (terms["commitment_top"] + terms["commitment_bottom"])
     if masks is not None:
-        fine, coarse = output.mask_logits, output.coarse_mask_logits
-        of_masks = mask_losses(fine, masks)
-        of_masks["coarse_mask_loss"] = sum(
-            mask_losses(coarse, middles(masks, coarse.shape[2:])).values()
-        )
+        of_masks, coarse = mask_losses(output.mask_logits, masks), output.coarse_mask_logits
+        of_coarse = mask_losses(coarse, middles(masks, coarse.shape[2:]))
+        of_masks["coarse_mask_loss"] = sum(of_coarse.values())
         loss = loss + config.mask_weight * sum(of_masks.values())
         terms |= of_masks
     return {"loss": loss, "reconstruction": reconstruction, **terms}
@@ -186,16 +187,15 @@ class Autoencoder(Stage):
             raise UserError(f"a grid of {size[0]}x{size[1]}; expected 16 or more of each to score")
         # A split that a GPU holds takes indices there: they are copied once.
         self.held = {name: self.splits[name].fits_on(self.device) for name in ("train", "validate")}
-        self.images = {
-            name: self.splits[name].on(self.device, held) for name, held in self.held.items()
-        }
-        labels = self.splits["train"].labels
-        if labels:
+        splits = self.splits
+        self.images = {name: splits[name].on(self.device, held) for name, held in self.held.items()}
+        if labels := splits["train"].labels:
             self.loss_names += ("mask_cross_entropy", "mask_dice_loss", "coarse_mask_loss")
             self.masks = {
-                name: self.splits[name].masks_on(self.device, self.held[name]) for name in self.held
+                name: splits[name].on(self.device, held, masks=True)
+                for name, held in self.held.items()
             }
-        train = self.splits["train"]
+        train = splits["train"]
         # To find out which labels have a side takes a look at a thousand masks: only if it matters.
         if self.loss.flip and train.mirror.note:
             print(f"{train.study}: {train.mirror.note}")
@@ -218,10 +218,8 @@ class Autoencoder(Stage):
         start = load_model(path).model
         model = self.model.config
         if replace(start.config, bit_weight=model.bit_weight) != model:
-            raise UserError(
-                f"--weights {path}: a network of {start.config}; expected {model}. "
-                "Fix: give no flags of the network."
-            )
+            found = f"--weights {path}: a network of {start.config}; expected {model}"
+            raise UserError(f"{found}. Fix: give no flags of the network.")
         self.model.load_state_dict(start.state_dict())
 
     def settings(self) -> dict:
@@ -284,23 +282,18 @@ class Autoencoder(Stage):
         decoded, true, both = counts.pop("masks", torch.zeros(3, 1)).tolist()
         organs = zip(self.splits["train"].labels[1:], decoded[1:], true[1:], both[1:], strict=True)
         dice = {str(label): round(2 * c / (a + b), 4) if b else None for label, a, b, c in organs}
-        codes = {
-            level: {
-                "used": int(histogram.count_nonzero()),
-                "perplexity": round(2 ** metrics.code_entropy(histogram.cpu().numpy()), 2),
-            }
-            for level, histogram in counts.items()
-        }
+        codes = {}
+        for level, histogram in counts.items():
+            perplexity = round(2 ** metrics.code_entropy(histogram.cpu().numpy()), 2)
+            codes[level] = {"used": int(histogram.count_nonzero()), "perplexity": perplexity}
         return {"codes": codes, "dice": dice}
 
     def describe(self, record: dict) -> str:
         used = {level: codes["used"] for level, codes in record["codes"]["validate"].items()}
         known = [dice for dice in record["dice"]["validate"].values() if dice is not None]
         dice = f"mask Dice {sum(known) / len(known):.3f}, " if known else ""
-        return (
-            f"SSIM {1 - record['validate']['ssim_loss']:.4f}, {dice}"
-            f"codes used {used['top']} top {used['bottom']} bottom"
-        )
+        codes = f"codes used {used['top']} top {used['bottom']} bottom"
+        return f"SSIM {1 - record['validate']['ssim_loss']:.4f}, {dice}{codes}"
 
     def verdict(self, record: dict) -> str:
         dice = record["dice"]["validate"].items()

@@ -36,7 +36,7 @@ RECIPE = SHARED_RECIPE | {
 }
 PRESETS = {
     "best": RECIPE | {"slices": 15_000, "prior_top_layers": 4, "prior_refine_blocks": 3},
-    "quick": RECIPE | {"slices": 2_800, "lr": 4e-3, "prior_dropout": 0.0, "copies": 1},
+    "quick": RECIPE | {"slices": 2_800, "lr": 4e-3, "prior_dropout": 0.0, "variants": 1},
 }
 
 
@@ -45,27 +45,30 @@ class CodesConfig:
     """Which autoencoder's codes the priors learn, and how."""
 
     checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder")
-    copies: int = option(
-        2, "how many versions of each slice: 1 original, 2 + mirror image, 3 or more + random warps"
-    )
-    forget: float = option(
-        0.1, "share of training slices whose position is hidden from the priors, and of layouts"
-    )
+    variants: int = option(2, "of each slice: 1 the slice, 2 and its mirror image, 3+ and warps")
+    forget: float = option(0.1, "share of positions, and of layouts, that the priors are not told")
     bottom_every: int = option(1, "train the bottom prior on one in n slices of a batch")
 
     def __post_init__(self) -> None:
         check_number("bottom_every", self.bottom_every, least=1)
-        check_number("copies", self.copies, least=1, most=MOST_VARIANTS)
+        check_number("variants", self.variants, least=1, most=MOST_VARIANTS)
         check_number("forget", self.forget, least=0, most=1)
+
+    def saved(self) -> dict:
+        """For a checkpoint, which says copies for variants, and not where the autoencoder lies."""
+        values = dataclasses.asdict(self) | {"checkpoint": Path(self.checkpoint).name}
+        return {"copies": values.pop("variants"), **values}
+
+    @classmethod
+    def from_saved(cls, copies: int, **others) -> "CodesConfig":
+        return cls(variants=copies, **others)
 
 
 @dataclass(frozen=True)
 class StartConfig:
     """Where to start."""
 
-    preset: str = option(
-        "best", "settings to start from; flags beside it win", choices=tuple(PRESETS)
-    )
+    preset: str = option("best", "settings to start from; flags win", choices=tuple(PRESETS))
     resume: str = option("", "go on from this checkpoint, with its settings")
 
 
@@ -97,7 +100,7 @@ def make_settings(given: dict) -> Settings:
     start, checkpoint = PRESETS[preset or "best"], None
     if resume:
         flags = given | ({"preset": preset} if preset else {})
-        saved = {"train": TrainConfig, "codes": CodesConfig, "model": PriorConfig}
+        saved = {"train": TrainConfig, "codes": CodesConfig.from_saved, "model": PriorConfig}
         checkpoint, start = settings_to_resume(resume, flags, CodePriors.kind, saved)
         # A checkpoint names the autoencoder, not its folder: people share checkpoints.
         start["checkpoint"] = str(Path(resume).parent / start["checkpoint"])
@@ -107,11 +110,9 @@ def make_settings(given: dict) -> Settings:
 
 
 class CodePriors(Stage):
-    """Stage two: learns the code maps of every slice, and of its variants, under one
-    autoencoder.
-    """
+    """Stage two: learns the code maps of every slice and its variants under one autoencoder."""
 
-    kind, command = "prior", "python train_prior.py"
+    kind, prefix, command = "prior", "prior_", "python train_prior.py"
     loss_names = ("loss", "nats_top", "nats_bottom", "bits_per_pixel")
 
     def __init__(self, settings: Settings) -> None:
@@ -129,20 +130,18 @@ class CodePriors(Stage):
         }
         with runtime.first_of_node():
             file = Path(config.out) / "codes.npz"
-            maps = extract_codes(model, self.splits, codes.copies, self.sha256, file)
+            maps = extract_codes(model, self.splits, codes.variants, self.sha256, file)
         self.maps = {
             name: torch.from_numpy(values.astype(np.int32)).to(self.device)
             for name, values in maps.items()
             if values.dtype == np.uint16
         }
-        self.positions = {
-            name: torch.from_numpy(split.positions).to(self.device)
-            for name, split in self.splits.items()
-        }
+        positions = {name: split.positions for name, split in self.splits.items()}
+        self.positions = {k: torch.from_numpy(v).to(self.device) for k, v in positions.items()}
         runtime.seed_everything(config.seed)
         self.top_shape = model.config.code_shapes(*size)[0]
         train = self.splits["train"]
-        self.numbers = Variants(codes.copies, len(train), train.mirror).numbers.to(self.device)
+        self.numbers = Variants(codes.variants, len(train), train.mirror).numbers.to(self.device)
         # Organs are on the layouts where the autoencoder knows these masks too.
         labels = len(train.labels) if len(train.labels) == model.config.labels else 0
         shape = replace(settings.prior, K=model.config.K, labels=labels)
@@ -153,8 +152,7 @@ class CodePriors(Stage):
     def settings(self) -> dict:
         return {
             "model_config": dataclasses.asdict(self.model.config),
-            "codes_config": dataclasses.asdict(self.codes)
-            | {"checkpoint": Path(self.codes.checkpoint).name},
+            "codes_config": self.codes.saved(),
             "top_shape": list(self.top_shape),
             "autoencoder_sha256": self.sha256,
             "data": self.study.as_dict(),
@@ -162,12 +160,9 @@ class CodePriors(Stage):
 
     def start_epoch(self, generator: torch.Generator) -> None:
         size = len(self.splits["train"])
-        self.variant = torch.randint(self.codes.copies, (size,), generator=generator).to(
-            self.device
-        )
-        self.forgotten = (torch.rand(2, size, generator=generator) < self.codes.forget).to(
-            self.device
-        )
+        variant = torch.randint(self.codes.variants, (size,), generator=generator)
+        forgotten = torch.rand(2, size, generator=generator) < self.codes.forget
+        self.variant, self.forgotten = variant.to(self.device), forgotten.to(self.device)
 
     def batch_losses(self, split: str, indices: Tensor) -> dict[str, Tensor]:
         indices = indices.to(self.device, non_blocking=True)
@@ -199,13 +194,10 @@ class CodePriors(Stage):
         }
 
     def describe(self, record: dict) -> str:
-        bits = {
-            name: record["validate"][f"nats_{name}"] / math.log(2) for name in ("top", "bottom")
-        }
-        return (
-            f"{bits['top']:.2f} bits a top code, {bits['bottom']:.2f} a bottom code, "
-            f"{record['validate']['bits_per_pixel']:.4f} a pixel"
-        )
+        means = record["validate"]
+        top, bottom = (means[f"nats_{level}"] / math.log(2) for level in ("top", "bottom"))
+        a_pixel = means["bits_per_pixel"]
+        return f"{top:.2f} bits a top code, {bottom:.2f} a bottom code, {a_pixel:.4f} a pixel"
 
 
 def train_prior(settings: Settings) -> Path:
@@ -216,17 +208,13 @@ def train_prior(settings: Settings) -> Path:
     """
     codes, config, checkpoint = settings.codes, settings.train, settings.checkpoint
     if config.batch_size % codes.bottom_every:
-        raise UserError(
-            f"--bottom-every is {codes.bottom_every}, --batch-size {config.batch_size}: "
-            "expected a multiple of it"
-        )
+        found = f"--bottom-every is {codes.bottom_every}, --batch-size {config.batch_size}"
+        raise UserError(f"{found}: expected a multiple of it")
     runtime.writable_folder(config.out)  # an error now, not after the training
     stage = CodePriors(settings)
     if checkpoint and checkpoint["autoencoder_sha256"] != stage.sha256:
-        raise UserError(
-            f"{checkpoint['path']}: the prior of another autoencoder than {codes.checkpoint}. "
-            "Fix: name its own with --checkpoint, or train again."
-        )
+        other = f"{checkpoint['path']}: the prior of another autoencoder than {codes.checkpoint}"
+        raise UserError(f"{other}. Fix: name its own with --checkpoint, or train again.")
     best = fit(stage, config, checkpoint)
     if runtime.rank() == 0:
         results_page.write(config.out)

@@ -80,7 +80,7 @@ class ReportVQVAE2(nn.Module):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, 1, H, W) -> reconstruction (B, 1, H, W), codebook + beta * commitment ()."""
+        """x (B, 1, H, W) -> reconstruction, beta * commitment (); the EMA moves the codebook."""
         h = F.relu(self.encoder(x))
         top, top_loss = self.quantiser_top(self.to_top(h))
         bottom, bottom_loss = self.quantiser_bottom(self.to_bottom(h))

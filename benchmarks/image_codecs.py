@@ -56,7 +56,7 @@ CODECS = {
         "jpg_2000",
         "OpenJPEG",
         (0.12, 0.2, 0.32, 0.5, 0.72, 1.0, 1.4),
-        # without the boxes of a .jp2 and the encoder's name, which save 117 bytes
+        # Without the boxes of a .jp2 and the encoder's name, which save 117 bytes.
         ({"irreversible": True, "num_resolutions": 4, "no_jp2": True, "comment": " "},),
     ),
     "WebP": Codec("WEBP", "webp", "libwebp", (1, 12, 30, 52, 74, 86), ({"method": 6},)),
@@ -91,7 +91,7 @@ def check() -> None:
 
 
 def version(codec: Codec) -> str:
-    # for "jpg", PIL.features knows only the version of the interface
+    # For "jpg", PIL.features knows only the version of the interface.
     turbo = codec.feature == "jpg"
     known = features.version_feature("libjpeg_turbo") if turbo else features.version(codec.feature)
     return f"{codec.library} {known or 'of unknown version'}"
@@ -131,9 +131,7 @@ def decode(file: bytes) -> np.ndarray:
 
 
 def sweep_slice(original: np.ndarray, codecs: dict[str, Codec] = CODECS) -> Points:
-    """Send a z-scored slice (H, W) through every codec at every quality: its "bits_per_pixel" and
-    scores.
-    """
+    """A z-scored slice (H, W) by every codec and quality: its "bits_per_pixel" and scores."""
     grey, points = to_bytes(original), {}
     for name, codec in codecs.items():
         points[name] = []
@@ -179,7 +177,7 @@ def _fit(curve: dict[str, np.ndarray], score: str) -> PchipInterpolator | None:
     of SSIM.
     """
     rates, scores = curve["bits_per_pixel"], np.maximum.accumulate(curve[score])
-    # drop a quality that needs more bits for no gain, or no more bits than the one before
+    # Drop a quality that needs more bits for no gain, or no more bits than the one before.
     keep = np.append(True, (np.diff(scores) > 0) & (np.diff(rates) > 0))
     if keep.sum() < 2:
         return None

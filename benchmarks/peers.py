@@ -63,7 +63,7 @@ def their_forward(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 PEERS = {
-    # in the memory format in which train.py trains it
+    # In the memory format in which train.py trains it.
     "ours": Peer(
         lambda: VQVAE2().to(memory_format=torch.channels_last), our_forward, our_through_codes
     ),

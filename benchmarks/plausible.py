@@ -22,12 +22,11 @@ from torch import Tensor
 
 from benchmarks.per_set import study_sets
 from benchmarks.utility import read_generated
-from dataset import NO_MASK, DataConfig, SliceDataset
+from dataset import NO_MASK, DataConfig, SliceDataset, open_trained_study
 from modules import load_model
 from new_slices import organs
 from new_slices.code_maps import decode
 from new_slices.sample_report import MOST_REAL, plain
-from predict import open_splits
 from support import runtime
 
 
@@ -69,7 +68,7 @@ def shares(row: Measured, trained: dict[str, Measured], shows: dict[str, np.ndar
     sets, both = by_organs(row.values, shows)
     result = {"n": len(sets), "no organ": int((sets == "").sum()), "both sets": both}
     for name, others in trained.items():
-        # without an organ there is no place or shape to judge
+        # Without an organ there is no place or shape to judge.
         shown = (row.sets == name) & (sets != "")
         together, fine = organs.plausible(
             row.values[shown], row.positions[shown], others.values, others.positions
@@ -101,7 +100,8 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results/plausible.json", help="file to write")
     args = parser.parse_args()
     device, trained = runtime.pick_device(args.device), load_model(args.checkpoint)
-    splits = open_splits(trained, DataConfig(data=args.data, cache=args.cache))
+    config = DataConfig(data=args.data, cache=args.cache)
+    splits = open_trained_study(trained.study, config, args.checkpoint)
     train, model = splits["train"], trained.model.to(device)
     net = organs.segmenter_of(train, Path(args.checkpoint).parent, device=device)
     sets = {name: sets_of(split, args.below) for name, split in splits.items()}

@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 import predict
 from benchmarks import image_codecs
 from benchmarks.per_set import study_sets
-from dataset import DataConfig, SliceDataset, in_parallel
+from dataset import DataConfig, SliceDataset, in_parallel, open_trained_study
 from generate import GenerateConfig, load_models
 from modules import VQVAE2, load_model
 from new_slices import sample_report
@@ -225,7 +225,7 @@ def main() -> None:
     models, test = {}, None
     for path, name in zip(args.checkpoints, labels(args.checkpoints), strict=True):
         data = DataConfig(data=args.data or (str(test.study) if test else ""), cache=args.cache)
-        own = predict.open_splits(load_model(path), data)["test"]
+        own = open_trained_study(load_model(path).study, data, path)["test"]
         if test and own.pixels.shape != test.pixels.shape:
             parser.error(
                 f"{path}: trained at another size than {args.checkpoints[0]}; expected one size"

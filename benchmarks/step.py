@@ -30,7 +30,7 @@ PARTS = {
     "optimiser": ("Optimizer.step", "clip_grad_norm_"),
     "quantiser": ("quantiser",),
     "data": ("data",),
-    # those of 1x1 are matrix products
+    # Those of 1x1 are matrix products.
     "convolutions": ("convolution", "ConvolutionBackward", "aten::linear", "AddmmBackward"),
     "loss": ("loss",),
 }
@@ -54,7 +54,7 @@ def prepare(args, batch_size: int) -> tuple[trainer.Trainer, torch.Tensor]:
         "compile": args.compile,
         "device": args.device,
     }
-    stage, config = our_stage(args.preset, runtime.from_flags(DataConfig, args), **settings)
+    stage, config = our_stage(args.preset, runtime.fill(DataConfig, vars(args)), **settings)
     run = trainer.Trainer(stage, config, None)
     stage.start_epoch(torch.Generator().manual_seed(0))
     stage.model.train()
@@ -122,7 +122,7 @@ def measure(args, batch_size: int) -> dict:
     if run.device.type == "cuda":
         row["peak_memory_mib"] = torch.cuda.max_memory_allocated() >> 20
     else:
-        # of the whole process so far, which is why it comes before the profiler
+        # Of the whole process so far, which is why it comes before the profiler.
         row["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         row["shares"] = shares(run, batch, steps)
     return row

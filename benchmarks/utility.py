@@ -124,9 +124,8 @@ def score(
 
 def summarise(runs: list[np.ndarray], patients: np.ndarray, labels: tuple[int, ...]) -> dict:
     """Of Dice (P, organs), an array a seed: the mean, its interval, and each organ's and seed's."""
-    dice = np.mean(
-        runs, 0
-    )  # (P, organs); NaN where a patient lacks an organ and a network sees none
+    # (P, organs); NaN where a patient lacks an organ and a network sees none.
+    dice = np.mean(runs, 0)
     by_patient = np.nanmean(dice, 1)
     known = ~np.isnan(by_patient)
     low, high = metrics.bootstrap_interval(by_patient[known], patients[known])

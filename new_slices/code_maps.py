@@ -1,8 +1,7 @@
-"""Code maps: those of a study's slices under one autoencoder, made once and kept in a file, and
-those of new slices. Layouts (layouts.py) of the same slices lie beside them.
+"""Encode a study once and cache its code maps, with the layouts of its slices; decode new ones.
 
-The priors learn from few patients, so they also see altered copies of every training slice, its
-variants: mirrored, shifted, turned, stretched, bent and shaded (`Variants`). Each is altered as a
+The priors learn from few patients, so they see variants of every training slice: as it is,
+mirrored, and then shifted, turned, stretched, bent and shaded (`Variants`). Each is altered as a
 picture and then coded. The priors are told how (`Variants.numbers`), though of bending and shading
 only that there is some. In sampling they are asked for unaltered slices.
 """
@@ -24,27 +23,22 @@ from new_slices.organs import likeliest
 from support import runtime
 
 LEVELS = ("top", "bottom")
-# A variant is described by: mirrored, altered, shift (rows, columns), turn, stretch (rows,
-# columns).
+# What describes a variant: mirrored, altered, two of shift, turn, two of stretch (rows, columns).
 NUMBERS = 7
 MOST_VARIANTS = 1000  # of a slice
 SHIFT, TURN, STRETCH = 8.0, 0.06, 0.08  # the most of each: pixels, radians, share
 BEND = 2.0  # pixels, standard deviation of the elastic displacement
 SHADE = 0.15  # standard deviation of the log of the shading
-KNOTS = (5, 4)  # of the smooth random fields that bend and shade
+FIELD = (5, 4)  # random numbers between which a field that bends or shades is interpolated
 
 
 class Samples(NamedTuple):
-    """New slices: z-scored images (n, H, W) float32, codes top (n, h, w) and bottom (n, 2h, 2w)
-    int64, and masks.
+    """New slices."""
 
-    masks (n, H, W) uint8 are classes as in `SliceDataset.masks`; None for a model without masks.
-    """
-
-    images: np.ndarray
-    top: np.ndarray
-    bottom: np.ndarray
-    masks: np.ndarray | None
+    images: np.ndarray  # (n, H, W) float32, z-scored
+    top: np.ndarray  # (n, h, w) int64 in [0, K)
+    bottom: np.ndarray  # (n, 2h, 2w) int64 in [0, K)
+    masks: np.ndarray | None  # (n, H, W) uint8 as `SliceDataset.masks`; None without masks
 
 
 @torch.inference_mode()
@@ -69,14 +63,12 @@ def decode(
 
 
 class Variants:
-    """How each of `slices` training slices is altered in each of `count` variants; the same for one
-    seed.
+    """How each of `slices` training slices is altered in each of `count` variants, by the seed.
 
     Variant 0 is the slice as it is, 1 its mirror image, and the others are random.
 
     Attributes:
-        numbers: (count, slices, NUMBERS) float32 in [-1, 1], zeros for variant 0: what the priors
-            are told.
+        numbers: (count, slices, NUMBERS) float32 in [-1, 1], 0 for variant 0: for the priors.
     """
 
     def __init__(self, count: int, slices: int, mirror: Mirror, seed: int = 0) -> None:
@@ -87,17 +79,15 @@ class Variants:
         self.numbers[:, :, 1] = 1
         self.numbers[:2] = 0
         self.numbers[1:2, :, 0] = 1
-        self.fields = torch.randn(
-            count, slices, 3, *KNOTS, generator=generator
-        )  # rows, columns, shading
+        # Three fields a slice: it is bent along rows by the first, along columns by the second,
+        # and shaded by the third.
+        self.fields = torch.randn(count, slices, 3, *FIELD, generator=generator)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def images(self, x: Tensor, variant: int, indices: Tensor) -> Tensor:
-        """Slices x (B, 1, H, W), those of `indices` (B,), altered as `variant` says and z-scored
-        again.
-        """
+        """Slices x (B, 1, H, W), those of `indices` (B,), as their `variant`, z-scored again."""
         x = self.mirror.images(x, self.mirrored(x, variant, indices))
         if variant < 2:
             return x
@@ -119,9 +109,7 @@ class Variants:
 
     @staticmethod
     def smooth(x: Tensor, fields: Tensor) -> Tensor:
-        """Random fields (B, n, *KNOTS), smooth at the size of x (B, 1, H, W) and where it lies: (B,
-        n, H, W).
-        """
+        """Random fields (B, n, *FIELD), interpolated to the size of x (..., H, W): (B, n, H, W)."""
         return F.interpolate(fields.to(x.device), x.shape[2:], mode="bicubic", align_corners=True)
 
     def moved(self, x: Tensor, variant: int, indices: Tensor, mode: str) -> Tensor:
@@ -129,26 +117,25 @@ class Variants:
         numbers = self.numbers[variant, indices].to(x.device)
         bend_r, bend_c = (BEND * self.smooth(x, self.fields[variant, indices, :2])).unbind(1)
         height, width = x.shape[2:]
-        rows = (
-            torch.arange(height, device=x.device)[:, None] - (height - 1) / 2
-        )  # pixels from the centre
+        # Each pixel looks for its value where the alteration has moved it from, in pixels from
+        # the centre of the slice.
+        rows = torch.arange(height, device=x.device)[:, None] - (height - 1) / 2
         columns = torch.arange(width, device=x.device) - (width - 1) / 2
         shift_r, shift_c, turn, stretch_r, stretch_c = numbers[:, 2:].T[:, :, None, None]
         sine, cosine = (TURN * turn).sin(), (TURN * turn).cos()
         source_r = (cosine * rows - sine * columns) * (1 + STRETCH * stretch_r) + SHIFT * shift_r
         source_c = (sine * rows + cosine * columns) * (1 + STRETCH * stretch_c) + SHIFT * shift_c
-        source = torch.stack(
-            [(source_c + bend_c) * 2 / width, (source_r + bend_r) * 2 / height], -1
+        bent = (source_c + bend_c) * 2 / width, (source_r + bend_r) * 2 / height
+        return F.grid_sample(
+            x, torch.stack(bent, -1), mode, padding_mode="border", align_corners=False
         )
-        return F.grid_sample(x, source, mode, padding_mode="border", align_corners=False)
 
 
 @torch.inference_mode()
 def extract_codes(
     model: VQVAE2, splits: dict[str, SliceDataset], variants: int, sha256: str, *files: Path
 ) -> dict[str, np.ndarray]:
-    """The code maps and layouts of every slice: of the train split in `variants` variants, of the
-    others unaltered.
+    """The code maps and layouts of every slice: `variants` of each of the train split's.
 
     Read from the first of the `files` that was made with this autoencoder, whose checkpoint has the
     SHA-256 `sha256`, of these splits; else made, and written to the last.

@@ -1,12 +1,10 @@
-"""Masks in, anatomy out: which organs a slice shows, how large and where they are, and whether they
-are whole.
+"""Masks in, anatomy out: which organs a slice shows, how large and where, and whether whole.
 
 A small U-Net, `train_segmenter`, learns the masks of real training slices and then reads any slice,
 new ones too. `measure` takes measurements of each organ in a mask; `plausible` compares them with
 those of real training slices, and `judge_masks` says which organs a network that draws masks has
-not learnt.
-Masks hold class indices: 0 is the background, the others are called organs here; 255 means that
-nothing is known.
+not learnt. Masks hold class indices: 0 is the background, the others are called organs here; 255
+means that nothing is known.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,15 +31,14 @@ MEASUREMENTS = ("area", "row", "column", "pieces", "holes", "solidity", "asymmet
 JUDGED = ("pieces", "holes", "roughness")  # of a mask, beside its Dice
 LOWEST_DICE = 0.1  # below it an organ was not learnt
 FAR = 1.5  # nor where a median is so many times outside what real masks have between `TAILS`
-KEPT = "segmenter.pth"  # the file of a trained U-Net
+SEGMENTER_FILE = "segmenter.pth"  # where a trained U-Net is kept
 
 
 # ---- the segmenter ----
 
 
 class Segmenter(nn.Module):
-    """A small U-Net (Ronneberger et al. 2015, arXiv 1505.04597): slices -> logits of each label at
-    each pixel.
+    """A small U-Net (Ronneberger et al. 2015, arXiv 1505.04597): slices -> logits of each label.
 
     It costs about as much as the autoencoder: blocks of 4x4 pixels become channels at the input and
     pixels again at the output, so no layer works on whole resolution.
@@ -57,11 +54,8 @@ class Segmenter(nn.Module):
         def convolutions(inputs: int, outputs: int, n: int = 2) -> nn.Sequential:
             layers = []
             for i in range(n):
-                layers += [
-                    nn.Conv2d(outputs if i else inputs, outputs, 3, padding=1, bias=False),
-                    nn.BatchNorm2d(outputs),
-                    nn.ReLU(inplace=True),
-                ]
+                conv = nn.Conv2d(outputs if i else inputs, outputs, 3, padding=1, bias=False)
+                layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
             return nn.Sequential(*layers)
 
         self.fine = nn.Sequential(nn.PixelUnshuffle(self.BLOCK), convolutions(self.BLOCK**2, C))
@@ -69,9 +63,8 @@ class Segmenter(nn.Module):
         self.coarse = nn.Sequential(nn.MaxPool2d(2), convolutions(2 * C, 3 * C))
         self.up_middle, self.to_middle = nn.Conv2d(3 * C, 2 * C, 1), convolutions(2 * C, 2 * C, n=1)
         self.up_fine, self.to_fine = nn.Conv2d(2 * C, C, 1), convolutions(C, C, n=1)
-        self.head = nn.Sequential(
-            nn.Conv2d(C, labels * self.BLOCK**2, 1), nn.PixelShuffle(self.BLOCK)
-        )
+        to_blocks = nn.Conv2d(C, labels * self.BLOCK**2, 1)
+        self.head = nn.Sequential(to_blocks, nn.PixelShuffle(self.BLOCK))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, 1, H, W), z-scored -> logits (B, L, H, W)."""
@@ -86,8 +79,7 @@ class Segmenter(nn.Module):
 
 
 def mask_losses(logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy, and 1 - Dice averaged over the labels but the background, over the slices with
-    a mask.
+    """Cross-entropy, and 1 - the mean Dice of all labels but the background.
 
     logits (B, L, H, W); masks (B, H, W) uint8 classes below L, 255 all over a slice without one.
     Dice is the soft one of Milletari et al. 2016 (arXiv 1606.04797), over all the batch's pixels; 1
@@ -118,12 +110,10 @@ def train_segmenter(
     """A segmenter, in `eval()`, that has learnt the masks of `count` slices.
 
     Args:
-        pairs: from indices (B,) below `count` to z-scored slices (B, 1, H, W) and their masks (B,
-            H, W) uint8.
+        pairs: from indices (B,) below `count` to slices (B, 1, H, W) and masks (B, H, W) uint8.
         labels: how many there are, the background among them.
         mirror: of these slices.
-        steps, batch_size: how long to train, and the slices of a step; 300 steps take half a minute
-            on two cores.
+        steps, batch_size: 300 steps of 8 slices take half a minute on two cores.
 
     Every slice is mirrored with probability 0.5, and gets a random gain, offset and noise.
     """
@@ -132,9 +122,8 @@ def train_segmenter(
         net = Segmenter(labels).to(device)
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, 1e-2, total_steps=steps + 1, pct_start=0.2
-    )
+    one_cycle = torch.optim.lr_scheduler.OneCycleLR
+    schedule = one_cycle(optimiser, 1e-2, total_steps=steps + 1, pct_start=0.2)
     order = np.concatenate([rng.permutation(count) for _ in range(1 + steps * batch_size // count)])
     for step in tqdm(range(steps), desc="U-Net", unit=" steps", disable=None):
         images, masks = pairs(order[step * batch_size : (step + 1) * batch_size])
@@ -142,11 +131,8 @@ def train_segmenter(
         images, masks = mirror.images(images, mirrored), mirror.masks(masks, mirrored)
         gain, offset = 0.2 * torch.randn(2, len(images), 1, 1, 1, generator=generator)
         noise = torch.randn(images.shape, generator=generator)
-        images = (
-            images * (1 + gain)
-            + offset
-            + 0.1 * torch.rand(len(images), 1, 1, 1, generator=generator) * noise
-        )
+        noise = 0.1 * torch.rand(len(images), 1, 1, 1, generator=generator) * noise
+        images = images * (1 + gain) + offset + noise
         loss = sum(mask_losses(net(images.to(device)), masks.to(device)).values())
         optimiser.zero_grad()
         loss.backward()
@@ -169,14 +155,14 @@ def segment(net: Segmenter, images: np.ndarray) -> np.ndarray:
 
 
 def segmenter_of(train, *folders: Path, device: torch.device | str = "cpu") -> Segmenter:
-    """The segmenter of a training split that has masks: read from one of the `folders`, else
-    trained, and kept in the first of them that can be written.
+    """The segmenter of a training split that has masks, which is trained once.
 
-    One that was trained on other slices is trained again.
+    It is read from one of the `folders`, if there is one of these slices, or else trained, and kept
+    in the first of them that can be written.
     """
     data = {"fingerprint": train.fingerprint, "labels": list(train.labels)}
     data["partners"] = [list(pair) for pair in train.mirror.partners]
-    for file in (folder / KEPT for folder in folders):
+    for file in (folder / SEGMENTER_FILE for folder in folders):
         try:
             saved = runtime.load_checkpoint(file, "segmenter")
             if saved["data"] == data:
@@ -195,17 +181,15 @@ def segmenter_of(train, *folders: Path, device: torch.device | str = "cpu") -> S
     # few. A step on slices of 256x128 takes a tenth of a second on two cores.
     steps = 300 if train.synthetic else 3000
     minutes = steps / 600 * train.pixels[0].size / (256 * 128)
-    print(
-        f"training a U-Net on {len(masked)} slices with masks, to compare with: {steps} steps, "
-        f"about {max(1, round(minutes))} min on two cores. It is kept for the next time"
-    )
+    length = f"{steps} steps, about {max(1, round(minutes))} min on two cores"
+    print(f"training a U-Net on {len(masked)} slices with masks, to compare with: {length}")
     net = train_segmenter(pairs, len(masked), len(train.labels), train.mirror, steps, device=device)
     config = {"labels": net.labels, "channels": net.channels}
     weights = {name: value.cpu() for name, value in net.state_dict().items()}
     saved = {"kind": "segmenter", "model_config": config, "model": weights, "data": data}
     for folder in folders:  # a model's folder may be one that others may only read
         with suppress(OSError):
-            runtime.save_checkpoint(folder / KEPT, saved)
+            runtime.save_checkpoint(folder / SEGMENTER_FILE, saved)
             return net
     print("the U-Net is not kept: none of the folders can be written")
     return net
@@ -215,8 +199,7 @@ def segmenter_of(train, *folders: Path, device: torch.device | str = "cpu") -> S
 
 
 def measure(masks: np.ndarray, labels: int) -> np.ndarray:
-    """What masks (N, H, W) of `labels` classes show: (N, labels - 1, 8) float64, NaN for an organ
-    that is not there.
+    """What masks (N, H, W) of `labels` classes show, (N, labels - 1, 8); NaN for no such organ.
 
     The last axis is `MEASUREMENTS`: area in pixels; row and column of the centre; how many
     connected pieces and how many holes; solidity, the area over that of the convex hull; asymmetry,
@@ -256,8 +239,7 @@ def measure(masks: np.ndarray, labels: int) -> np.ndarray:
 def judge_masks(
     masks: np.ndarray, reference: np.ndarray, real: np.ndarray, labels: Sequence[int]
 ) -> dict[str, dict]:
-    """Masks judged as masks, organ by organ: a mean over organs can be high beside one that is
-    noise.
+    """Masks judged as masks, organ by organ: a mean over organs hides one that is noise.
 
     Args:
         masks: (N, H, W) that a network has drawn.
@@ -282,9 +264,8 @@ def judge_masks(
         faults = [f"Dice {verdict['dice']:.3f}"] if known and dice[0, organ] < LOWEST_DICE else []
         for name in JUDGED:
             values = {each: m[:, MEASUREMENTS.index(name)] for each, m in shown.items()}
-            verdict[name] = {
-                each: float(v.mean()) if len(v) else None for each, v in values.items()
-            }
+            there = {each: v for each, v in values.items() if len(v)}
+            verdict[name] = dict.fromkeys(values) | {k: float(v.mean()) for k, v in there.items()}
             if name != "holes" and all(map(len, values.values())):
                 low, high = np.quantile(values["real"], TAILS, method="inverted_cdf")
                 median = np.quantile(values["masks"], 0.5, method="inverted_cdf")
@@ -341,8 +322,7 @@ def plausible(
 
 
 def measurement_distances(measured: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
-    """Wasserstein-1 distances of each organ's measurements in two sets, `measure`'s (n, O, F) and
-    (N, O, F): (O,) each.
+    """Wasserstein-1 distances (O,) of organs' measurements in two sets (n, O, F) and (N, O, F).
 
     "area" as a share of the real mean area; "centre" in pixels, of rows and columns together (their
     root sum of squares). NaN where a set never shows the organ.
@@ -360,22 +340,17 @@ def measurement_distances(measured: np.ndarray, real: np.ndarray) -> dict[str, n
 def dice_by_patient(
     found: np.ndarray, truth: np.ndarray, patients: Sequence, labels: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The Dice score of each organ in all slices of a patient taken together, 2 |A and B| / (|A| +
-    |B|).
+    """The Dice of each organ, 2 |A and B| / (|A| + |B|), in all slices of a patient together.
 
-    Masks (N, H, W), of which pixels of 255 in `truth` are left out; patients (N,).
-
-    Returns:
-        The patients (P,), sorted, and their scores (P, labels - 1); NaN where neither mask shows
-        the organ.
+    Masks (N, H, W), of which pixels of 255 in `truth` are left out; patients (N,). Returns the
+    patients (P,), sorted, and their scores (P, labels - 1), NaN where neither mask shows the organ.
     """
     names, whose = np.unique(patients, return_inverse=True)
     shared, sizes = np.zeros((2, len(names), labels))
     for a, b, patient in zip(found, truth, whose, strict=True):
         a, b = a[b != NO_MASK], b[b != NO_MASK]
         shared[patient] += np.bincount(a[a == b], minlength=labels)[:labels]
-        sizes[patient] += np.bincount(a, minlength=labels)[:labels] + np.bincount(
-            b, minlength=labels
-        )
+        sizes[patient] += np.bincount(a, minlength=labels)[:labels]
+        sizes[patient] += np.bincount(b, minlength=labels)
     with np.errstate(invalid="ignore"):
         return names, (2 * shared / sizes)[:, 1:]

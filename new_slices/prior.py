@@ -1,5 +1,4 @@
-"""The priors over code maps: p(top | layout), p(bottom | top). Integers in, likelihoods or new maps
-out; no pixels.
+"""The priors over code maps, p(top | layout) and p(bottom | top): likelihoods and new maps.
 
 Razavi, van den Oord & Vinyals 2019 (arXiv 1906.00446), section 3.2, model both levels by
 autoregression in raster order. A slice sampled so is finished on the left before anything is known
@@ -30,7 +29,7 @@ from new_slices.layouts import classes
 from support.runtime import UserError, check_number, option
 
 EXPAND = 2  # hidden channels of an MLP over its own
-LABEL_CHANNELS = 16  # of the embedding of a layout's class, of which there are few
+LAYOUT_CHANNELS = 16  # of the embedding of a layout's class, of which there are few
 OCTAVES = 5  # sines and cosines of the slice position
 
 
@@ -46,9 +45,7 @@ class PriorConfig:
     prior_bottom_layers: int = option(1, "transformer blocks of p(bottom | top)")
     prior_refine_blocks: int = option(2, "convolutional blocks of both, at the resolution of codes")
     prior_patch: int = option(2, "codes of a token along each axis")
-    prior_dropout: float = option(
-        0.1, "dropout of the tokens, and after attention and MLP in the transformer blocks"
-    )
+    prior_dropout: float = option(0.1, "dropout of tokens, and after attention and MLP in blocks")
 
     @property
     def classes(self) -> int:
@@ -61,9 +58,8 @@ class PriorConfig:
             most = 1000 if name.endswith(("layers", "blocks")) else 2**31
             check_number(name, value, least, 0.99 if name == "prior_dropout" else most)
         if self.prior_channels % self.prior_heads:
-            raise UserError(
-                f"prior_channels is {self.prior_channels}; expected a multiple of prior_heads"
-            )
+            found = f"--prior-channels is {self.prior_channels}"
+            raise UserError(f"{found}; expected a multiple of --prior-heads")
 
 
 @dataclass(frozen=True)
@@ -107,8 +103,7 @@ class MLP(nn.Sequential):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block (Vaswani et al. 2017) after a depthwise convolution, which sees
-    the neighbours.
+    """A depthwise convolution, then a pre-norm transformer block (Vaswani et al. 2017).
 
     Every token attends to every other: there is no causal mask.
     """
@@ -134,9 +129,7 @@ class Block(nn.Module):
 
 
 class Refine(nn.Module):
-    """A ConvNeXt block (Liu et al. 2022, arXiv 2201.03545): every code looks at the 5x5 codes
-    around it.
-    """
+    """A ConvNeXt block (Liu et al. 2022, arXiv 2201.03545): every code sees the 5x5 around it."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -158,8 +151,7 @@ class MaskedPrior(nn.Module):
 
     Args:
         shape: height and width of the map.
-        variants: how many numbers describe how a slice was altered before it was coded, see
-            `code_maps.Variants`.
+        numbers: how many describe the variant of a slice, see `code_maps.Variants`.
         condition_values: how many values the condition has.
         condition_scale: its side over this map's.
         condition_channels: of the embedding of a value.
@@ -170,7 +162,7 @@ class MaskedPrior(nn.Module):
         config: PriorConfig,
         shape: tuple[int, int],
         layers: int,
-        variants: int,
+        numbers: int,
         condition_values: int,
         condition_scale: float,
         condition_channels: int,
@@ -185,7 +177,7 @@ class MaskedPrior(nn.Module):
         self.columns = nn.Parameter(torch.zeros(C, 1, self.grid[1]))
         self.position = nn.Linear(2 * OCTAVES, C)
         self.unknown_position = nn.Parameter(torch.zeros(C))
-        self.variant = nn.Linear(variants, C, bias=False)
+        self.variant = nn.Linear(numbers, C, bias=False)
         self.anatomy = MLP(C)  # what tends to lie at this place of this slice
         # The last value stands for an unknown one.
         self.condition = nn.Embedding(condition_values + 1, condition_channels)
@@ -203,18 +195,18 @@ class MaskedPrior(nn.Module):
         self.start()
 
     def start(self) -> None:
-        """GPT-2's initialisation: normal with standard deviation 0.02, less in what adds to the
-        residual stream.
+        """GPT-2's initialisation: normal, deviation 0.02, less in what adds to the residual stream.
+
+        An untrained prior is uniform.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif "norm" not in name:
                 branch = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(
-                    parameter, std=0.02 / math.sqrt(2 * len(self.blocks)) if branch else 0.02
-                )
-        nn.init.zeros_(self.head.weight)  # an untrained prior is uniform
+                std = 0.02 / math.sqrt(2 * len(self.blocks)) if branch else 0.02
+                nn.init.normal_(parameter, std=std)
+        nn.init.zeros_(self.head.weight)
 
     def forward(self, codes: Tensor, context: Tensor, at: Tensor | None = None) -> Tensor:
         """Logits (B, h, w, K) of every code of the map, hidden or not.
@@ -230,8 +222,7 @@ class MaskedPrior(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = self.split(self.norm(x.permute(0, 2, 3, 1)))  # (B, grid, C) -> (B, grid, P*P*C)
-        # channels stay last in memory, which saves two fifths of the time of the depthwise
-        # convolutions on a CPU
+        # Channels stay last in memory: depthwise convolutions take three fifths of the time so.
         x = x.unflatten(3, (self.patch, self.patch, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         x = x[:, :h, :w].permute(0, 3, 1, 2)
         x = self.refine(x + self.local(embedded))  # (B, C, h, w)
@@ -239,30 +230,24 @@ class MaskedPrior(nn.Module):
         return self.head(self.head_norm(x if at is None else x[at]))
 
     def context(self, position: Tensor, variant: Tensor, condition: Tensor | None = None) -> Tensor:
-        """What is known before any code is, (B, C, grid): the place in the map, and what the
-        arguments tell.
+        """What is known before any code is, (B, C, grid): places in the map, and the arguments.
 
         Args:
             position: (B,) the slice's relative position in its volume, in [0, 1]; NaN for unknown.
-            variant: (B, variants) float, how the slice was altered; zeros for a slice as it is.
+            variant: (B, numbers) float, how the slice was altered; zeros for a slice as it is.
             condition: int64, of the top level a layout (B, 2h, 2w) in [0, classes], where classes
                 stands for unknown; of the bottom level top codes (B, h/2, w/2). None: unknown.
         """
-        angles = (
-            position.nan_to_num()[:, None]
-            * math.pi
-            * 2.0 ** torch.arange(OCTAVES, device=position.device)
-        )
+        octaves = 2.0 ** torch.arange(OCTAVES, device=position.device)
+        angles = position.nan_to_num()[:, None] * math.pi * octaves
         about = self.position(torch.cat([angles.sin(), angles.cos()], 1).to(self.rows))
         about = torch.where(position.isnan()[:, None], self.unknown_position, about)
         about = about + self.variant(variant.to(self.rows))
         x = self.rows + self.columns + about[:, :, None, None]
         x = self.anatomy(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if condition is None:
-            shape, unknown = (
-                (len(position), *self.condition_shape),
-                self.condition.num_embeddings - 1,
-            )
+            shape = (len(position), *self.condition_shape)
+            unknown = self.condition.num_embeddings - 1
             condition = torch.full(shape, unknown, device=position.device)
         values = self.condition(condition).permute(0, 3, 1, 2)
         around = self.gather(whole_patches(values, self.gather.stride[0]))
@@ -272,32 +257,30 @@ class MaskedPrior(nn.Module):
 class Prior(nn.Module):
     """Both levels, for top maps of `top_shape` and bottom maps of twice its height and width.
 
-    `variants` is how many numbers describe an altered slice.
+    `numbers` is how many describe the variant of a slice.
     """
 
-    def __init__(self, config: PriorConfig, top_shape: tuple[int, int], variants: int = 1):
+    def __init__(self, config: PriorConfig, top_shape: tuple[int, int], numbers: int = 1):
         super().__init__()
         if len(top_shape) != 2 or min(top_shape) < 1:
-            raise ValueError(
-                f"top_shape is {top_shape}; expected a height and a width of at least 1"
-            )
+            raise ValueError(f"top_shape is {top_shape}; expected two numbers of at least 1")
         h, w = top_shape
-        self.config, self.top_shape, self.variants = config, (h, w), variants
+        self.config, self.top_shape, self.numbers = config, (h, w), numbers
         C = config.prior_channels
         self.top = MaskedPrior(
             config,
             (h, w),
             config.prior_top_layers,
-            variants,
+            numbers,
             condition_values=config.classes,
             condition_scale=2,
-            condition_channels=min(LABEL_CHANNELS, C),
+            condition_channels=min(LAYOUT_CHANNELS, C),
         )
         self.bottom = MaskedPrior(
             config,
             (2 * h, 2 * w),
             config.prior_bottom_layers,
-            variants,
+            numbers,
             condition_values=config.K,
             condition_scale=0.5,
             condition_channels=C,
@@ -305,17 +288,15 @@ class Prior(nn.Module):
 
     @torch.no_grad()
     def start_from(self, codebook_top: Tensor, codebook_bottom: Tensor) -> None:
-        """Start the embeddings and heads from the autoencoder's codebooks, each (K, D): call before
-        training.
+        """Start the embeddings and heads from the autoencoder's codebooks, each (K, D).
 
         Codes that mean almost the same then start almost the same, at the input and at the output,
         and a rare one learns from its neighbours.
         """
         for level, codebook in ((self.top, codebook_top), (self.bottom, codebook_bottom)):
             if codebook.ndim != 2 or len(codebook) != self.config.K:
-                raise ValueError(
-                    f"a codebook of shape {tuple(codebook.shape)}; expected ({self.config.K}, D)"
-                )
+                shape = tuple(codebook.shape)
+                raise ValueError(f"a codebook of shape {shape}; expected ({self.config.K}, D)")
             turn = nn.init.orthogonal_(torch.empty(codebook.shape[1], self.config.prior_channels))
             vectors = (codebook - codebook.mean(0)) @ turn.to(codebook)
             vectors *= 0.02 / vectors.std().clamp_min(1e-12)  # the size that `start` gave them
@@ -338,17 +319,15 @@ class Prior(nn.Module):
         first n slices alone; layout (B, 2h, 2w) is int64 in [0, classes], None for unknown.
         """
         n = len(bottom)
-        return {
-            "top": bound(self.top, top, (position, variant, layout), generator),
-            "bottom": bound(self.bottom, bottom, (position[:n], variant[:n], top[:n]), generator),
-        }
+        of_top, of_bottom = (position, variant, layout), (position[:n], variant[:n], top[:n])
+        nats = {"top": bound(self.top, top, of_top, generator)}
+        return nats | {"bottom": bound(self.bottom, bottom, of_bottom, generator)}
 
     @torch.inference_mode()
     def nats(
         self, top: Tensor, bottom: Tensor, position: Tensor, seed: int = 0
     ) -> dict[str, Tensor]:
-        """An estimate of the bound on -log p of whole maps in nats, "top" (B,) and "bottom" (B,):
-        one mask a map.
+        """The bound on -log p of whole maps in nats, "top" (B,), "bottom" (B,), by one mask a map.
 
         Layouts are unknown to it: the codes are all that an arithmetic coder has.
 
@@ -370,7 +349,7 @@ class Prior(nn.Module):
 
     def as_it_is(self, count: int) -> Tensor:
         """The `variant` of slices that were not altered."""
-        return self.top.rows.new_zeros(count, self.variants)
+        return self.top.rows.new_zeros(count, self.numbers)
 
     @torch.inference_mode()
     def sample(
@@ -404,15 +383,10 @@ class Prior(nn.Module):
         positions = torch.as_tensor(positions, dtype=torch.float32, device=device)
         check_positions(positions, len(seeds))
         if layouts is not None:
-            expected = (len(seeds), *self.bottom.shape)
-            if (
-                layouts.shape != expected
-                or not 0 <= layouts.min() <= layouts.max() <= self.config.classes
-            ):
-                raise ValueError(
-                    f"layouts of shape {tuple(layouts.shape)}, up to {layouts.max()}; "
-                    f"expected {expected} of 0 to {self.config.classes}"
-                )
+            expected, most = (len(seeds), *self.bottom.shape), self.config.classes
+            if layouts.shape != expected or not 0 <= layouts.min() <= layouts.max() <= most:
+                found = f"layouts of shape {tuple(layouts.shape)}, up to {layouts.max()}"
+                raise ValueError(f"{found}; expected {expected} of 0 to {most}")
             layouts = layouts.to(device)
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         known = (positions, self.as_it_is(len(seeds)))
@@ -439,11 +413,9 @@ def whole_patches(x: Tensor, side: int) -> Tensor:
 
 
 def random_masks(codes: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Which codes (B, h, w) are hidden, bool: of each map a number that is uniform in 1 .. h*w, at
-    random places.
+    """Which codes (B, h, w) are hidden, bool: of each map 1 .. h*w, uniform, at random places.
 
-    The numbers of a batch are spread evenly over that range (stratified), which makes the loss less
-    noisy.
+    The numbers of a batch are spread over that range (stratified), so that the loss is less noisy.
     """
     B, codes_of_a_map = len(codes), codes[0].numel()
     share = (torch.arange(B, device=codes.device) + uniform((B,), codes.device, generator)) / B
@@ -455,9 +427,7 @@ def random_masks(codes: Tensor, generator: torch.Generator | None = None) -> Ten
 def uniform(
     shape: Sequence[int], device: torch.device, generator: torch.Generator | None
 ) -> Tensor:
-    """Random numbers in [0, 1) on `device`; those of a CPU's generator are the same on every
-    device.
-    """
+    """Random numbers in [0, 1) on `device`, the same on all for a generator of the CPU."""
     source = generator.device if generator else device
     return torch.rand(shape, generator=generator, device=source).to(device, non_blocking=True)
 
@@ -469,8 +439,7 @@ def unmask(
     sampling: Sampling,
     progress: Callable[[], object] | None,
 ) -> Tensor:
-    """New maps (B, h, w) of one level, from maps that are hidden whole (Chang et al. 2022, section
-    3.2).
+    """New maps (B, h, w) of one level, from maps all hidden (Chang et al. 2022, section 3.2).
 
     In every pass each hidden code is sampled. Those sampled with the highest probability, with some
     chance in it that fades from pass to pass, are kept. How many stay hidden falls along a cosine.
@@ -513,8 +482,9 @@ def unmask(
 
 
 def sample_codes(logits: Tensor, u: Tensor, temperature: float = 1.0) -> Tensor:
-    """Codes (...) from logits (..., K) by inversion of their cumulative distribution at u (...) in
-    (0, 1). At temperature 0 the likeliest.
+    """Codes (...) from logits (..., K): the cumulative distribution inverted at u (...) in (0, 1).
+
+    At temperature 0 the likeliest.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -526,11 +496,8 @@ def sample_codes(logits: Tensor, u: Tensor, temperature: float = 1.0) -> Tensor:
 def check_positions(position: Tensor, count: int) -> None:
     """ValueError unless `position` is (count,), each in [0, 1] or NaN."""
     if position.shape != (count,):
-        raise ValueError(
-            f"positions of shape {tuple(position.shape)}; expected ({count},), one for each slice"
-        )
+        raise ValueError(f"positions of shape {tuple(position.shape)}; expected ({count},)")
     outside = (position < 0) | (position > 1)  # NaN is neither
     if outside.any():
-        raise ValueError(
-            f"position {position[outside][0].item():g}; expected 0 to 1, or NaN for unknown"
-        )
+        wrong = position[outside][0].item()
+        raise ValueError(f"position {wrong:g}; expected 0 to 1, or NaN for unknown")

@@ -32,7 +32,7 @@ from support.runtime import atomic_path
 DPI = 120
 PANEL = 3.0  # inches, the height of a slice in a sheet
 MOST_COLOURS = 20  # a histogram of more patients has one colour
-NO_MASK = 255  # in a mask: nothing is known of this pixel
+UNKNOWN = 255  # in a mask: nothing is known of this pixel
 OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
 
 
@@ -60,7 +60,7 @@ def _show(axes, image: np.ndarray, title: str = "", **options):
 
 def _classes(mask: np.ndarray) -> list[int]:
     """The classes of a mask that have an outline: all but the background and what is not known."""
-    return [int(k) for k in np.unique(mask) if k not in (0, NO_MASK)]
+    return [int(k) for k in np.unique(mask) if k not in (0, UNKNOWN)]
 
 
 def _colour(k: int) -> tuple:
@@ -102,8 +102,7 @@ def draw_letters(axes, letters: str, left: float, top: float, height: int, width
 def save_slice(path: Path | str, image: np.ndarray, low: float, high: float) -> None:
     """Write a slice (H, W) as a grey PNG of W x H pixels; `low` becomes black and `high` white.
 
-    Values outside that range saturate. Give both slices of a pair the original's minimum and
-    maximum.
+    Values outside that range saturate. Give both slices of a pair the original's two ends.
     """
     grey = np.clip((np.asarray(image, np.float64) - low) / ((high - low) or 1), 0, 1)
     with atomic_path(path) as part:
@@ -140,8 +139,7 @@ def comparison_sheet(
     Args:
         rows: title, original (H, W) and reconstruction (H, W) of each slice.
         note: a line above it all.
-        masks: of each slice, those (H, W) whose outlines are drawn on the original and on the
-            reconstruction.
+        masks: of each slice those (H, W) to outline on its original and on its reconstruction.
         letters, label_values: see the top of this file; the letters are those of each slice.
     """
     differences = [np.abs(x - y) / value_range(x) for _, x, y in rows]

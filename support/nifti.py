@@ -93,10 +93,7 @@ def is_nifti(name: str) -> bool:
 
 
 def read(
-    path: Path | str,
-    max_axes: int = 7,
-    max_pixels: int = 2**48,
-    expected: str = "lengths of 1 or more",
+    path: Path | str, max_axes: int = 7, max_pixels: int = 2**48, expected: str = "lengths above 0"
 ) -> Image:
     """Read a NIfTI-1 or NIfTI-2 file, gzipped or not; UserError for what is no such file.
 
@@ -220,9 +217,7 @@ def _qform(header: nibabel.Nifti1Header) -> np.ndarray:
 
 
 def _full(affine: np.ndarray) -> np.ndarray:
-    """`affine` with a third axis of 1 mm across the other two, where it has none: a slice needs
-    none.
-    """
+    """`affine` with a third axis of 1 mm across the other two, if it has none: slices need none."""
     affine = np.array(affine, np.float64)
     if not affine[:3, 2].any():
         across = np.cross(affine[:3, 0], affine[:3, 1])
@@ -231,8 +226,7 @@ def _full(affine: np.ndarray) -> np.ndarray:
 
 
 def best_affine(header: nibabel.Nifti1Header) -> tuple[np.ndarray, bool, bool]:
-    """The affine, whether the header gives its directions, and whether it names one that cannot be
-    used.
+    """The affine, whether the header gives its directions, and whether it names a broken one.
 
     The sform where there is one, else the qform, else the voxel sizes alone.
     """
@@ -246,17 +240,6 @@ def best_affine(header: nibabel.Nifti1Header) -> tuple[np.ndarray, bool, bool]:
             broken = True
     sizes = np.abs(np.nan_to_num(header["pixdim"][1:4].astype(float), posinf=0))
     return np.diag([*np.where((sizes > 1e-6) & (sizes < 1e6), sizes, 1), 1.0]), False, broken
-
-
-def grid_affine(
-    affine: np.ndarray, scale: tuple[float, float], start: tuple[float, float]
-) -> np.ndarray:
-    """The affine of a grid laid over a slice: its pixel i lies at start + i * scale of the slice's,
-    per axis.
-    """
-    grid = np.diag([*scale, 1.0, 1.0])
-    grid[:2, 3] = start
-    return affine @ grid
 
 
 def turning(affine: np.ndarray, ends: str) -> np.ndarray:
@@ -283,10 +266,9 @@ def turn_affine(affine: np.ndarray, shape: Sequence[int], turning: np.ndarray) -
     return affine @ nibabel.orientations.inv_ornt_aff(turning, shape[:3])
 
 
-def turn_to(image: Image, array: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`array` of `image` with its axes along those of the affine `target`, and its new affine."""
-    turning = ornt_transform(*map(nibabel.io_orientation, (image.affine, target)))
-    return turn(array, turning), turn_affine(image.affine, array.shape, turning)
+def turning_to(affine: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """How to turn a volume of `affine` so that its axes run along those of `target`."""
+    return ornt_transform(nibabel.io_orientation(affine), nibabel.io_orientation(target))
 
 
 def turned(one: np.ndarray, other: np.ndarray, axes: int) -> bool:
@@ -296,16 +278,12 @@ def turned(one: np.ndarray, other: np.ndarray, axes: int) -> bool:
 
 
 def directions(affines: np.ndarray) -> list[str]:
-    """Where rows and columns of slices run, of affines (N, 4, 4): "RS" is to the patient's right
-    and head.
-    """
+    """Where rows and columns run, of affines (N, 4, 4): "RS" is to the patient's right and head."""
     axes = affines[:, :3, :2]
     nearest = np.abs(axes).argmax(axis=1)  # (N, 2)
     back = np.take_along_axis(axes, nearest[:, None], axis=1)[:, 0] < 0
-    return [
-        "".join(letters)
-        for letters in np.array([["R", "A", "S"], ["L", "P", "I"]])[back.astype(int), nearest]
-    ]
+    letters = np.array([[*"RAS"], [*"LPI"]])[back.astype(int), nearest]
+    return ["".join(pair) for pair in letters]
 
 
 def plane_of(ends: str) -> str:
@@ -336,10 +314,8 @@ def write(
 
     Of an affine that is not `oriented`, see `Image`, the file tells the voxel sizes alone. With a
     header `like`, that header's affines, their codes and units are kept as they are, and `affine`
-    is not looked at. The same pixels give
-    the same bytes: the gzip header carries no time. `description` (at most 79 ASCII characters)
-        goes into the header,
-    where viewers show it.
+    is not looked at. The same pixels give the same bytes: the gzip header carries no time.
+    `description` (at most 79 ASCII characters) goes into the header, where viewers show it.
     """
     if like is None:
         header = nibabel.Nifti1Header()

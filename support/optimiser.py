@@ -1,5 +1,4 @@
-"""Muon: steps along the nearest orthogonal matrix of the momentum, for the weights between hidden
-layers.
+"""Muon: steps along the nearest orthogonal matrix of the momentum, for hidden layers' weights.
 
 Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"
 (kellerjordan.github.io/posts/muon), with the step size of Liu et al. 2025, "Muon is Scalable for
@@ -14,25 +13,19 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-COEFFICIENTS = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # Jordan's: five iterations move singular values to 0.7 .. 1.2
-SHORTEST_SIDE = (
-    16  # AdamW takes weights with a shorter side: their matrices are too small to orthogonalise
-)
+# Jordan's: five iterations move singular values to 0.7 .. 1.2.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# AdamW takes weights with a shorter side: their matrices are too small to orthogonalise.
+SHORTEST_SIDE = 16
 
 
 def orthogonalise(stacks: Sequence[Tensor]) -> list[Tensor]:
-    """Stacks of matrices, each (n, rows, columns), with all singular values moved close to 1
-    (Newton-Schulz).
+    """Stacks of matrices (n, rows, columns), their singular values moved to about 1.
 
-    Every iteration multiplies x by a polynomial of its Gram matrix x x^T. These polynomials
-    commute, so the iterations run on the Gram matrix, whose side is the shorter one of x, and x is
-    multiplied once at the end.
-    Matrices with equal shorter sides iterate together, whatever their longer sides: fewer launches
-        on a GPU.
+    Newton-Schulz: every iteration multiplies x by a polynomial of its Gram matrix x x^T. These
+    polynomials commute, so the iterations run on the Gram matrix, whose side is the shorter one of
+    x, and x is multiplied once at the end. Matrices with equal shorter sides iterate together,
+    whatever their longer sides: fewer launches on a GPU.
     """
     wide = [x.mT if x.shape[1] > x.shape[2] else x for x in stacks]
     same_side = defaultdict(list)
@@ -41,18 +34,15 @@ def orthogonalise(stacks: Sequence[Tensor]) -> list[Tensor]:
     results = list(stacks)
     for members in same_side.values():
         grams = torch.cat([wide[i] @ wide[i].mT for i in members])
-        for i, factor in zip(
-            members, newton_schulz(grams).split([len(wide[i]) for i in members]), strict=True
-        ):
+        factors = newton_schulz(grams).split([len(wide[i]) for i in members])
+        for i, factor in zip(members, factors, strict=True):
             x = factor @ wide[i]
             results[i] = x.mT if wide[i] is not stacks[i] else x
     return results
 
 
 def newton_schulz(gram: Tensor, iterations: int = 5) -> Tensor:
-    """Gram matrices x x^T (n, side, side) -> the factors (n, side, side) that move x's singular
-    values close to 1.
-    """
+    """Gram matrices x x^T (n, side, side) -> the factors that move x's singular values to 1."""
     a, b, c = COEFFICIENTS
 
     def polynomial(gram: Tensor) -> Tensor:  # a I + b gram + c gram^2
@@ -72,8 +62,7 @@ def newton_schulz(gram: Tensor, iterations: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for the weights `matrices`, AdamW for all `others`; `lr` and `weight_decay` apply to
-    both.
+    """Muon for the weights `matrices`, AdamW for all `others`, with one `lr` and `weight_decay`.
 
     A convolution's weight (out, in, h, w) counts as the matrix (out, in*h*w). A group's "lr" may be
     a number or a tensor () on the weights' device.
@@ -88,10 +77,8 @@ class Muon(torch.optim.AdamW):
         momentum: float = 0.95,
         **adam,
     ):
-        groups = [
-            {"params": list(matrices), "matrices": True},
-            {"params": list(others), "matrices": False},
-        ]
+        groups = [{"params": list(matrices), "matrices": True}]
+        groups += [{"params": list(others), "matrices": False}]
         super().__init__(groups, lr, weight_decay=weight_decay, **adam)
         self.momentum = momentum
 
@@ -105,20 +92,17 @@ class Muon(torch.optim.AdamW):
 
     def step_matrices(self, weights: list[Tensor], lr: float | Tensor, decay: float) -> None:
         for weight in weights:
-            if not self.state[
-                weight
-            ]:  # AdamW, which loads the state, expects a count of steps in it
+            if not self.state[weight]:
+                # AdamW, which loads the state, expects a count of steps in it.
                 self.state[weight] = {"step": torch.zeros(()), "momentum": torch.zeros_like(weight)}
         gradients, means = [w.grad for w in weights], [self.state[w]["momentum"] for w in weights]
         torch._foreach_lerp_(means, gradients, 1 - self.momentum)
-        torch._foreach_lerp_(
-            gradients, means, self.momentum
-        )  # Nesterov momentum, in place of the gradients
+        # Nesterov's momentum takes the place of the gradients.
+        torch._foreach_lerp_(gradients, means, self.momentum)
         same_shape = defaultdict(list)
         for weight, gradient in zip(weights, gradients, strict=True):
-            same_shape[len(weight), weight[0].numel()].append(
-                (as_matrix(weight, weight), as_matrix(gradient, weight))
-            )
+            pair = as_matrix(weight, weight), as_matrix(gradient, weight)
+            same_shape[len(weight), weight[0].numel()].append(pair)
             weight.grad = None  # so that AdamW skips it
         stacks = [torch.stack([gradient for _, gradient in pairs]) for pairs in same_shape.values()]
         targets = [target for pairs in same_shape.values() for target, _ in pairs]
@@ -130,8 +114,7 @@ class Muon(torch.optim.AdamW):
 
 
 def as_matrix(x: Tensor, weight: Tensor) -> Tensor:
-    """x, shaped like `weight`, as a matrix (out, columns): a view, with the columns in the memory
-    order of `weight`.
+    """A view of x, shaped like `weight`, as a matrix (out, columns) in the order of its memory.
 
     The order of the columns does not change a step.
     """

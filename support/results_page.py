@@ -26,10 +26,10 @@ SCORES = {  # of metrics.json
     "psnr_body": "PSNR, body, dB",
     "mae": "mean absolute error",
 }
-MASKS = {  # of metrics.json's "dice"
+MASK_SOURCES = {  # where the masks of metrics.json's "dice" come from
     "decoded": "decoded from the codes",
-    "unet": "a U-Net on the original slices",
-    "most_frequent": "the commonest label of each place",
+    "unet": "a U-Net of equal cost on the original slices",
+    "most_frequent": "the most frequent label of each place",
 }
 IN_SHORT = {  # of report.json's "scorecard"
     "new slices without impossible anatomy": "constraint",
@@ -174,10 +174,10 @@ def test_scores(folder: Path, metrics: dict) -> str:
     rows |= {"95 % from": row("", "low"), "95 % to": row("", "high")}
     for patient, n in metrics["patients"].items():
         rows[f"patient {patient}"] = row(n, "per_patient", patient)
-    dice = {
-        MASKS.get(source, source): {name.replace("_", " "): of["mean"] for name, of in by.items()}
-        for source, by in metrics.get("dice", {}).items()
-    }
+    dice = {}
+    for source, organs in metrics.get("dice", {}).items():
+        means = {name.replace("_", " "): of["mean"] for name, of in organs.items()}
+        dice[MASK_SOURCES.get(source, source)] = means
     shapes = {}
     for organ, verdict in metrics.get("masks", {}).items():
         shape = shapes[organ.replace("_", " ")] = {}

@@ -47,12 +47,7 @@ TEMPORARY = ".part-"  # how the names of temporary folders begin
 # Of a write to a pipe whose reader has gone, as of `| head`: Windows calls it an invalid argument.
 NOBODY_READS = {errno.EPIPE, errno.EINVAL} if os.name == "nt" else {errno.EPIPE}
 # What PyTorch says, as a plain RuntimeError, where the CPU's memory does not suffice.
-NO_MEMORY = (
-    "t allocate memory",
-    "bad_alloc",
-    "calculation overflowed",
-    "could not create a memory",
-)
+NO_MEMORY = ("t allocate memory", "bad_alloc", "calculation overflowed", "not create a memory")
 
 
 class UserError(ValueError):
@@ -96,11 +91,6 @@ def set_up_process() -> None:
     # bits of mantissa, on Ampere and later, which changes up to 0.7 % of the codes. Training steps
     # allow it again (trainer.py).
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    # A process without a console (`2>&-`, pythonw) has None for these, and progress bars need one.
-    sys.stdout, sys.stderr = (
-        stream or open(os.devnull, "w")  # noqa: SIM115
-        for stream in (sys.stdout, sys.stderr)
-    )
     # A line reaches a file when it is printed, and does not wait for many others. A character that
     # the encoding of a file lacks, as on Windows, becomes a question mark.
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -165,8 +155,7 @@ def parser(
     """A parser with a flag for each field of the dataclasses `configs`, whose defaults it has.
 
     The fields named in `everyday` come first, those in `without` are left out. Every dataclass has
-    a heading, the first sentence of its docstring. A field that two dataclasses share is one flag,
-    that of the first.
+    a heading, the first sentence of its docstring. A field that two of them share is one flag.
     """
     built = Parser(
         usage="%(prog)s [flags]",
@@ -222,13 +211,8 @@ def print_help(parser: argparse.ArgumentParser, *configs) -> None:
     sys.exit(0)
 
 
-def from_flags(config: type, args: argparse.Namespace):
-    """The dataclass `config` filled from parsed flags; its `__post_init__` checks the values."""
-    return fill(config, vars(args))
-
-
 def fill(config: type, values: dict):
-    """The dataclass `config` of those `values` that are its fields; the others are defaults."""
+    """The dataclass `config` of those `values` that are its fields; it checks them itself."""
     names = (field.name for field in dataclasses.fields(config))
     return config(**{name: values[name] for name in names if name in values})
 
@@ -271,9 +255,8 @@ def in_parallel(function: Callable, items: Sequence, label: str, unit: str) -> I
 def pick_device(name: str) -> torch.device:
     """The device `name`; "auto" is CUDA if there is one, else the CPU. UserError for no CUDA."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda: PyTorch sees no CUDA device. Fix: --device cpu, or a CUDA build."
-        )
+        fix = "Fix: --device cpu, or a CUDA build of PyTorch"
+        raise UserError(f"--device cuda: PyTorch sees no CUDA device. {fix}.")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
@@ -346,9 +329,8 @@ def ranks(device: str) -> Iterator[None]:
     cuda, local = pick_device(device).type == "cuda", int(os.environ["LOCAL_RANK"])
     if cuda:
         if local >= (found := torch.cuda.device_count()):
-            raise UserError(
-                f"process {local + 1} of a node with {found} GPUs. Fix: --nproc_per_node={found}."
-            )
+            where = f"process {local + 1} of a node with {found} GPUs"
+            raise UserError(f"{where}. Fix: --nproc_per_node={found}.")
         torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank() else nullcontext():
@@ -403,10 +385,9 @@ def first_of_node() -> Iterator[None]:
 
 
 def writable_folder(path: Path | str) -> Path:
-    """Make the folder `path` where there is none, before anything is computed.
+    """Make the folder `path` where there is none; OSError if nothing can be written there.
 
-    If this process ends without having written to it, it goes again. OSError if nothing can be
-    written there.
+    If this process ends without having written to it, it goes again.
     """
     path = Path(path)
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -414,9 +395,8 @@ def writable_folder(path: Path | str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path).cleanup()
     except OSError as error:
-        raise OSError(
-            f"{path}: cannot write there ({error.strerror}). Fix: another --out."
-        ) from error
+        why = f"{path}: cannot write there ({error.strerror})"
+        raise OSError(f"{why}. Fix: another --out.") from error
     atexit.register(remove_empty, new)
     return path
 
@@ -433,36 +413,26 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yields a path to write a file or a folder to, which becomes `path` if the block succeeds.
 
     Until then it has the same name in a temporary folder beside `path`, to which nobody else may
-    write. A file replaces a file, and a folder a folder, whole; where another process put a folder
-    there in the meantime, that one stays. An OSError of the block names `path`.
+    write. A file replaces a file, and a folder a folder, whole. An OSError of the block names
+    `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    beside = {"prefix": TEMPORARY, "dir": path.parent, "ignore_cleanup_errors": True}
     try:
-        with tempfile.TemporaryDirectory(
-            prefix=TEMPORARY, dir=path.parent, ignore_cleanup_errors=True
-        ) as folder:
+        with tempfile.TemporaryDirectory(**beside) as folder:
             part = Path(folder, path.name)
             yield part
             if part.is_dir():
                 # No system puts a folder in the place of one that holds something.
                 with suppress(FileNotFoundError):
                     os.replace(path, Path(folder, f"old-{path.name}"))
-            move(part, path)
+            os.replace(part, path)
     except OSError as error:
         # Users know `path`, and nothing of the temporary folder.
         if error.errno and TEMPORARY in str(error.filename or TEMPORARY):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-
-
-def move(part: Path, path: Path) -> None:
-    """Give `part` the name `path`; a folder that another process has just put there stays."""
-    try:
-        os.replace(part, path)
-    except OSError:
-        if not (part.is_dir() and path.is_dir()):
-            raise
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -508,18 +478,15 @@ def reading(path: Path | str, revision: str = "") -> Iterator[None]:
             raise  # it names what cannot be opened
         why = f"{type(error).__name__}: {str(error).partition(chr(10))[0].partition('. ')[0]}"
         by = f" as it is, but by its revision {revision}" if revision else ""
-        raise UserError(
-            f"{path}: damaged, or not written by this program{by} ({why}). "
-            "Fix: an earlier checkpoint, or train again."
-        ) from error
+        broken = f"{path}: damaged, or not written by this program{by} ({why})"
+        raise UserError(f"{broken}. Fix: an earlier checkpoint, or train again.") from error
 
 
 def load_checkpoint(path: Path | str, *kinds: str) -> dict:
     """Read a checkpoint that `save_checkpoint` wrote, on the CPU.
 
-    Its "path" is added, and the program's "revision" that wrote it, or "".
-
-    No code in the file is run. Every byte is compared with the sums that the file carries, so that
+    Its "path" is added, and the "revision" of the program that wrote it, or "". No code in the file
+    is run. Every byte is compared with the sums that the file carries, so that
     a bit that flipped on the disk is found, and weights that are not finite are refused.
 
     Raises:
@@ -542,11 +509,9 @@ def load_checkpoint(path: Path | str, *kinds: str) -> dict:
         if not all(weights.isfinite().all() for weights in saved["model"].values()):
             raise ValueError("weights that are not finite")
     if written != FORMAT:
-        raise UserError(
-            f"{path}: a checkpoint of format {written}, by revision "
-            f"{saved['revision'] or 'unknown'} of this program; expected {FORMAT}. "
-            "Fix: that revision, or train again."
-        )
+        by = f"by revision {saved['revision'] or 'unknown'} of this program"
+        found = f"{path}: a checkpoint of format {written}, {by}; expected {FORMAT}"
+        raise UserError(f"{found}. Fix: that revision, or train again.")
     if kind not in kinds:
         wanted = " or ".join(KINDS[kind] for kind in kinds)
         names = " or ".join(f"{kind}_best.pth" for kind in kinds)
@@ -563,17 +528,13 @@ def provenance() -> dict:
     with suppress(OSError, ValueError, subprocess.SubprocessError):  # no git, or no answer of it
         revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    # A word --data=/me/here is told as --data=here.
+    words = (word.rpartition("=") for word in sys.argv)
     return {
-        "argv": [without_folders(word) for word in sys.argv],
+        "argv": [name + equals + (Path(value).name or value) for name, equals, value in words],
         "revision": revision or "unknown",
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs{gpu}",
     }
-
-
-def without_folders(word: str) -> str:
-    """A word of a command line without the folders of its path: --data=/me/here is --data=here."""
-    name, equals, value = word.rpartition("=")
-    return name + equals + (Path(value).name or value)

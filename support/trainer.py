@@ -9,7 +9,8 @@
 
 The loop knows no model: train.py and train_prior.py bring theirs. Under torchrun every rank runs
 all of this on its share of each batch. What must not differ between ranks (gradients, sums, the
-clock, the wish to stop) is summed over them, and only rank 0 writes files. No step waits for a GPU.
+clock, the wish to stop) is summed over them, and only rank 0 writes files. A step waits for no GPU:
+only to show the loss, twice a second, the loop does.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +31,7 @@ from support import figures, runtime
 from support.optimiser import Muon, split_parameters
 from support.runtime import UserError, option
 
-# Every batch but the last has one shape, so cuDNN may try its algorithms; TF32 is enough for
-# gradients.
+# Of cuDNN: batches have one shape, so it may try its algorithms; TF32 is enough for gradients.
 TRAINING_STEPS = {"enabled": True, "benchmark": True, "allow_tf32": True}
 # What may differ in a run that goes on: where things lie, how long it lasts, and what it runs on.
 MAY_CHANGE = ("data", "cache", "checkpoint", "allow_patient_overlap", "out", "epochs", "slices")
@@ -44,11 +45,7 @@ class TrainConfig:
     out: str = option("Results", "folder for checkpoints, logs and plots")
     epochs: int = option(10, "passes over the train split")
     slices: int = option(0, "train on this many slices instead of --epochs; 0: by epochs")
-    minutes: float = option(
-        0.0,
-        "train for this much wall time instead; 0: not by time. The result then depends on the "
-        "machine and on what else it does",
-    )
+    minutes: float = option(0.0, "train for this much wall time instead; 0: not by time")
     batch_size: int = option(16, "slices in a step, counted per process")
     optimiser: str = option(
         "adam", "muon: Muon for weight matrices, Adam for the rest", choices=("adam", "muon")
@@ -60,15 +57,11 @@ class TrainConfig:
     warmup: float = option(0.0, "share of the run in which the learning rate rises from 0")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay; 0 is Adam")
     clip: float = option(0.0, "largest norm of the gradient; 0: no clipping")
-    patience: int = option(
-        0, "stop after this many epochs without a better validation loss; 0: never"
-    )
+    patience: int = option(0, "stop after so many epochs with no better validation loss; 0: never")
     seed: int = option(0, "seed of weights, order and augmentation")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     bf16: str = option(
-        "auto",
-        "bfloat16 in training steps; auto: where it is faster, on GPUs and CPUs with AMX",
-        choices=("auto", "on", "off"),
+        "auto", "bfloat16 in training steps; auto: if it is faster", choices=("auto", "on", "off")
     )
     compile: bool = option(False, "torch.compile the training step; its warm-up takes minutes")
     save_every: int = option(1, "epochs between the checkpoints of epochs")
@@ -100,18 +93,16 @@ def other_lengths(given: dict) -> dict:
 
 
 def settings_to_resume(
-    resume: str, given: dict, kind: str, configs: dict[str, type]
+    resume: str, given: dict, kind: str, configs: dict[str, Callable]
 ) -> tuple[dict, dict]:
     """The checkpoint `resume` of a `kind`, and all settings that its run goes on with.
 
-    `configs` are the dataclasses of the checkpoint's "<name>_config". UserError where the flags
+    `configs` make the dataclasses of the checkpoint's "<name>_config". UserError where the flags
     `given` beside --resume would make the run another one.
     """
     if changed := [runtime.flag(name) for name in given if name not in MAY_CHANGE]:
-        raise UserError(
-            f"{', '.join(changed)}: a run that goes on keeps the settings of {resume}. Fix: leave "
-            "it out, or start a new run."
-        )
+        keeps = f"{', '.join(changed)}: a run that goes on keeps the settings of {resume}"
+        raise UserError(f"{keeps}. Fix: leave it out, or start a new run.")
     checkpoint, settings = runtime.load_checkpoint(resume, kind), {}
     # All of them, or it is refused: one that is gone since then would be lost in silence.
     with runtime.reading(resume, checkpoint["revision"]):
@@ -121,15 +112,12 @@ def settings_to_resume(
 
 
 def shareable(config: TrainConfig) -> dict:
-    """The settings for logs and checkpoints, which people share: no path of this machine."""
+    """The settings for logs and checkpoints, which are shared: no path of this machine."""
     return dataclasses.asdict(config) | {"out": Path(config.out).name}
 
 
 def learning_rate(config: TrainConfig, done: float) -> float:
-    """The learning rate when the share `done` in [0, 1] of the run is over.
-
-    Linear warm-up, then the schedule.
-    """
+    """The rate when the share `done` of the run is over: linear warm-up, then the schedule."""
     rise = min(1.0, done / config.warmup) if config.warmup else 1.0
     falls = config.schedule == "cosine"
     fall = 0.5 * (1 + math.cos(math.pi * min(done, 1.0))) if falls else 1.0
@@ -137,9 +125,7 @@ def learning_rate(config: TrainConfig, done: float) -> float:
 
 
 def make_optimiser(model: nn.Module, config: TrainConfig) -> Muon:
-    """AdamW for all parameters, or with --optimiser muon Muon for the matrices and AdamW for the
-    others.
-    """
+    """AdamW for all parameters; with --optimiser muon, Muon for those that are matrices."""
     matrices, others = [], model.parameters()
     if config.optimiser == "muon":
         matrices, others = split_parameters(model)
@@ -147,11 +133,11 @@ def make_optimiser(model: nn.Module, config: TrainConfig) -> Muon:
 
 
 class Stage:
-    """What a stage of training brings to the loop. A subclass sets the attributes and fills in the
-    methods.
+    """What a stage of training brings to the loop: a subclass sets attributes, fills in methods.
 
     Attributes:
         kind: what its checkpoints are called, "vqvae2" or "prior".
+        prefix: of the names of its logs.
         command: the script that trains it, "python train.py".
         loss_names: the losses that `batch_losses` returns, "loss" first.
         best_by: the loss whose validation mean chooses the best checkpoint.
@@ -161,6 +147,7 @@ class Stage:
     """
 
     kind: str
+    prefix: str = ""
     command: str
     loss_names: tuple[str, ...]
     best_by: str = "loss"
@@ -176,9 +163,7 @@ class Stage:
         """Draw what is random about each training slice in the coming epoch."""
 
     def batch_losses(self, split: str, indices: Tensor) -> dict[str, Tensor]:
-        """The means () of every loss over a batch, the slices `indices` (B,) of a split; trains on
-        "loss".
-        """
+        """The means () of every loss over slices `indices` (B,) of a split; trains on "loss"."""
         raise NotImplementedError
 
     def compile(self) -> None:
@@ -221,8 +206,9 @@ class Checkpoints:
     A checkpoint holds the model, the optimiser, the settings, the `Progress` and what the epoch has
     summed up so far. The order of an epoch's slices and what is drawn for them depend on the seed
     and the epoch alone; every other random number depends on the seed, the step and the rank. So a
-    run goes on in the middle of an epoch, on any number of ranks, and a run by --epochs in one
-    process on a CPU ends with the same weights bit for bit.
+    run goes on in the middle of an epoch, on any number of ranks. In one process on a CPU, with the
+    same number of threads, a run by --epochs or --slices that was stopped and resumed ends with the
+    weights of an unbroken one, bit for bit.
     """
 
     def __init__(
@@ -256,9 +242,7 @@ class Checkpoints:
         return self.last_saved
 
     def save_epoch(self) -> None:
-        """The checkpoint of an epoch that has ended, where one is due; deletes the one that is too
-        many.
-        """
+        """The checkpoint of an epoch, where one is due; deletes the one that is too many."""
         epoch, every = self.progress.epoch, self.config.save_every
         if epoch % every == 0:
             self.save(f"epoch_{epoch}")
@@ -270,22 +254,15 @@ class Checkpoints:
         if self.progress.best == math.inf:
             self.save("best")
         final = self.save("epoch_final")
-        if runtime.rank() == 0:
-            self.remove_interrupted()
-        return final
-
-    def remove_interrupted(self) -> None:
-        """Delete <kind>_interrupted.pth if this run has gone on from there, which its log tells."""
+        # <kind>_interrupted.pth goes if this run has gone on from there, which its log tells.
         with suppress(UserError, OSError):  # there is none, or it is broken
             past = runtime.load_checkpoint(self.path("interrupted"), self.stage.kind)["history"]
-            if self.progress.history[: len(past)] == past:
+            if runtime.rank() == 0 and self.progress.history[: len(past)] == past:
                 self.path("interrupted").unlink()
+        return final
 
     def start(self, checkpoint: dict | None = None) -> None:
-        """Begin a run, or go on from `checkpoint`.
-
-        UserError where that is of another network or other training slices.
-        """
+        """Begin a run, or go on from `checkpoint`; UserError for other slices or weights."""
         if checkpoint:
             self.check_slices(checkpoint)
             with runtime.reading(checkpoint["path"], checkpoint["revision"]):
@@ -307,10 +284,8 @@ class Checkpoints:
                 f"from its weights with --weights {path}."
             )
         if theirs["fingerprints"]["validate"] != ours["validate"]:
-            print(
-                f"note: {path} was validated on other slices or masks than are in this study: "
-                "the best so far begins anew"
-            )
+            other = f"note: {path} was validated on other slices or masks than are in this study"
+            print(f"{other}: the best so far begins anew")
 
     def restore(self, checkpoint: dict) -> None:
         for name, value in vars(self.progress).items():
@@ -342,9 +317,9 @@ class Checkpoints:
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
 
     def best_is_ours(self) -> bool:
-        """Whether the best checkpoint in the folder, as rank 0 sees it, is this run's.
+        """Whether the best checkpoint in the folder is this run's; says so where it is not.
 
-        Chosen on other slices it is not. Says so where it is not.
+        Rank 0 decides. One that was chosen on other slices is not ours.
         """
         ours, progress = torch.zeros(1), self.progress
         if runtime.rank() == 0:
@@ -361,10 +336,7 @@ class Checkpoints:
 
 
 class Pace:
-    """How much of a run of `config` is done, over `size` training slices.
-
-    By slices (or epochs) that is the same on every machine; by minutes it follows the clock.
-    """
+    """How much of a run of `config` is done, over `size` training slices."""
 
     def __init__(self, config: TrainConfig, progress: Progress, size: int) -> None:
         self.config, self.progress, self.size = config, progress, size
@@ -378,7 +350,7 @@ class Pace:
         return self.progress.epoch * self.size + self.progress.seen
 
     def slices_asked(self) -> int:
-        """Of the whole run; by minutes nobody knows, and the bar follows the clock."""
+        """Of the whole run, if it does not go by minutes."""
         return self.config.slices or self.config.epochs * self.size
 
     def done(self) -> float:
@@ -427,7 +399,6 @@ class Trainer:
         self.pace = Pace(config, self.progress, self.sizes["train"])
         self.loss_shown_at = 0.0
         self.epoch_began = time.monotonic()
-        self.prefix = "" if stage.kind == "vqvae2" else f"{stage.kind}_"  # of the names of logs
         settings = {"train": shareable(config), "ranks": runtime.world(), **stage.settings()}
         machine = {"run": runtime.provenance(), "device": str(self.device), "bf16": self.bf16}
         self.progress.history.append(machine | settings)
@@ -491,9 +462,7 @@ class Trainer:
     # ---- validation, logs, checkpoints ----
 
     def means(self, sums: Tensor, count: int, where: str) -> dict[str, float]:
-        """The mean of every loss over `count` slices, from each rank's `sums`, which become those
-        of all ranks.
-        """
+        """The mean of every loss over `count` slices; each rank's `sums` become those of all."""
         runtime.sum_over_ranks(sums)
         means = dict(zip(self.stage.loss_names, (sums / count).tolist(), strict=True))
         check_finite(self, means["loss"], where)
@@ -553,17 +522,16 @@ class Trainer:
 # ---- what a run shows and writes ----
 
 
-def describe(run: Trainer) -> str:
+def first_line(run: Trainer) -> str:
     """What is trained, on what, and for how long."""
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
     precision = "bfloat16" if run.bf16 else "float32"
     if run.device.type == "cuda" and not run.bf16:
         precision += " (convolutions of training steps in TF32)"
     where = f"{runtime.world()} x {run.device.type}" if runtime.world() > 1 else run.device
-    return (
-        f"training {millions:.2f} M parameters on {where} in {precision}: "
-        f"{run.config.length()}; the train split has {run.sizes['train']} slices"
-    )
+    what = f"training {millions:.2f} M parameters on {where} in {precision}"
+    length = f"{run.config.length()}; the train split has {run.sizes['train']} slices"
+    return f"{what}: {length}"
 
 
 def progress_bar(run: Trainer) -> tqdm:
@@ -596,10 +564,9 @@ def check_finite(run: Trainer, loss: float, where: str) -> None:
     """UserError if the loss is not finite: such weights must not be saved."""
     if not math.isfinite(loss):
         progress, last = run.progress, run.checkpoints.last_saved or "none of this run"
-        raise UserError(
-            f"the loss is {loss} at epoch {progress.epoch + 1}, step {progress.step}, {where}. "
-            f"Last good checkpoint: {last}. Fix: a lower --lr, or --clip 1."
-        )
+        found = f"the loss is {loss} at epoch {progress.epoch + 1}, step {progress.step}, {where}"
+        fix = "Fix: a lower --lr, or --clip 1"
+        raise UserError(f"{found}. Last good checkpoint: {last}. {fix}.")
 
 
 def epoch_line(run: Trainer, record: dict, better: bool) -> str:
@@ -624,11 +591,11 @@ def write_logs(run: Trainer, plot: bool = True) -> None:
     curves = {name: [record[f"{name}_loss"] for record in epochs] for name in ("train", "val")}
     for name, values in curves.items():
         lines = "".join(f"{value:.6f}\n" for value in values)
-        runtime.write_text(out / f"{run.prefix}{name}_losses.txt", lines)
+        runtime.write_text(out / f"{run.stage.prefix}{name}_losses.txt", lines)
     lines = "".join(json.dumps(line) + "\n" for line in history)
-    runtime.write_text(out / f"{run.prefix}log.jsonl", lines)
+    runtime.write_text(out / f"{run.stage.prefix}log.jsonl", lines)
     if plot:
-        figures.loss_plot(out / f"{run.prefix}loss_plot.png", *curves.values())
+        figures.loss_plot(out / f"{run.stage.prefix}loss_plot.png", *curves.values())
 
 
 def fit(stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> Path:
@@ -641,7 +608,7 @@ def fit(stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> Pa
     """
     run = Trainer(stage, config, checkpoint)
     progress, checkpoints, first_step = run.progress, run.checkpoints, run.progress.step
-    print(describe(run))
+    print(first_line(run))
     with runtime.stop_signals() as signals, progress_bar(run) as bar:
         stopped = run.pace.signalled(signals)
         # An epoch that has begun is always ended, even if no slice of it is left to see.
@@ -681,13 +648,12 @@ def fit(stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> Pa
         saved = run.interrupt() if stopped else checkpoints.finish()
         write_logs(run)
     if stopped:
-        print(
-            f"stopped in epoch {progress.epoch + 1}; go on with: {stage.command} --resume {saved}"
-        )
+        where = f"stopped in epoch {progress.epoch + 1}"
+        print(f"{where}; go on with: {stage.command} --resume {saved}")
         raise KeyboardInterrupt
     if verdict := stage.verdict(progress.history[-1]):
         print(verdict)
     best, names = checkpoints.path("best"), ("log.jsonl", "loss_plot.png", "train_losses.txt")
     print(f"wrote {checkpoints.out}/: {best.name} (epoch {progress.best_epoch}), {saved.name},")
-    print(f"  {', '.join(run.prefix + name for name in (*names, 'val_losses.txt'))}")
+    print(f"  {', '.join(run.stage.prefix + name for name in (*names, 'val_losses.txt'))}")
     return best

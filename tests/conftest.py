@@ -1,6 +1,4 @@
-"""What several test files share: a study of a few small slices, and scripts run as a user runs
-them.
-"""
+"""What several test files share: small studies, and scripts run as a user runs them."""
 
 import os
 import runpy
@@ -42,9 +40,7 @@ def private_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory) -> Path:
-    """A study of 64x32 slices: 14 of two patients to train on, 5 to validate, 6 of two patients to
-    test.
-    """
+    """A study of 64x32 slices: 14 of two patients to train, 5 to validate, 6 of two to test."""
     folder = tmp_path_factory.mktemp("study") / "keras_slices_data"
     patients = {"train": {4: 7, 5: 7}, "validate": {36: 5}, "test": {40: 4, 41: 2}}
     for split, counts in patients.items():
@@ -65,9 +61,7 @@ def study(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def masked_study(study, tmp_path_factory) -> Path:
-    """The same with masks: the label 7 is the disc. One training slice and the validation slices
-    have none.
-    """
+    """The same with masks: label 7 is the disc. Validation and one training slice have none."""
     folder = tmp_path_factory.mktemp("masked") / "keras_slices_data"
     shutil.copytree(study, folder)
     for path in sorted(folder.glob("keras_slices_t*/*.nii.gz")):

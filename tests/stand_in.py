@@ -1,14 +1,12 @@
-"""A stand-in for a GPU, for tests on machines without one: a device "standin:0" whose arithmetic a
-CPU does.
+"""A stand-in for a GPU: a device "standin:0" whose arithmetic a CPU does, for tests without one.
 
     with stand_in.device() as activity: ...
 
 Inside, the scripts find this device where they look for a GPU. As on a GPU, its tensors do not mix
-with CPU tensors,
-turn into no NumPy array and take no CPU generator: each of these raises. `activity.waits` counts,
-by the line that asked, what would make the host wait for a GPU; `activity.launches` counts the
-operations that would start kernels (an estimate: a view starts none, a fused or a foreach operation
-one, and a library may use several for one).
+with CPU tensors, turn into no NumPy array and take no CPU generator: each of these raises.
+`activity.waits` counts, by the line that asked, what would make the host wait for a GPU;
+`activity.launches` counts the operations that would start kernels (an estimate: a view starts none,
+a fused or a foreach operation one, and a library may use several for one).
 
 It is a backend of PyTorch's PrivateUse1 written in Python: autograd is the real one. Autocast does
 nothing on it.
@@ -46,14 +44,10 @@ KERNELS.impl(
 )
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (ROOT, ROOT / "support", ROOT / "new_slices")
-# operations that give the host a value, or a tensor whose shape depends on values
+# Operations that give the host a value, or a tensor whose shape depends on values.
 SYNCING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2"}
-MIXING = {
-    "_to_copy",
-    "copy_",
-    "index",
-    "index_put_",
-}  # operations that may take tensors of two devices
+# Operations that may take tensors of two devices.
+MIXING = {"_to_copy", "copy_", "index", "index_put_"}
 NO_KERNEL = {
     "empty",
     "empty_like",
@@ -195,9 +189,7 @@ def count_waits(name: str, args: tuple, copies_to_cpu: bool) -> None:
 
 
 class Mode(TorchDispatchMode):
-    """Sees the operations that create tensors, which no argument of theirs sends to
-    `StandInTensor`.
-    """
+    """Sees the operations that create tensors, which no argument sends to `StandInTensor`."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         return run(operation, args, kwargs or {})

@@ -40,9 +40,7 @@ def test_codes_alone_give_the_reconstruction_at_the_stated_rate(name):
 
 
 def test_report_s_vectors_are_runs_of_pixels_of_one_channel():
-    """Four pixels in a row of a channel that equal a code find it; a pixel's four channels do
-    not.
-    """
+    """Four pixels in a row of a channel that equal a code find it, four channels of one do not."""
     quantiser = baselines.GradientQuantiser(3, 4)
     quantiser.codebook.weight.data = torch.tensor([[0.0, 0, 0, 0], [1, 2, 3, 4], [5, 6, 7, 8]])
     z = torch.zeros(1, 4, 2, 4)
@@ -51,9 +49,7 @@ def test_report_s_vectors_are_runs_of_pixels_of_one_channel():
 
 
 def test_a_timing_counts_whole_steps_of_whole_batches(monkeypatch):
-    """By a clock that moves 2 s at every look: two steps of 3 slices lie within 5 s, and end at 6
-    s.
-    """
+    """By a clock that moves 2 s at every look: two steps of 3 slices in 5 s, which end at 6 s."""
     now = iter(range(0, 100, 2))
     monkeypatch.setattr(peers.time, "perf_counter", lambda: next(now))
     monkeypatch.setattr(peers, "SIZE", (32, 16))

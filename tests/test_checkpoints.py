@@ -1,6 +1,4 @@
-"""Checkpoints that are damaged, foreign or hostile: each is refused by name, and nothing of them is
-used.
-"""
+"""Checkpoints that are damaged, foreign or hostile: each is refused by name, and not used."""
 
 import copy
 import math
@@ -49,7 +47,7 @@ def test_a_flipped_bit_is_found_wherever_it_lies(saved, tmp_path):
     with zipfile.ZipFile(saved) as archive:
         members = [info for info in archive.infolist() if info.file_size]
     for info in members:
-        # a local header is 30 bytes, the name and the extra field, which pads the data
+        # A local header is 30 bytes, the name and the extra field, which pads the data.
         start_ = info.header_offset + 30 + len(info.filename)
         start_ += int.from_bytes(whole[info.header_offset + 28 : info.header_offset + 30], "little")
         place = start_ + rng.randrange(info.file_size)

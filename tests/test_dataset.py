@@ -135,9 +135,8 @@ def test_a_pattern_of_one_s_own_names_patient_week_and_slice(study, config, tmp_
 
 def test_slices_come_in_numerical_order_with_the_right_pixels(config):
     train = open_study(config)["train"]
-    assert [name.slice for name in train.names] == list(
-        range(12)
-    )  # lexical order is 0, 1, 10, 11, 2
+    # Lexical order is 0, 1, 10, 11, 2.
+    assert [name.slice for name in train.names] == list(range(12))
     for number in range(12):
         np.testing.assert_array_equal(train.pixels[number], noise(400 + number))
 
@@ -438,9 +437,9 @@ def test_masks_are_class_indices_of_the_train_split_s_labels(masked, config, cap
         np.testing.assert_array_equal(tested == 255, truth == 900)
         np.testing.assert_array_equal(values[tested[truth != 900]], truth[truth != 900])
         indices = torch.tensor([4, 1])
-        on_cpu = splits["train"].masks_on(torch.device("cpu"))
+        on_cpu = splits["train"].on(torch.device("cpu"), masks=True)
         torch.testing.assert_close(on_cpu(indices), splits["train"].masks(indices))
-        held = splits["train"].resident(torch.device("cpu"), splits["train"].masks, torch.uint8)
+        held = splits["train"].on(torch.device("cpu"), held=True, masks=True)
         torch.testing.assert_close(held(indices), splits["train"].masks(indices))
     pickled = pickle.loads(pickle.dumps(splits["test"]))
     torch.testing.assert_close(pickled.masks([0, 1]), splits["test"].masks([0, 1]))
@@ -649,17 +648,15 @@ def test_nothing_is_written_beside_slices_or_into_a_cache_that_is_there(study, c
 
 def test_a_copy_has_the_same_fingerprint_and_other_pixels_another(study, config, tmp_path):
     first = open_study(config)
-    copy = Path(
-        shutil.copytree(study, tmp_path / "copy", copy_function=shutil.copyfile)
-    )  # with times of its own
+    # With times of its own.
+    copy = Path(shutil.copytree(study, tmp_path / "copy", copy_function=shutil.copyfile))
     again = open_study(replace(config, data=str(copy)))
     assert [again[split].fingerprint for split in SPLITS] == [
         first[split].fingerprint for split in SPLITS
     ]
     path = copy / "keras_slices_train" / name_of(4, 0)
-    save(
-        path, nibabel.load(path).get_fdata().astype(np.float32)[::-1]
-    )  # of the same mean and deviation
+    # Of the same mean and deviation.
+    save(path, nibabel.load(path).get_fdata().astype(np.float32)[::-1])
     changed = open_study(replace(config, data=str(copy)))
     assert changed["train"].fingerprint != first["train"].fingerprint
     assert changed["test"].fingerprint == first["test"].fingerprint
@@ -707,9 +704,8 @@ def test_a_changed_study_is_decoded_again_and_its_old_cache_goes(
 def test_a_slice_rewritten_at_the_same_size_is_noticed(study, config):
     path = study / "keras_slices_train" / name_of(4, 0)
     for seed in (1, 2):
-        path.write_bytes(
-            nibabel.Nifti1Image(noise(seed), AFFINE).to_bytes()
-        )  # not gzipped, whatever its name
+        # Not gzipped, whatever its name.
+        path.write_bytes(nibabel.Nifti1Image(noise(seed), AFFINE).to_bytes())
         np.testing.assert_array_equal(open_study(config)["train"].pixels[0], noise(seed))
 
 

@@ -1,5 +1,6 @@
-"""Two processes under torchrun train as one does on the joined batch. Each of the two runs this
-file itself.
+"""Two processes under torchrun train as one does on the joined batch.
+
+Each of the two runs this file itself.
 """
 
 import dataclasses
@@ -55,8 +56,9 @@ def fit_prior(autoencoder, out, batch_size):
 
 
 def in_the_6th_step_of_rank_1(act):
-    """`train.losses`, and once `act` on its terms; rank 1 has no slice of the 4th step, so this is
-    its 5th.
+    """`train.losses`, and once `act` on its terms.
+
+    Rank 1 has no slice of the 4th step, so this is its 5th.
     """
     losses, steps = train.losses, itertools.count(1)
 
@@ -85,9 +87,7 @@ def on_one_of_two(study: str, autoencoder: str, out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def studied(study, tmp_path_factory):
-    """13 slices to train on: batches of 4 leave one, of which a second rank has no share; 5 to
-    validate.
-    """
+    """13 slices to train on, 5 to validate: of batches of 4 one is left, no share for rank 1."""
     copy = shutil.copytree(study, tmp_path_factory.mktemp("odd") / study.name)
     next((copy / "keras_slices_train").iterdir()).unlink()
     out = tmp_path_factory.mktemp("ranks")
@@ -113,9 +113,7 @@ def epochs(path):
 
 
 def assert_close(one, other):
-    """The curves of both runs, term by term, the codes that they used, and their weights and
-    codebooks.
-    """
+    """The curves of both runs by term, the codes that they used, their weights and codebooks."""
     for mine, theirs in zip(epochs(one), epochs(other), strict=True):
         assert (mine["epoch"], mine["step"], mine["codes"]) == (
             theirs["epoch"],
@@ -153,9 +151,7 @@ def test_the_autoencoder_is_that_of_one_process(studied):
 
 
 def test_one_process_goes_on_where_two_were_stopped(studied):
-    """Rank 1 alone was told to: both end at the same step, and what both counted is in the
-    checkpoint.
-    """
+    """Rank 1 alone was told to: both end at one step, and what both counted is saved."""
     study, out, _ = studied
     checkpoint = runtime.load_checkpoint(out / "stopped" / "vqvae2_interrupted.pth", "vqvae2")
     assert (checkpoint["step"], checkpoint["seen"], checkpoint["epoch"]) == (6, 8, 1)

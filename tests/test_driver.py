@@ -1,6 +1,4 @@
-"""The whole story as a user runs it, on a study of a few slices and on a phantom of a few
-slices.
-"""
+"""The whole story as a user runs it, on a study and on a phantom of a few slices."""
 
 import csv
 import json
@@ -54,9 +52,8 @@ def test_data_training_scores_and_new_slices_in_one_command(study, tmp_path):
         assert (results / name).stat().st_size > 0
     written = sorted(path.name for path in (results / "reconstructions").iterdir())
     assert written == sorted(path.name for path in (study / "keras_slices_test").iterdir())
-    assert (
-        json.loads((results / "log.jsonl").read_text().splitlines()[0])["train"]["lr"] == 3e-4
-    )  # the report's
+    # The report's.
+    assert json.loads((results / "log.jsonl").read_text().splitlines()[0])["train"]["lr"] == 3e-4
 
 
 def test_without_data_it_makes_a_phantom_and_says_so(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,4 @@
-"""Pictures are read back: exact pixels where that is the promise, else size, content and no text
-cut off.
-"""
+"""Pictures are read back: exact pixels if promised, else size, content, no text cut off."""
 
 from itertools import combinations
 
@@ -70,9 +68,7 @@ def test_loss_plot_shows_both_curves(tmp_path, drawn, epochs):
 
 @pytest.mark.parametrize("shape", [(256, 128), (64, 32), (128, 128)])
 def test_comparison_sheet_has_one_scale_for_all_differences(tmp_path, drawn, shape):
-    """An error of a tenth of the range looks the same in a slice of range 4 and in one of range
-    400.
-    """
+    """A tenth of the range looks the same in a slice of range 4 and in one of range 400."""
     small = np.tile(np.linspace(-2, 2, shape[1]), (shape[0], 1))
     rows = [
         (f"{i}: patient 040, week 0, slice {i}\nSSIM 0.9", x, x + 0.1 * np.ptp(x))
@@ -118,7 +114,7 @@ def test_edges_are_named_as_the_affine_tells(tmp_path, drawn, letters):
 
 def test_outlines_have_a_legend_of_the_values_in_the_study_s_masks(tmp_path, drawn):
     mask = np.zeros(SLICE.shape, np.uint8)
-    mask[20:60, 20:60], mask[90:150, 30:90], mask[:9, :9] = 1, 3, figures.NO_MASK
+    mask[20:60, 20:60], mask[90:150, 30:90], mask[:9, :9] = 1, 3, figures.UNKNOWN
     rows, values = [("", SLICE, SLICE)], (0, 7, 9, 500)
     figures.comparison_sheet(tmp_path / "c.png", rows, masks=[(mask, mask)], label_values=values)
     groups = {"a": [("", SLICE, mask)], "b": [("", SLICE, None)]}
@@ -194,9 +190,8 @@ def test_rate_distortion_draws_every_curve_and_point(tmp_path, drawn, models):
         *panels,
         "synthetic phantom, not MRI",
     } <= shown
-    assert (
-        len(drawn[0].legends[0].get_texts()) == 3 + 2 + 2 + models
-    )  # headings, and each entry once
+    # Headings, and each entry once.
+    assert len(drawn[0].legends[0].get_texts()) == 3 + 2 + 2 + models
     for axes in drawn[0].axes:  # a model's line and points have its colour, and no codec's
         lines = {line.get_label(): line.get_color() for line in axes.lines}
         colours = [lines[name] for name in points]

@@ -1,6 +1,4 @@
-"""Sampling and its report, with an autoencoder of a few seconds and priors that have learnt
-nothing.
-"""
+"""Sampling and its report, with models that have learnt for seconds or not at all."""
 
 import dataclasses
 import json
@@ -113,7 +111,7 @@ def test_files_are_named_and_say_what_they_are(made, trained):
     assert manifest["prior"]["sha256"] == runtime.sha256(trained[0] / "prior_best.pth")
     files = sorted((out / "keras_slices_synthetic").iterdir())
     assert [parse_name(file).patient for file in files] == [900, 901, 902, 903, 904]
-    # samples lie where test slices do: 0, 1/3, 2/3, 1 of patient 40, and 0, 1 of 41
+    # Samples lie where test slices do: 0, 1/3, 2/3, 1 of patient 40, and 0, 1 of 41.
     assert {round(3 * position, 3) for position in manifest["positions"]} <= {0, 1, 2, 3}
     assert [parse_name(file).slice for file in files] == [
         round(59 * p) for p in manifest["positions"]
@@ -145,9 +143,8 @@ def test_a_sample_depends_on_its_seed_and_not_on_batch_or_count(made, trained, t
 
 
 def test_interrupted_sampling_keeps_what_is_finished(made, trained, tmp_path, monkeypatch, capsys):
-    shutil.copytree(
-        made[0], tmp_path, dirs_exist_ok=True
-    )  # an earlier run's files must not pass for ours
+    # An earlier run's files must not pass for ours.
+    shutil.copytree(made[0], tmp_path, dirs_exist_ok=True)
     whole, calls = Prior.sample, []
 
     def interrupted(self, *args, progress, **options):
@@ -329,9 +326,8 @@ def test_controls_are_what_they_are_called(trained):
         own = model.decode_codes(top, bottom)[:, 0].numpy()
         mixed = [[model.decode_codes(t[None], b[None])[0, 0].numpy() for b in bottom] for t in top]
     np.testing.assert_allclose(rows[sample_report.RECONSTRUCTIONS].images, own, atol=1e-4)
-    distance = np.abs(np.array(mixed) - rows[sample_report.MIXED].images[:, None]).max(
-        (2, 3)
-    )  # of each bottom
+    # Of each bottom.
+    distance = np.abs(np.array(mixed) - rows[sample_report.MIXED].images[:, None]).max((2, 3))
     assert (distance.min(1) < 1e-4).all() and (distance.argmin(1) != np.arange(5)).all()
 
 

@@ -1,6 +1,4 @@
-"""Every path of a GPU on a stand-in device (stand_in.py): devices do not mix, and no step waits for
-the device.
-"""
+"""Every path of a GPU on a stand-in (stand_in.py): devices do not mix, no step waits."""
 
 import re
 
@@ -36,8 +34,8 @@ TRAIN = {
 }
 LOSS = {"mse": 0.0, "l1": 0.2, "ssim": 1.0, "flip": True}
 PRIOR = {"prior_channels": 16, "bottom_every": 7, **TRAIN}
-# a wait once a run (have the codebooks started, AdamW's check of lr), once an epoch (sums, counts),
-# or of code maps
+# A wait once a run (have the codebooks started, AdamW's check of lr), once an epoch (sums, counts),
+# or of code maps.
 MEANT = (
     r"if self.updates == 0|sums / count|count_nonzero|histogram.cpu"
     r"|smoothed\(seen, cells\).cpu|codes.cpu"

@@ -10,7 +10,7 @@ from benchmarks import image_codecs
 from support import metrics
 
 SHAPE = 128, 96
-# a photograph as a slice: uint16 in steps far finer than 8 bits, then z-scored
+# A photograph as a slice: uint16 in steps far finer than 8 bits, then z-scored.
 FINE = np.round(resize(camera() / 255.0, SHAPE, anti_aliasing=True) * 60_000)
 SLICE = ((FINE - FINE.mean()) / FINE.std()).astype(np.float32)
 OTHER = np.ascontiguousarray(SLICE[::-1]) * 3 + 1
@@ -25,9 +25,7 @@ def swept():
 
 @pytest.mark.parametrize("name", CODECS)
 def test_bits_and_pixels_are_those_of_a_file_on_the_disk(name, swept, tmp_path):
-    """The smallest of the files that Pillow writes itself, whole, and what Pillow reads back from
-    it.
-    """
+    """The smallest of the files that Pillow writes itself, whole, and what it reads back."""
     codec, at = CODECS[name], 3
     grey = np.uint8(np.round((SLICE.astype(float) - SLICE.min()) / np.ptp(SLICE) * 255))
     np.testing.assert_array_equal(image_codecs.to_bytes(SLICE), grey)
@@ -146,9 +144,7 @@ def test_a_codec_that_gains_nothing_has_no_curve_to_read():
 
 
 def test_interpolation_finds_a_quality_that_the_sweep_left_out(swept):
-    """The claim behind the scale, with every other quality left out; straight lines are out by far
-    more.
-    """
+    """Why the scale: with every other quality left out, straight lines are out by far more."""
     full = image_codecs.mean_curves(swept)["JPEG"]
     thin = {name: values[::2] for name, values in full.items()}
     for bits, ssim in zip(full["bits_per_pixel"][1:-1:2], full["ssim_report"][1:-1:2], strict=True):

@@ -95,9 +95,7 @@ def test_signed_distances_by_brute_force():
 
 
 def test_a_mask_is_drawn_from_its_codes_and_its_layout(monkeypatch):
-    """A class that codes and layout agree on wins; where the codes tell nothing the layout does,
-    and the reverse.
-    """
+    """A class that both show wins; where one of the two tells nothing, the other does."""
     torch.manual_seed(0)
     model = VQVAE2(
         VQVAE2Config(K=8, D=4, channels=8, top_channels=8, residual_channels=4, labels=3)
@@ -112,9 +110,8 @@ def test_a_mask_is_drawn_from_its_codes_and_its_layout(monkeypatch):
     logits[:, 2] = 20
     assert (decode(model, *codes, layout)[1] == 2).all()  # the codes are sure
     logits[:, 2] = 1
-    assert np.array_equal(
-        decode(model, *codes, layout)[1], mask
-    )  # a guess of theirs does not outweigh it
+    # A guess of theirs does not outweigh it.
+    assert np.array_equal(decode(model, *codes, layout)[1], mask)
     with torch.inference_mode():
         p = layouts.likely(layout, 3, 96, 64).exp() - layouts.DOUBT
     torch.testing.assert_close(p.sum(1), torch.ones(1, 96, 64))
@@ -143,7 +140,7 @@ def test_a_new_layout_is_composed_of_patients_with_the_same_organs():
     for position in (0.0, 0.5, math.nan):
         family = composer.family(rng.permutation(composer.near(position)))
         assert len(family) == layouts.PATIENTS == len(set(patients[family]))
-        # nine patients show the first organ, one the second, and the last slice is not used
+        # Nine patients show the first organ, one the second, and the last slice is not used.
         assert not np.isin(9, patients[family]) and family.max() < 90
         if not math.isnan(position):
             assert abs(positions[family[0]] - position) < 0.15
@@ -299,9 +296,8 @@ def test_guidance_adds_to_the_logits_what_the_layout_changes_in_them():
         model.top(hidden, model.top.context(position, model.as_it_is(2), given))
         for given in (layout, None)
     )
-    assert not known.argmax(-1).equal(
-        (known + 3 * (known - unknown)).argmax(-1)
-    )  # it can make a difference
+    # It can make a difference.
+    assert not known.argmax(-1).equal((known + 3 * (known - unknown)).argmax(-1))
     for guidance in (0.0, 0.5, 3.0):
         how = Sampling(passes=1, temperature=0, guidance=guidance), Sampling(passes=1)
         top, _ = model.sample(position, [1, 2], *how, layouts=layout)

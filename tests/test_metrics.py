@@ -1,6 +1,4 @@
-"""Every number against a reference written out here in float64, or against what must be true of
-it.
-"""
+"""Every number against a reference in float64, or against what must be true of it."""
 
 from itertools import product
 
@@ -22,9 +20,7 @@ def slices(seed=0, shape=(32, 24)):
 
 
 def brute_ssim(x, y, weights, bessel, data_range):
-    """SSIM window by window (Wang et al. 2004, equation 13), over windows that lie inside the
-    slice.
-    """
+    """SSIM by windows inside the slice (Wang et al. 2004, equation 13)."""
     size, (c1, c2) = len(weights), ((0.01 * data_range) ** 2, (0.03 * data_range) ** 2)
     values = np.empty((x.shape[0] - size + 1, x.shape[1] - size + 1))
     for i, j in np.ndindex(values.shape):
@@ -106,7 +102,7 @@ def test_the_original_comes_first():
     )
 
 
-# errors
+# ---- errors ----
 
 
 def test_psnr_and_mae_by_formula():
@@ -126,7 +122,7 @@ def test_psnr_inside_a_mask_sees_only_the_mask():
     assert metrics.psnr(x, elsewhere) < metrics.psnr(x, y) - 10
 
 
-# the body
+# ---- the body ----
 
 
 def body_scene(shape=(128, 96), noise=0.02):
@@ -137,9 +133,8 @@ def body_scene(shape=(128, 96), noise=0.02):
     inside = radius < 44
     image = np.where(inside, 0.35 + 0.65 * (radius > 36), 0.0) * (1.2 - rows / 200)
     image[np.hypot(rows - 72, columns - 32) < 10] = 0
-    image = np.hypot(
-        image + noise * rng.normal(size=shape), noise * rng.normal(size=shape)
-    )  # Rician
+    # Rician.
+    image = np.hypot(image + noise * rng.normal(size=shape), noise * rng.normal(size=shape))
     return ((image - image.mean()) / image.std()).astype(np.float32), inside
 
 
@@ -171,9 +166,7 @@ def test_body_mask_drops_specks_and_keeps_a_second_large_piece():
 
 
 def test_body_scores_ignore_the_air():
-    """Errors out of reach of a body pixel's window change the whole slice's scores and not the
-    body's.
-    """
+    """Errors that no body pixel's window reaches change the slice's scores, not the body's."""
     image, _ = body_scene()
     body = metrics.body_mask(image)
     near = np.zeros_like(body)
@@ -188,7 +181,7 @@ def test_body_scores_ignore_the_air():
         assert dirty[f"{name}_body"] == pytest.approx(clean[f"{name}_body"], abs=1e-6)
 
 
-# a slice's scores
+# ---- a slice's scores ----
 
 
 def test_score_slice_collects_them_all():
@@ -222,7 +215,7 @@ def test_score_slice_names_what_it_cannot_score():
         metrics.score_slice(x, y)
 
 
-# over patients
+# ---- over patients ----
 
 
 def test_bootstrap_is_the_exact_distribution_over_patients():
@@ -264,7 +257,7 @@ def test_one_patient_has_no_interval():
     assert metrics.bootstrap_interval([0.8, 0.9], [4, 4]) == (None, None)
 
 
-# rates
+# ---- rates ----
 
 
 def test_code_entropy_by_hand():

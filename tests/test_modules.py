@@ -25,7 +25,7 @@ def quantiser(K: int = 8, D: int = 4, **kwargs) -> VectorQuantiser:
     return built
 
 
-# the network
+# ---- the network ----
 
 
 def test_default_shapes_and_rate():
@@ -54,9 +54,7 @@ def test_codes_of_a_slice_do_not_depend_on_its_batch():
 
 
 def test_it_is_a_hierarchy():
-    """The bottom codes see the top ones, and both reach the picture; the top never sees the bottom
-    codes.
-    """
+    """Bottom codes see the top ones, both reach the picture; the top sees no bottom code."""
     model, x = small_model(), torch.randn(1, 1, 32, 16)
     with torch.inference_mode():
         top, bottom = model.encode(x)
@@ -109,7 +107,7 @@ def test_code_maps_that_do_not_belong_together_are_refused():
         small_model().decode_codes(codes, codes)
 
 
-# the quantiser
+# ---- the quantiser ----
 
 
 def test_nearest_code_is_the_brute_force_one():
@@ -251,9 +249,7 @@ def joined_batches():
 
 
 def update_on_one_rank(rank: int, folder: str) -> None:
-    """One of two processes: its uneven share of every batch into a new quantiser, whose buffers go
-    into a file.
-    """
+    """One of two processes: its share of every batch into a new quantiser, saved to a file."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
     )

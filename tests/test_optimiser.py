@@ -12,9 +12,8 @@ from support.optimiser import Muon, orthogonalise, split_parameters
 def test_orthogonalise_keeps_the_singular_vectors_and_levels_the_values(shape):
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).double()
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
-    inner = (
-        u.transpose(1, 2) @ orthogonalise([x])[0] @ vh.transpose(1, 2)
-    )  # the result in x's singular basis
+    # The result in x's singular basis.
+    inner = u.transpose(1, 2) @ orthogonalise([x])[0] @ vh.transpose(1, 2)
     values = inner.diagonal(dim1=1, dim2=2)
     assert (inner - torch.diag_embed(values)).abs().max() < 1e-9
     middle = values[:, : min(shape) // 2]  # the larger ones; the least may not have arrived
@@ -32,12 +31,8 @@ def newton_schulz_as_published(x):
 
 def test_stacks_of_many_shapes_are_each_orthogonalised_as_published():
     generator = torch.Generator().manual_seed(1)
-    shapes = [
-        (3, 32, 100),
-        (2, 70, 32),
-        (1, 48, 48),
-        (2, 32, 33),
-    ]  # three of them have the shorter side 32
+    # Three of them have the shorter side 32.
+    shapes = [(3, 32, 100), (2, 70, 32), (1, 48, 48), (2, 32, 33)]
     stacks = [torch.randn(*shape, generator=generator).double() for shape in shapes]
     for stack, found in zip(stacks, orthogonalise(stacks), strict=True):
         for x, y in zip(stack, found, strict=True):

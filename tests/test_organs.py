@@ -1,6 +1,4 @@
-"""Drawn shapes measured by hand, the plausible told from the broken, masks judged as masks, and a
-segmenter that learns.
-"""
+"""Drawn shapes measured by hand, plausible and broken ones, and a segmenter that learns."""
 
 import numpy as np
 import pytest
@@ -37,9 +35,7 @@ def test_measurements_by_hand():
 
 
 def test_asymmetry():
-    """An organ that is its own mirror image along axis 0 has none; of an L the foot is not
-    covered.
-    """
+    """An organ that is its own mirror image along axis 0 has none; an L's foot is not covered."""
     mask = np.zeros((2, 64, 48), np.uint8)
     mask[0][disc(30, 20, 12)] = 1
     mask[1, 10:30, 5:10], mask[1, 25:30, 10:15] = 1, 1
@@ -95,16 +91,14 @@ def test_plausible_slices_are_told_from_broken_ones():
     assert share(moved) < 0.05
     elsewhere = 1 - asked
     assert share(fresh, elsewhere) < 0.35  # the right slice in the wrong place
-    assert (
-        share(fresh, np.full(len(fresh), np.nan)) > share(fresh) - 0.05
-    )  # unknown positions: all are near
+    # Unknown positions: all are near.
+    assert share(fresh, np.full(len(fresh), np.nan)) > share(fresh) - 0.05
     holed = fresh.copy()
     holed[:, 30:34, 35:39] = 0
     assert share(holed) < 0.05
     rare = fresh.copy()
-    rare[asked < 0.2] = np.where(
-        disc(32, 24, 5), 2, rare[asked < 0.2]
-    )  # heads where there are none
+    # Heads where there are none.
+    rare[asked < 0.2] = np.where(disc(32, 24, 5), 2, rare[asked < 0.2])
     together, _ = organs.plausible(organs.measure(rare, 3), asked, real, positions)
     assert not together[asked < 0.04].any() and together[asked > 0.4].all()
 
@@ -213,9 +207,7 @@ def test_masks_without_an_organ():
 
 
 class Split:
-    """What `segmenter_of` reads of a dataset: bright discs of two kinds, some slices without a
-    mask.
-    """
+    """What `segmenter_of` reads: bright discs of two kinds, some slices without a mask."""
 
     synthetic = True
 
@@ -261,7 +253,7 @@ def test_a_segmenter_learns_and_is_kept(tmp_path, monkeypatch, capsys):
     split.mirror, split.fingerprint = Mirror(), "other slices"
     with pytest.raises(pytest.fail.Exception):
         organs.segmenter_of(split, tmp_path / "a")
-    runtime.write_text(tmp_path / "a" / organs.KEPT, "rubbish")
+    runtime.write_text(tmp_path / "a" / organs.SEGMENTER_FILE, "rubbish")
     with pytest.raises(pytest.fail.Exception):
         organs.segmenter_of(split, tmp_path / "a")
 
@@ -304,7 +296,7 @@ def test_a_folder_that_may_only_be_read_costs_nothing(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(runtime, "save_checkpoint", denied)
     organs.segmenter_of(split, tmp_path / "shared", tmp_path / "mine")
-    assert [path.name for path in tmp_path.rglob("*.pth")] == [organs.KEPT]
+    assert [path.name for path in tmp_path.rglob("*.pth")] == [organs.SEGMENTER_FILE]
     assert "is not kept" not in capsys.readouterr().out
     assert isinstance(organs.segmenter_of(split, tmp_path / "shared"), organs.Segmenter)
     assert "is not kept" in capsys.readouterr().out

@@ -107,19 +107,19 @@ def test_one_file_shows_the_whole_run(results):
     assert results_page.write(results) == results / "index.html"
     page = read(results)
     shown = rows(page)
-    # what a reader looks for first
+    # What a reader looks for first.
     assert "| 0.9123 | SSIM of test slices | 31.23 | PSNR, dB | 0.7031 | bits per pixel |" in shown
     assert "| 0.8765 | Dice of decoded masks | 6 | test slices | 2 | test patients |" in shown
     assert (
         "| 0 of 3 | new slices too close to a training slice (held-out slices: 1 of 120)" in shown
     )
-    # the stages, the scores by patient, masks beside the U-Net's, and the scorecard
+    # The stages, the scores by patient, masks beside the U-Net's, and the scorecard.
     assert "| autoencoder | 2 | 14 | 2.0 | 0.7500 | 0.1605 | 377 |" in shown
     assert "| priors | 2 | 14 | 2.0 | 0.7500 | 4.250 |" in shown
     assert "| scores | slices | SSIM, report | PSNR, dB | all | 6 | 0.9123 | 31.23 |" in shown
     assert "| 95 % from | 0.9000 | 0.9000 | 95 % to | 0.9200 | 0.9200 |" in shown
     assert "| patient 040 | 4 | 0.9178 | 0.9178 | patient 041 | 2 | 0.9078 | 0.9078 |" in shown
-    assert "| decoded from the codes | 0.8765 | 0.7654 | a U-Net on the original slices |" in shown
+    assert "| decoded from the codes | 0.8765 | 0.7654 | a U-Net of equal cost on " in shown
     assert "| label 3 | 2.250 | 1.125 | – | – | – | – | pieces 9, in real |" in shown
     assert "| label 7 | – | – | – | 0.5000 | – | – | no fault |" in shown
     assert "| likeness | 56.78 | 12.34 | 98.76 | no | a & b | privacy, by correlation |" in shown

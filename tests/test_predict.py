@@ -142,7 +142,7 @@ def test_every_test_slice_is_scored_once_in_file_order(scored, result, test_spli
         assert patients == pytest.approx(
             {"040": values[:4].mean(), "041": values[4:].mean()}, abs=2e-6
         )
-        # of two patients the interval reaches from one's mean to the other's
+        # Of two patients the interval reaches from one's mean to the other's.
         ends = sorted(patients.values())
         assert [result[name]["low"], result[name]["high"]] == pytest.approx(ends, abs=2e-6)
 
@@ -210,9 +210,7 @@ def study_of(study, folder, shape):
     "shape, fit", [((48, 20), "pad"), ((60, 40), "crop"), ((60, 40), "stretch"), ((60, 40), "pad")]
 )
 def test_scores_and_bits_are_over_a_slice_s_own_pixels(study, tmp_path, shape, fit, capsys):
-    """predict.py and reconstruct.py give a slice the same scores, whatever its size; padding counts
-    in neither.
-    """
+    """predict.py and reconstruct.py score a slice alike, whatever its size or padding."""
     folder = study_of(study, tmp_path / "keras_slices_data", shape)
     path = write_checkpoint(tmp_path / "vqvae2_best.pth", folder, fit)
     result = predict_with(path, batch_size=4)
@@ -295,9 +293,7 @@ def test_another_study_one_patient_and_synthetic(study, checkpoint, tmp_path, ca
 def test_the_scoreboard_of_models_has_every_way_of_counting_bits(
     checkpoint, study, tmp_path, monkeypatch, capsys
 ):
-    """benchmarks/rate_distortion.py: a model with a prior and one without, on two sets of one
-    patient each.
-    """
+    """benchmarks/rate_distortion.py: models with and without a prior, on sets of one patient."""
     other = write_checkpoint(tmp_path / "other.pth", study, epoch=3)
     config = PriorConfig(
         K=16, prior_channels=8, prior_heads=1, prior_top_layers=1, prior_bottom_layers=1
@@ -334,7 +330,7 @@ def test_the_scoreboard_of_models_has_every_way_of_counting_bits(
         assert first["ssim_report"]["mean"] == pytest.approx(
             alone["ssim_report"]["per_patient"][patient], abs=2e-6
         )
-        # a prior that has learnt nothing is uniform: its bits are the nominal ones
+        # A prior that has learnt nothing is uniform: its bits are the nominal ones.
         assert first["bits_per_pixel"]["prior"] == pytest.approx(
             first["bits_per_pixel"]["nominal"], abs=1e-5
         )
@@ -384,7 +380,7 @@ def test_checkpoints_that_cannot_be_used_are_named(study, checkpoint, tmp_path):
         "labels": [],
     }
     data |= {"synthetic": False, "allow_patient_overlap": False, "fit": "auto"}
-    with pytest.raises(ValueError, match="60x32; expected both to be multiples of 8"):
+    with pytest.raises(ValueError, match="60x32; expected multiples of 8"):
         predict_with(write_checkpoint(tmp_path / "size.pth", study, data=data))
     data = {**data, "height": 64, "study": str(tmp_path / "gone")}
     with pytest.raises(FileNotFoundError, match=r"gone: the study that .* Fix: --data"):
@@ -408,9 +404,7 @@ def test_a_failed_run_leaves_no_scores_of_an_earlier_one_and_no_empty_folder(
 
 
 def test_dice_of_the_decoded_masks(organs_study, tmp_path, monkeypatch, capsys):
-    """By patient and label, beside a U-Net of the training slices and the most frequent label, as
-    by hand.
-    """
+    """By patient and label, by hand, beside a U-Net and the most frequent label."""
     torch.manual_seed(0)
     splits = open_study(DataConfig(data=str(organs_study), height=64, width=32))
     train, test = splits["train"], splits["test"]
@@ -423,13 +417,15 @@ def test_dice_of_the_decoded_masks(organs_study, tmp_path, monkeypatch, capsys):
     runtime.save_checkpoint(path, {**kept, "data": data, "epoch": 1})
     alone = predict_with(path, unet=False)
     assert alone["dice"].keys() == {"decoded", "most_frequent"}
-    assert not (tmp_path / organs.KEPT).exists() and "U-Net" not in capsys.readouterr().out
+    assert (
+        not (tmp_path / organs.SEGMENTER_FILE).exists() and "U-Net" not in capsys.readouterr().out
+    )
 
     learn = organs.train_segmenter
     monkeypatch.setattr(organs, "train_segmenter", lambda *a, **k: learn(*a[:4], 20, **k))
     result = predict_with(path)
     net = organs.segmenter_of(train, tmp_path)
-    learnt_from = runtime.load_checkpoint(tmp_path / organs.KEPT, "segmenter")["data"]
+    learnt_from = runtime.load_checkpoint(tmp_path / organs.SEGMENTER_FILE, "segmenter")["data"]
     assert learnt_from["fingerprint"] == train.fingerprint != test.fingerprint
 
     chosen = [i for i, name in enumerate(test.names) if name[::2] != (40, 1)]
@@ -458,7 +454,7 @@ def test_dice_of_the_decoded_masks(organs_study, tmp_path, monkeypatch, capsys):
     assert result["masks"] == predict.rounded(verdicts)
     out = capsys.readouterr().out
     assert "the most frequent label of each place" in out and "roughness, decoded / in real" in out
-    # masks that nothing has learnt
+    # Masks that nothing has learnt.
     assert f"warning: {result['not_learnt']}" in out and "label_9 was not learnt" in out
 
 

@@ -18,7 +18,7 @@ TINY = PriorConfig(K=5, prior_channels=16, prior_heads=2, prior_top_layers=1, pr
 def make_prior(config: PriorConfig = TINY, shape: tuple[int, int] = (4, 2), seed: int = 0) -> Prior:
     """A prior with random weights everywhere, also in the heads, which start at zero."""
     torch.manual_seed(seed)
-    model = Prior(config, shape, variants=3).eval()
+    model = Prior(config, shape, numbers=3).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
@@ -55,8 +55,8 @@ def test_the_bound_is_the_mean_over_all_orders():
     orders = [
         nats_in_order(model, top[0], known, order) for order in itertools.permutations(range(4))
     ]
-    # every set of hidden codes, weighed as `random_masks` makes them: first their number, then
-    # their places
+    # Every set of hidden codes, weighed as `random_masks` makes them: first their number, then
+    # their places.
     expected = 0.0
     for number in range(1, 5):
         sets = list(itertools.combinations(range(4), number))
@@ -80,9 +80,8 @@ def test_nats_are_those_of_each_slice_and_repeat():
     model = make_prior()
     top, bottom, position = random_maps(model, 3)
     position[1] = math.nan
-    repeated = [
-        x.repeat_interleave(64, 0) for x in (top, bottom, position)
-    ]  # 64 masks of each slice
+    # 64 masks of each slice.
+    repeated = [x.repeat_interleave(64, 0) for x in (top, bottom, position)]
     nats = model.nats(*repeated)
     assert nats["top"].shape == nats["bottom"].shape == (3 * 64,)
     again = model.nats(*repeated)
@@ -129,7 +128,7 @@ def test_an_arithmetic_coder_reaches_the_rate():
 
 
 def test_sampled_maps_have_the_probability_of_the_model():
-    # two codes, each pass shows one of them in a random order
+    # Two codes, each pass shows one of them in a random order.
     model = make_prior(PriorConfig(K=3, prior_channels=16, prior_heads=2, prior_patch=1), (1, 2))
     count = 6000
     how = Sampling(passes=2, spread=1e9)
@@ -145,8 +144,8 @@ def test_sampled_maps_have_the_probability_of_the_model():
         known = torch.full((1,), 0.5), model.as_it_is(1)
         for first, second in itertools.product(range(3), repeat=2):
             codes = torch.tensor([[first, second]])
-            # the certainty's noise does not fade in the last pass but one: half of the maps start
-            # at each place
+            # The certainty's noise does not fade in the last pass but one: half of the maps start
+            # at each place.
             p = np.mean(
                 [math.exp(-nats_in_order(model, codes, known, o)) for o in ((0, 1), (1, 0))]
             )
@@ -253,7 +252,7 @@ def test_sampling_a_code_inverts_the_cumulative_distribution():
 
 
 def test_training_learns_what_follows_from_the_rest():
-    # the right half is the mirror image of the left, and the bottom repeats the top
+    # The right half is the mirror image of the left, and the bottom repeats the top.
     torch.manual_seed(0)
     model = Prior(TINY, (4, 4))
     optimiser = torch.optim.Adam(model.parameters(), 5e-3)
@@ -271,9 +270,8 @@ def test_training_learns_what_follows_from_the_rest():
     )
     assert (top == top.flip(2)).double().mean() > 0.8  # 0.2 by chance
     assert (bottom == top.repeat_interleave(2, 1).repeat_interleave(2, 2)).double().mean() > 0.95
-    assert (
-        len({tuple(codes.flatten().tolist()) for codes in top}) > 4
-    )  # and they are not all one map
+    # And they are not all one map.
+    assert len({tuple(codes.flatten().tolist()) for codes in top}) > 4
 
 
 def test_branches_start_small_and_a_codebook_starts_the_embeddings():

@@ -1,5 +1,4 @@
-"""What README.md and Results/README.md say holds: every snippet runs, every file, flag and function
-is there.
+"""What the READMEs say holds: every snippet runs; files, flags and functions are there.
 
 Snippets run as pasted, in order, in a folder of their own. Stand-ins: the flags in `SHORTER`
 shorten trainings; `pip`, the virtual environment and driver.py without data run in .ci/run,
@@ -42,9 +41,7 @@ def commands(blocks: list[str]) -> list[str]:
 
 
 def as_python(command: str) -> tuple[str, list[str]] | None:
-    """The script and the arguments of `python script.py ...` or `python -m benchmarks.script
-    ...`.
-    """
+    """The script and the arguments of `python script.py ...` or `python -m package.script ...`."""
     found = re.fullmatch(
         r"(?:python|torchrun --nproc_per_node=\d+) (?:-m )?([\w.]+?)(?:\.py)?((?: .*)?)", command
     )

@@ -279,12 +279,8 @@ def test_a_fit_is_undone(fit, shape):
     if shape == (256, 144) and fit == "auto":
         assert placement.scaled == (64, 32)  # HipMRI's odd 60 slices
     affine = placement.affine(np.diag([2.0, 3.0, 1.0, 1.0]))
-    corner = affine @ [
-        placement.offset[0] - 0.5,
-        placement.offset[1] - 0.5,
-        0,
-        1,
-    ]  # the slice's first edge
+    # The slice's first edge.
+    corner = affine @ [placement.offset[0] - 0.5, placement.offset[1] - 0.5, 0, 1]
     np.testing.assert_allclose(corner[:2], [-1, -1.5], atol=1e-9)
     far = affine @ [*(np.add(placement.offset, placement.scaled) - 0.5), 0, 1]
     np.testing.assert_allclose(far[:2], [2 * shape[0] - 1, 3 * shape[1] - 1.5], atol=1e-9)
@@ -321,7 +317,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_done(checkpoint, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == expected
     for name in ("bad.nii.gz", "bad.png", "red.png"):
         (tmp_path / name).unlink()
-    # and not what the first run wrote
+    # And not what the first run wrote.
     assert list(use(checkpoint, [tmp_path], tmp_path / "out")["files"]) == ["good.nii.gz"]
     with pytest.raises(UserError, match="would replace it"):
         use(checkpoint, [tmp_path / "good.nii.gz"], tmp_path)

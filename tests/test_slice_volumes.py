@@ -14,9 +14,8 @@ from dataset import SPLITS, DataConfig, open_study, parse_name
 from slice_volumes import SliceConfig, slice_volumes, split_patients
 from support.runtime import UserError
 
-RAS = np.array(
-    [[1.5, 0.1, 0, -20], [-0.1, 2.0, 0.2, 30], [0, -0.2, 1.25, 5], [0, 0, 0, 1]]
-)  # oblique
+# Oblique.
+RAS = np.array([[1.5, 0.1, 0, -20], [-0.1, 2.0, 0.2, 30], [0, -0.2, 1.25, 5], [0, 0, 0, 1]])
 SHAPE = (8, 10, 6)
 SCHEMES = {
     "anonymous": (
@@ -217,9 +216,7 @@ ORIENTATIONS = ("RAS", "LPS", "RPI", "PIR", "SAL", "ILA")
 
 
 def landmark(tilt=0.0, shape=(10, 12, 8)):
-    """A volume in RAS with a bright corner at the right, front and head, and its affine, tilted by
-    degrees.
-    """
+    """A volume in RAS, bright at the right, front and head; its affine, tilted by degrees."""
     pixels = noise(1, shape)
     pixels[-3:, -3:, -3:] += 5000
     c, s = np.cos(np.radians(tilt)), np.sin(np.radians(tilt))

@@ -85,14 +85,14 @@ def test_variants_are_altered_as_their_numbers_say(autoencoder):
         and (altered.std((1, 2, 3)) - 1).abs().max() < 1e-2
     )
     assert variants.images(x[3:5], 2, indices[3:5]).equal(altered[3:5])  # whatever the batch
-    # pure shading: a smooth factor whose logarithm is SHADE times the field
+    # Pure shading: a smooth factor whose logarithm is SHADE times the field.
     variants.fields[:, :, :2], variants.numbers[2] = 0, torch.tensor([0.0, 1, 0, 0, 0, 0, 0])
     field = Variants.smooth(x, variants.fields[2, indices, 2:])
     shaded = (x - x.amin((2, 3), keepdim=True)) * torch.exp(code_maps.SHADE * field)
     shaded = (shaded - shaded.mean((2, 3), keepdim=True)) / shaded.std((2, 3), keepdim=True)
     assert (shaded - x).abs().max() > 0.3 and 0.5 < field.std() < 1.5
     assert variants.images(x, 2, indices).numpy() == pytest.approx(shaded.numpy(), abs=2e-3)
-    # one pure shift: the content moves by whole pixels
+    # One pure shift: the content moves by whole pixels.
     variants.fields.zero_()
     variants.numbers[2] = torch.tensor([0, 1, 0.5, -0.25, 0, 0, 0])
     shifted = variants.images(x, 2, indices)
@@ -135,15 +135,11 @@ def test_the_seed_decides_the_weights_of_the_priors(autoencoder, tmp_path):
 
 def test_the_prior_is_told_the_variant_it_sees(autoencoder, tmp_path):
     config = trainer.TrainConfig(out=str(tmp_path), device="cpu", batch_size=4)
-    settings = train_prior.CodesConfig(checkpoint=str(autoencoder), copies=4, forget=0.0)
+    settings = train_prior.CodesConfig(checkpoint=str(autoencoder), variants=4, forget=0.0)
     stage = train_prior.CodePriors(train_prior.Settings(codes=settings, prior=TINY, train=config))
     stage.start_epoch(torch.Generator().manual_seed(0))
-    assert set(stage.variant.tolist()) == {
-        0,
-        1,
-        2,
-        3,
-    }  # every kind is seen, as it is and mirrored too
+    # Every kind is seen, as it is and mirrored too.
+    assert set(stage.variant.tolist()) == {0, 1, 2, 3}
     seen = []
     stage.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     indices = torch.tensor([5, 1, 9])
@@ -163,7 +159,7 @@ def test_the_prior_is_told_the_variant_it_sees(autoencoder, tmp_path):
 def test_the_top_prior_is_told_the_layout_of_the_variant_it_sees(masked_study, tmp_path):
     autoencoder = fit(masked_study, tmp_path / "one", epochs=1)
     config = trainer.TrainConfig(out=str(tmp_path), device="cpu", batch_size=4)
-    settings = train_prior.CodesConfig(checkpoint=str(autoencoder), copies=4, forget=0.5)
+    settings = train_prior.CodesConfig(checkpoint=str(autoencoder), variants=4, forget=0.5)
     stage = train_prior.CodePriors(train_prior.Settings(codes=settings, prior=TINY, train=config))
     train_split, variants = stage.splits["train"], Variants(4, 14, Mirror())
     assert stage.model.config.labels == 2
@@ -217,7 +213,7 @@ def test_new_slices_start_from_layouts_of_the_study(masked_study, tmp_path, monk
     assert (known[13] == 8).all() and not (known[:13] == 8).any()
     manifest = (tmp_path / "new" / "manifest.json").read_text()
     assert not any(name[:8] in manifest for name in names)  # it names no patient
-    # the study's masks are gone: the priors' own way without them
+    # The study's masks are gone: the priors' own way without them.
     no_masks = shutil.ignore_patterns("keras_slices_seg_*")
     bare = shutil.copytree(masked_study, tmp_path / "study", ignore=no_masks)
     files["out"] = str(tmp_path / "bare")
@@ -381,7 +377,7 @@ def test_the_model_gets_the_drawn_variants_and_forgets_positions(
         for level, codes_ in (("top", top), ("bottom", bottom)):
             assert torch.equal(codes_, stage.maps[f"train_{level}"][stage.variant, indices].long())
     assert torch.stack(hidden).float().mean().item() == pytest.approx(forget, abs=0.1)
-    assert len(torch.stack(variants).unique()) == stage.codes.copies
+    assert len(torch.stack(variants).unique()) == stage.codes.variants
     assert (torch.stack(variants)[0] != torch.stack(variants)[1]).any()
     stage.model.eval()  # nothing is hidden or altered in validation
     stage.batch_losses("validate", torch.arange(5))

@@ -61,9 +61,7 @@ def test_clip_limits_the_gradient(make):
 
 @pytest.mark.parametrize("optimiser", ["adam", "muon"])
 def test_weight_decay_is_decoupled(make, optimiser):
-    """w - lr * decay * w beside the step without decay, for every weight (Loshchilov & Hutter
-    2019).
-    """
+    """w - lr * decay * w beside the step without decay (Loshchilov & Hutter 2019)."""
     start, plain = weights(make()), updates(make(optimiser=optimiser))
     decayed = updates(make(optimiser=optimiser, weight_decay=0.5))
     for name, update in decayed.items():
@@ -73,9 +71,7 @@ def test_weight_decay_is_decoupled(make, optimiser):
 
 
 def test_muon_takes_orthogonal_steps_and_adam_does_not(make):
-    """Muon's singular values are about 0.2 lr sqrt(longer side) at the most; Adam's first step is
-    lr everywhere.
-    """
+    """Muon's singular values are at most about 0.2 lr sqrt(longer side); Adam begins with lr."""
     matrices, _ = split_parameters(VQVAE2(SMALL))
     shapes = {tuple(matrix.shape) for matrix in matrices}
     for optimiser, orthogonal in (("muon", True), ("adam", False)):
@@ -121,9 +117,7 @@ def test_every_flag_of_the_network_changes_it(field):
 
 
 def images_seen(trainer, split="train"):
-    """What the model gets of `BATCH`, and whether that is each slice as it is, or its mirror
-    image.
-    """
+    """What the model gets of `BATCH`, and whether each slice is as it is or mirrored."""
     seen = []
     hook = trainer.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     trainer.stage.batch_losses(split, BATCH[: len(trainer.stage.splits[split])])
