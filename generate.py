@@ -59,23 +59,11 @@ PAIRS = 8  # of the nearest pairs, of samples and of test slices
 SEED_STEP = 1_000_003  # between the samples of one --seed and of the next
 DESCRIPTION = "synthetic, sampled from VQ-VAE-2 priors, not a patient"
 # Folders of a split, as in a study.
-NIFTI, MASKS = "keras_slices_synthetic", "keras_slices_seg_synthetic"
-OURS = (
-    "[0-9]" * 4 + ".png",
-    f"{NIFTI}/case_*.nii.gz",
-    f"{MASKS}/seg_*.nii.gz",
-    "grid.png",
-    "overview.png",
-)
-OURS += (
-    "Dataset[0-9]*_*/*Tr/synthetic_*.nii.gz",
-    "layouts.png",
-    "report.json",
-    "realism.png",
-    "anatomy.png",
-    "copying.png",
-    "nearest.png",
-)
+NIFTI, MASK_FOLDER = "keras_slices_synthetic", "keras_slices_seg_synthetic"
+NAMES = ("grid", "overview", "layouts", "realism", "anatomy", "copying", "nearest")
+OURS = ("[0-9]" * 4 + ".png", f"{NIFTI}/case_*.nii.gz", f"{MASK_FOLDER}/seg_*.nii.gz")
+OURS += ("Dataset[0-9]*_*/*Tr/synthetic_*.nii.gz", "report.json")
+OURS += tuple(f"{name}.png" for name in NAMES)
 
 
 @dataclass(frozen=True)
@@ -83,27 +71,22 @@ class GenerateConfig:
     """What to sample, from which models, and where to write it."""
 
     n: int = option(64, "slices to sample")
-    position: float = option(
-        math.nan, "where in its volume each lies, 0 to 1; nan: as test slices do"
-    )
+    position: float = option(math.nan, "place in the volume, 0 to 1; nan: those of test slices")
     top_temperature: float = option(
         TOP_SAMPLING.temperature,
-        "divides the logits of the top codes, which place organs; 0: the likeliest code always",
+        "divides the logits of top codes, which place organs; 0: likeliest",
     )
     bottom_temperature: float = option(
         BOTTOM_SAMPLING.temperature, "the same of the bottom codes, which add detail and texture"
     )
-    top_passes: int = option(
-        TOP_SAMPLING.passes, "passes of the top prior over its map; each shows more codes"
-    )
+    top_passes: int = option(TOP_SAMPLING.passes, "passes over the top map; each shows more codes")
     bottom_passes: int = option(BOTTOM_SAMPLING.passes, "passes of the bottom prior")
     top_spread: float = option(
-        TOP_SAMPLING.spread, "chance in which top codes a pass shows; 0 shows the most certain ones"
+        TOP_SAMPLING.spread, "chance in the order of showing top codes; 0: most certain first"
     )
     bottom_spread: float = option(BOTTOM_SAMPLING.spread, "the same of the bottom codes")
     guidance: float = option(
-        TOP_SAMPLING.guidance,
-        "0: a layout changes the top codes' logits as learnt; 1: twice as much, and so on",
+        TOP_SAMPLING.guidance, "0: a layout changes top codes' logits as learnt; 1: twice as much"
     )
     layout: str = option(
         "", "masks of your own, a NIfTI slice or a folder of them, taken in turn: organs lie there"
@@ -114,13 +97,9 @@ class GenerateConfig:
     )
     seed: int = option(0, "seed of the samples")
     checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder, as train.py wrote it")
-    prior: str = option(
-        "Results/prior_best.pth", "the priors over its codes, as train_prior.py wrote them"
-    )
+    prior: str = option("Results/prior_best.pth", "its priors, as train_prior.py wrote them")
     out: str = option("Results/generated", "folder to write to")
-    batch_size: int = option(
-        0, "slices at a time, which changes samples by rounding alone; 0: 4 on a CPU, 256 on a GPU"
-    )
+    batch_size: int = option(0, "slices at a time; 0: 4 on a CPU, 256 on a GPU")
     device: str = option("auto", "where the models run", choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self) -> None:
@@ -144,8 +123,7 @@ class GenerateConfig:
 
 
 def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, VQVAE2, Prior]:
-    """The study and the number of variants that the priors were trained on, the autoencoder and its
-    priors.
+    """The study and how many variants the priors learnt, the autoencoder and its priors.
 
     UserError for models that are not a pair.
     """
@@ -154,11 +132,9 @@ def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, VQVAE2, Prior]:
     study = StudyInfo.from_checkpoint(saved, config.prior)
     digest, expected = trained.sha256, saved["autoencoder_sha256"]
     if digest != expected:
-        raise UserError(
-            f"{config.prior}: priors of the autoencoder with SHA-256 {expected[:12]}...; "
-            f"{config.checkpoint} has {digest[:12]}... "
-            "Fix: the pair that was trained together, or train_prior.py --checkpoint FILE."
-        )
+        own = f"{config.prior}: priors of the autoencoder with SHA-256 {expected[:12]}..."
+        fix = "Fix: the pair that was trained together, or train_prior.py --checkpoint FILE"
+        raise UserError(f"{own}; {config.checkpoint} has {digest[:12]}... {fix}.")
     device = runtime.pick_device(config.device)
     model = trained.model.to(device)
     with runtime.reading(config.prior, saved["revision"]):
@@ -176,11 +152,8 @@ def open_splits(
     splits = open_trained_study(trained, data, config.prior)
     if all(np.isnan(split.positions).all() for split in splits.values()):
         if not math.isnan(config.position):
-            raise UserError(
-                f"--position is {config.position}, but the names of the slices of "
-                f"{splits['train'].study} tell no positions, so the priors know none. "
-                "Fix: leave out --position."
-            )
+            names = f"the names of the slices of {splits['train'].study} tell no positions"
+            raise UserError(f"--position is {config.position}, but {names}. Fix: leave it out.")
         print("the names of the slices tell no positions: sampling without them")
     return splits
 
@@ -200,8 +173,9 @@ def check_masks(config: GenerateConfig, prior: Prior, train: SliceDataset) -> No
 
 
 def read_mask(path: str, study: StudyInfo) -> np.ndarray:
-    """A mask in the model's grid, (H, W) uint8 classes: turned by its affine to lie as most
-    training slices do, then placed as they were. UserError for one that cannot be used.
+    """A mask in the model's grid, (H, W) uint8 classes; UserError for one that cannot be used.
+
+    It is turned by its affine to lie as most training slices do, then placed as they were.
     """
     image = read_slice(path)[1]
     labels = read_labels(image, image.raw.reshape(*image.shape[:2], 1))
@@ -262,11 +236,9 @@ def sample(
     layouts: np.ndarray | None,
     keep: Callable,
 ) -> Samples:
-    """Sample slices at positions (n,); `keep(first, samples)` is called with every batch that is
-    done.
+    """Sample slices at positions (n,); `keep(first, samples)` is called with every batch.
 
-    KeyboardInterrupt after Ctrl-C or SIGTERM: when the running pass ends, or when `keep` has
-    returned.
+    KeyboardInterrupt after Ctrl-C or SIGTERM, when the pass ends, or `keep` has returned.
     """
     (top, bottom), seeds = config.sampling(), seeds_of(config)
     form = "{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
@@ -283,22 +255,15 @@ def sample(
         for first in range(0, config.n, size):
             batch = range(first, min(first + size, config.n))
             given = None if layouts is None else torch.from_numpy(layouts[batch])
-            codes = prior.sample(
-                positions[batch],
-                seeds[batch.start : batch.stop],
-                top,
-                bottom,
-                progress=progress,
-                layouts=given,
-            )
+            own = positions[batch], seeds[batch.start : batch.stop], top, bottom
+            codes = prior.sample(*own, progress=progress, layouts=given)
             images, masks = decode(model, *codes, given if prior.config.labels else None)
             samples = Samples(images, *(level.cpu().numpy() for level in codes), masks)
             keep(first, samples)
             parts.append(samples)
             progress(passes=0)
-    return Samples(
-        *(None if each[0] is None else np.concatenate(each) for each in zip(*parts, strict=True))
-    )
+    columns = zip(*parts, strict=True)
+    return Samples(*(None if each[0] is None else np.concatenate(each) for each in columns))
 
 
 def clear(out: Path) -> None:
@@ -313,9 +278,7 @@ def clear(out: Path) -> None:
 
 
 class Album:
-    """What a run leaves in its folder: pictures and NIfTI of every finished slice, and the
-    manifest.
-    """
+    """What a run leaves in its folder: every finished slice, and the manifest."""
 
     def __init__(
         self,
@@ -328,7 +291,7 @@ class Album:
         self.seed, self.nnunet = config.seed, config.nnunet
         train, test = splits["train"], splits["test"]
         shown = test.images(np.linspace(0, len(test) - 1, min(64, len(test))).astype(int)).numpy()
-        # black and white
+        # What is black in the pictures, and white.
         self.span = tuple(np.median(end((1, 2, 3))) for end in (shown.min, shown.max))
         self.note = "priors trained on a synthetic phantom, not MRI" if train.synthetic else ""
         self.mean, self.std = float(np.median(train.mean)), float(np.median(train.std))
@@ -378,7 +341,7 @@ class Album:
 
     def keep_masks(self, first: int, masks: Sequence[np.ndarray]) -> None:
         for i, mask in enumerate(masks, first):
-            self.write(f"{MASKS}/seg", i, self.labels[mask])
+            self.write(f"{MASK_FOLDER}/seg", i, self.labels[mask])
 
     def keep_for_nnunet(self, first: int, samples: Samples) -> None:
         """Images, masks and dataset.json as nnU-Net v2 wants them in its folder nnUNet_raw.
@@ -586,7 +549,7 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
         masks = write_layouts(album, layouts, prior.config.labels, train.pixels.shape[1:])
     if config.layouts_only:
         album.keep_masks(0, masks)
-        print(f"wrote {out}/: {config.n} masks in {MASKS}/, layouts.png and manifest.json")
+        print(f"wrote {out}/: {config.n} masks in {MASK_FOLDER}/, layouts.png and manifest.json")
         return {}
     try:
         samples = sample(config, model, prior, positions, layouts, album.keep)
@@ -604,7 +567,7 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     asked = {"position": config.position, "seed": config.seed}
     compared = {"positions": positions, "twins": twins, "segmenter": segmenter, **asked}
     report = account(album, Inputs(model, prior, splits, maps, samples, **compared))
-    masks = f", masks in {MASKS}/" if samples.masks is not None else ""
+    masks = f", masks in {MASK_FOLDER}/" if samples.masks is not None else ""
     print(f"wrote {out}/: {config.n} slices as NNNN.png and in {NIFTI}/{masks}, grid.png,")
     print("  overview.png, layouts.png, manifest.json, report.json, realism.png, copying.png and")
     print(f"  nearest.png; all of it is in {results_page.write(out)}")

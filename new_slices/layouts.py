@@ -1,5 +1,4 @@
-"""Layouts: what lies where in a slice, one class for each bottom code; and new ones, composed of
-eight patients.
+"""Layouts: what lies where in a slice, a class for each bottom code; new ones of eight patients.
 
 A layout covers the whole slice, so that a study needs no masks to have layouts. Its classes are
 
@@ -37,7 +36,8 @@ SMOOTH = 1.0  # cells: standard deviation of the Gaussian that smooths intensiti
 MOST = 512  # training slices that say which intensities the regions have
 DOUBT = 0.03  # the chance of a class where the layout shows it nowhere near
 NEARBY = 0.1  # the share of the training slices, nearest in position, that a layout starts from
-PATIENTS, FEWEST = 8, 4  # that a layout is composed of; of a set of organs that is shown so rarely
+PATIENTS = 8  # that a layout is composed of, or fewer
+FEWEST = 4  # patients: organs that fewer show together are not drawn
 DEEPEST = 8.0  # cells: signed distances end here
 SPREAD, SPREAD_OF_SHAPES = 1.2, 0.7  # of the weights, see `shares`
 WEIGHT = 2.0  # of an organ in what makes slices alike, beside intensities in standard deviations
@@ -115,23 +115,19 @@ def layouts_of(
 
 
 def likely(layouts: Tensor, labels: int, height: int, width: int) -> Tensor:
-    """How likely a layout makes every label at every pixel, as a log, (B, h, w) int64 -> (B,
-    labels, height, width).
+    """The log of how likely layouts (B, h, w) make each label, (B, labels, height, width).
 
     Regions are background. Between the middles of cells it changes linearly, as what a prior made
     of the layout may lie somewhat aside.
     """
     organs = torch.where(layouts < labels, layouts, 0)
     shown = F.one_hot(organs, labels).permute(0, 3, 1, 2).float()
-    return (
-        F.interpolate(shown, (height, width), mode="bilinear", align_corners=False) + DOUBT
-    ).log()
+    shown = F.interpolate(shown, (height, width), mode="bilinear", align_corners=False)
+    return (shown + DOUBT).log()
 
 
 def organ_dice(queries: np.ndarray, slices: np.ndarray, labels: int) -> np.ndarray:
-    """How alike the organs of layouts (N, h, w) and (M, h, w) lie: (N, M), the mean Dice of the
-    organs that either shows; 0 where neither shows any.
-    """
+    """Mean Dice (N, M) of the organs that either of layouts (N, h, w), (M, h, w) shows; else 0."""
     total = shown = np.zeros((len(queries), len(slices)))
     for organ in range(1, labels):
         a, b = ((x == organ).reshape(len(x), -1).astype(np.float32) for x in (queries, slices))
@@ -145,8 +141,7 @@ def organ_dice(queries: np.ndarray, slices: np.ndarray, labels: int) -> np.ndarr
 
 
 def signed_distances(organs: np.ndarray, labels: int) -> np.ndarray:
-    """How deep inside each class every cell lies, in cells, at most 8; negative outside. (h, w) ->
-    (labels, h, w).
+    """How many cells deep inside each class every cell lies: (labels, h, w), -8 to 8.
 
     The background is a class too: where walls are thin, an organ's own distance says little.
     """
@@ -162,9 +157,8 @@ def random_fields(rng: np.random.Generator, count: int, shape: tuple[int, int]) 
     """(count, *shape): smooth random fields of about unit standard deviation."""
     factors = [side / knots for side, knots in zip(shape, KNOTS, strict=True)]
     knots = rng.normal(size=(count, *KNOTS)).clip(-2, 2)
-    return np.stack(
-        [zoom(each, factors, order=1, grid_mode=True, mode="nearest") for each in knots]
-    )
+    how = {"order": 1, "grid_mode": True, "mode": "nearest"}
+    return np.stack([zoom(each, factors, **how) for each in knots])
 
 
 def centre(organs: np.ndarray) -> np.ndarray:
@@ -223,8 +217,7 @@ class Composer:
     def draw(
         self, at: Sequence[float], seeds: Sequence[int], drawn: Sequence[np.ndarray] | None = None
     ) -> np.ndarray:
-        """New layouts (n, h, w) int64 at the positions `at` (n,), in [0, 1] or NaN for any, each
-        with random numbers of its own seed.
+        """New layouts (n, h, w) int64 at positions `at` (n,), NaN for any, each by its own seed.
 
         `drawn` (n, h, w) are organs of the user's own: tissue is then composed of the slices whose
         organs are most like them, whatever their position, and moved to where these lie. Where
@@ -236,12 +229,10 @@ class Composer:
     def draw_one(self, position: float, seed: int, drawn: np.ndarray | None = None) -> np.ndarray:
         """One of them, (h, w)."""
         rng = np.random.default_rng(seed)
-        order = (
-            rng.permutation(self.near(position))
-            if drawn is None
-            else self.most_alike(drawn, position)
-        )
-        family = self.family(order)
+        if drawn is None:
+            family = self.family(rng.permutation(self.near(position)))
+        else:
+            family = self.family(self.most_alike(drawn, position))
         # The first slice is the frame over which the others are laid, cell by cell. If there are
         # enough others it gives neither tissue nor shape: nothing should lead back to it.
         frame, members = family[0], family[1:] if len(family) >= FEWEST else family
@@ -285,8 +276,7 @@ class Composer:
         return np.lexsort((np.abs(self.positions - position), -dice, others))
 
     def family(self, order: np.ndarray) -> np.ndarray:
-        """The first slice of `order`, and of each of the patients most like it the slice that is:
-        indices (n,), n at most 8.
+        """The first slice of `order`, and the most alike of up to 7 other patients: indices (n,).
 
         Only slices with the same organs are alike. A set of organs that less than four patients
         show is passed over, unless there is no other.
@@ -305,8 +295,7 @@ class Composer:
         return family
 
     def displacement(self, frame: int, member: int) -> np.ndarray:
-        """Where another slice shows what the frame shows in each cell, seen from that cell: (2, h,
-        w), in cells.
+        """Where another slice shows what the frame shows in each cell, from there: (2, h, w) cells.
 
         By the centres of their organs, and then by optical flow (iterative Lucas-Kanade, Le
         Besnerais & Champagnat 2005).

@@ -445,7 +445,7 @@ def test_written_masks_are_the_study_s_labels_given_codes_and_layout(
         logits = two_organs[1].decode_with_masks(top, bottom)[1]
     told = logits + likely(layouts, 3, 64, 32)
     assert (told.argmax(1) != logits.argmax(1)).any()  # the layout says something
-    files = sorted((tmp_path / generate.MASKS).iterdir())
+    files = sorted((tmp_path / generate.MASK_FOLDER).iterdir())
     written = np.stack([np.asarray(nibabel.load(path).dataobj) for path in files])
     assert set(np.unique(written)) == {0, 5, 9}
     assert np.array_equal(written, np.array([0, 5, 9])[told.argmax(1)])
@@ -555,7 +555,7 @@ def test_layouts_alone_are_masks_and_a_picture(two_organs, organs_study, tmp_pat
     data = DataConfig(data=str(organs_study))
     generate.generate(config(two_organs, tmp_path, n=9, layouts_only=True), data)
     assert not (tmp_path / generate.NIFTI).exists() and (tmp_path / "layouts.png").is_file()
-    files = sorted((tmp_path / generate.MASKS).iterdir())
+    files = sorted((tmp_path / generate.MASK_FOLDER).iterdir())
     images = [nibabel.load(file) for file in files]
     masks = np.stack([np.asarray(image.dataobj) for image in images])
     assert masks.shape == (9, 64, 32) and set(np.unique(masks)) == {0, 5, 9}
@@ -577,7 +577,9 @@ def test_slices_for_nnunet(two_organs, organs_study, tmp_path, monkeypatch, no_r
     assert [path.name.replace("_0000.nii", ".nii") for path in images] == [
         path.name for path in labels
     ]
-    cases, masks = (sorted((tmp_path / of).iterdir()) for of in (generate.NIFTI, generate.MASKS))
+    cases, masks = (
+        sorted((tmp_path / of).iterdir()) for of in (generate.NIFTI, generate.MASK_FOLDER)
+    )
     for ours, theirs in zip(images + labels, cases + masks, strict=True):
         volume, plane = nibabel.load(ours), nibabel.load(theirs)
         assert volume.shape == (64, 32, 1) and np.argmax(volume.header.get_zooms()) == 2
