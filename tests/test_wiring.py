@@ -254,16 +254,6 @@ def test_a_run_by_slices_sees_just_so_many(make, monkeypatch):
     assert rates == pytest.approx([trainer.learning_rate(run.config, n / 23) for n in shares])
 
 
-@pytest.mark.parametrize("epoch, seen, left", [(0, 9, 5), (1, 4, 5), (1, 9, 0)])
-def test_a_run_by_slices_that_goes_on_sees_the_rest(make, epoch, seen, left):
-    """Of 23 slices, 14 an epoch; the rest of an epoch are those that it had not seen."""
-    run = make(slices=23)
-    run.progress.epoch = epoch
-    order = run.start_epoch()
-    run.progress.seen = seen
-    assert run.start_epoch().equal(order[seen:]) and len(order[seen:]) == left
-
-
 def test_the_dice_of_the_log_is_that_of_all_validation_slices_together(masked_study, tmp_path):
     """Slices without a mask, or without the organ, count for nothing; a reference by sets."""
     copy = shutil.copytree(masked_study, tmp_path / "study")
