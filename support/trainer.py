@@ -611,9 +611,9 @@ def fit(stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> Pa
     print(first_line(run))
     with runtime.stop_signals() as signals, progress_bar(run) as bar:
         stopped = run.pace.signalled(signals)
-        # An epoch that has begun is always ended, even if no slice of it is left to see.
+        # An epoch that has begun is always ended, even if no batch of it is left.
         while not stopped and (run.pace.done() < 1 or progress.seen):
-            for batch in run.start_epoch().split(run.batch_size):
+            for batch in filter(len, run.start_epoch().split(run.batch_size)):
                 # A step: the rate of the schedule, the losses, their gradients, the update.
                 with torch.backends.cudnn.flags(**TRAINING_STEPS):
                     loss = run.train_step(batch)

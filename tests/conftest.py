@@ -105,5 +105,5 @@ def start(script: str, *args, **options) -> subprocess.Popen:
 def run(script: str, *args, **options) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a script."""
     process = start(script, *args, **options)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err

@@ -215,6 +215,20 @@ def test_best_survives_a_resume(study, tmp_path):
     assert (tmp_path / "vqvae2_best.pth").read_bytes() == before
 
 
+def test_a_run_that_was_stopped_after_the_last_step_of_an_epoch_goes_on(
+    study, tmp_path, monkeypatch
+):
+    fit(study, tmp_path / "whole", epochs=2)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(trainer.Pace, "signalled", lambda self, _: self.progress.seen == 14)
+        fit(study, tmp_path / "broken", epochs=2)
+    checkpoint = runtime.load_checkpoint(tmp_path / "broken" / "vqvae2_interrupted.pth", "vqvae2")
+    assert (checkpoint["epoch"], checkpoint["seen"]) == (0, 14)
+    fit(study, tmp_path / "broken", epochs=2, checkpoint=checkpoint)
+    final = "vqvae2_epoch_final.pth"
+    assert_same(tmp_path / "broken" / final, tmp_path / "whole" / final)
+
+
 @pytest.mark.parametrize(
     "number, length",
     [
@@ -233,7 +247,7 @@ def test_a_killed_run_goes_on_bit_for_bit(study, tmp_path, number, length):
     flags = [*SHAPE_FLAGS, *flags, study]
     fit_flags = {"keep": 0, "schedule": "cosine", "lr": 3e-4, **length}
     process = start("train.py", *flags, "--out", tmp_path / "broken")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (tmp_path / "broken" / "vqvae2_epoch_2.pth").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(number)
