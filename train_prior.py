@@ -29,14 +29,15 @@ from train import SHARED_RECIPE
 # The bottom prior, whose codes are details of what the top places, needs fewer slices.
 RECIPE = SHARED_RECIPE | {
     "batch_size": 4,
-    "bottom_every": 4,
+    "bottom_every": 2,
     "lr": 2e-3,
     "weight_decay": 0.05,
     "patience": 5,
 }
 PRESETS = {
     "best": RECIPE | {"slices": 15_000, "prior_top_layers": 4, "prior_refine_blocks": 3},
-    "quick": RECIPE | {"slices": 2_800, "lr": 4e-3, "prior_dropout": 0.0, "variants": 1},
+    "quick": RECIPE
+    | {"slices": 2_800, "lr": 4e-3, "bottom_every": 4, "prior_dropout": 0.0, "variants": 1},
 }
 
 

@@ -319,5 +319,5 @@ def test_bad_arguments_say_what_was_expected():
     for bad in ({"passes": 0}, {"passes": 10**6}, {"temperature": -1}, {"spread": math.inf}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             Sampling(**bad)
-    with pytest.raises(ValueError, match="multiple of prior_heads"):
+    with pytest.raises(ValueError, match="multiple of --prior-heads"):
         PriorConfig(prior_channels=30)
