@@ -120,7 +120,9 @@ def test_files_are_named_and_say_what_they_are(made, trained):
     assert b"synthetic" in image.header["descrip"].item() and np.array_equal(
         image.affine, train.affines[0]
     )
-    z = (image.get_fdata() - np.median(train.mean)) / np.median(train.std)
+    mean, std = np.median(train.mean), np.median(train.std)
+    assert f"mean {mean:.6g} and standard deviation {std:.6g}" in manifest["nifti"]
+    z = (image.get_fdata() - mean) / std
     assert np.abs(z).max() < 20 and image.get_data_dtype() == np.float32
     assert report == {
         k: v for k, v in json.loads((out / "report.json").read_text()).items() if k in report
