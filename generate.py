@@ -44,10 +44,10 @@ from dataset import (
     read_slice,
 )
 from modules import VQVAE2, load_model
-from new_slices.code_maps import NUMBERS, Samples, Variants, decode, extract_codes
+from new_slices.code_maps import Samples, Variants, decode, extract_codes
 from new_slices.layouts import REGIONS, Composer, likely, middles
 from new_slices.organs import dice_by_patient, likeliest, nearest_positions, segmenter_of
-from new_slices.prior import BOTTOM_SAMPLING, TOP_SAMPLING, Prior, PriorConfig, Sampling
+from new_slices.prior import BOTTOM_SAMPLING, TOP_SAMPLING, Prior, Sampling, load_prior
 from new_slices.sample_report import Inputs, appraise, near, plain, print_report
 from support import figures, nifti, results_page, runtime
 from support.runtime import UserError, check_number, check_seed, option
@@ -128,21 +128,9 @@ def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, VQVAE2, Prior]:
     UserError for models that are not a pair.
     """
     trained = load_model(config.checkpoint)
-    saved = runtime.load_checkpoint(config.prior, "prior")
-    study = StudyInfo.from_checkpoint(saved, config.prior)
-    digest, expected = trained.sha256, saved["autoencoder_sha256"]
-    if digest != expected:
-        own = f"{config.prior}: priors of the autoencoder with SHA-256 {expected[:12]}..."
-        fix = "Fix: the pair that was trained together, or train_prior.py --checkpoint FILE"
-        raise UserError(f"{own}; {config.checkpoint} has {digest[:12]}... {fix}.")
+    study, variants, prior = load_prior(config.prior, trained)
     device = runtime.pick_device(config.device)
-    model = trained.model.to(device)
-    with runtime.reading(config.prior, saved["revision"]):
-        learnt = runtime.fill(PriorConfig, saved["model_config"])
-        shape, variants = tuple(saved["top_shape"]), saved["codes_config"]["copies"]
-        prior = Prior(learnt, shape, NUMBERS)
-        prior.load_state_dict(saved["model"])
-    return study, variants, model, prior.to(device).eval()
+    return study, variants, trained.model.to(device), prior.to(device)
 
 
 def open_splits(

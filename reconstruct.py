@@ -2,6 +2,8 @@
 
     python reconstruct.py SCAN.nii.gz --out reconstructed              # a volume, plane by plane
     python reconstruct.py FOLDER SLICE.png --out reconstructed --codes  # with the codes of all
+    python reconstruct.py SCAN.nii.gz --save SCAN.vq2   # also a file of its codes, under the priors
+    python reconstruct.py SCAN.vq2 --out reconstructed  # the same reconstruction, from that file
 
 A reconstruction has its file's name, shape, affines and units; integer types stay, all others
 become float32. Beside it lies the mask that the codes tell, seg_NAME.nii.gz, where the model has
@@ -10,10 +12,11 @@ file, and with --codes the file codes.npz: "top" (N, h, w) and "bottom" (N, 2h, 
 plane "plane" (N,) of the file "name" (N,).
 """
 
+import math
 import os
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +28,7 @@ from tqdm import tqdm
 
 from dataset import RECONSTRUCTION, Placement, StudyInfo, find_nifti, raise_bad, way_in, z_score
 from modules import Trained, load_model
+from new_slices.code_files import SUFFIX, Coded, Coder, name_of
 from new_slices.organs import likeliest
 from slice_volumes import is_mask
 from support import metrics, nifti, runtime
@@ -46,11 +50,17 @@ class ReconstructConfig:
         choices=tuple(nifti.PLANES),
     )
     codes: bool = option(False, "write the code maps of all planes to codes.npz")
+    save: str = option("", "write a scan's codes to this .vq2 file, or those of all to this folder")
+    prior: str = option("", "priors, for .vq2 files; empty: prior_best.pth beside the checkpoint")
     batch_size: int = option(32, "planes at a time")
     device: str = option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self) -> None:
         check_number("batch_size", self.batch_size, least=1)
+
+    def save_as(self, name: str) -> Path:
+        """Where the codes of the file `name` are saved."""
+        return Path(self.save if self.save.endswith(SUFFIX) else f"{self.save}/{name}{SUFFIX}")
 
 
 # ---- files as stacks of planes ----
@@ -69,7 +79,7 @@ def ends_of(study: StudyInfo, plane: str) -> str:
 
 
 class Scan:
-    """One file as a stack of planes, and the way back.
+    """One image as a stack of planes, and the way back.
 
     Attributes:
         planes: (N, rows, columns) float32, in the file's units.
@@ -77,11 +87,10 @@ class Scan:
         notes: what to say of how the file was read and written.
     """
 
-    def __init__(self, path: str, study: StudyInfo, plane: str = "") -> None:
-        """Read a file for the model of a study; UserError for one that cannot be used."""
+    def __init__(self, image: nifti.Image, study: StudyInfo, plane: str = "") -> None:
+        """For the model of a study; UserError for an image that cannot be used."""
         self.notes: list[str] = []
-        self.image = (read_png if path.lower().endswith(".png") else nifti.read)(path)
-        self.raw = self.image.raw
+        self.image, self.raw = image, image.raw
         if self.image.disputed:
             self.notes.append("have an sform and a qform that turn them differently (the sform "
                               "was taken, so look at left and right)")  # fmt: skip
@@ -147,9 +156,18 @@ def read_png(path: str) -> nifti.Image:
         pixels = imread(path)
     except Exception as error:  # the readers behind skimage.io have a dozen for a damaged file
         raise UserError(f"not a whole PNG ({error})") from error
-    if pixels.ndim != 2:
-        raise UserError(f"a picture of shape {pixels.shape}; expected a grey one. Fix: save it so")
-    return nifti.Image(pixels, Nifti1Header(), (1, 0), np.eye(4), oriented=False, broken=False)
+    if pixels.ndim != 2 or pixels.dtype.kind != "u":
+        found = f"{pixels.dtype} of shape {pixels.shape}"
+        raise UserError(f"a picture of {found}; expected a grey one. Fix: save it so")
+    header = Nifti1Header()
+    header.set_data_dtype(pixels.dtype)
+    header.set_data_shape(pixels.shape)
+    return nifti.Image(pixels, header, (1, 0), np.eye(4), oriented=False, broken=False)
+
+
+def read(path: str) -> nifti.Image:
+    """A NIfTI file or a grey picture; UserError for what is neither."""
+    return (read_png if path.lower().endswith(".png") else nifti.read)(path)
 
 
 def find_files(inputs: list[str], out: Path) -> dict[str, str]:
@@ -164,7 +182,7 @@ def find_files(inputs: list[str], out: Path) -> dict[str, str]:
         if not os.path.exists(source):
             raise FileNotFoundError(f"{source}: no such file or folder. Fix: check its path.")
         if os.path.isfile(source):  # named by the user, so taken whatever it is called
-            found[os.path.basename(source)].append(source)
+            found[name_of(source, os.path.basename(source))].append(source)
             continue
         others: list[str] = []
         paths = [entry.path for entry in find_nifti(source, others)] + others
@@ -172,12 +190,12 @@ def find_files(inputs: list[str], out: Path) -> dict[str, str]:
             name = os.path.relpath(path, source)
             if out.resolve() in Path(path).resolve().parents:
                 continue
-            if not name.lower().endswith((*nifti.SUFFIXES, ".png")):
+            if not name.lower().endswith((*nifti.SUFFIXES, ".png", SUFFIX)):
                 passed["other files"].append(path)
             elif is_mask(name):
                 passed["masks"].append(path)
             else:
-                found[name].append(path)
+                found[name_of(path, name)].append(path)
     if not found:
         hint = way_in(passed["other files"])
         raise FileNotFoundError(f"{', '.join(inputs)}: no NIfTI files or PNG pictures.{hint}")
@@ -190,8 +208,10 @@ def find_files(inputs: list[str], out: Path) -> dict[str, str]:
                 f"{path} and {more[0]} would both be written as {name}. "
                 "Fix: one at a time, with an --out each."
             )
-        if (out / name).exists() and os.path.samefile(out / name, path):
-            raise UserError(f"{path}: its reconstruction would replace it. Fix: another --out.")
+        target, beside = out / name, Path(path).with_name(os.path.basename(name))
+        # `beside` is the file itself, or the scan beside its file of codes.
+        if target.exists() and beside.exists() and os.path.samefile(target, beside):
+            raise UserError(f"{path}: its result would replace {target}. Fix: another --out.")
     return {name: paths[0] for name, paths in found.items()}
 
 
@@ -207,55 +227,100 @@ class Made(NamedTuple):
     bottom: np.ndarray  # (N, 2h, 2w) uint16
 
 
-@torch.inference_mode()
 def reconstruct_planes(trained: Trained, planes: np.ndarray, batch_size: int) -> Made:
-    """Planes (N, rows, columns), in any units, as the model gives them back.
+    """Planes (N, rows, columns), in any units, as the model gives them back."""
+    coded = encode_planes(trained, planes, batch_size)
+    return decode_planes(trained, coded, planes.shape[1:], batch_size)
 
-    Each plane is z-scored and fitted into the model's grid as the training slices were, and back.
+
+@torch.inference_mode()
+def encode_planes(trained: Trained, planes: np.ndarray, batch_size: int) -> Coded:
+    """The codes of planes (N, rows, columns), in any units, and the scale of each.
+
+    Each plane is z-scored and fitted into the model's grid as the training slices were.
     """
     model, study = trained.model, trained.study
     device = next(model.parameters()).device
     placement = Placement.make(planes.shape[1:], (study.height, study.width), study.fit)
-    values = np.array(study.labels, np.min_scalar_type(max(study.labels, default=0)))
-    restored, labels, top, bottom = [], [], [], []
+    scales, top, bottom = [], [], []
     for first in range(0, len(planes), batch_size):
         grids = [placement.place(p, fill=p.min()) for p in planes[first : first + batch_size]]
-        means, stds, _ = (np.array(column) for column in zip(*map(z_score, grids), strict=True))
-        means, stds = means[:, None, None], stds[:, None, None]
+        scale = np.array([z_score(grid)[:2] for grid in grids])  # mean, standard deviation
+        means, stds = scale.T[:, :, None, None]
         x = torch.from_numpy((np.stack(grids) - means) / stds).float().unsqueeze(1)
-        output = model(x.to(device))
-        images = output.reconstruction[:, 0].cpu().numpy() * stds + means
+        for maps, codes in zip((top, bottom), model.encode(x.to(device)), strict=True):
+            maps += list(codes.cpu().numpy().astype(np.uint16))
+        scales.append(scale)
+    return Coded(np.stack(top), np.stack(bottom), np.concatenate(scales))
+
+
+@torch.inference_mode()
+def decode_planes(trained: Trained, coded: Coded, shape: tuple[int, int], batch_size: int) -> Made:
+    """The planes of these codes, each of `shape`.
+
+    The same codes give the same pixels on one machine, if the batches have one size.
+    """
+    model, study = trained.model, trained.study
+    device = next(model.parameters()).device
+    placement = Placement.make(shape, (study.height, study.width), study.fit)
+    values = np.array(study.labels, np.min_scalar_type(max(study.labels, default=0)))
+    restored, labels = [], []
+    for first in range(0, len(coded.top), batch_size):
+        batch = [part[first : first + batch_size] for part in coded]
+        codes = [torch.from_numpy(maps.astype(np.int64)).to(device) for maps in batch[:2]]
+        means, stds = batch[2].T[:, :, None, None]
+        images, mask_logits = model.decode_with_masks(*codes)
+        images = images[:, 0].cpu().numpy() * stds + means
         restored += [placement.restore(image.astype(np.float32)) for image in images]
-        top += list(output.top.codes.cpu().numpy().astype(np.uint16))
-        bottom += list(output.bottom.codes.cpu().numpy().astype(np.uint16))
-        if output.mask_logits is not None:
-            masks = values[likeliest(output.mask_logits).cpu().numpy()]
+        if mask_logits is not None:
+            masks = values[likeliest(mask_logits).cpu().numpy()]
             labels += [placement.restore(mask, nearest=True) for mask in masks]
     found = np.stack(labels) if labels else None
-    return Made(np.stack(restored), found, np.stack(top), np.stack(bottom))
+    return Made(np.stack(restored), found, coded.top, coded.bottom)
 
 
 def reconstruct_file(
-    trained: Trained, path: str, target: Path, config: ReconstructConfig, pool: ThreadPoolExecutor
+    trained: Trained,
+    path: str,
+    name: str,
+    config: ReconstructConfig,
+    coder: Coder | None,
+    pool: ThreadPoolExecutor,
 ) -> tuple[dict, Made]:
-    """Write the reconstruction of a file, and its mask; returns its row of the table, and what the
-    model made.
+    """Write what becomes of a file as `name` to config.out, and its mask; returns its row of the
+    table, and what the model made.
 
-    Scores are means over the file's planes. UserError for a file that cannot be used.
+    Scores are means over the file's planes; a file of codes has none. UserError for a file that
+    cannot be used.
     """
-    scan, learnt = Scan(path, trained.study, config.plane), trained.study.plane
-    if scan.plane and learnt and scan.plane != learnt:
-        scan.notes.append(f"are {scan.plane}, and the model has learnt {learnt} slices")
-    made = reconstruct_planes(trained, scan.planes, config.batch_size)
-    scores = list(pool.map(metrics.score_slice, scan.planes, made.planes))
+    study, data, originals = trained.study, b"", []
+    if path.lower().endswith(SUFFIX):
+        data = Path(path).read_bytes()
+        image, plane, coded = coder.unpack(data)
+        scan = Scan(image, study, plane)
+    else:
+        scan = Scan(read(path), study, config.plane)
+        originals = scan.planes
+        coded = encode_planes(trained, originals, config.batch_size)
+        if config.save:
+            data = coder.pack(scan.image.header, config.plane, coded, path.lower().endswith(".png"))
+            with runtime.atomic_path(config.save_as(name)) as part:
+                part.write_bytes(data)
+    if scan.plane and study.plane and scan.plane != study.plane:
+        scan.notes.append(f"are {scan.plane}, and the model has learnt {study.plane} slices")
+    made = decode_planes(trained, coded, scan.planes.shape[1:], config.batch_size)
+    scores = list(pool.map(metrics.score_slice, originals, made.planes))
+    target = Path(config.out, name)
     scan.write(target, made.planes)
     if made.labels is not None:
-        name = target.name.removeprefix("case_").replace(".png", ".nii.gz")
-        scan.write_mask(target.with_name(f"seg_{name}"), made.labels)
+        mask = target.name.removeprefix("case_").replace(".png", ".nii.gz")
+        scan.write_mask(target.with_name(f"seg_{mask}"), made.labels)
     row = {"shape": list(scan.raw.shape), "plane": scan.plane, "planes": len(scan.planes)}
-    row |= {name: round(np.mean([score[name] for score in scores]), 6) for name in scores[0]}
-    height, width = trained.study.height, trained.study.width
-    bits = trained.model.config.bits_per_pixel(height, width) * height * width * len(scan.planes)
+    for key in (scores or [{}])[0]:
+        row[key] = round(np.mean([score[key] for score in scores]), 6)
+    pixels = study.height * study.width * len(scan.planes)
+    nominal = trained.model.config.bits_per_pixel(study.height, study.width) * pixels
+    bits = 8 * len(data) or nominal  # on disk, where there is a file of codes
     row |= {"bits": round(bits), "bits_per_pixel": round(bits / scan.planes.size, 6)}
     return row | {"notes": scan.notes}, made
 
@@ -274,7 +339,13 @@ def reconstruct(inputs: list[str], config: ReconstructConfig = ReconstructConfig
     trained = load_model(config.checkpoint)
     trained.model.to(runtime.pick_device(config.device))
     out = Path(config.out or Path(config.checkpoint).parent / "reconstructed")
-    files = find_files(inputs, out)
+    files, config = find_files(inputs, out), replace(config, out=str(out))
+    if len(files) > 1 and config.save_as("a") == config.save_as("b"):
+        raise UserError(f"--save {config.save}: one file for {len(files)}. Fix: name a folder.")
+    coder = None
+    if config.save or any(path.lower().endswith(SUFFIX) for path in files.values()):
+        prior = config.prior or Path(config.checkpoint).parent / "prior_best.pth"
+        coder = Coder(trained, prior, config.device)
     runtime.writable_folder(out)
     for name in ("scans.json", "codes.npz"):  # those of an earlier run tell nothing of this one
         (out / name).unlink(missing_ok=True)
@@ -282,17 +353,13 @@ def reconstruct(inputs: list[str], config: ReconstructConfig = ReconstructConfig
     with runtime.thread_pool() as pool:
         for name, path in tqdm(files.items(), desc="reconstructing", unit="file", disable=None):
             try:
-                rows[name], made = reconstruct_file(trained, path, out / name, config, pool)
+                rows[name], made = reconstruct_file(trained, path, name, config, coder, pool)
             except (UserError, OSError) as error:
                 bad[path] = str(error)
                 continue
             if config.codes:
-                found = (
-                    np.full(len(made.top), name),
-                    np.arange(len(made.top)),
-                    made.top,
-                    made.bottom,
-                )
+                count = len(made.top)
+                found = np.full(count, name), np.arange(count), made.top, made.bottom
                 for key, values in zip(("name", "plane", "top", "bottom"), found, strict=True):
                     codes[key].append(values)
     result = {
@@ -326,7 +393,7 @@ def print_table(rows: dict[str, dict]) -> None:
     def line(label: str, planes: int, cells: list[float]) -> None:
         print(f"{label[-39:]:<40}{planes:>7}" + "".join(f"{cell:>#15.4g}" for cell in cells))
 
-    cells = {name: [row[key] for key in columns] for name, row in rows.items()}
+    cells = {name: [row.get(key, math.nan) for key in columns] for name, row in rows.items()}
     for name in list(rows)[:SHOWN]:
         line(name, rows[name]["planes"], cells[name])
     if len(rows) > SHOWN:

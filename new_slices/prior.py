@@ -20,12 +20,17 @@ coding the map one code at a time. An arithmetic coder that shares the order rea
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dataset import StudyInfo
+from modules import Trained
+from new_slices.code_maps import NUMBERS
 from new_slices.layouts import classes
+from support import runtime
 from support.runtime import UserError, check_number, option
 
 EXPAND = 2  # hidden channels of an MLP over its own
@@ -392,6 +397,27 @@ class Prior(nn.Module):
         known = (positions, self.as_it_is(len(seeds)))
         top_codes = unmask(self.top, (*known, layouts), generators, top, progress)
         return top_codes, unmask(self.bottom, (*known, top_codes), generators, bottom, progress)
+
+
+def load_prior(path: Path | str, trained: Trained) -> tuple[StudyInfo, int, Prior]:
+    """The study and the number of variants that priors were trained on, and the priors, in eval().
+
+    UserError for what is no checkpoint of priors, and for those of another autoencoder.
+    """
+    saved = runtime.load_checkpoint(path, "prior")
+    study = StudyInfo.from_checkpoint(saved, path)
+    digest, expected = trained.sha256, saved["autoencoder_sha256"]
+    if digest != expected:
+        raise UserError(
+            f"{path}: priors of the autoencoder with SHA-256 {expected[:12]}...; "
+            f"{trained.path} has {digest[:12]}... "
+            "Fix: the pair that was trained together, or train_prior.py --checkpoint FILE."
+        )
+    with runtime.reading(path, saved["revision"]):
+        learnt, variants = saved["model_config"], saved["codes_config"]["copies"]
+        prior = Prior(runtime.fill(PriorConfig, learnt), tuple(saved["top_shape"]), NUMBERS)
+        prior.load_state_dict(saved["model"])
+    return study, variants, prior.eval()
 
 
 def bound(

@@ -179,6 +179,13 @@ def _read_header(data: bytes) -> nibabel.Nifti1Header:
     return header
 
 
+def without_pixels(block: bytes) -> Image:
+    """The image of a header that has lost its array: all its pixels are 0."""
+    header = _read_header(block)
+    raw = np.broadcast_to(np.zeros((), header.get_data_dtype()), header.get_data_shape())
+    return Image(raw, header, header.get_slope_inter(), *best_affine(header))
+
+
 def finite(pixels: np.ndarray) -> np.ndarray:
     """`pixels` as contiguous float32; UserError where some of them are NaN or infinite."""
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes Inf, and an error here

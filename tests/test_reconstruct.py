@@ -14,7 +14,7 @@ from test_slice_volumes import landmark, stored
 
 import reconstruct
 from dataset import Placement, StudyInfo, z_score
-from modules import VQVAE2, Output, load_model
+from modules import VQVAE2, load_model
 from reconstruct import ReconstructConfig
 from support import metrics
 from support.runtime import UserError
@@ -28,12 +28,19 @@ def checkpoint(study, tmp_path_factory):
 @pytest.fixture
 def identity(monkeypatch):
     """A model that gives back what it is given: what is left is the way there and back."""
+    pass_through(monkeypatch, lambda x: None)
 
-    def forward(self, x):
-        top, bottom, _ = self.quantise(x)
-        return Output(x, top, bottom)
 
-    monkeypatch.setattr(VQVAE2, "forward", forward)
+def pass_through(monkeypatch, mask_logits) -> None:
+    """Models that decode codes into the slices x that they are of, with `mask_logits(x)`."""
+    seen, encode = [], VQVAE2.encode
+    monkeypatch.setattr(VQVAE2, "encode", lambda self, x: seen.append(x) or encode(self, x))
+
+    def decode(self, top, bottom):
+        x = seen.pop(0)
+        return x, mask_logits(x)
+
+    monkeypatch.setattr(VQVAE2, "decode_with_masks", decode)
 
 
 def use(checkpoint, inputs, out, **config):
@@ -78,7 +85,7 @@ def test_a_scan_is_cut_as_the_training_slices_were(study, tmp_path, codes, direc
     pixels, affine = landmark(shape=(16, 14, 12))
     nibabel.save(stored(pixels, affine, codes), tmp_path / "scan.nii.gz")
     known = StudyInfo("s", 64, 32, {}, directions=directions, plane=plane)
-    scan = reconstruct.Scan(str(tmp_path / "scan.nii.gz"), known)
+    scan = reconstruct.Scan(reconstruct.read(str(tmp_path / "scan.nii.gz")), known)
     expected = {
         "RA": pixels.transpose(2, 0, 1),
         "LP": pixels[::-1, ::-1].transpose(2, 0, 1),
@@ -86,11 +93,11 @@ def test_a_scan_is_cut_as_the_training_slices_were(study, tmp_path, codes, direc
     }[directions]
     np.testing.assert_array_equal(scan.planes, expected)
     assert scan.plane == plane
-    other = reconstruct.Scan(str(tmp_path / "scan.nii.gz"), known, "sagittal")
+    other = reconstruct.Scan(reconstruct.read(str(tmp_path / "scan.nii.gz")), known, "sagittal")
     np.testing.assert_array_equal(other.planes, pixels.transpose(0, 1, 2))
     one = stored(pixels[:, :, :1], affine, "ALS")  # a slice is turned as volumes are
     nibabel.save(one, tmp_path / "slice.nii.gz")
-    turned = reconstruct.Scan(str(tmp_path / "slice.nii.gz"), known)
+    turned = reconstruct.Scan(reconstruct.read(str(tmp_path / "slice.nii.gz")), known)
     expected = pixels[:, :, :1] if directions != "LP" else pixels[::-1, ::-1, :1]
     np.testing.assert_array_equal(turned.planes, expected.transpose(2, 0, 1))
 
@@ -98,7 +105,9 @@ def test_a_scan_is_cut_as_the_training_slices_were(study, tmp_path, codes, direc
 def test_a_slice_for_a_model_that_knows_no_plane_is_taken_as_it_is_stored(tmp_path):
     pixels = np.random.default_rng(0).random((16, 12), np.float32)
     nibabel.save(nibabel.Nifti1Image(pixels, np.diag([-1, -1, 1, 1])), tmp_path / "slice.nii.gz")
-    scan = reconstruct.Scan(str(tmp_path / "slice.nii.gz"), StudyInfo("s", 64, 32, {}))
+    scan = reconstruct.Scan(
+        reconstruct.read(str(tmp_path / "slice.nii.gz")), StudyInfo("s", 64, 32, {})
+    )
     np.testing.assert_array_equal(scan.planes, pixels[None])
 
 
@@ -149,11 +158,7 @@ def test_a_film_of_one_slice_is_cut_in_the_plane_that_it_has(checkpoint, tmp_pat
 def test_the_decoded_mask_lies_on_the_scan_with_its_own_labels(study, tmp_path, codes, monkeypatch):
     """Bright voxels are the first organ and dark ones the second, whose label is 300."""
 
-    def forward(self, x):
-        top, bottom, _ = self.quantise(x)
-        return Output(x, top, bottom, torch.cat([0 * x + 0.5, x, -x], 1))
-
-    monkeypatch.setattr(VQVAE2, "forward", forward)
+    pass_through(monkeypatch, lambda x: torch.cat([0 * x + 0.5, x, -x], 1))
     data = {"study": "s", "height": 64, "width": 32, "fingerprints": {"test": ""}, "fit": "auto"}
     data |= {"synthetic": False, "allow_patient_overlap": False, "labels": [0, 7, 300]}
     model = str(write_checkpoint(tmp_path / "vqvae2_best.pth", study, data=data))
@@ -289,8 +294,8 @@ def test_a_fit_is_undone(fit, shape):
 @pytest.mark.parametrize("fit", ["pad", "crop", "stretch"])
 def test_planes_are_fitted_as_the_training_slices_were(checkpoint, fit, monkeypatch):
     """By the --fit that the study was opened with."""
-    seen, forward = [], VQVAE2.forward
-    monkeypatch.setattr(VQVAE2, "forward", lambda self, x: seen.append(x) or forward(self, x))
+    seen, encode = [], VQVAE2.encode
+    monkeypatch.setattr(VQVAE2, "encode", lambda self, x: seen.append(x) or encode(self, x))
     trained = load_model(checkpoint)
     trained = trained._replace(study=replace(trained.study, fit=fit))
     plane = np.random.default_rng(0).normal(size=(60, 60)).astype(np.float32)
@@ -319,7 +324,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_done(checkpoint, tmp_path):
         (tmp_path / name).unlink()
     # And not what the first run wrote.
     assert list(use(checkpoint, [tmp_path], tmp_path / "out")["files"]) == ["good.nii.gz"]
-    with pytest.raises(UserError, match="would replace it"):
+    with pytest.raises(UserError, match="its result would replace"):
         use(checkpoint, [tmp_path / "good.nii.gz"], tmp_path)
     with pytest.raises(UserError, match=r"notes\.txt: "):
         use(checkpoint, [tmp_path / "notes.txt"], tmp_path / "out")

@@ -1,0 +1,214 @@
+"""Code files (.vq2): a scan's codes, entropy-coded under the priors, and what brings the scan back.
+
+What a file holds, little-endian:
+
+    4 bytes  b"VQ2n" for a NIfTI file, b"VQ2p" for a picture
+    8        BLAKE2b of all that follows
+    6 + 6    how the SHA-256 of the autoencoder and of the priors begin
+    4        BLAKE2b of the codes
+    1 + 4    the plane that the scan was cut along; how many planes it has
+    2 + n    the scan's NIfTI header, deflated
+    8 each   mean and standard deviation of each plane
+    rest     the codes, in whole words of 32 bits
+
+Each plane's top map is coded, then its bottom map given the top, in a few groups of codes. A group
+is coded given all earlier ones, which the decoder knows by then. A fixed order does as well as one
+by certainty (M2T, Mentzer et al. 2023, arXiv 2304.07313). Layouts and positions are unknown.
+
+A decoder needs the coder's very probabilities: one that differs in its last bit garbles all that
+follows. Sums round differently from one CPU, library and number of threads to the next, by some
+1e-6 in float32. So the priors compute in float64 here, where that is some 1e-14, and logits are
+rounded to a grid of 1/16. From there on whole numbers are the same everywhere. Two machines still
+differ where a logit lies within rounding of the middle between two steps of the grid. The BLAKE2b
+of the codes tells, and the file is refused.
+"""
+
+import hashlib
+import math
+import re
+import struct
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from constriction import stream
+from nibabel import Nifti1Header
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from modules import Trained
+from new_slices.code_maps import LEVELS
+from new_slices.prior import load_prior
+from support import nifti, runtime
+from support.runtime import UserError
+
+SUFFIX = ".vq2"
+KINDS = {b"VQ2n": ".nii.gz", b"VQ2p": ".png"}
+HEAD = struct.Struct("<4s8s")  # kind, sum of the rest
+BODY = struct.Struct("<6s6s4sBIH")  # autoencoder, priors, sum of the codes, plane, planes, header
+PLANES = ("", *nifti.PLANES)
+GROUPS = {"top": 6, "bottom": 5}  # eight of each save 0.2 % of the bits and take half as long again
+GRID = 16  # steps of a logit of 1
+# The weight of a code whose logit lies so many steps below the largest; the last is 0.
+WEIGHTS = np.round(2.0**20 * np.exp(-np.arange(15 * GRID) / GRID))
+# The coder turns weights into shares of 2^24, and gives each code one share at least.
+FAMILY = stream.model.Categorical(perfect=False)
+
+
+class Coded(NamedTuple):
+    """What a file keeps of N planes."""
+
+    top: np.ndarray  # (N, h, w) uint16
+    bottom: np.ndarray  # (N, 2h, 2w) uint16
+    scale: np.ndarray  # (N, 2) float32, mean and standard deviation of each plane
+
+
+class Coder:
+    """Code files of one autoencoder under its priors; UserError for priors of another."""
+
+    def __init__(self, trained: Trained, prior: Path | str, device: str = "cpu") -> None:
+        *_, loaded = load_prior(prior, trained)
+        self.prior = loaded.to(runtime.pick_device(device), torch.float64)
+        self.models = {str(trained.path): trained.sha256, str(prior): runtime.sha256(prior)}
+        convs = (part for part in self.prior.modules() if isinstance(part, nn.Conv2d))
+        for conv in (conv for conv in convs if conv.groups > 1):
+            conv.forward = partial(depthwise, conv)
+
+    def pack(self, header: Nifti1Header, plane: str, coded: Coded, picture: bool = False) -> bytes:
+        """The file of a scan with this header, cut along `plane` into the planes `coded`."""
+        encoder, header = stream.queue.RangeEncoder(), header.copy()
+        header["descrip"] = b""  # reconstructions have one of their own
+        block = zlib.compress(header.binaryblock, 9, wbits=-15)
+
+        def put(name: str, plane: int, places: np.ndarray, weights: np.ndarray) -> np.ndarray:
+            codes = getattr(coded, name)[plane].ravel()[places].astype(np.int32)
+            encoder.encode(codes, FAMILY, weights)
+            return codes
+
+        maps = self.visit(len(coded.top), put)
+        models = [bytes.fromhex(sha256)[:6] for sha256 in self.models.values()]
+        about = PLANES.index(plane), len(coded.top), len(block)
+        body = BODY.pack(*models, blake(*maps, size=4), *about) + block
+        words = encoder.get_compressed().astype("<u4")
+        body += coded.scale.astype("<f4").tobytes() + words.tobytes()
+        return HEAD.pack(list(KINDS)[picture], blake(body)) + body
+
+    def unpack(self, data: bytes) -> tuple[nifti.Image, str, Coded]:
+        """What `pack` was given: an image without its pixels, the plane, the codes.
+
+        UserError, which does not name the file, for all that is not exactly that.
+        """
+        kind, whole = HEAD.unpack(data[: HEAD.size].ljust(HEAD.size))
+        body = data[HEAD.size :]
+        check(kind in KINDS, "not a file of codes that reconstruct.py --save wrote")
+        check(whole == blake(body), "damaged or cut short. Fix: another copy of it")
+        *models, codes, plane, count, length = BODY.unpack(body[: BODY.size])
+        for found, (file, sha256) in zip(models, self.models.items(), strict=True):
+            check(
+                sha256.startswith(found.hex()),
+                f"written with a model whose SHA-256 begins with {found.hex()}; {file} has "
+                f"{sha256[:12]}. Fix: name the two that wrote it with --checkpoint and --prior",
+            )
+        start = BODY.size + length
+        image = nifti.without_pixels(zlib.decompress(body[BODY.size : start], wbits=-15))
+        scale = np.frombuffer(body, "<f4", 2 * count, start).reshape(count, 2)
+        words = np.frombuffer(body, "<u4", offset=start + scale.nbytes).astype(np.uint32)
+        decoder, maps = stream.queue.RangeDecoder(words), []
+        with suppress(AssertionError):  # the coder's, where no code has such a word
+            maps = self.visit(count, lambda *_, weights: decoder.decode(FAMILY, weights))
+        check(
+            codes == blake(*maps, size=4),
+            "whole, but here the priors' probabilities differ from those that it was written with. "
+            "Fix: read it on that machine, or with the same versions of PyTorch and constriction",
+        )
+        return image, PLANES[plane], Coded(*maps, scale)
+
+    @torch.inference_mode()
+    def visit(self, count: int, code: Callable[..., np.ndarray]) -> list[np.ndarray]:
+        """The maps of `count` planes, top (count, h, w) and bottom (count, 2h, 2w) uint16.
+
+        `code(level, plane, places, weights=)` tells the codes (M,) at places (M,) of a flat map.
+        weights (M, K) say how likely each code is there, given all that were told before.
+        """
+        device = self.prior.top.rows.device
+        known = torch.full((1,), math.nan, device=device), self.prior.as_it_is(1)
+        maps = [np.empty((count, *getattr(self.prior, name).shape), np.uint16) for name in LEVELS]
+        for plane in tqdm(range(count), desc="coding", unit=" planes", disable=None, leave=False):
+            condition = None  # of the top codes: their layout is unknown
+            for name, found in zip(LEVELS, maps, strict=True):
+                level = getattr(self.prior, name)
+                context = level.context(*known, condition)
+                codes = torch.full((1, *level.shape), level.K, device=device)  # all are hidden
+                for places in groups(level.shape, GROUPS[name]):
+                    at = torch.zeros(codes.numel(), dtype=torch.bool)
+                    at[places] = True
+                    at = at.view_as(codes).to(device)
+                    told = code(name, plane, places, weights=weigh(level(codes, context, at)))
+                    codes[at] = torch.from_numpy(told).to(codes)
+                found[plane] = codes[0].cpu().numpy()
+                condition = codes  # of the bottom codes
+        return maps
+
+
+def check(right: bool, wrong: str) -> None:
+    """UserError with the message `wrong` unless `right`."""
+    if not right:
+        raise UserError(wrong)
+
+
+def blake(*parts, size: int = 8) -> bytes:
+    """The BLAKE2b of bytes and arrays, `size` bytes long."""
+    return hashlib.blake2b(b"".join(map(bytes, parts)), digest_size=size).digest()
+
+
+def weigh(logits: Tensor) -> np.ndarray:
+    """logits (M, K) float64 -> whole numbers (M, K) in float64, in proportion to probabilities."""
+    steps = (logits * GRID).round()
+    below = (steps.amax(1, keepdim=True) - steps).clamp_max(len(WEIGHTS) - 1)
+    return WEIGHTS[below.long().cpu().numpy()]
+
+
+@lru_cache
+def groups(shape: tuple[int, int], count: int) -> list[np.ndarray]:
+    """The places of a flat map, sorted, in `count` groups that grow.
+
+    They come in the order of a dither matrix (Bayer 1973), which compares the bits of row and
+    column, the lowest first: what is known at any time lies evenly over the map.
+    """
+    rows, columns = np.indices(shape).reshape(2, -1)
+    rank = 0
+    for bit in range(max(shape).bit_length()):
+        row, column = rows >> bit & 1, columns >> bit & 1
+        rank = 4 * rank + 2 * (row ^ column) + column
+    ends = [round(len(rows) * (i / count) ** 1.5) for i in range(1, count)]
+    return [np.sort(places) for places in np.split(rank.argsort(kind="stable"), ends)]
+
+
+def depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """x (B, C, h, w) -> what `conv` makes of it, (B, C, h, w): a sum over shifted copies.
+
+    PyTorch's own depthwise convolution takes ten times as long in float64 on a CPU.
+    """
+    height, width = x.shape[2:]
+    pad, weights = conv.padding[0], conv.weight[:, 0].permute(1, 2, 0).contiguous()
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, pad, pad, pad, pad))  # channels are last
+    total = conv.bias.expand(len(x), height, width, -1).clone()
+    for row, column in np.ndindex(*weights.shape[:2]):
+        shifted = padded[:, row : row + height, column : column + width]
+        total.addcmul_(shifted, weights[row, column])
+    return total.permute(0, 3, 1, 2)
+
+
+def name_of(path: str, name: str) -> str:
+    """What comes of a file is called `name` as it is, but that of a file of codes like a scan."""
+    if not name.lower().endswith(SUFFIX):
+        return name
+    with open(path, "rb") as file:
+        ending = KINDS.get(file.read(4), ".nii.gz")
+    return re.sub(r"(\.nii|\.nii\.gz|\.png)?\.vq2$", "", name, flags=re.IGNORECASE) + ending
