@@ -46,9 +46,9 @@ from dataset import (
 from modules import VQVAE2, load_model
 from new_slices.code_maps import Samples, Variants, decode, extract_codes
 from new_slices.layouts import REGIONS, Composer, likely, middles
-from new_slices.organs import dice_by_patient, likeliest, nearest_positions, segmenter_of
+from new_slices.organs import likeliest, nearest_positions, segmenter_of
 from new_slices.prior import BOTTOM_SAMPLING, TOP_SAMPLING, Prior, Sampling, load_prior
-from new_slices.sample_report import Inputs, appraise, near, plain, print_report
+from new_slices.sample_report import Inputs, appraise, near, print_report
 from support import figures, nifti, results_page, runtime
 from support.runtime import UserError, check_number, check_seed, option
 
@@ -303,11 +303,10 @@ class Album:
             "nifti": f"z-scores rescaled by the median mean {self.mean:.6g} and standard deviation "
             f"{self.std:.6g} of the training slices; each slice is its own case, its slice number "
             "the position on a scale of 0 to 59",
-            "autoencoder": {
-                "file": Path(config.checkpoint).name,
-                "sha256": runtime.sha256(config.checkpoint),
+            **{
+                kind: {"file": Path(file).name, "sha256": runtime.sha256(file)}
+                for kind, file in (("autoencoder", config.checkpoint), ("prior", config.prior))
             },
-            "prior": {"file": Path(config.prior).name, "sha256": runtime.sha256(config.prior)},
             "data": {"study": train.study.resolve().name, "synthetic": train.synthetic},
             "provenance": runtime.provenance(),
         }
@@ -352,14 +351,6 @@ class Album:
         about = {"channel_names": {"0": "MR"}, "labels": {"background": 0} | labels}
         about |= {"numTraining": self.manifest["done"], "file_ending": ".nii.gz"}
         runtime.write_json(self.out / self.nnunet / "dataset.json", about)
-
-    def compare(self, masks: np.ndarray, own: np.ndarray) -> None:
-        """Say how near new masks (n, H, W) are to those that were asked for."""
-        _, dice = dice_by_patient(masks, own, np.zeros(len(own)), len(self.labels))
-        found = {f"label_{label}": d for label, d in zip(self.labels[1:], dice[0], strict=True)}
-        self.manifest["dice_with_your_masks"] = plain(found)
-        self.write_manifest()
-        print(f"Dice of the new masks with yours, mean over organs: {np.nanmean(dice):.3f}")
 
     def write(self, kind: str, i: int, pixels: np.ndarray) -> None:
         """Write slice i, or its mask, as NIfTI."""
@@ -545,14 +536,12 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
         done = album.manifest["done"]
         print(f"stopped: {done} of {config.n} slices are in {out}/, without grid and report")
         raise
-    if own is not None:
-        album.compare(samples.masks, own)
     write_grid(album, test, samples, twins)
     segmenter = None
     if train.has_mask.any():
         folders, device = (Path(config.checkpoint).parent, out), runtime.pick_device(config.device)
         segmenter = segmenter_of(train, *folders, device=device)
-    asked = {"position": config.position, "seed": config.seed}
+    asked = {"position": config.position, "seed": config.seed, "layouts": layouts}
     compared = {"positions": positions, "twins": twins, "segmenter": segmenter, **asked}
     report = account(album, Inputs(model, prior, splits, maps, samples, **compared))
     masks = f", masks in {MASK_FOLDER}/" if samples.masks is not None else ""

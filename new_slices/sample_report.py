@@ -20,16 +20,22 @@ slices have that fault cannot be told.
     plausible          share of slices whose organs occur together in at least 1 % of the training
                        slices near their position, each organ with an area, centre, pieces, holes,
                        solidity, asymmetry and roughness within the central 98 % of theirs; a small
-                       U-Net, trained on training slices, finds the organs in all of them
+                       U-Net finds the organs in all of them. It learns from the training patients,
+                       as the generator does, as a study's others are too few to teach it and to be
+                       the floor as well: so the floor is of slices that neither has seen
     area, centre       Wasserstein distances to training slices at the same positions, means over
                        organs: as a share of the organ's mean area, and in pixels
-    agreement          Dice of the mask that comes with a slice and the U-Net's, mean over organs
+    agreement          Dice of the mask that comes with a slice and the U-Net's, mean over organs;
+                       `organs.judge_masks` names each organ that was not learnt
     variety            mean pairwise MS-SSIM
     copying            similarity to the nearest of all training slices and of the altered ones that
                        the priors saw, by correlation of pictures and by the codes in common, each
                        weighed by its bits in the training histogram of its place. Flagged is what
                        lies closer than the 1st percentile of test slices; copies are training
-                       slices decoded from their own codes, half of the bottom ones redrawn
+                       slices decoded from their own codes, half of the bottom ones redrawn.
+                       By layout: mean Dice of the organs with those of the nearest training layout,
+                       or of one that is a cell aside; without masks, the share of equal cells.
+                       Copies are training layouts moved by up to one and a half cells
 """
 
 import math
@@ -43,7 +49,7 @@ from tqdm import tqdm
 
 from dataset import NO_MASK, SliceDataset
 from modules import VQVAE2
-from new_slices import organs
+from new_slices import layouts, organs
 from new_slices.code_maps import LEVELS, Samples, Variants, decode
 from new_slices.organs import Segmenter
 from new_slices.picture_features import picture_features
@@ -55,6 +61,7 @@ NEAR, FEWEST = 0.1, 8
 MOST_PER_ROW = 96  # slices of a row of the table
 MOST_REAL = 768  # training slices that anatomy is compared with
 BACKGROUND = 0.1  # share of all pixels: a class that fills more is none of the organs
+ASIDE = [(row, column) for row in (0, -1, 1) for column in (0, -1, 1)]  # cells
 MOST_RATED = 32  # slices of each split whose likelihood is bounded
 DRAWS = 2  # of the masks that the likelihood's bound is a mean over
 FLOOR, SAMPLES, RECONSTRUCTIONS = "held-out slices", "samples", "reconstructions"
@@ -94,6 +101,7 @@ class Inputs:
             `position`.
         position: the one that was asked for, NaN for the test slices' own.
         segmenter: of the study's organs; None for a study without masks.
+        layouts: (n, h, w) that the samples started from, if they did.
     """
 
     model: VQVAE2
@@ -106,6 +114,7 @@ class Inputs:
     segmenter: Segmenter | None = None
     position: float = math.nan
     seed: int = 0
+    layouts: np.ndarray | None = None
 
     def codes_of(self, split: str, indices: np.ndarray, variant: int = 0) -> list[np.ndarray]:
         """Top (n, h, w) and bottom (n, 2h, 2w) int64."""
@@ -131,6 +140,10 @@ class Row(NamedTuple):
     masks: np.ndarray | None = None
 
 
+def slices_bar(total: int, label: str) -> tqdm:
+    return tqdm(total=total, desc=label, unit=" slices", disable=None)
+
+
 def near(split: SliceDataset, position: float) -> np.ndarray:
     """The indices of the slices at about that position; of all slices for NaN."""
     if math.isnan(position):
@@ -152,7 +165,7 @@ def likelihood(
     device, draws = next(prior.parameters()).device, []
     top, bottom = (torch.from_numpy(level.astype(np.int64)) for level in maps)
     parts = torch.arange(len(top)).split(16)
-    bar = tqdm(total=DRAWS * len(top), desc="likelihood", unit=" slices", disable=None)
+    bar = slices_bar(DRAWS * len(top), "likelihood")
     for _ in range(DRAWS):
         sums = []
         for part in parts:
@@ -194,13 +207,17 @@ def score_likelihood(inputs: Inputs, rng: np.random.Generator) -> dict:
 
 
 def make_rows(inputs: Inputs, rng: np.random.Generator) -> dict[str, Row]:
-    """The rows of the table, all of one number of slices, at most 96."""
+    """The rows of the table, all of one number of slices, at most 96.
+
+    Test slices bring their own masks: their agreement is the Dice of the U-Net that judges.
+    """
     splits, samples, position = inputs.splits, inputs.samples, inputs.position
-    train, validate = splits["train"], splits["validate"]
+    train, validate, test = (splits[name] for name in ("train", "validate", "test"))
     real = {name: rng.permutation(near(splits[name], position)) for name in ("validate", "test")}
     # Of one size, so that all rows have the same standard errors.
     n = min(MOST_PER_ROW, len(samples.images), *map(len, real.values()))
     chosen, tested = real["validate"][:n], real["test"][:n]
+    truth = test.masks(tested).numpy() if test.labels else None
     positions = validate.positions[chosen]
     images, (top, bottom) = inputs.images("validate", chosen), inputs.codes_of("validate", chosen)
     decoded, masks = inputs.decode(top, bottom)
@@ -218,15 +235,13 @@ def make_rows(inputs: Inputs, rng: np.random.Generator) -> dict[str, Row]:
         for level in (inputs.codes[f"train_{level}"] for level in LEVELS)
     ]
     known = validate.masks(chosen).numpy() if validate.labels else np.zeros(images.shape, np.uint8)
-    # A class that fills a tenth of the slices, such as the body, is background here.
-    large = np.flatnonzero(np.bincount(known.ravel(), minlength=256) > BACKGROUND * known.size)
-    outside = np.isin(known, [*large, NO_MASK])
+    outside = np.isin(known, not_organs(known))
     noise = np.fft.fft2(rng.normal(size=images.shape))
     scrambled = np.fft.ifft2(np.abs(np.fft.fft2(images)) * np.exp(1j * np.angle(noise))).real
     sampled = samples.images[shown], inputs.positions[shown]
     return {
         FLOOR: Row(images, positions),
-        "test slices": Row(inputs.images("test", tested), splits["test"].positions[tested]),
+        "test slices": Row(inputs.images("test", tested), test.positions[tested], truth),
         RECONSTRUCTIONS: Row(decoded, positions, masks),
         SAMPLES: Row(*sampled, None if samples.masks is None else samples.masks[shown]),
         BY_PLACE: Row(inputs.decode(*by_place)[0], positions),
@@ -236,20 +251,23 @@ def make_rows(inputs: Inputs, rng: np.random.Generator) -> dict[str, Row]:
     }
 
 
+def not_organs(masks: np.ndarray) -> np.ndarray:
+    """The classes of masks (N, H, W) that are background here: unknown, and those that fill a tenth
+    of the slices, such as the body.
+    """
+    shares = np.bincount(masks.ravel(), minlength=256) / masks.size
+    return np.append(np.flatnonzero(shares > BACKGROUND), NO_MASK)
+
+
 def score_anatomy(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tuple[dict, dict]:
-    """{row: {measure: value}} by the organs that the segmenter sees, and what it says of each
-    organ.
+    """{row: {measure: value}} by the organs that the segmenter sees, and what `organs.judge_masks`
+    says of the masks that new slices bring, beside the segmenter's and training slices'.
 
     `real` are the training slices (indices) that all are compared with.
     """
     train, net = inputs.splits["train"], inputs.segmenter
-    labels, names = len(train.labels), [f"label {label}" for label in train.labels[1:]]
-    bar = tqdm(
-        total=len(real) + sum(len(row.images) for row in rows.values()),
-        desc="anatomy",
-        unit=" slices",
-        disable=None,
-    )
+    labels, verdicts = len(train.labels), {}
+    bar = slices_bar(len(real) + sum(len(row.images) for row in rows.values()), "anatomy")
 
     def figures_of(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         masks = organs.segment(net, images)
@@ -262,7 +280,7 @@ def score_anatomy(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tup
         for part in np.array_split(real, -(-len(real) // 64))
     ]
     real_figures, real_positions = np.concatenate(parts), train.positions[real]
-    table, by_organ = {}, {name: {} for name in names}
+    drawn, table = train.masks(real[: 2 * MOST_PER_ROW]).numpy(), {}
     for name, row in rows.items():
         masks, figures = figures_of(row.images)
         together, fine = organs.plausible(figures, row.positions, real_figures, real_positions)
@@ -278,20 +296,13 @@ def score_anatomy(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tup
             "organs_together": together.mean(),
         }
         table[name] |= {key: np.nanmean(values) for key, values in distances.items()}
-        shown = ~np.isnan(figures[:, :, 0])
-        for i, organ in enumerate(names):
-            by_organ[organ][name] = {
-                "shown": shown[:, i].mean(),
-                "plausible_where_shown": fine[shown[:, i], i].mean()
-                if shown[:, i].any()
-                else math.nan,
-                **{key: values[i] for key, values in distances.items()},
-            }
         if row.masks is not None:
             _, dice = organs.dice_by_patient(masks, row.masks, np.zeros(len(masks)), labels)
             table[name]["agreement"] = np.nanmean(dice)
+            if name == SAMPLES:
+                verdicts = organs.judge_masks(row.masks, masks, drawn, train.labels)
     bar.close()
-    return table, by_organ
+    return table, verdicts
 
 
 def score_likeness(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tuple[dict, dict]:
@@ -300,7 +311,7 @@ def score_likeness(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tu
     if min(len(real), *(len(row.images) for row in rows.values())) < 4:
         return {name: {} for name in rows}, {}
     total = len(real) + sum(len(row.images) for row in rows.values())
-    with tqdm(total=total, desc="likeness", unit=" slices", disable=None) as bar:
+    with slices_bar(total, "likeness") as bar:
         features = picture_features(inputs.images("train", real), bar)
         found = {
             name: metrics.kernel_distance(features, picture_features(row.images, bar))
@@ -308,6 +319,27 @@ def score_likeness(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tu
         }
     table = {name: {"kernel_distance": distance} for name, (distance, _) in found.items()}
     return table, {name: error for name, (_, error) in found.items()}
+
+
+def score_costs(inputs: Inputs, rows: dict[str, Row], table: dict, real: np.ndarray) -> dict:
+    """What the decoder adds to the kernel distance of held-out slices, and the priors to that: of
+    whole pictures; and of organs and of all around them, where a U-Net finds them, with the slice's
+    mean in place of the rest.
+    """
+    kinds, net = (FLOOR, RECONSTRUCTIONS, SAMPLES), inputs.segmenter
+    found = {"whole": [table[name]["kernel_distance"] for name in kinds]}
+    if net is not None:
+        sets = [inputs.images("train", real[:MOST_PER_ROW]), *(rows[name].images for name in kinds)]
+        masks = [organs.segment(net, images) for images in sets]
+        outside = [np.isin(of, not_organs(masks[0])) for of in masks]
+        for part, hidden in (("organs", True), ("around organs", False)):
+            left = [np.where(at == hidden, 0, x) for x, at in zip(sets, outside, strict=True)]
+            train, *others = map(picture_features, left)
+            found[part] = [metrics.kernel_distance(train, each)[0] for each in others]
+    return {
+        part: {"decoder": decoded - floor, "priors": sampled - decoded}
+        for part, (floor, decoded, sampled) in found.items()
+    }
 
 
 def seen_controls(table: dict[str, dict], errors: dict[str, float]) -> dict[str, list[str]]:
@@ -329,12 +361,13 @@ def seen_controls(table: dict[str, dict], errors: dict[str, float]) -> dict[str,
 
 def score_realism(inputs: Inputs, rows: dict[str, Row], rng: np.random.Generator) -> dict:
     """The table of rows and measures, without those that see no control; which controls each sees,
-    which nobody sees; and the organs.
+    which nobody sees; what decoder and priors cost; and the masks by organ.
     """
     real = rng.permutation(near(inputs.splits["train"], inputs.position))[:MOST_REAL]
-    (table, errors), by_organ = score_likeness(inputs, rows, real), {}
+    (table, errors), verdicts = score_likeness(inputs, rows, real), {}
+    costs = score_costs(inputs, rows, table, real) if errors else {}
     if inputs.segmenter is not None:
-        by_anatomy, by_organ = score_anatomy(inputs, rows, real)
+        by_anatomy, verdicts = score_anatomy(inputs, rows, real)
         table = {name: by_anatomy[name] | table[name] for name in rows}
     seen = seen_controls(table, errors)
     kept = {measure: controls for measure, controls in seen.items() if controls}
@@ -346,8 +379,10 @@ def score_realism(inputs: Inputs, rows: dict[str, Row], rng: np.random.Generator
                 | {measure: value for measure, value in row.items() if measure not in left_out}
                 for name, row in table.items()
             },
-            "organs": by_organ,
+            "masks": verdicts,
+            "not_learnt": organs.not_learnt(verdicts),
             "kernel_distance_error": errors,
+            "kernel_distance_costs": costs,
             "seen": kept,
             "unseen": [c for c in CONTROLS if not any(c in sees for sees in kept.values())],
             "left_out": left_out,
@@ -415,12 +450,7 @@ class Found:
 def search(source: Source, queries: dict[str, np.ndarray], label: str) -> dict[str, Found]:
     """The nearest training slice of every query, among all variants of all of them."""
     found = {name: Found(np.full(len(items), -np.inf)) for name, items in queries.items()}
-    bar = tqdm(
-        total=source.variants * len(source.split),
-        desc=f"copying, {label}",
-        unit=" slices",
-        disable=None,
-    )
+    bar = slices_bar(source.variants * len(source.split), f"copying, {label}")
     for variant in range(source.variants):
         for part in np.array_split(np.arange(len(source.split)), -(-len(source.split) // 512)):
             block = source.take(variant, part)
@@ -459,13 +489,7 @@ def audit(
         found.
     """
     found = search(source, queries, label)
-    similarity = {name: best.similarity for name, best in found.items()}
-    report = metrics.audit(similarity["samples"], similarity["honest"], similarity["copies"])
-    if "reconstructions" in found:
-        others = metrics.audit(
-            *(similarity[name] for name in ("reconstructions", "honest", "copies"))
-        )
-        report["reconstructions"] = others["samples"]
+    report = metrics.audit(**{name: best.similarity for name, best in found.items()})
     report["verdict"] = verdict(report)
     best = found["samples"]
     report["nearest"] = [
@@ -495,11 +519,44 @@ def make_copies(inputs: Inputs, rng: np.random.Generator) -> tuple[list[np.ndarr
     return [top, bottom], inputs.decode(top, bottom)[0]
 
 
+def layout_audit(
+    inputs: Inputs, honest: np.ndarray, rng: np.random.Generator
+) -> tuple[Source, dict[str, np.ndarray]]:
+    """What the audit by layout compares: the organs of masks, cell by cell; without masks, regions.
+
+    In place of variants, each training layout is moved by up to a cell to all sides.
+    """
+    labels, codes, samples = inputs.prior.config.labels, inputs.codes, inputs.samples
+    known, tissue = codes["train_layout"][0].astype(np.int64), codes["train_tissue"]
+    drawn, cells = np.where(known < labels, known, 0), known.shape[1:]
+    # Where there are masks, these are what is given away.
+    new = layouts.middles(torch.tensor(samples.masks), cells).numpy() if labels else inputs.layouts
+
+    def take(variant: int, indices: np.ndarray) -> np.ndarray:
+        return np.roll(known[indices], ASIDE[variant], (1, 2))
+
+    def by_organs(queries: np.ndarray, slices: np.ndarray) -> metrics.Nearest:
+        return metrics.best(layouts.organ_dice(queries, slices, labels))
+
+    def copy(i: int) -> np.ndarray:
+        aside = rng.uniform(-1.5, 1.5, (2, 1, 1))
+        fields = tissue[i], *layouts.signed_distances(drawn[i], labels)
+        moved, *distances = (layouts.warped(field, aside) for field in fields)
+        return layouts.compose(moved, np.argmax(distances, 0), codes["levels"], labels)
+
+    shown = rng.permutation(np.flatnonzero(drawn.any((1, 2)) | (labels == 0)))
+    honest = codes["test_layout"][0][honest].astype(np.int64)
+    copies = np.stack([copy(i) for i in shown[:MOST_PER_ROW]])
+    similarity = by_organs if labels else metrics.code_agreement
+    source = Source(inputs.splits["train"], take, similarity, len(ASIDE))
+    return source, {"samples": new, "honest": honest, "copies": copies}
+
+
 def score_copying(
     inputs: Inputs, rows: dict[str, Row], honest: np.ndarray, rng: np.random.Generator
 ) -> tuple[dict, dict]:
-    """The audit by the correlation of pictures and the one by codes in common: reports, and what
-    each found.
+    """The audits by the correlation of pictures, by codes in common and by layout: reports, and
+    what each found.
     """
     train, samples = inputs.splits["train"], inputs.samples
     count = len(inputs.codes["train_top"])
@@ -541,6 +598,8 @@ def score_copying(
             "honest": flat(inputs.codes_of("test", honest)),
         },
     }
+    if inputs.layouts is not None:
+        sources["layout"], queries["layout"] = layout_audit(inputs, honest, rng)
     audits = {name: audit(source, queries[name], name) for name, source in sources.items()}
     return {name: report for name, (report, _) in audits.items()}, {
         name: found for name, (_, found) in audits.items()
@@ -598,6 +657,7 @@ def scorecard(report: dict) -> dict[str, dict]:
         return line(question, new, floor, control, passed)
 
     alike, floor = (variety.get(name, {}).get("ms_ssim") for name in ("samples", "real"))
+    unlearnt = (report["realism"] or {}).get("not_learnt")
     card = {
         "likeness": beside("likeness", "kernel_distance", min, RECONSTRUCTIONS),
         "coverage": line("coverage", alike, floor, 1.0, None),
@@ -605,6 +665,8 @@ def scorecard(report: dict) -> dict[str, dict]:
         "masks": beside("masks", "agreement", max, RECONSTRUCTIONS),
         "utility": line("utility", None, None, None, None) | {"in words": WORDS["utility"]},
     }
+    if unlearnt:
+        card["masks"] |= {"passed": False, "in words": f"{WORDS['masks']} {unlearnt}."}
     for name, found in report["copying"].items():
         sets = (found[kind] for kind in ("samples", "honest", "copies"))
         counts = (f"{of['flagged']} of {of['n']}" for of in sets)
@@ -647,6 +709,10 @@ def print_report(report: dict) -> None:
             )
         if blind := realism_report["left_out"]:
             print(f"  left out, as they see no control: {', '.join(blind)}")
+        for part, costs in realism_report["kernel_distance_costs"].items():
+            added = ", ".join(f"{name} {cost:.4f}" for name, cost in costs.items())
+            print(f"  kernel distance of {part}, added by: {added}")
+        print(f"  {realism_report['not_learnt']}")
     if variety := report["variety"]:
         samples, real = (variety[name]["ms_ssim"] for name in ("samples", "real"))
         print(
@@ -660,5 +726,7 @@ def print_report(report: dict) -> None:
         )
         print(f"closer to a training slice than {copying['threshold']:.4f}, by {name}:")
         print(f"  {', '.join(counts)}. {copying['verdict']}")
+        most = [copying[key]["percentiles"]["95"] for key in ("samples", "honest")]
+        print("  95th percentile: {:.4f} of new slices, {:.4f} of test slices".format(*most))
     print(BOUNDS)
     print(report["conclusion"])

@@ -319,7 +319,7 @@ def thumbnails(slices: np.ndarray, pool: int = 2) -> np.ndarray:
 
 def nearest(queries: np.ndarray, train: np.ndarray) -> Nearest:
     """The training slice of the highest correlation with each query; thumbnails of both."""
-    return _best(queries.reshape(len(queries), -1) @ train.reshape(len(train), -1).T)
+    return best(queries.reshape(len(queries), -1) @ train.reshape(len(train), -1).T)
 
 
 def code_bits(train: np.ndarray, K: int) -> np.ndarray:
@@ -350,20 +350,23 @@ def code_agreement(
         for start in range(0, len(many), 128):
             equal = many[start : start + 128] == codes
             similarity[i, start : start + 128] = equal.astype(np.float32) @ worth / total
-    return _best(similarity)
+    return best(similarity)
 
 
-def _best(similarity: np.ndarray) -> Nearest:
+def best(similarity: np.ndarray) -> Nearest:
     """The best column of each row of similarity (N, M)."""
     index = similarity.argmax(1)
     return Nearest(index, similarity.max(1).astype(np.float64))
 
 
-def audit(samples: np.ndarray, honest: np.ndarray, copies: np.ndarray) -> dict[str, float | dict]:
+def audit(
+    samples: np.ndarray, honest: np.ndarray, copies: np.ndarray, **others: np.ndarray
+) -> dict[str, float | dict]:
     """How near samples are to the training slices, beside honest novelty and beside known copies.
 
     Each is (N,) `Nearest.similarity`, N at least 1: of generated slices, of slices of patients
-    outside the training split, and of positive controls, such as altered training slices. A slice
+    outside the training split, and of positive controls, such as altered training slices; `others`
+    are counted like them. A slice
     is flagged if it is more similar than all but n // 100 of the n honest slices. So at most 1 % of
     these are flagged, and of fewer than 100 none: coarse, and more copies pass.
 
@@ -377,7 +380,8 @@ def audit(samples: np.ndarray, honest: np.ndarray, copies: np.ndarray) -> dict[s
     threshold = float(np.sort(honest)[n - 1 - allowed])
     margin = betabinom.ppf(0.95, len(samples), allowed + 1, n - allowed) / len(samples)
     result = {"threshold": threshold, "expected": (allowed + 1) / (n + 1), "margin": float(margin)}
-    for name, similarity in (("samples", samples), ("honest", honest), ("copies", copies)):
+    sets = {"samples": samples, "honest": honest, "copies": copies, **others}
+    for name, similarity in sets.items():
         n, flagged = len(similarity), int(np.sum(similarity > threshold))
         low, high = (float(end) for end in binomtest(flagged, n).proportion_ci())
         percentiles = {str(p): float(np.percentile(similarity, p)) for p in PERCENTILES}

@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ from test_prior import TINY, make_prior, random_maps
 
 from dataset import NO_MASK, Mirror
 from modules import VQVAE2, VQVAE2Config
-from new_slices import layouts
-from new_slices.code_maps import Variants, decode
+from new_slices import layouts, sample_report
+from new_slices.code_maps import Samples, Variants, decode
 from new_slices.prior import PriorConfig, Sampling
 
 ROWS, COLUMNS = np.mgrid[:24, :16]
@@ -232,6 +234,42 @@ def test_mixtures_vary_as_their_parts_do():
     weights = np.stack([layouts.shares(rng.normal(size=8), 1.0) for _ in parts])
     np.testing.assert_allclose(weights.sum(1), 1)
     assert (weights * parts).sum(1).std() == pytest.approx(1, abs=0.08)
+
+
+@pytest.mark.parametrize("labels", [3, 0])
+def test_training_layouts_are_found_a_cell_aside_and_others_are_not(labels):
+    """By organs where there are masks, and by regions where there are none."""
+    rng = np.random.default_rng(0)
+
+    def slices(count):
+        fields, others = 5 * gaussian_filter(rng.normal(size=(2, count, 24, 16)), (0, 0, 2, 2))
+        drawn = np.select([others > 0.7, others < -0.7], [1, 2]) * bool(labels)
+        return fields, np.stack(
+            [layouts.compose(*pair, LEVELS, labels) for pair in zip(fields, drawn, strict=True)]
+        )
+
+    (tissue, known), (_, honest), (_, fresh) = slices(60), slices(200), slices(60)
+    codes = {"train_layout": known[None], "train_tissue": tissue, "test_layout": honest[None]}
+    paths = [SimpleNamespace(name=str(i)) for i in range(60)]
+    prior = SimpleNamespace(config=SimpleNamespace(labels=labels))
+
+    train = MagicMock(paths=paths)
+    train.__len__.return_value = 60
+    for new, copied in ((np.roll(known, 1, 1), True), (known, True), (fresh, False)):
+        masks = np.kron(np.where(new < labels, new, 0), np.ones((1, 4, 4))).astype(np.uint8)
+        inputs = sample_report.Inputs(
+            *(None, prior, {"train": train}, codes | {"levels": LEVELS}),
+            *(Samples(None, None, None, masks), None, None),
+            layouts=new,
+        )
+        source, queries = sample_report.layout_audit(inputs, np.arange(200), rng)
+        report, found = sample_report.audit(source, queries, "layout")
+        assert report["copies"]["share"] > 0.9 and report["honest"]["flagged"] == 2
+        if copied:
+            assert report["samples"]["share"] > 0.95
+            assert (found["samples"].index == np.arange(60)).mean() > 0.95
+        else:
+            assert report["samples"]["share"] <= report["margin"]
 
 
 def test_masks_are_altered_as_their_slices_are():

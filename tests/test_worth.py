@@ -266,7 +266,7 @@ def test_an_appraisal_by_anatomy_sees_what_is_broken(folders):
         for name, x in (("real", real), ("split", split), ("moved", moved))
     }
     rows["real"] = rows["real"]._replace(masks=validate.masks(range(6)).numpy())
-    table, by_organ = sample_report.score_anatomy(inputs, rows, np.arange(len(train)))
+    table, verdicts = sample_report.score_anatomy(inputs, rows, np.arange(len(train)))
     assert (
         table["real"]["plausible"]
         > 0.5
@@ -274,10 +274,14 @@ def test_an_appraisal_by_anatomy_sees_what_is_broken(folders):
     )
     assert table["real"]["agreement"] > 0.8 and "agreement" not in table["split"]
     assert table["moved"]["centre"] > 1 + table["real"]["centre"]
-    assert by_organ["label 4"]["real"]["shown"] == 1
-    runtime.write_json(
-        folders / "report.json", sample_report.plain({"rows": table, "organs": by_organ})
-    )
+    assert not verdicts  # there are no new slices
+    noise = np.random.default_rng(0).integers(0, 2, real.shape).astype(np.uint8)
+    for masks, line in ((rows["real"].masks, ""), (noise, "label_4 was not learnt")):
+        rows[sample_report.SAMPLES] = rows["real"]._replace(masks=masks)
+        _, verdicts = sample_report.score_anatomy(inputs, rows, np.arange(len(train)))
+        assert organs.not_learnt(verdicts).startswith(line) and set(verdicts) == {"label_4"}
+        assert bool(organs.not_learnt(verdicts)) == bool(line)
+    runtime.write_json(folders / "report.json", sample_report.plain({"rows": table}))
 
 
 def test_a_cloud_around_a_whole_organ_is_called_bad(tmp_path):
