@@ -253,11 +253,10 @@ class Composer:
         bend = BENT * random_fields(rng, 2, shape) + rng.normal(0, MOVED, (2, 1, 1))
         if drawn is None:
             source = inverse(place + bend)
+            organs = np.stack([warped(each, source) for each in distances]).argmax(0)
         else:
             source = bend + (centre(self.organs[frame]) - centre(drawn))[:, None, None]
-        organs = drawn
-        if drawn is None:
-            organs = np.stack([warped(each, source) for each in distances]).argmax(0)
+            organs = drawn
         return compose(warped(tissue, source), organs, self.levels, self.labels)
 
     def near(self, position: float) -> np.ndarray:

@@ -651,10 +651,9 @@ def scorecard(report: dict) -> dict[str, dict]:
         new, floor = (rows.get(name, {}).get(measure) for name in (SAMPLES, floor))
         sees = [rows[name].get(measure) for name in seen.get(measure, ())]
         control = best((value for value in sees if value is not None), default=None)
-        passed = None
-        if new is not None and floor is not None and control is not None:
-            passed = best(new, floor) == new or abs(new - floor) < abs(new - control)
-        return line(question, new, floor, control, passed)
+        known = None not in (new, floor, control)
+        passes = known and (best(new, floor) == new or abs(new - floor) < abs(new - control))
+        return line(question, new, floor, control, passes if known else None)
 
     alike, floor = (variety.get(name, {}).get("ms_ssim") for name in ("samples", "real"))
     unlearnt = (report["realism"] or {}).get("not_learnt")
