@@ -80,7 +80,8 @@ WORDS = {  # of the scorecard
     "coverage": "How alike two of them are on average (MS-SSIM). Much more than the floor would "
     "mean one slice again and again, as in the control.",
     "constraint": "The share without impossible anatomy: a U-Net finds each organ in a place, a "
-    "size and a shape that training slices have.",
+    "size and a shape that training slices have. It learnt from the training patients, as the "
+    "generator did, and never saw those of the floor.",
     "masks": "How well the mask that comes with a slice fits its picture (Dice with the mask that "
     "a U-Net draws). The floor is that of reconstructions.",
     "utility": "Whether a U-Net learns from them is measured apart: benchmarks/utility.py.",
