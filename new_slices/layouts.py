@@ -44,7 +44,7 @@ WEIGHT = 2.0  # of an organ in what makes slices alike, beside intensities in st
 PAINT = (0.5, 1.5)  # how much brighter than tissue, from 0 to 1, organs are to the optical flow
 REACH, FARTHEST = 8, 6.0  # cells: radius of its window; it finds nothing farther away
 KNOTS = (3, 2)  # of the smooth random fields that the weights and the bending are
-BENT, MOVED = 1.0, 1.0  # cells, standard deviations
+BENT, MOVED = 0.7, 0.7  # cells, standard deviations
 
 
 def classes(labels: int) -> int:
