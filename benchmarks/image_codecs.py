@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL
-from PIL import Image, features
+from PIL import Image, ImageSequence, features
 from scipy.interpolate import PchipInterpolator
 
 from support import metrics
@@ -139,6 +139,27 @@ def sweep_slice(original: np.ndarray, codecs: dict[str, Codec] = CODECS) -> Poin
             file = encode(codec, grey, quality)
             scores = metrics.score_slice(original, from_bytes(decode(file), original))
             points[name].append({"bits_per_pixel": 8 * len(file) / grey.size, **scores})
+    return points
+
+
+def sweep_volume(planes: Sequence[np.ndarray], codec: Codec) -> list[Points]:
+    """As `sweep_slice`, of each plane of a volume that is one AVIF: a tall picture of all planes,
+    or a film, which predicts each plane from others. The rate is the volume's.
+    """
+    greys, how = [to_bytes(plane) for plane in planes], codec.settings[0]
+    points: list[Points] = [{"AVIF tall": [], "AVIF film": []} for _ in planes]
+    for quality in codec.qualities:
+        tall, film = encode(codec, np.concatenate(greys), quality), BytesIO()
+        first, *rest = map(Image.fromarray, greys)
+        first.save(film, codec.format, save_all=True, append_images=rest, quality=quality, **how)
+        with Image.open(film) as frames:
+            shown = [np.asarray(frame.convert("L")) for frame in ImageSequence.Iterator(frames)]
+        decoded = {"AVIF tall": (tall, np.split(decode(tall), len(planes)))}
+        decoded |= {"AVIF film": (film.getvalue(), shown)}
+        for name, (file, found) in decoded.items():
+            rate = {"bits_per_pixel": 8 * len(file) / sum(grey.size for grey in greys)}
+            for point, grey, plane in zip(points, found, planes, strict=True):
+                point[name].append(rate | metrics.score_slice(plane, from_bytes(grey, plane)))
     return points
 
 

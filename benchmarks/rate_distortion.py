@@ -3,15 +3,17 @@
     python -m benchmarks.rate_distortion Results/vqvae2_best.pth --prior Results/prior_best.pth
     python -m benchmarks.rate_distortion low.pth high.pth --below 100 --sets abdomen heart
 
-A model's bits are counted in up to three ways: nominal (log2 K for each code), by the entropy of
-its code histogram over the slices, and by the bound on -log2 p of those codes under its prior, if
-one is given. Patients numbered below --below are one set and the others the second, as in
-per_set.py; a study with only one of them is one set.
+A model's bits are counted in up to five ways: nominal (log2 K for each code), by the entropy of
+its code histogram over the slices, and, if a prior is given, by the bound on -log2 p of those codes
+under it. With --files also by the size of the files that `reconstruct.py --save` writes, one a
+slice and one a volume; then AVIF codes whole volumes too. Patients numbered below --below are one
+set and the others the second, as in per_set.py; a study with only one of them is one set.
 
 Writes rate_distortion.json and rate_distortion.png to --out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,9 +28,10 @@ from dataset import DataConfig, SliceDataset, in_parallel, open_trained_study
 from generate import GenerateConfig, load_models
 from modules import VQVAE2, load_model
 from new_slices import sample_report
+from new_slices.code_files import Coded, Coder
 from new_slices.code_maps import LEVELS
 from new_slices.prior import Prior
-from support import figures, runtime
+from support import figures, nifti, runtime
 
 # The first four colours of matplotlib are the codecs'.
 MODEL_COLOURS = ("black", *(f"tab:{name}" for name in ("purple", "brown", "pink", "olive", "cyan")))
@@ -41,6 +44,7 @@ class Contender(NamedTuple):
 
     model: VQVAE2
     prior: Prior | None
+    coder: Coder | None
     scores: list[dict[str, float]]
     maps: dict[str, np.ndarray]
 
@@ -77,8 +81,9 @@ def score(path: str, prior: str | None, test: SliceDataset, args) -> Contender:
     else:
         model, priors = load_model(path).model, None
         model.to(runtime.pick_device(args.device))
+    coder = Coder(load_model(path), prior, args.device) if prior and args.files else None
     print(f"{path}{f' with {prior}' if prior else ''}")
-    return Contender(model, priors, *predict.score_split(model, test, args.batch_size, None))
+    return Contender(model, priors, coder, *predict.score_split(model, test, args.batch_size, None))
 
 
 def in_set(contender: Contender, test: SliceDataset, chosen: np.ndarray) -> dict:
@@ -94,7 +99,25 @@ def in_set(contender: Contender, test: SliceDataset, chosen: np.ndarray) -> dict
             contender.prior, list(codes.values()), test.positions[chosen], pixels.mean()
         )
         result["bits_per_pixel"]["prior"] = rate["bits_per_pixel"]
+    if contender.coder:
+        every = np.flatnonzero(chosen)
+        for kind, groups in (("slice", every[:, None]), ("volume", volumes(test, every))):
+            size = sum(file_size(contender, test, group) for group in groups)
+            result["bits_per_pixel"][f"{kind}_file"] = 8 * size / int(pixels.sum())
     return result
+
+
+def volumes(test: SliceDataset, indices: np.ndarray) -> list[list[int]]:
+    """The slices `indices` (n,) by the volume that they are of."""
+    return [list(group) for _, group in groupby(indices, lambda i: test.names[i][:2])]
+
+
+def file_size(contender: Contender, test: SliceDataset, indices: Sequence[int]) -> int:
+    """Bytes of one file of the codes of these slices, all headers counted."""
+    scale = np.random.default_rng(0).random((len(indices), 2), np.float32)  # as large as any other
+    coded = Coded(*(contender.maps[level][indices] for level in LEVELS), scale)
+    header = nifti.read(test.paths[indices[0]]).header
+    return len(contender.coder.pack(header, "", coded))
 
 
 def sweep(test: SliceDataset, codecs: dict[str, image_codecs.Codec]) -> list[image_codecs.Points]:
@@ -104,6 +127,14 @@ def sweep(test: SliceDataset, codecs: dict[str, image_codecs.Codec]) -> list[ima
         return image_codecs.sweep_slice(test.images([index])[0, 0].numpy(), codecs)
 
     return list(in_parallel(one, range(len(test)), "image codecs", "slice"))
+
+
+def add_volumes(points: list[image_codecs.Points], test: SliceDataset, codec) -> None:
+    """Add what AVIF makes of whole volumes to the points of their slices."""
+    for group in volumes(test, np.arange(len(test))):
+        planes = test.images(group)[:, 0].numpy()
+        for index, found in zip(group, image_codecs.sweep_volume(planes, codec), strict=True):
+            points[index] |= found
 
 
 def rate_panel(curves: image_codecs.Curves, models: dict[str, dict]) -> tuple[dict, dict]:
@@ -205,6 +236,9 @@ def parse_flags():
     parser.add_argument(
         "--sets", nargs=2, default=[None, None], metavar="NAME", help="what to call them"
     )
+    parser.add_argument(
+        "--files", action="store_true", help="size of files too, a second a slice; needs --prior"
+    )
     parser.add_argument("--rates", nargs="+", type=float, default=[0.2, 0.4, 0.5625, 0.703])
     parser.add_argument(
         "--avif-speed", type=int, default=2, help="0 is best and slowest, 6 is Pillow's own"
@@ -233,6 +267,10 @@ def main() -> None:
         test, models[name] = own, score(path, pairs.get(path), own, args)
     codecs, size = image_codecs.with_avif_speed(args.avif_speed), test.pixels.shape[1:]
     points, patients = sweep(test, codecs), np.array([name.patient for name in test.names])
+
+    if args.files:
+        add_volumes(points, test, codecs["AVIF"])
+        codecs |= dict.fromkeys(("AVIF tall", "AVIF film"), codecs["AVIF"])
 
     result, panels = {"sets": {}}, {}
     for title, chosen in named_sets(patients, args.below, args.sets).items():

@@ -312,7 +312,7 @@ def test_the_scoreboard_of_models_has_every_way_of_counting_bits(
     }
     runtime.save_checkpoint(tmp_path / "prior.pth", prior)
     arguments = [checkpoint, other, "--prior", tmp_path / "prior.pth", "--out", tmp_path / "out"]
-    arguments += ["--below", 41, "--sets", "first", "second", "--device", "cpu"]
+    arguments += ["--below", 41, "--sets", "first", "second", "--device", "cpu", "--files"]
     monkeypatch.setattr(sys, "argv", ["rate_distortion.py", *map(str, arguments)])
     rate_distortion.main()
     result, stdout = (
@@ -335,11 +335,19 @@ def test_the_scoreboard_of_models_has_every_way_of_counting_bits(
             first["bits_per_pixel"]["nominal"], abs=1e-5
         )
         assert first["bits_per_pixel"]["code_entropy"] < first["bits_per_pixel"]["nominal"]
-        assert "prior" not in second["bits_per_pixel"] and first["codecs"]["AVIF"]["at"].keys() == {
-            "nominal",
-            "code_entropy",
-            "prior",
-        }
+        bits, n = first["bits_per_pixel"], result["sets"][title]["n"]
+        saved = (bits["slice_file"] - bits["volume_file"]) * 64 * 32 / 8  # bytes a slice
+        assert bits["prior"] < bits["volume_file"] and 60 < n / (n - 1) * saved < 110  # a header
+        ways = {"nominal", "code_entropy", "prior", "slice_file", "volume_file"}
+        assert first["codecs"]["AVIF"]["at"].keys() == ways
+        assert second["bits_per_pixel"].keys() == ways - {"prior", "slice_file", "volume_file"}
+        curves = result["sets"][title]["codecs"]
+        single, tall, film = (
+            curves[name]["curve"][-1] for name in ("AVIF", "AVIF tall", "AVIF film")
+        )
+        assert tall["bits_per_pixel"] < single["bits_per_pixel"]  # one header for all slices
+        for whole in (tall, film):
+            assert whole["ssim_report"] == pytest.approx(single["ssim_report"], abs=0.03)
         assert f"{title}: " in stdout
     assert (tmp_path / "out" / "rate_distortion.png").stat().st_size > 10_000
 
