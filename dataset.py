@@ -659,7 +659,7 @@ def _notes(jobs: list[Job], table: dict[str, np.ndarray], config: DataConfig) ->
         listing = ", ".join(f"{count} {letters}" for letters, count in runs.most_common())
         notes.append(f"warning: rows and columns of slices run in different directions: {listing}")
     none = "slices have an affine that is none in their header (voxel sizes alone were used)"
-    two = "slices have an sform and a qform that turn them differently (the sform was taken)"
+    two = f"slices have {nifti.DISPUTED} (the sform was taken)"
     odd = {none: table["broken"], two: table["disputed"]}
     odd["slices have one value only (kept, std 1)"] = table["constant"]
     for shape in sorted(set(map(tuple, table["shapes"].tolist())) - {size}):

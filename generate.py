@@ -43,7 +43,7 @@ from dataset import (
     read_labels,
     read_slice,
 )
-from modules import VQVAE2, load_model
+from modules import VQVAE2, Trained, load_model
 from new_slices.code_maps import Samples, Variants, decode, extract_codes
 from new_slices.layouts import REGIONS, Composer, likely, middles
 from new_slices.organs import likeliest, nearest_positions, segmenter_of
@@ -122,7 +122,7 @@ class GenerateConfig:
 # ---- the models, the study, the samples ----
 
 
-def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, VQVAE2, Prior]:
+def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, Trained, Prior]:
     """The study and how many variants the priors learnt, the autoencoder and its priors.
 
     UserError for models that are not a pair.
@@ -130,7 +130,8 @@ def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, VQVAE2, Prior]:
     trained = load_model(config.checkpoint)
     study, variants, prior = load_prior(config.prior, trained)
     device = runtime.pick_device(config.device)
-    return study, variants, trained.model.to(device), prior.to(device)
+    trained.model.to(device)
+    return study, variants, trained, prior.to(device)
 
 
 def open_splits(
@@ -274,7 +275,9 @@ class Album:
         splits: dict[str, SliceDataset],
         positions: np.ndarray,
         labels: tuple[int, ...],
+        sha256: str,
     ):
+        """`labels` of the masks; `sha256` of the autoencoder's checkpoint."""
         self.out, self.positions = Path(config.out), positions
         self.seed, self.nnunet = config.seed, config.nnunet
         train, test = splits["train"], splits["test"]
@@ -290,6 +293,8 @@ class Album:
         self.look = {"span": self.span, "note": self.note, "label_values": labels}
         self.look["letters"] = letters.pop() if len(letters) == 1 else ""
         self.labels = np.array(labels, np.min_scalar_type(max(labels, default=0)))
+        models = {"autoencoder": (config.checkpoint, sha256)}
+        models["prior"] = config.prior, runtime.sha256(config.prior)
         settings = dataclasses.asdict(config)
         settings["position"] = None if math.isnan(config.position) else config.position
         self.manifest = {
@@ -304,8 +309,8 @@ class Album:
             f"{self.std:.6g} of the training slices; each slice is its own case, its slice number "
             "the position on a scale of 0 to 59",
             **{
-                kind: {"file": Path(file).name, "sha256": runtime.sha256(file)}
-                for kind, file in (("autoencoder", config.checkpoint), ("prior", config.prior))
+                kind: {"file": Path(file).name, "sha256": digest}
+                for kind, (file, digest) in models.items()
             },
             "data": {"study": train.study.resolve().name, "synthetic": train.synthetic},
             "provenance": runtime.provenance(),
@@ -393,22 +398,22 @@ def write_grid(album: Album, test: SliceDataset, samples: Samples, twins: np.nda
     figures.slice_grid(album.out / "grid.png", groups, min(8, len(shown)), **album.look)
 
 
-def write_layouts(
-    album: Album, layouts: np.ndarray, labels: int, size: tuple[int, int]
-) -> np.ndarray:
-    """Draw the first layouts (n, h, w): air black, organs grey, tissue by its class.
-
-    Returns the masks (n, *size) of their organs, uint8 classes.
-    """
+def masks_of(layouts: np.ndarray, labels: int, size: tuple[int, int]) -> np.ndarray:
+    """The masks (n, *size) of the organs in layouts (n, h, w), uint8 classes."""
     parts = (likely(part, max(labels, 1), *size) for part in torch.from_numpy(layouts).split(16))
-    masks = np.concatenate([likeliest(part).numpy() for part in parts])
+    return np.concatenate([likeliest(part).numpy() for part in parts])
+
+
+def write_layouts(album: Album, layouts: np.ndarray, labels: int, size: tuple[int, int]) -> None:
+    """Draw the first layouts (n, h, w): air black, organs grey, tissue by its class."""
+    layouts = layouts[:SHOWN]
+    masks = masks_of(layouts, labels, size)
     organ = (layouts > 0) & (layouts < labels)
     tissue = np.where(organ, REGIONS / 2, np.maximum(layouts - max(labels, 1) + 1, 0))
     pixels = np.ones((size[0] // layouts.shape[1], size[1] // layouts.shape[2]))
     shown = [("", np.kron(each, pixels), mask) for each, mask in zip(tissue, masks, strict=True)]
     look = album.look | {"span": (0, REGIONS)}
-    figures.slice_grid(album.out / "layouts.png", {"new layouts": shown[:SHOWN]}, 8, **look)
-    return masks
+    figures.slice_grid(album.out / "layouts.png", {"new layouts": shown}, 8, **look)
 
 
 def write_pictures(album: Album, inputs: Inputs, report: dict, drawn: dict) -> None:
@@ -511,7 +516,8 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
         KeyboardInterrupt: after Ctrl-C or SIGTERM; what is finished stays, and the manifest says
             how many.
     """
-    study, variants, model, prior = load_models(config)
+    study, variants, trained, prior = load_models(config)
+    model, labels = trained.model, prior.config.labels
     splits = open_splits(config, data, study)
     out, train, test = runtime.writable_folder(config.out), splits["train"], splits["test"]
     check_masks(config, prior, train)
@@ -521,13 +527,13 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     results_page.write(out)
     # The code maps that the priors were trained on, where they are at hand.
     files = (folder / "codes.npz" for folder in (Path(config.prior).parent, out))
-    maps = extract_codes(model, splits, variants, runtime.sha256(config.checkpoint), *files)
+    maps = extract_codes(model, splits, variants, trained.sha256, *files)
     twins, positions, layouts = plan(config, make_composer(prior, train, maps), own, test)
-    album = Album(config, splits, positions, study.labels)
+    album = Album(config, splits, positions, study.labels, trained.sha256)
     if layouts is not None:
-        masks = write_layouts(album, layouts, prior.config.labels, train.pixels.shape[1:])
+        write_layouts(album, layouts, labels, train.pixels.shape[1:])
     if config.layouts_only:
-        album.keep_masks(0, masks)
+        album.keep_masks(0, masks_of(layouts, labels, train.pixels.shape[1:]))
         print(f"wrote {out}/: {config.n} masks in {MASK_FOLDER}/, layouts.png and manifest.json")
         return {}
     try:

@@ -92,8 +92,9 @@ class Scan:
         self.notes: list[str] = []
         self.image, self.raw = image, image.raw
         if self.image.disputed:
-            self.notes.append("have an sform and a qform that turn them differently (the sform "
-                              "was taken, so look at left and right)")  # fmt: skip
+            self.notes.append(
+                f"have {nifti.DISPUTED} (the sform was taken, so look at left and right)"
+            )
         values = nifti.finite(self.image.values())
         # A slice is a volume of one plane, and what has more axes than three is several volumes.
         volumes = values.reshape(*(*values.shape, 1, 1)[:3], -1)

@@ -396,8 +396,8 @@ def report(config: SliceConfig, cuts: list[Cut], volumes: Counter) -> None:
         apart = f"{moved} masks lie elsewhere than their volumes by their affines"
         print(f"warning: {apart}; taken voxel by voxel")
     if disputed := sum(cut.disputed for cut in cuts):
-        odd = f"{disputed} volumes or their masks have an sform and a qform that turn"
-        print(f"warning: {odd} them differently; the sform was taken, so look at left and right")
+        odd = f"{disputed} volumes or their masks have {nifti.DISPUTED}"
+        print(f"warning: {odd}; the sform was taken, so look at left and right")
     counts = ", ".join(f"{volumes[name]} {name}" for name in SPLITS)
     total = sum(cut.planes for cut in cuts)
     print(f"wrote {config.out}/: {total} slices of {len(cuts)} volumes, {counts}")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.utility import few_patients
 from dataset import DataConfig, open_study
 from support import runtime
 
@@ -29,9 +30,9 @@ def main() -> None:
         patients = np.array([each.patient for each in split.names])
         chosen = (patients >= args.least) & (patients < args.below)
         if name == "train":
-            masked = np.unique(patients[chosen & split.has_mask])
-            few = np.random.default_rng(args.seed).permutation(masked)[: args.patients]
-            chosen &= np.isin(patients, few)
+            masked = np.flatnonzero(chosen & split.has_mask)
+            few = few_patients(split, masked, args.patients, args.seed)
+            chosen &= np.isin(patients, patients[few])
         for folder, start in (("keras_slices_", "case_"), ("keras_slices_seg_", "seg_")):
             to = args.out / f"{folder}{name}"
             to.mkdir(parents=True, exist_ok=True)

@@ -75,13 +75,14 @@ def pair_up(checkpoints: list[str], priors: list[str]) -> dict[str, str]:
 
 def score(path: str, prior: str | None, test: SliceDataset, args) -> Contender:
     if prior:
-        *_, model, priors = load_models(
-            GenerateConfig(checkpoint=path, prior=prior, device=args.device)
-        )
+        config = GenerateConfig(checkpoint=path, prior=prior, device=args.device)
+        *_, trained, priors = load_models(config)
     else:
-        model, priors = load_model(path).model, None
-        model.to(runtime.pick_device(args.device))
-    coder = Coder(load_model(path), prior, args.device) if prior and args.files else None
+        trained, priors = load_model(path), None
+        trained.model.to(runtime.pick_device(args.device))
+    model, coder = trained.model, None
+    if prior and args.files:
+        coder = Coder(trained, prior, args.device)
     print(f"{path}{f' with {prior}' if prior else ''}")
     return Contender(model, priors, coder, *predict.score_split(model, test, args.batch_size, None))
 

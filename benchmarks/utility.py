@@ -85,9 +85,9 @@ def read_generated(folder: Path, labels: tuple[int, ...]) -> tuple[Tensor, Tenso
     return torch.from_numpy(np.stack(images))[:, None], torch.from_numpy(np.stack(masks))
 
 
-def altered(split: SliceDataset, chosen: np.ndarray) -> Pairs:
+def altered(split: SliceDataset, chosen: np.ndarray, variants: Variants) -> Pairs:
     """Plain augmentation: the slices `chosen`, each time altered in another of a hundred ways."""
-    variants, turn = Variants(2 + WAYS, len(split), split.mirror), count()
+    turn = count()
 
     def take(indices: np.ndarray) -> tuple[Tensor, Tensor]:
         own = torch.from_numpy(chosen[indices])
@@ -174,6 +174,7 @@ def compare(
     `slices` are the indices of the set's slices with masks, of "train" and of "test".
     """
     device, labels = runtime.pick_device(args.device), train.labels
+    variants = Variants(2 + WAYS, len(train), train.mirror)
     runs: dict[str, list[np.ndarray]] = {}
     for seed in range(args.seeds):
         kinds = {"generated alone": synthetic}
@@ -182,8 +183,9 @@ def compare(
         }
         for name, chosen in ({"study": slices["train"]} | few).items():
             kinds[name] = pairs_of(train, chosen)
-            kinds[f"{name}, altered"] = altered(train, chosen)
-            kinds[f"{name}, altered, and generated"] = mixture(altered(train, chosen), synthetic)
+            kinds[f"{name}, altered"] = altered(train, chosen, variants)
+            mixed = mixture(altered(train, chosen, variants), synthetic)
+            kinds[f"{name}, altered, and generated"] = mixed
         for kind, pairs in kinds.items():
             net = organs.train_segmenter(
                 pairs.take,

@@ -241,23 +241,30 @@ class Composer:
         # or thin walls would break.
         of_tissue = shares(random_fields(rng, count, shape), SPREAD)
         of_shape = shares(rng.normal(size=count).clip(-2, 2), SPREAD_OF_SHAPES)
-        tissue, distances, place = 0, 0, 0
-        for member, weight, share in zip(members, of_tissue, of_shape, strict=True):
-            there = self.displacement(frame, member)
-            own = signed_distances(self.organs[member], self.labels)
-            tissue = tissue + weight * warped(self.tissue[member], there)
-            distances = distances + np.stack([warped(each, there) for each in own]) / count
-            place = place + share * there
+        laid = [self.displacement(frame, member) for member in members]
+        parts = zip(of_tissue, members, laid, strict=True)
+        tissue = sum(weight * warped(self.tissue[member], there) for weight, member, there in parts)
         # All lie in the frame's place now. What is new lies where a mixture of theirs does, bent a
         # little, or where the organs that are given lie.
         bend = BENT * random_fields(rng, 2, shape) + rng.normal(0, MOVED, (2, 1, 1))
         if drawn is None:
+            place = sum(share * there for share, there in zip(of_shape, laid, strict=True))
             source = inverse(place + bend)
-            organs = np.stack([warped(each, source) for each in distances]).argmax(0)
+            organs = self.mean_organs(members, laid, source)
         else:
             source = bend + (centre(self.organs[frame]) - centre(drawn))[:, None, None]
             organs = drawn
         return compose(warped(tissue, source), organs, self.levels, self.labels)
+
+    def mean_organs(
+        self, members: np.ndarray, laid: list[np.ndarray], source: np.ndarray
+    ) -> np.ndarray:
+        """The mean organs of slices that are `laid` over the frame, seen from `source`: (h, w)."""
+        distances = 0
+        for member, there in zip(members, laid, strict=True):
+            own = signed_distances(self.organs[member], self.labels)
+            distances = distances + np.stack([warped(each, there) for each in own]) / len(members)
+        return np.stack([warped(each, source) for each in distances]).argmax(0)
 
     def near(self, position: float) -> np.ndarray:
         """The nearest tenth in position of all slices, all of them for NaN: indices."""
@@ -300,7 +307,7 @@ class Composer:
         Besnerais & Champagnat 2005).
         """
         ahead = (centre(self.organs[member]) - centre(self.organs[frame]))[:, None, None]
-        there = warped(self.painted[member], ahead + np.zeros((2, 1, 1)))
+        there = warped(self.painted[member], ahead)
         flow = optical_flow_ilk(
             self.painted[frame], there.astype(np.float32), radius=REACH, num_warp=3, gaussian=True
         )

@@ -366,9 +366,9 @@ def audit(
 
     Each is (N,) `Nearest.similarity`, N at least 1: of generated slices, of slices of patients
     outside the training split, and of positive controls, such as altered training slices; `others`
-    are counted like them. A slice
-    is flagged if it is more similar than all but n // 100 of the n honest slices. So at most 1 % of
-    these are flagged, and of fewer than 100 none: coarse, and more copies pass.
+    are counted like them. A slice is flagged if it is more similar than all but n // 100 of the n
+    honest slices. So at most 1 % of these are flagged, and of fewer than 100 none: coarse, and more
+    copies pass.
 
     Returns `threshold`; `expected`, the share of new honest slices above it; `margin`, the share
     that 19 in 20 sets of N new ones keep to (beta-binomial: the threshold is an estimate too); of

@@ -33,6 +33,7 @@ SPARE = 4096  # bytes that may follow the array, as some programs pad their file
 # Where rows, columns and slices of a plane run: to the patient's right, front (A) or head (S).
 PLANES = {"coronal": "RSA", "axial": "RAS", "sagittal": "ASR"}
 AXES = {"R": "RL", "A": "AP", "S": "SI"}  # the two ends of each axis of the world
+DISPUTED = "an sform and a qform that turn them differently"  # said of files, see Image.disputed
 UNTURNED = np.array([[0, 1], [1, 1], [2, 1]])  # an orientation of nibabel
 
 

@@ -486,8 +486,8 @@ def load_checkpoint(path: Path | str, *kinds: str) -> dict:
     """Read a checkpoint that `save_checkpoint` wrote, on the CPU.
 
     Its "path" is added, and the "revision" of the program that wrote it, or "". No code in the file
-    is run. Every byte is compared with the sums that the file carries, so that
-    a bit that flipped on the disk is found, and weights that are not finite are refused.
+    is run. Every byte is compared with the sums that the file carries, so that a bit that flipped
+    on the disk is found, and weights that are not finite are refused.
 
     Raises:
         FileNotFoundError: no such file.

@@ -12,6 +12,7 @@ from scipy.linalg import sqrtm
 from benchmarks import features, few_patients, utility
 from dataset import DataConfig, open_study
 from new_slices import organs, sample_report
+from new_slices.code_maps import Variants
 from new_slices.picture_features import picture_features
 from support import nifti, phantom, runtime
 
@@ -167,7 +168,7 @@ def test_the_gain_by_generated_slices_is_paired_by_patient_and_seed():
 def test_an_altered_slice_takes_its_mask_along(folders):
     train = open_study(DataConfig(data=str(folders / "study"), height=64, width=32))["train"]
     chosen = np.array([3, 5, 7])
-    pairs = utility.altered(train, chosen)
+    pairs = utility.altered(train, chosen, Variants(2 + utility.WAYS, len(train), train.mirror))
     (images, masks), (again, _) = pairs.take(np.array([0, 2])), pairs.take(np.array([0, 2]))
     assert not images.equal(again) and not images.equal(train.images(chosen[[0, 2]]))
     for image, mask in zip(images[:, 0], masks, strict=True):  # the organ is the bright disc
