@@ -1,16 +1,20 @@
 """What several test files share: small studies, and scripts run as a user runs them."""
 
+import io
 import os
 import runpy
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
-from support import nifti
+from support import nifti, runtime
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,3 +111,17 @@ def run(script: str, *args, **options) -> tuple[int, str, str]:
     process = start(script, *args, **options)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+def command(script, *words) -> tuple[int, str, str]:
+    """What `run` gives, of a script that runs in this process: it need not import PyTorch anew."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    words = [f"{script.__name__}.py", *map(str, words)]
+    with mock.patch.object(sys, "argv", words), redirect_stdout(out), redirect_stderr(err):
+        try:
+            runtime.run_cli(script.main)
+        except SystemExit as end:
+            code = end.code
+        finally:
+            torch.set_flush_denormal(False)
+    return code, out.getvalue(), err.getvalue()

@@ -1,12 +1,10 @@
 """The whole story as a user runs it, on a study and on a phantom of a few slices."""
 
-import csv
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import run
+from conftest import command
 from test_train import SHAPE_FLAGS
 
 import driver
@@ -17,9 +15,10 @@ from support import phantom, runtime
 PRIOR_FLAGS = "--prior-slices 12 --n 3".split()
 
 
-def test_data_training_scores_and_new_slices_in_one_command(study, tmp_path):
+def test_data_training_scores_and_new_slices_in_one_command(study, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     flags = [*SHAPE_FLAGS, *PRIOR_FLAGS, "--epochs", 2, "--nifti", "--seed", 1]
-    code, out, err = run("driver.py", "--data", study, *flags, cwd=tmp_path)
+    code, out, err = command(driver, "--data", study, *flags)
     assert code == 0, err
     results = tmp_path / "Results"
     manifest = json.loads((results / "generated" / "manifest.json").read_text())
@@ -31,60 +30,31 @@ def test_data_training_scores_and_new_slices_in_one_command(study, tmp_path):
     assert out.splitlines()[-1] == "open Results/index.html"
     shown = (results / "index.html").read_text()
     assert shown.count("<h2") == 4 and shown.count("<img") == 9 and str(tmp_path) not in shown
-    assert "nominal" in out and (results / "generated" / "grid.png").stat().st_size > 0
     scores = json.loads((results / "metrics.json").read_text())
     assert scores["n"] == 6 and set(scores["ssim_report"]["per_patient"]) == {"040", "041"}
     assert f"{scores['ssim_report']['mean']:.4g}" in out
-    with open(results / "test_scores.csv") as file:
-        rows = list(csv.DictReader(file))
-    np.testing.assert_allclose(
-        np.mean([float(row["ssim_report"]) for row in rows]),
-        scores["ssim_report"]["mean"],
-        atol=2e-6,
-    )
-    for name in (
-        "comparison.png",
-        "loss_plot.png",
-        "original_0.png",
-        "reconstruction_0.png",
-        "log.jsonl",
-    ):
-        assert (results / name).stat().st_size > 0
     written = sorted(path.name for path in (results / "reconstructions").iterdir())
     assert written == sorted(path.name for path in (study / "keras_slices_test").iterdir())
     # The report's.
     assert json.loads((results / "log.jsonl").read_text().splitlines()[0])["train"]["lr"] == 3e-4
 
 
-def test_without_data_it_makes_a_phantom_and_says_so(tmp_path, monkeypatch, capsys):
+def test_without_data_it_makes_a_phantom_and_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = phantom.PhantomConfig(
         train_patients=1, validate_patients=1, test_patients=1, weeks=1, slices=2
     )
     monkeypatch.setattr(phantom.write_phantom, "__defaults__", (tiny,))
-    train_segmenter = organs.train_segmenter
-    monkeypatch.setattr(
-        organs,
-        "train_segmenter",
-        lambda *args, **settings: train_segmenter(*args[:4], 2, **settings),
-    )
-    flags = "--K 16 --D 8 --channels 8 --top-channels 8".split()
-    flags += "--epochs 1 --device cpu --prior-slices 0".split()
-    monkeypatch.setattr("sys.argv", ["driver.py", *flags])
-    driver.main()
-    assert (tmp_path / "phantom_slices_data" / "SYNTHETIC.txt").exists()
-    assert "SYNTHETIC" in capsys.readouterr().out
+    learn = organs.train_segmenter
+    monkeypatch.setattr(organs, "train_segmenter", lambda *a, **k: learn(*a[:4], 2, **k))
+    flags = "--K 16 --D 8 --channels 8 --top-channels 8 --epochs 1 --device cpu --prior-slices 0"
+    _, out, _ = command(driver, *flags.split())
+    assert (tmp_path / "phantom_slices_data" / "SYNTHETIC.txt").exists() and "SYNTHETIC" in out
     metrics = json.loads((tmp_path / "Results" / "metrics.json").read_text())
     assert metrics["n"] == 2 and metrics["data"]["synthetic"]
     checkpoint = runtime.load_checkpoint(tmp_path / "Results" / "vqvae2_best.pth", "vqvae2")
     assert checkpoint["loss_config"]["ssim"] == 1.0  # the quick preset, where there is no study
     assert not (tmp_path / "Results" / "generated").exists()  # --prior-slices 0
-
-
-def test_a_missing_study_is_an_error_and_no_phantom(tmp_path):
-    code, _, err = run("driver.py", "--data", "nowhere", cwd=tmp_path)
-    assert code == 2 and "nowhere" in err and "Traceback" not in err
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -104,9 +74,7 @@ def test_the_priors_suit_the_preset(study, tmp_path, monkeypatch, flags, preset,
         driver.train_prior, "train_prior", lambda settings: found.append(settings) or "prior.pth"
     )
     monkeypatch.setattr(driver.generate, "generate", lambda *args: None)
-    words = ["driver.py", "--data", study, "--seed", 3, *flags]
-    monkeypatch.setattr("sys.argv", [*map(str, words)])
-    driver.main()
+    command(driver, "--data", study, "--seed", 3, *flags)
     (used,) = found
     expected = train_prior.make_settings({"preset": preset})
     assert used.prior == expected.prior and used.codes.bottom_every == expected.codes.bottom_every
@@ -115,10 +83,15 @@ def test_the_priors_suit_the_preset(study, tmp_path, monkeypatch, flags, preset,
     assert used.data.data == str(study) and not Path("phantom_slices_data").exists()
 
 
-@pytest.mark.parametrize("flag", ["--n", "--prior-slices"])
-def test_what_only_the_second_half_needs_is_checked_before_the_first(study, tmp_path, flag):
-    code, _, err = run("driver.py", "--data", study, flag, "-2", cwd=tmp_path)
-    assert code == 2 and f"{flag} is -2" in err and not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    "flag, value", [("--data", "nowhere"), ("--n", -2), ("--prior-slices", -2)]
+)
+def test_a_mistake_is_found_before_anything_is_trained(study, tmp_path, monkeypatch, flag, value):
+    """Also in what only the second half needs; and a missing study becomes no phantom."""
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(driver, "--data", study, flag, value)
+    assert code == 2 and str(value) in err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_is_compared_with_the_documented_one(tmp_path, capsys):

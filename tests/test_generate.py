@@ -11,7 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import command
 from PIL import Image
 
 import generate
@@ -389,10 +389,9 @@ def test_models_that_are_not_a_pair(trained, tmp_path):
     saved = runtime.load_checkpoint(tmp_path / "prior_best.pth", "prior")
     runtime.save_checkpoint(tmp_path / "prior_best.pth", {**saved, "autoencoder_sha256": "0" * 64})
     files = ("--checkpoint", tmp_path / "vqvae2_best.pth", "--prior", tmp_path / "prior_best.pth")
-    code, _, err = run("generate.py", *files, "--out", tmp_path / "out")
-    assert (
-        code == 2 and "prior_best.pth" in err and "vqvae2_best.pth" in err and "000000000000" in err
-    )
+    code, _, err = command(generate, *files, "--out", tmp_path / "out")
+    assert code == 2
+    assert all(words in err for words in ("prior_best.pth", "vqvae2_best.pth", "000000000000"))
     for keys in ({"top_shape": [4, 4]}, {"codes_config": {}}, {"model_config": {"K": 8}}):
         runtime.save_checkpoint(tmp_path / "keys.pth", saved | keys)
         with pytest.raises(runtime.UserError, match=r"keys\.pth: damaged"):

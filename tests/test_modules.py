@@ -250,6 +250,7 @@ def joined_batches():
 
 def update_on_one_rank(rank: int, folder: str) -> None:
     """One of two processes: its share of every batch into a new quantiser, saved to a file."""
+    torch.set_num_threads(1)  # as the threads of this process are not there any more
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
     )
@@ -263,7 +264,8 @@ def update_on_one_rank(rank: int, folder: str) -> None:
 
 def test_two_processes_keep_the_codebook_of_one_on_the_joined_batch(tmp_path):
     """First batch, moving averages and revival; one of the ranks may have nothing."""
-    torch.multiprocessing.spawn(update_on_one_rank, (str(tmp_path),), nprocs=2)
+    own = {"nprocs": 2, "start_method": "fork"}
+    torch.multiprocessing.start_processes(update_on_one_rank, (str(tmp_path),), **own)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     whole = VectorQuantiser(16, 4, revive=0.9)
     torch.manual_seed(100)  # as rank 0

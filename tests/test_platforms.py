@@ -33,22 +33,18 @@ for place, names in (
     for name in names.split():
         delattr(place, name)
 """
-HELP = (
+EVERYTHING = (
     WITHOUT_UNIX
     + """
-for command in sys.argv[1:]:
+import importlib
+commands, modules = (words.split() for words in sys.argv[1:])
+for command in commands:
     sys.argv = [command, "--help"]
     try:
         runpy.run_path(command, run_name="__main__")
     except SystemExit as end:
         assert end.code == 0, (command, end.code)
-"""
-)
-IMPORTS = (
-    WITHOUT_UNIX
-    + """
-import importlib
-for module in sys.argv[1:]:
+for module in modules:
     importlib.import_module(module)
 print("imported")
 """
@@ -62,19 +58,16 @@ def run_without_unix(code, *args, **environment):
     )  # fmt: skip
 
 
-def test_every_module_imports_without_unix():
+def test_every_command_shows_its_help_without_unix():
+    """And every module is imported.
+
+    Also into a file on Windows, whose encoding lacks some letters, and from a notebook.
+    """
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES]
     assert "support.runtime" in modules and "train" in modules
-    done = run_without_unix(IMPORTS, *modules)
-    assert done.stdout.endswith(b"imported\n"), done.stderr.decode()
-
-
-def test_every_command_shows_its_help_without_unix():
-    """Also into a file on Windows, whose encoding lacks some letters, and from a notebook."""
-    done = run_without_unix(
-        HELP, *COMMANDS, PYTHONIOENCODING="cp1252", MPLBACKEND="module://not.installed"
-    )
-    assert done.returncode == 0, done.stderr.decode()
+    elsewhere = {"PYTHONIOENCODING": "cp1252", "MPLBACKEND": "module://not.installed"}
+    done = run_without_unix(EVERYTHING, " ".join(COMMANDS), " ".join(modules), **elsewhere)
+    assert done.returncode == 0 and done.stdout.endswith(b"imported\n"), done.stderr.decode()
     assert done.stdout.count(b"usage: ") == len(COMMANDS) >= 6
 
 
@@ -82,9 +75,8 @@ def test_what_is_taken_away_is_missed():
     for code in ("import fcntl", "import os; os.O_DIRECTORY", "import signal; signal.SIGHUP"):
         ours = f"exec(compile({code!r}, 'ours', 'exec'), {{'__file__': os.getcwd() + '/ours.py'}})"
         done = run_without_unix(WITHOUT_UNIX + ours)
-        assert done.returncode == 1 and re.search(
-            rb"ModuleNotFoundError|AttributeError", done.stderr
-        )
+        assert done.returncode == 1
+        assert re.search(rb"ModuleNotFoundError|AttributeError", done.stderr)
 
 
 def test_paths_are_joined_by_pathlib_alone():

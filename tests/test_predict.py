@@ -11,7 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import command
 from PIL import Image
 from test_organs import shuffled
 
@@ -67,18 +67,8 @@ def checkpoint(study, tmp_path_factory):
 def scored(checkpoint, tmp_path_factory):
     """What the script left: its folder, its stdout."""
     out = tmp_path_factory.mktemp("scores") / "deep" / "out"
-    settings = (
-        "--checkpoint",
-        checkpoint,
-        "--out",
-        out,
-        "--nifti",
-        "--device",
-        "cpu",
-        "--batch-size",
-        4,
-    )
-    code, stdout, stderr = run("predict.py", *settings)
+    flags = ["--checkpoint", checkpoint, "--out", out, "--nifti", "--device", "cpu"]
+    code, stdout, stderr = command(predict, *flags, "--batch-size", 4)
     assert code == 0, stderr
     return out, stdout
 
@@ -354,14 +344,12 @@ def test_the_scoreboard_of_models_has_every_way_of_counting_bits(
 
 def test_bad_input_is_one_line_and_exit_2(checkpoint, tmp_path):
     (tmp_path / "file").touch()
-    arguments = ("--checkpoint", checkpoint, "--out", tmp_path / "file" / "out", "--device", "cpu")
-    code, stdout, stderr = run("predict.py", *arguments)
-    assert code == 2 and stdout == ""
-    assert (
-        stderr.startswith("error: ")
-        and str(tmp_path / "file") in stderr
-        and stderr.count("\n") == 1
+    out = tmp_path / "file" / "out"
+    code, stdout, err = command(
+        predict, "--checkpoint", checkpoint, "--out", out, "--device", "cpu"
     )
+    assert code == 2 and stdout == "" and err.count("\n") == 1
+    assert err.startswith("error: ") and str(tmp_path / "file") in err
 
 
 def predict_with(path, **settings):
@@ -396,17 +384,20 @@ def test_checkpoints_that_cannot_be_used_are_named(study, checkpoint, tmp_path):
 
 
 def test_a_failed_run_leaves_no_scores_of_an_earlier_one_and_no_empty_folder(
-    study, checkpoint, tmp_path
+    study, checkpoint, tmp_path, monkeypatch
 ):
-    state = runtime.load_checkpoint(checkpoint, "vqvae2")["model"]
+    state, at_exit = runtime.load_checkpoint(checkpoint, "vqvae2")["model"], []
+    monkeypatch.setattr(runtime.atexit, "register", lambda *call: at_exit.append(call))
     broken = {
         name: value * 0 + 1e38 if name.endswith("bias") else value for name, value in state.items()
     }
     path = write_checkpoint(tmp_path / "nan.pth", study, model=broken)
     predict_with(checkpoint, out=str(tmp_path / "scores"))
     for out in ("scores", "new/deep"):
-        code, _, err = run("predict.py", "--checkpoint", path, "--out", tmp_path / out)
+        code, _, err = command(predict, "--checkpoint", path, "--out", tmp_path / out)
         assert code == 2 and "case_040_week_0_slice_0.nii.gz: a slice holds NaN" in err
+    for function, *args in at_exit:
+        function(*args)
     assert not (tmp_path / "scores" / "metrics.json").exists()
     assert not (tmp_path / "new").exists()
 

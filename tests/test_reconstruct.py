@@ -7,11 +7,12 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import command
 from skimage.io import imread, imsave
 from test_predict import SMALL, write_checkpoint
 from test_slice_volumes import landmark, stored
 
+import predict
 import reconstruct
 from dataset import Placement, StudyInfo, z_score
 from modules import VQVAE2, load_model
@@ -346,11 +347,11 @@ def test_from_the_command_line(checkpoint, tmp_path):
     image = nibabel.Nifti1Image(np.random.rand(64, 32).astype(np.float32), np.eye(4))
     nibabel.save(image, tmp_path / "a.nii.gz")
     words = [tmp_path / "a.nii.gz", "--checkpoint", checkpoint, "--out", tmp_path / "out"]
-    code, out, err = run("reconstruct.py", *words, "--codes", "--device", "cpu")
+    code, out, err = command(reconstruct, *words, "--codes", "--device", "cpu")
     assert code == 0 and "a.nii.gz" in out, err
     assert (tmp_path / "out" / "codes.npz").is_file()
-    for script, flag in (("reconstruct.py", "--data"), ("predict.py", "--plane")):
-        code, _, err = run(script, tmp_path / "a.nii.gz", flag, "x")  # swallowed by neither
+    for script, flag in ((reconstruct, "--data"), (predict, "--plane")):  # swallowed by neither
+        code, _, err = command(script, tmp_path / "a.nii.gz", flag, "x")
         assert code == 2 and "unrecognized arguments" in err
 
 

@@ -6,12 +6,13 @@ import shutil
 import nibabel
 import numpy as np
 import pytest
-from conftest import run
+from conftest import command
 from nibabel.affines import apply_affine
 from test_dataset import name_of, noise, save
 
+import slice_volumes
 from dataset import SPLITS, DataConfig, open_study, parse_name
-from slice_volumes import SliceConfig, slice_volumes, split_patients
+from slice_volumes import SliceConfig, split_patients
 from support.runtime import UserError
 
 # Oblique.
@@ -39,7 +40,9 @@ def write_release(root, patients, scheme="anonymous", weeks=(0,), affine=RAS, ax
 
 
 def run_slice(release, out, **flags):
-    slice_volumes(SliceConfig(volumes=str(release), out=str(out), **{"count": 4, **flags}))
+    slice_volumes.slice_volumes(
+        SliceConfig(volumes=str(release), out=str(out), **{"count": 4, **flags})
+    )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -205,7 +208,7 @@ def test_patients_are_split_as_in_the_course_or_by_seed():
 
 
 def test_the_command_ends_in_code_2_and_one_line(tmp_path):
-    code, _, err = run("slice_volumes.py", "--volumes", tmp_path)
+    code, _, err = command(slice_volumes, "--volumes", tmp_path)
     assert code == 2 and err.startswith("error: ") and "no volumes" in err
     assert "Traceback" not in err
 

@@ -215,38 +215,30 @@ def test_best_survives_a_resume(study, tmp_path):
     assert (tmp_path / "vqvae2_best.pth").read_bytes() == before
 
 
-def test_a_run_that_was_stopped_after_the_last_step_of_an_epoch_goes_on(
-    study, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("seen", [8, 14])
+def test_a_run_by_epochs_that_was_stopped_goes_on(study, tmp_path, monkeypatch, seen):
+    """In the middle of an epoch, and after its last step."""
     fit(study, tmp_path / "whole", epochs=2)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(trainer.Pace, "signalled", lambda self, _: self.progress.seen == 14)
+        patched.setattr(trainer.Pace, "signalled", lambda self, _: self.progress.seen == seen)
         fit(study, tmp_path / "broken", epochs=2)
     checkpoint = runtime.load_checkpoint(tmp_path / "broken" / "vqvae2_interrupted.pth", "vqvae2")
-    assert (checkpoint["epoch"], checkpoint["seen"]) == (0, 14)
+    assert (checkpoint["epoch"], checkpoint["seen"]) == (0, seen)
     fit(study, tmp_path / "broken", epochs=2, checkpoint=checkpoint)
     final = "vqvae2_epoch_final.pth"
     assert_same(tmp_path / "broken" / final, tmp_path / "whole" / final)
 
 
-@pytest.mark.parametrize(
-    "number, length",
-    [
-        (signal.SIGTERM, {"epochs": 8}),
-        (signal.SIGTERM, {"slices": 108}),
-        (signal.SIGKILL, {"epochs": 8}),
-    ],
-)
-def test_a_killed_run_goes_on_bit_for_bit(study, tmp_path, number, length):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_goes_on_bit_for_bit(study, tmp_path, number):
     """SIGTERM stops in the middle of an epoch; after SIGKILL there is the last epoch's checkpoint.
 
     108 slices are seven epochs of 14, and ten slices of an eighth.
     """
-    ((name, value),) = length.items()
+    name, value = ("slices", 108) if number == signal.SIGTERM else ("epochs", 8)
     flags = f"--flip --schedule cosine --keep 0 --{name} {value} --data".split()
-    flags = [*SHAPE_FLAGS, *flags, study]
-    fit_flags = {"keep": 0, "schedule": "cosine", "lr": 3e-4, **length}
-    process = start("train.py", *flags, "--out", tmp_path / "broken")
+    fit_flags = {"keep": 0, "schedule": "cosine", "lr": 3e-4, name: value}
+    process = start("train.py", *SHAPE_FLAGS, *flags, study, "--out", tmp_path / "broken")
     deadline = time.monotonic() + 300
     while not (tmp_path / "broken" / "vqvae2_epoch_2.pth").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -254,22 +246,18 @@ def test_a_killed_run_goes_on_bit_for_bit(study, tmp_path, number, length):
     out, err = process.communicate()
     assert process.returncode == (130 if number == signal.SIGTERM else -number), err
     assert "Traceback" not in err
-    if number == signal.SIGTERM:
-        path = tmp_path / "broken" / "vqvae2_interrupted.pth"
-        assert f"--resume {path}" in out
-    else:
-        path = max(
-            (tmp_path / "broken").glob("vqvae2_epoch_*.pth"),
-            key=lambda p: int(p.stem.split("_")[-1]),
-        )
-    stopped_at = runtime.load_checkpoint(path, "vqvae2")["step"]
-    assert 0 < stopped_at < (32 if "epochs" in length else 31)
+    path = tmp_path / "broken" / "vqvae2_interrupted.pth"
+    if number == signal.SIGKILL:
+        epochs = (tmp_path / "broken").glob("vqvae2_epoch_*.pth")
+        path = max(epochs, key=lambda path: int(path.stem.split("_")[-1]))
+    checkpoint = runtime.load_checkpoint(path, "vqvae2")
+    assert 0 < checkpoint["step"] < 31
 
     if number == signal.SIGTERM:  # as the message says, in another process
+        assert f"--resume {path}" in out
         code, out, err = run("train.py", "--resume", path)
         assert code == 0, err
     else:
-        checkpoint = runtime.load_checkpoint(path, "vqvae2")
         fit(study, tmp_path / "broken", **fit_flags, checkpoint=checkpoint)
     fit(study, tmp_path / "whole", **fit_flags)
     final = "vqvae2_epoch_final.pth"
