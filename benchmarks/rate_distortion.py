@@ -13,7 +13,7 @@ Writes rate_distortion.json and rate_distortion.png to --out.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,10 +33,12 @@ from new_slices.code_maps import LEVELS
 from new_slices.prior import Prior
 from support import figures, nifti, runtime
 
-# The first four colours of matplotlib are the codecs'.
-MODEL_COLOURS = ("black", *(f"tab:{name}" for name in ("purple", "brown", "pink", "olive", "cyan")))
-MARKERS = {"nominal": "o", "code entropy": "s", "prior": "D"}  # by the way of counting bits
+# The first six colours of matplotlib are the codecs', with AVIF of whole volumes.
+MODEL_COLOURS = ("black", *(f"tab:{name}" for name in ("pink", "olive", "cyan", "gray")))
+# By the way of counting bits.
+MARKERS = {"nominal": "o", "code entropy": "s", "prior": "D", "slice file": "^", "volume file": "v"}
 SCORES = {"ssim_report": "SSIM report", "ssim_standard": "SSIM standard", "psnr": "PSNR dB"}
+DRAWN = {"ssim_report": "SSIM, the report's protocol", "psnr": "PSNR, dB"}
 
 
 class Contender(NamedTuple):
@@ -138,16 +140,13 @@ def add_volumes(points: list[image_codecs.Points], test: SliceDataset, codec) ->
             points[index] |= found
 
 
-def rate_panel(curves: image_codecs.Curves, models: dict[str, dict]) -> tuple[dict, dict]:
+def rate_panel(curves: image_codecs.Curves, models: dict[str, dict], score: str) -> tuple:
     """One panel of `draw`: the codecs' curves and the models' points, by name."""
-    lines = {
-        codec: image_codecs.curve_points(curve, "ssim_report") for codec, curve in curves.items()
-    }
+    lines = {codec: image_codecs.curve_points(curve, score) for codec, curve in curves.items()}
     points = {}
     for name, model in models.items():
-        ssim = model["ssim_report"]["mean"]
-        rates = model["bits_per_pixel"].items()
-        points[name] = {kind.replace("_", " "): (bits, ssim) for kind, bits in rates}
+        rates, mean = model["bits_per_pixel"].items(), model[score]["mean"]
+        points[name] = {kind.replace("_", " "): (bits, mean) for kind, bits in rates}
     return lines, points
 
 
@@ -177,34 +176,33 @@ def print_set(title: str, board: dict, curves: image_codecs.Curves, rates: list[
             print(f"{f'{name}, {kind}':<34}{bits:>16.3f}{row}")
 
 
-def draw(path: Path | str, panels: Mapping[str, tuple[Mapping, Mapping]], note: str = "") -> None:
-    """SSIM over bits per pixel, a panel for each set of slices: codecs are curves, models points.
+def draw(path: Path | str, panels: Mapping[str, Mapping[str, tuple]], note: str = "") -> None:
+    """Scores over bits per pixel, a column for each set: codecs are curves, models points.
 
     A model has one point for each way of counting its bits, joined by a line of its colour.
 
     Args:
-        panels: title -> (codec -> (bits (Q,), SSIM (Q,)), model -> way of counting -> its point).
+        panels: score -> title of the set -> (codec -> (bits (Q,), scores (Q,)), model -> way of
+            counting -> its point).
     """
-    figure = figures.new_figure(4.6 * len(panels) + 2.4, 4.6)
+    columns = len(next(iter(panels.values())))
+    figure = figures.new_figure(4.6 * columns + 2.4, 4.2 * len(panels) + 0.4)
     figure.suptitle(note, fontsize=10)
-    every_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    every_axes = figure.subplots(len(panels), columns, squeeze=False)
     legend: dict[str, dict[str, Line2D]] = {"image codecs": {}, "models": {}, "bits counted by": {}}
-    for axes, (title, (codecs, models)) in zip(every_axes, panels.items(), strict=True):
+    drawn = ((score, *one) for score, row in panels.items() for one in row.items())
+    for axes, (score, title, (codecs, models)) in zip(every_axes.flat, drawn, strict=True):
         for i, (name, curve) in enumerate(codecs.items()):
             (legend["image codecs"][name],) = axes.plot(*curve, color=f"C{i}", lw=1.5, label=name)
-        for i, (name, counted) in enumerate(models.items()):
-            colour, joined = (
-                MODEL_COLOURS[i % len(MODEL_COLOURS)],
-                zip(*counted.values(), strict=True),
-            )
+        for (name, counted), colour in zip(models.items(), cycle(MODEL_COLOURS), strict=False):
             line = {"color": colour, "lw": 2.5, "label": name, "zorder": 3}
-            (legend["models"][name],) = axes.plot(*map(list, joined), **line)
+            (legend["models"][name],) = axes.plot(*np.transpose([*counted.values()]), **line)
             for way, point in counted.items():
-                marker = {"marker": MARKERS.get(way, "^"), "ls": "", "label": way}
+                marker = {"marker": MARKERS[way], "ls": "", "label": way}
                 axes.plot(*point, color=colour, zorder=4, **marker)
                 legend["bits counted by"][way] = Line2D([], [], color="black", **marker)
         _zoom_to_models(axes, codecs, models)
-        axes.set(title=title, xlabel="bits per pixel", ylabel="SSIM, the report's protocol")
+        axes.set(title=title, xlabel="bits per pixel", ylabel=score)
         axes.grid(alpha=0.3)
     # One legend for all panels. A heading is an entry without a line.
     entries = {}
@@ -216,10 +214,10 @@ def draw(path: Path | str, panels: Mapping[str, tuple[Mapping, Mapping]], note: 
 
 def _zoom_to_models(axes, codecs: Mapping[str, tuple], models: Mapping[str, Mapping]) -> None:
     """Show what can be compared: the models' points, and the curves near their rates."""
-    bits, ssim = np.array([point for counted in models.values() for point in counted.values()]).T
+    bits, scores = np.array([point for counted in models.values() for point in counted.values()]).T
     left, right = 0.5 * bits.min(), 1.3 * bits.max()
     at_the_ends = [np.interp((left, right), *curve) for curve in codecs.values()]
-    low, high = min(ssim.min(), np.min(at_the_ends)), max(ssim.max(), np.max(at_the_ends))
+    low, high = min(scores.min(), np.min(at_the_ends)), max(scores.max(), np.max(at_the_ends))
     margin = 0.05 * (high - low)
     axes.set(xlim=(0.9 * left, 1.02 * right), ylim=(low - margin, high + margin))
 
@@ -273,7 +271,7 @@ def main() -> None:
         add_volumes(points, test, codecs["AVIF"])
         codecs |= dict.fromkeys(("AVIF tall", "AVIF film"), codecs["AVIF"])
 
-    result, panels = {"sets": {}}, {}
+    result, panels = {"sets": {}}, {label: {} for label in DRAWN.values()}
     for title, chosen in named_sets(patients, args.below, args.sets).items():
         curves = image_codecs.mean_curves([points[i] for i in np.flatnonzero(chosen)])
         board = {"n": int(chosen.sum()), "people": len(set(patients[chosen])), "models": {}}
@@ -285,7 +283,9 @@ def main() -> None:
             board["models"][name] = scores | {"codecs": beside}
         print_set(title, board, curves, args.rates)
         result["sets"][title] = board
-        panels[f"{title} (n = {board['n']})"] = rate_panel(curves, board["models"])
+        for score_name, label in DRAWN.items():
+            panel = rate_panel(curves, board["models"], score_name)
+            panels[label][f"{title} (n = {board['n']})"] = panel
     print(f"\nAVIF at speed {args.avif_speed}; headers are part of each codec's bits per pixel")
     result |= {
         "data": {"study": test.study.resolve().name, "fingerprint": test.fingerprint},

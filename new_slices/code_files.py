@@ -19,8 +19,8 @@ A decoder needs the coder's very probabilities: one that differs in its last bit
 follows. Sums round differently from one CPU, library and number of threads to the next, by some
 1e-6 in float32. So the priors compute in float64 here, where that is some 1e-14, and logits are
 rounded to a grid of 1/16. From there on whole numbers are the same everywhere. Two machines still
-differ where a logit lies within rounding of the middle between two steps of the grid. The BLAKE2b
-of the codes tells, and the file is refused.
+differ where a logit lies within rounding of the middle between two steps of the grid: in one slice
+of some 50 million. The BLAKE2b of the codes tells, and the file is refused.
 """
 
 import hashlib

@@ -169,8 +169,9 @@ def test_rate_distortion_draws_every_curve_and_point(tmp_path, drawn, models):
         for i in range(models)
     }
     panels = {"abdomen (n = 4)": (codecs, points), "heart (n = 9)": (codecs, points)}
-    rate_distortion.draw(tmp_path / "r.png", panels, "synthetic phantom, not MRI")
-    assert len(drawn[0].axes) == 2
+    scores = {"SSIM": panels, "PSNR, dB": panels}
+    rate_distortion.draw(tmp_path / "r.png", scores, "synthetic phantom, not MRI")
+    assert [axes.get_ylabel() for axes in drawn[0].axes] == ["SSIM"] * 2 + ["PSNR, dB"] * 2
     for axes in drawn[0].axes:
         lines = [(line.get_label(), line.get_xydata()) for line in axes.lines]
         (curve,) = (xy for label, xy in lines if label == "AVIF")
