@@ -24,7 +24,7 @@ import tempfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
@@ -43,13 +43,12 @@ SPLITS = ("train", "validate", "test")
 # Studies that are looked for in the working directory.
 STUDY_NAMES = ("keras_slices_data", "HipMRI_study_keras_slices_data")
 # The files of a cache; the arrays hold the splits one after another.
-CACHED = PIXELS, MASKS, TABLE, INDEX = "pixels.npy", "masks.npy", "table.npz", "index.json"
+PIXELS, MASKS, TABLE, INDEX = "pixels.npy", "masks.npy", "table.npz", "index.json"
 CACHE_VERSION = 7  # increase it when what is cached changes its meaning
-MOST_NOTES = 9  # lines on what is odd in a study
 NO_MASK = 255  # in a mask: nothing is known of this pixel; no class has this index
 LARGEST = 2**26  # pixels of a slice
 A_SLICE = "a 2-D slice. Fix: `python slice_volumes.py` cuts volumes into slices"
-FITS = ("auto", "pad", "crop", "stretch")
+FITS = ("auto", "pad", "stretch")
 OF_THE_REPORT = (256, 128)  # rows and columns of HipMRI's slices
 MULTIPLE = 8  # of a grid that follows its study: a top code covers 8x8 pixels, by default
 STANDARD_NAME = re.compile(r"(?:case|seg)_(\d+)_week_(\d+)_slice_(\d+)\.nii(?:\.gz)?", re.I)
@@ -95,9 +94,8 @@ class DataConfig:
     cache: str = option("", "decoded slices; empty is ~/.cache/vqvae2-slices")
 
     def __post_init__(self) -> None:
-        if not all(length == 0 or length >= 2 for length in (self.height, self.width)):
-            sizes = f"--height {self.height} --width {self.width}"
-            raise UserError(f"{sizes}: expected at least 2 of each, or 0 to follow the study")
+        for name in ("height", "width"):
+            runtime.check_number(name, getattr(self, name), least=0)
         if self.fit not in FITS:
             raise UserError(f"--fit is {self.fit}; expected one of {', '.join(FITS)}")
         check_pattern(self.name_pattern)
@@ -228,15 +226,9 @@ def scan(folder: Path, pattern: str, bad: dict[str, str], others: list[str]) -> 
 
 
 def way_in(others: list[str]) -> str:
-    """How files that are no NIfTI become some; an empty string where there is no such way."""
-    names = {os.path.basename(path).lower() for path in others}
-    endings = {os.path.splitext(name)[1] for name in names}
-    if endings & {".dcm", ".ima", ".dicom"} or "dicomdir" in names:
-        return " It holds DICOM files: `dcm2niix -z y -o OUT IN` makes NIfTI of them."
-    if endings & {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}:
-        write = "nifti.write('case_001_week_0_slice_0.nii.gz', pixels, numpy.eye(4))"
-        return f" It holds pictures: save each as NIfTI, in Python {write}."
-    return ""
+    """What a folder without NIfTI files holds instead, and how that becomes NIfTI."""
+    there = f" It holds {len(others)} other files, such as {others[0]}." if others else ""
+    return f"{there} DICOM becomes NIfTI by `dcm2niix -z y -o OUT IN`."
 
 
 def _scan_study(study: Path, pattern: str, bad: dict[str, str]) -> list[Job]:
@@ -299,7 +291,7 @@ def grid_of(jobs: list[Job]) -> tuple[int, int]:
     shapes = Counter()
     for path in {job.file.name[:2]: job.file.path for job in jobs}.values():
         with suppress(UserError, OSError):  # a bad file is named when all are decoded
-            shapes[nifti.read_shape(path)[:2]] += 1
+            shapes[nifti.read(path).shape[:2]] += 1
     if not shapes or shapes.most_common(1)[0][0] == OF_THE_REPORT:
         return OF_THE_REPORT
     return tuple(-(-max(lengths) // MULTIPLE) * MULTIPLE for lengths in zip(*shapes, strict=True))
@@ -320,7 +312,7 @@ def raise_bad(where: Path | str, bad: dict[str, str], total: int) -> None:
 class Placement:
     """How a slice of `shape` lies in a grid of `size`: resized to `scaled`, then moved by `offset`.
 
-    All are (rows, columns). Offsets are negative where the slice is cropped.
+    All are (rows, columns).
     """
 
     shape: tuple[int, int]
@@ -339,58 +331,31 @@ class Placement:
             holds = all(0 <= gap < MULTIPLE for gap in np.subtract(size, shape))
             fit = "stretch" if ratios.max() <= 1.1251 * ratios.min() else "pad"
             fit = "as it is" if holds else fit
-        scale = {"as it is": 1, "pad": ratios.min(), "crop": ratios.max()}.get(fit, ratios)
+        scale = {"as it is": 1, "pad": ratios.min()}.get(fit, ratios)
         scaled = tuple(np.round(np.multiply(scale, shape)).clip(1).astype(int).tolist())
         offset = tuple((there - here) // 2 for here, there in zip(scaled, size, strict=True))
         return cls(tuple(shape), tuple(size), scaled, offset)
 
     @property
-    def verb(self) -> str:
-        """What happens to the slice, for a message."""
-        if self.scaled != self.size:
-            return "cropped" if min(self.offset) < 0 else "padded"
-        ratios = np.divide(self.size, self.shape)
-        return "resized" if abs(ratios[0] / ratios[1] - 1) < 0.01 else "stretched"
-
-    @property
     def own(self) -> tuple[slice, slice]:
-        """The rows and columns of the grid that show the slice; around them lies padding."""
-        return self._windows()[0]
+        """The rows and columns of the grid that show the slice: `image[placement.own]`.
 
-    @property
-    def share(self) -> float:
-        """The share of the grid that shows the slice, in (0, 1]."""
-        rows, columns = (window.stop - window.start for window in self.own)
-        return rows * columns / (self.size[0] * self.size[1])
-
-    def _windows(self) -> tuple[tuple, tuple]:
-        """Where the two grids overlap: in the model's, and in the scaled slice."""
-        here, there = [], []
-        for size, scaled, move in zip(self.size, self.scaled, self.offset, strict=True):
-            a, b = max(move, 0), max(-move, 0)
-            length = min(size - a, scaled - b)
-            here.append(slice(a, a + length))
-            there.append(slice(b, b + length))
-        return tuple(here), tuple(there)
+        What lies around them is padding, which no score may count.
+        """
+        (top, left), (rows, columns) = self.offset, self.scaled
+        return slice(top, top + rows), slice(left, left + columns)
 
     def place(self, pixels: np.ndarray, fill: float = 0, nearest: bool = False) -> np.ndarray:
         """A slice (shape) in the grid (size), with `fill` around it; `nearest` is for masks."""
         if self.shape == self.size:
             return pixels
-        here, there = self._windows()
         grid = np.full(self.size, fill, pixels.dtype)
-        grid[here] = _resize(pixels, self.scaled, nearest)[there]
+        grid[self.own] = _resize(pixels, self.scaled, nearest)
         return grid
 
     def restore(self, pixels: np.ndarray, nearest: bool = False) -> np.ndarray:
-        """What `place` did, undone: the grid (size) as a slice (shape).
-
-        What was cropped away is not known: it has the smallest value there is.
-        """
-        here, there = self._windows()
-        scaled = np.full(self.scaled, pixels.min(), pixels.dtype)
-        scaled[there] = pixels[here]
-        return _resize(scaled, self.shape, nearest)
+        """What `place` did, undone: the grid (size) as a slice (shape)."""
+        return _resize(pixels[self.own], self.shape, nearest)
 
     def affine(self, affine: np.ndarray) -> np.ndarray:
         """The affine of the grid, from that of the slice."""
@@ -512,10 +477,6 @@ def _cache_folder(study: Path, jobs: list[Job], config: DataConfig) -> Path:
     return _cache_root(config.cache) / "-".join([study.resolve().name, *digests])
 
 
-def _is_whole(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in CACHED)
-
-
 def _fill_cache(folder: Path, study: Path, jobs: list[Job], config: DataConfig, bad: dict) -> None:
     """Decode all slices and masks into `folder`; UserError at the end if any file is bad.
 
@@ -530,13 +491,13 @@ def _fill_cache(folder: Path, study: Path, jobs: list[Job], config: DataConfig, 
             part = Path(work, folder.name)
             part.mkdir(mode=0o700)
             _write_cache(part, study, jobs, config, bad)
-            # Decoded before files of the study changed, or robbed of an array by a tidy system.
+            # Decoded before files of the study changed.
             for old in folder.parent.glob(f"{glob.escape(folder.name[:-12])}*"):
-                if old != folder or not _is_whole(old):
+                if old != folder:
                     shutil.rmtree(old, ignore_errors=True)
             part.rename(folder)
     except OSError as error:
-        if not _is_whole(folder):  # else another run was quicker, and its slices are the same
+        if not folder.is_dir():  # else another run was quicker, and its slices are the same
             size = len(jobs) * config.height * config.width * 5 / 1e9
             why = f"{folder}: cannot write the decoded slices ({error.strerror or error})"
             fix = f"Fix: --cache DIR, a folder that you may write to with {size:.2f} GB free"
@@ -663,15 +624,13 @@ def _notes(jobs: list[Job], table: dict[str, np.ndarray], config: DataConfig) ->
     odd = {none: table["broken"], two: table["disputed"]}
     odd["slices have one value only (kept, std 1)"] = table["constant"]
     for shape in sorted(set(map(tuple, table["shapes"].tolist())) - {size}):
-        place = Placement.make(shape, size, config.fit)
-        what = f"slices of {shape[0]}x{shape[1]} were {place.verb} to {size[0]}x{size[1]}"
-        share = f", of which they fill {100 * place.share:.0f} %" if place.share < 1 else ""
-        odd[f"{what}{share} (--fit {config.fit})"] = (table["shapes"] == shape).all(axis=1)
+        share = np.prod(Placement.make(shape, size, config.fit).scaled) / np.prod(size)
+        what = f"slices of {shape[0]}x{shape[1]} fill {share:.0%} of the model's grid"
+        odd[f"{what} (--fit {config.fit})"] = (table["shapes"] == shape).all(axis=1)
     for what, hit in odd.items():
         if hit.any():
             notes.append(f"{hit.sum()} {what}, such as {jobs[hit.argmax()].file.path}")
-    more = len(notes) - MOST_NOTES
-    return notes[:MOST_NOTES] + [f"... and {more} more such lines"] * (more > 0)
+    return notes
 
 
 # ---- datasets ----
@@ -830,48 +789,15 @@ class SliceDataset(torch.utils.data.Dataset):
         """How these slices are mirrored; ask the train split."""
         return Mirror.of(self)
 
-    def fits_on(self, device: torch.device) -> bool:
-        """Whether `device` is a GPU with room for the images and masks of the split."""
-        gpu = device.type != "cpu"
-        return gpu and 3 * self.pixels.size <= torch.cuda.mem_get_info(device)[0] / 3
-
-    def on(self, device: torch.device, held: bool = False, masks: bool = False) -> Callable:
-        """`images`, or `masks`, for a training loop: indices (B,) -> the batch on `device`.
-
-        `held`: the device holds the whole split from now on, its images in half precision, and
-        takes indices there too. No batch crosses over, and none is waited for.
-        """
-        batch, dtype = (self.masks, torch.uint8) if masks else (self.images, torch.float16)
-        if held:
-            one = batch([0])
-            whole = torch.empty(len(self), *one.shape[1:], dtype=dtype, device=device)
-            for indices in torch.arange(len(self)).split(256):
-                whole[indices[0] : indices[-1] + 1] = batch(indices)
-            return lambda indices: whole[indices.to(device, non_blocking=True)].to(one.dtype)
-        if device.type == "cpu":
-            return batch
-        return lambda indices: batch(indices).pin_memory().to(device, non_blocking=True)
-
     def placement(self, index: int) -> Placement:
         """How the source slice `index` lies in the grid."""
         rows, columns = self.shapes[index].tolist()
         return Placement.make((rows, columns), self.pixels.shape[1:], self.config.fit)
 
-    def own(self, index: int) -> tuple[slice, slice]:
-        """The rows and columns of the grid that show slice `index`: `image[split.own(index)]`.
-
-        What lies around them is padding, which no score may count.
-        """
-        return self.placement(index).own
-
     def letters(self, indices: Sequence[int]) -> list[str]:
         """Where rows and columns run, see `nifti.directions`; "" for a file that does not tell."""
         told = zip(nifti.directions(self.affines[indices]), self.oriented[indices], strict=True)
         return [letters * bool(oriented) for letters, oriented in told]
-
-    def grid_affine(self, index: int) -> np.ndarray:
-        """(4, 4): the affine of the grid where it lies over slice `index`."""
-        return self.placement(index).affine(self.affines[index])
 
     def __getitem__(self, index: int) -> dict:
         """One slice: "image" (1, height, width) float32 z-scored, and what leads to its file."""
@@ -884,9 +810,9 @@ class SliceDataset(torch.utils.data.Dataset):
 def open_study(config: DataConfig) -> dict[str, SliceDataset]:
     """The three splits of a study, decoded into the cache if they are not there yet.
 
-    Prints what it did and what is odd in the study. FileNotFoundError for no study, or a split that
-    is missing or empty; UserError for files that cannot be used (all listed at once), or patients
-    shared between splits; OSError where the cache cannot be written.
+    Prints what is odd in the study. FileNotFoundError for no study, or a split that is missing or
+    empty; UserError for files that cannot be used (all listed at once), or patients shared between
+    splits; OSError where the cache cannot be written.
     """
     study = find_study(config.data)
     if study is None:
@@ -899,7 +825,7 @@ def open_study(config: DataConfig) -> dict[str, SliceDataset]:
     height, width = grid_of(jobs)
     config = replace(config, height=config.height or height, width=config.width or width)
     cache = _cache_folder(study, jobs, config)
-    if bad or not _is_whole(cache):
+    if bad or not cache.is_dir():
         _fill_cache(cache, study, jobs, config, bad)
     else:
         print(f"decoded slices: from the cache {cache}")
@@ -1004,7 +930,7 @@ def open_trained_study(
     """The study of `config`, else the one a checkpoint was trained on; fitted as for the training.
 
     `trained` is the record of the checkpoint at the path `checkpoint`. A line says where some of
-    the slices are not those of its study. Raises as `open_study` does.
+    the slices are not those of its study.
     """
     settings = {name: getattr(config, name) or getattr(trained, name) for name in CHECKPOINT_FIELDS}
     settings |= {name: getattr(trained, name) for name in SIZE}
@@ -1022,11 +948,8 @@ def restore(dataset: SliceDataset, index: int, image: np.ndarray) -> np.ndarray:
 
     The z-score of that slice is undone, and its own pixels are brought back from the model's grid.
     """
-    pixels = np.asarray(image, np.float64)
-    if pixels.shape != dataset.pixels.shape[1:]:
-        raise ValueError(f"an image of shape {pixels.shape}; expected {dataset.pixels.shape[1:]}")
-    pixels = (pixels * dataset.std[index] + dataset.mean[index]).astype(np.float32)
-    return dataset.placement(index).restore(pixels)
+    pixels = np.asarray(image, np.float64) * dataset.std[index] + dataset.mean[index]
+    return dataset.placement(index).restore(pixels.astype(np.float32))
 
 
 def save_reconstruction(

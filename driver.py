@@ -65,14 +65,12 @@ def main() -> None:
     configs = train.StartConfig, DriverConfig, *train.CONFIGS.values()
     everyday, without = (*train.EVERYDAY, "n", "prior_slices"), ("resume", "weights")
     parser = runtime.parser(__doc__, *configs, everyday=everyday, without=without)
-    given, help_wanted = runtime.given_flags(parser)
+    given = vars(parser.parse_args())
     config = runtime.fill(DriverConfig, given)
     synthetic = find_study(given.get("data", "")) is None
     preset = given.get("preset") or ("quick" if synthetic else "report")
     of_train = {k: v for k, v in given.items() if k not in vars(config)}
     first = train.make_settings(of_train | {"preset": preset})
-    if help_wanted:
-        runtime.print_help(parser, *(getattr(first, name) for name in train.CONFIGS), config)
 
     # A mistake in what only the second half needs is found before the first half has run.
     priors = {name: getattr(first.train, name) for name in ("out", "device", "seed", "bf16")}

@@ -10,9 +10,9 @@
 
 Writes to Results/generated/ (or --out): grid.png (the first samples, unselected, beside test slices
 at the same positions), overview.png (test slice | reconstruction | sample), NNNN.png,
-keras_slices_synthetic/case_*.nii.gz with their masks keras_slices_seg_synthetic/seg_*.nii.gz, and
-layouts.png and manifest.json; then report.json and its pictures: likelihood, anatomy, variety and
-copying, each beside what held-out slices and worthless ones score. Not for diagnosis.
+keras_slices_synthetic/case_*.nii.gz with their masks keras_slices_seg_synthetic/seg_*.nii.gz,
+layouts.png and manifest.json; then report.json, see new_slices/sample_report.py, and nearest.png
+(the samples that are most like a training slice, each beside it). Not for diagnosis.
 
 With --layout, slices show organs where your masks do, with tissue composed around them; a mask lies
 where the training slices do that are most like it. --nnunet writes no splits: no two new slices
@@ -27,22 +27,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import (
-    SIZE,
-    DataConfig,
-    Placement,
-    SliceDataset,
-    StudyInfo,
-    find_nifti,
-    open_trained_study,
-    raise_bad,
-    read_labels,
-    read_slice,
-)
+import dataset
+from dataset import DataConfig, Placement, SliceDataset, StudyInfo
 from modules import VQVAE2, Trained, load_model
 from new_slices.code_maps import Samples, Variants, decode, extract_codes
 from new_slices.layouts import REGIONS, Composer, likely, middles
@@ -60,7 +51,7 @@ SEED_STEP = 1_000_003  # between the samples of one --seed and of the next
 DESCRIPTION = "synthetic, sampled from VQ-VAE-2 priors, not a patient"
 # Folders of a split, as in a study.
 NIFTI, MASK_FOLDER = "keras_slices_synthetic", "keras_slices_seg_synthetic"
-NAMES = ("grid", "overview", "layouts", "realism", "anatomy", "copying", "nearest")
+NAMES = ("grid", "overview", "layouts", "nearest")
 OURS = ("[0-9]" * 4 + ".png", f"{NIFTI}/case_*.nii.gz", f"{MASK_FOLDER}/seg_*.nii.gz")
 OURS += ("Dataset[0-9]*_*/*Tr/synthetic_*.nii.gz", "report.json")
 OURS += tuple(f"{name}.png" for name in NAMES)
@@ -123,10 +114,7 @@ class GenerateConfig:
 
 
 def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, Trained, Prior]:
-    """The study and how many variants the priors learnt, the autoencoder and its priors.
-
-    UserError for models that are not a pair.
-    """
+    """The study and how many variants the priors learnt, the autoencoder and its priors."""
     trained = load_model(config.checkpoint)
     study, variants, prior = load_prior(config.prior, trained)
     device = runtime.pick_device(config.device)
@@ -138,12 +126,11 @@ def open_splits(
     config: GenerateConfig, data: DataConfig, trained: StudyInfo
 ) -> dict[str, SliceDataset]:
     """The study at the models' size; `trained` is the record in the priors' checkpoint."""
-    splits = open_trained_study(trained, data, config.prior)
-    if all(np.isnan(split.positions).all() for split in splits.values()):
-        if not math.isnan(config.position):
-            names = f"the names of the slices of {splits['train'].study} tell no positions"
-            raise UserError(f"--position is {config.position}, but {names}. Fix: leave it out.")
-        print("the names of the slices tell no positions: sampling without them")
+    splits = dataset.open_trained_study(trained, data, config.prior)
+    unknown = all(np.isnan(split.positions).all() for split in splits.values())
+    if unknown and not math.isnan(config.position):
+        names = f"the names of the slices of {splits['train'].study} tell no positions"
+        raise UserError(f"--position is {config.position}, but {names}. Fix: leave it out.")
     return splits
 
 
@@ -166,11 +153,12 @@ def read_mask(path: str, study: StudyInfo) -> np.ndarray:
 
     It is turned by its affine to lie as most training slices do, then placed as they were.
     """
-    image = read_slice(path)[1]
-    labels = read_labels(image, image.raw.reshape(*image.shape[:2], 1))
+    image = dataset.read_slice(path)[1]
+    labels = dataset.read_labels(image, image.raw.reshape(*image.shape[:2], 1))
     told = image.oriented and study.plane  # without directions it is taken as it is stored
     ends = study.directions + nifti.PLANES[study.plane][2] if told else ""
-    labels = nifti.turn(labels, nifti.turning(image.affine, ends)) if told else labels
+    if told:
+        labels = nibabel.apply_orientation(labels, nifti.turning(image.affine, ends))
     if labels.shape[2] > 1:
         raise UserError(
             f"it lies in another plane than the training slices, which are {study.plane}"
@@ -186,7 +174,7 @@ def read_mask(path: str, study: StudyInfo) -> np.ndarray:
 def read_masks(source: str, study: StudyInfo, n: int) -> np.ndarray:
     """The masks in a file or folder by name, over and over: (n, H, W); see `read_mask`."""
     folder = os.path.isdir(source)
-    paths = [entry.path for entry in find_nifti(source, [])] if folder else [source]
+    paths = [entry.path for entry in dataset.find_nifti(source, [])] if folder else [source]
     masks, bad = [], {}
     for path in paths:
         try:
@@ -194,7 +182,7 @@ def read_masks(source: str, study: StudyInfo, n: int) -> np.ndarray:
         except (UserError, OSError) as error:
             bad[path] = str(error)
     if bad or not masks:
-        raise_bad(source, bad or {source: "it holds no NIfTI files"}, max(1, len(paths)))
+        dataset.raise_bad(source, bad or {source: "it holds no NIfTI files"}, max(1, len(paths)))
     print(f"{source}: {len(masks)} masks for {n} slices")
     return np.stack(masks)[np.arange(n) % len(masks)]
 
@@ -287,7 +275,7 @@ class Album:
         self.note = "priors trained on a synthetic phantom, not MRI" if train.synthetic else ""
         self.mean, self.std = float(np.median(train.mean)), float(np.median(train.std))
         like = int((train.shapes == train.pixels.shape[1:]).all(1).argmax())  # one not resized
-        self.affine = train.grid_affine(like)
+        self.affine = train.placement(like).affine(train.affines[like])
         # The edges of pictures have names where all slices lie alike.
         letters = {*train.letters([like]), *test.letters(range(len(test)))}
         self.look = {"span": self.span, "note": self.note, "label_values": labels}
@@ -452,14 +440,6 @@ def write_pictures(album: Album, inputs: Inputs, report: dict, drawn: dict) -> N
         ),
     }
     figures.slice_grid(album.out / "nearest.png", groups, 8, **album.look)
-    sets = {
-        measure: {name: best.similarity for name, best in found.items()}
-        for measure, found in drawn["nearest"].items()
-    }
-    thresholds = {measure: report["copying"][measure]["threshold"] for measure in sets}
-    figures.similarity_histograms(album.out / "copying.png", sets, thresholds, album.note)
-    if report["realism"]:
-        figures.realism_chart(album.out / "realism.png", report["realism"]["rows"], album.note)
 
 
 def account(album: Album, inputs: Inputs) -> dict:
@@ -505,16 +485,9 @@ def plan(
 def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     """Sample, write everything to the out folder, and return what report.json holds.
 
-    `data` names the study and the cache; without a name it is the study of the priors. The size of
-    the slices is the models' own.
-
-    Raises:
-        FileNotFoundError: no checkpoint, or no study.
-        ValueError: models that are not a pair, or that cannot be used; a position where names tell
-            none.
-        OSError: a folder that cannot be written.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM; what is finished stays, and the manifest says
-            how many.
+    `data` names the study and the cache; without a name it is the study of the priors. Raises as
+    `load_models` and `open_splits` do; KeyboardInterrupt after Ctrl-C or SIGTERM: what is finished
+    stays, and the manifest says how many.
     """
     study, variants, trained, prior = load_models(config)
     model, labels = trained.model, prior.config.labels
@@ -552,14 +525,14 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     report = account(album, Inputs(model, prior, splits, maps, samples, **compared))
     masks = f", masks in {MASK_FOLDER}/" if samples.masks is not None else ""
     print(f"wrote {out}/: {config.n} slices as NNNN.png and in {NIFTI}/{masks}, grid.png,")
-    print("  overview.png, layouts.png, manifest.json, report.json, realism.png, copying.png and")
-    print(f"  nearest.png; all of it is in {results_page.write(out)}")
+    print("  overview.png, layouts.png, nearest.png, manifest.json and report.json;")
+    print(f"  all of it is in {results_page.write(out)}")
     return report
 
 
 def main() -> None:
     configs = GenerateConfig, DataConfig
-    given = vars(runtime.parser(__doc__, *configs, without=SIZE).parse_args())
+    given = vars(runtime.parser(__doc__, *configs, without=dataset.SIZE).parse_args())
     generate(*(runtime.fill(config, given) for config in configs))
 
 

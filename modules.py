@@ -410,12 +410,7 @@ class Trained(NamedTuple):
 
 
 def load_model(path: Path | str) -> Trained:
-    """Open the checkpoint of an autoencoder that train.py wrote.
-
-    Raises:
-        FileNotFoundError: no such file.
-        UserError: no autoencoder, or one that is damaged or does not fit this version's network.
-    """
+    """Open the checkpoint of an autoencoder that train.py wrote; raises as `load_checkpoint`."""
     saved = runtime.load_checkpoint(path, "vqvae2")
     study = StudyInfo.from_checkpoint(saved, path)
     with runtime.reading(path, saved["revision"]):

@@ -6,16 +6,16 @@
     python predict.py --no-unet      # masks without the U-Net that they are compared with
 
 Writes to the checkpoint's folder (or --out): metrics.json (means, patients, intervals, bits per
-pixel, codes used, masks by organ), test_scores.csv (every slice), original_N.png and
-reconstruction_N.png, comparison.png (best, median and worst slice), code_maps.png,
-ssim_histogram.png, index.html (all of it on one page); with --nifti also reconstructions/.
+pixel, codes used, masks by organ), test_scores.csv (every slice), comparison.png (best, median and
+worst slice), code_maps.png, ssim_histogram.png, index.html (all of it on one page); with --nifti
+also reconstructions/.
 support/metrics.py states how every score is computed.
 """
 
 import csv
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,17 +24,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import (
-    NO_MASK,
-    RECONSTRUCTION,
-    SIZE,
-    DataConfig,
-    SliceDataset,
-    open_trained_study,
-    read_slice,
-    restore,
-    save_reconstruction,
-)
+import dataset
+from dataset import NO_MASK, RECONSTRUCTION, DataConfig, SliceDataset
 from modules import VQVAE2, load_model
 from new_slices import organs
 from new_slices.code_maps import LEVELS
@@ -43,7 +34,6 @@ from support import figures, metrics, nifti, results_page, runtime
 from support.results_page import MASK_SOURCES
 from support.runtime import UserError, check_number, option
 
-PICTURES = 4  # originals and reconstructions written slice by slice
 SYNTHETIC = "synthetic phantom, not MRI"  # a picture's note
 COLUMNS = {  # of the terminal's table
     "ssim_report": "SSIM report",
@@ -105,20 +95,21 @@ def score_split(
 
     NIfTI files go into `folder`, where those of an earlier run are deleted, and nothing else is.
     """
-    written: set[Path] = set()
+    for old in folder.rglob("*.nii*") if folder else ():
+        if is_reconstruction(old):
+            old.unlink()
 
     def finish(index: int, reconstruction: np.ndarray) -> dict[str, float]:
         """Score a slice in the pixels of its own file, as reconstruct.py scores that file."""
         path = test.paths[index]
         try:
-            original = nifti.finite(read_slice(str(path))[0])
-            score = metrics.score_slice(original, restore(test, index, reconstruction))
+            original = nifti.finite(dataset.read_slice(str(path))[0])
+            score = metrics.score_slice(original, dataset.restore(test, index, reconstruction))
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         if folder:
             target = folder / path.relative_to(test.study / f"keras_slices_{test.split}")
-            save_reconstruction(test, index, reconstruction, target)
-            written.add(target)
+            dataset.save_reconstruction(test, index, reconstruction, target)
         return score
 
     scores, maps = [], {name: [] for name in (*LEVELS, "masks")}
@@ -133,9 +124,6 @@ def score_split(
             for score in pool.map(finish, indices, found.images):
                 scores.append(score)
                 bar.update()
-    for path in folder.rglob("*.nii*") if folder else ():
-        if path not in written and is_reconstruction(path):
-            path.unlink()
     return scores, {name: np.concatenate(batches) for name, batches in maps.items()}
 
 
@@ -179,56 +167,34 @@ def own_pixels(split: SliceDataset, indices: Sequence[int]) -> np.ndarray:
     """(n, H, W) bool: where the model's grid shows these slices, not the padding around them."""
     inside = np.zeros((len(indices), *split.pixels.shape[1:]), bool)
     for shown, index in zip(inside, indices, strict=True):
-        shown[split.own(index)] = True
+        shown[split.placement(index).own] = True
     return inside
 
 
-def most_frequent_labels(split: SliceDataset) -> np.ndarray:
-    """(H, W) uint8: the class that each place has most often in the masks of a split."""
-    counts = np.zeros((len(split.labels), *split.pixels.shape[1:]), np.int64)
-    for indices in np.array_split(np.flatnonzero(split.has_mask), -(-len(split) // 64)):
-        masks = split.masks(indices).numpy()
-        for k, count in enumerate(counts):
-            count += (masks == k).sum(0)
-    return counts.argmax(0).astype(np.uint8)
-
-
-def draw_masks(
-    decoded: np.ndarray, splits: dict[str, SliceDataset], chosen: np.ndarray, net: Segmenter | None
-) -> dict[str, np.ndarray]:
-    """Masks (n, H, W) of the test slices `chosen` (n,), by `MASK_SOURCES`; one is `decoded`."""
-    train, test = splits["train"], splits["test"]
-    drawn = {"decoded": decoded[chosen]}
-    if net:
-        parts = np.array_split(chosen, -(-len(chosen) // 64))
-        images = (test.images(part)[:, 0].numpy() for part in parts)
-        drawn["unet"] = np.concatenate([organs.segment(net, part) for part in images])
-    if train.has_mask.any():
-        drawn["most_frequent"] = np.repeat(most_frequent_labels(train)[None], len(chosen), 0)
-    return drawn
-
-
-def score_masks(
-    decoded: np.ndarray, splits: dict[str, SliceDataset], net: Segmenter | None
-) -> dict:
+def score_masks(decoded: np.ndarray, test: SliceDataset, net: Segmenter | None) -> dict:
     """What metrics.json says of masks; `decoded` (N, H, W) by the model.
 
     "dice": by `MASK_SOURCES`, the `summary` of each organ over patients; "masks": the verdicts on
     the decoded masks, see `organs.judge_masks`; "not_learnt": a line on them, or "".
     """
-    test = splits["test"]
     chosen = np.flatnonzero(test.has_mask)
     inside = own_pixels(test, chosen)
     truth = np.where(inside, test.masks(chosen).numpy(), NO_MASK)
     whose = [f"{test.names[i].patient:03d}" for i in chosen]
-    drawn, tables = draw_masks(decoded, splits, chosen, net), {}
+    drawn, tables = {"decoded": decoded[chosen]}, {}
+    if net:
+        parts = np.array_split(chosen, -(-len(chosen) // 64))
+        images = (test.images(part)[:, 0].numpy() for part in parts)
+        drawn["unet"] = np.concatenate([organs.segment(net, part) for part in images])
     for name, masks in drawn.items():
         patients, dice = organs.dice_by_patient(masks, truth, whose, len(test.labels))
-        columns = {"mean": mean_of_known(dice)}
+        known = ~np.isnan(dice)  # NaN: neither the real masks of a patient nor these show it
+        mean = np.nansum(dice, 1) / known.sum(1).clip(1)
+        columns = {"mean": np.where(known.any(1), mean, np.nan)}
         columns |= {f"label_{label}": dice[:, i] for i, label in enumerate(test.labels[1:])}
         tables[name] = {}
         for organ, values in columns.items():
-            known = ~np.isnan(values)  # NaN: neither the real masks of a patient nor these show it
+            known = ~np.isnan(values)
             if known.any():
                 tables[name][organ] = summary(values[known], patients[known])
     shown = np.where(inside, drawn["decoded"], 0)
@@ -236,22 +202,7 @@ def score_masks(
     return {"dice": tables, "masks": verdicts, "not_learnt": organs.not_learnt(verdicts)}
 
 
-def mean_of_known(dice: np.ndarray) -> np.ndarray:
-    """The mean of each row (P, organs) over what is not NaN; NaN where all is."""
-    known = ~np.isnan(dice)
-    return np.where(known.any(1), np.nansum(dice, 1) / known.sum(1).clip(1), np.nan)
-
-
 # ---- what is written ----
-
-
-def rounded(value):
-    """`value` with every float in it rounded to six decimals, as precise as scores are."""
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [rounded(inner) for inner in value]
-    return round(float(value), 6) if isinstance(value, float) else value
 
 
 def write_scores(path: Path, test: SliceDataset, scores: list[dict[str, float]]) -> None:
@@ -275,17 +226,6 @@ def write_pictures(
     `with_masks` adds the contours of the study's masks and of those that the codes tell.
     """
     note = SYNTHETIC * test.synthetic
-    # One slice of each patient, then the rest in file order.
-    first = [patients.index(patient) for patient in dict.fromkeys(patients)]
-    shown = sorted(range(len(test)), key=lambda i: (i not in first, i))[:PICTURES]
-    found = reconstruct_slices(model, test, shown)
-    for i, index in enumerate(shown):
-        own = test.own(index)
-        original, reconstruction = found.originals[i][own], found.images[i][own]
-        span = original.min(), original.max()
-        figures.save_slice(out / f"original_{i}.png", original, *span)
-        figures.save_slice(out / f"reconstruction_{i}.png", reconstruction, *span)
-
     order = np.argsort(ssim)
     picked = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
     indices = list(picked.values())
@@ -302,27 +242,22 @@ def write_pictures(
     maps = found.originals[1], found.top[1], found.bottom[1]
     title = f"{titles[1]}\n{note}".strip()
     figures.code_maps(out / "code_maps.png", *maps, title, letters[1])
-    whose = np.array(patients)
-    by_patient = {patient: ssim[whose == patient] for patient in dict.fromkeys(patients)}
-    figures.ssim_histogram(out / "ssim_histogram.png", by_patient, note)
+    figures.ssim_histogram(out / "ssim_histogram.png", ssim, note)
 
 
 def print_scores(result: dict) -> None:
-    """The table of the terminal: all slices, the interval, each patient; then rates and codes."""
+    """The table of the terminal: all slices, and the interval; then rates and codes."""
 
-    def line(label: str, n: int | str, key: str, inner: str = "") -> None:
-        cells = (result[name][key][inner] if inner else result[name][key] for name in COLUMNS)
-        print(f"{label:<12}{n:>6}" + "".join(f"{cell:>#16.4g}" for cell in cells))
+    def line(label: str, key: str) -> None:
+        print(f"{label:<12}" + "".join(f"{result[name][key]:>#16.4g}" for name in COLUMNS))
 
-    print(f"{'':<12}{'slices':>6}" + "".join(f"{title:>16}" for title in COLUMNS.values()))
-    line("all", result["n"], "mean")
+    print(f"{'':<12}" + "".join(f"{title:>16}" for title in COLUMNS.values()))
+    line("mean", "mean")
     if result["ssim_report"]["low"] is None:
         print("no interval: it is one over patients, and there is one patient")
     else:
-        line("95 % from", "", "low")
-        line("95 % to", "", "high")
-    for patient, n in result["patients"].items():
-        line(f"patient {patient}", n, "per_patient", patient)
+        line("95 % from", "low")
+        line("95 % to", "high")
     rate, used, perplexity = map(result.get, ("bits_per_pixel", "codes_used", "perplexity"))
     kinds = f"{rate['nominal']:.3f} nominal, {rate['code_entropy']:.3f} by code entropy"
     padding = f"; {result['padding']:.0%} of the model's grid is padding and counts nowhere"
@@ -331,24 +266,13 @@ def print_scores(result: dict) -> None:
     print(f"codes used: {', '.join(levels)}")
 
 
-def print_masks(dice: dict, verdicts: dict[str, dict], not_learnt: str) -> None:
-    """The table of masks: a column for each organ."""
-
-    def line(label: str, cells: Iterable[str]) -> None:
-        print(f"{label:<48}" + "".join(f"{cell:>12}" for cell in cells))
-
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3g}"
-
-    print()
-    line("", ["mean", *verdicts])
+def print_masks(dice: dict, not_learnt: str) -> None:
+    """The table of masks: a column for each organ that some patient has."""
+    columns = dict.fromkeys(organ for table in dice.values() for organ in table)
+    print(f"\n{'':<48}" + "".join(f"{organ:>12}" for organ in columns))
     for name, table in dice.items():
-        means = (table.get(organ, {}).get("mean") for organ in ("mean", *verdicts))
-        line(f"Dice, {MASK_SOURCES[name]}", map(number, means))
-    for name in organs.JUDGED:
-        pairs = (verdict[name] for verdict in verdicts.values())
-        cells = (f"{number(pair['masks'])} / {number(pair['real'])}" for pair in pairs)
-        line(f"{name}, decoded / in real masks", ["", *cells])
+        means = (table[organ]["mean"] if organ in table else math.nan for organ in columns)
+        print(f"{f'Dice, {MASK_SOURCES[name]}':<48}" + "".join(f"{mean:>12.3g}" for mean in means))
     if not_learnt:
         print(f"warning: {not_learnt}")
 
@@ -363,7 +287,7 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
     trained, device = load_model(config.checkpoint), runtime.pick_device(config.device)
     model, beside = trained.model.to(device), Path(config.checkpoint).parent
     out = runtime.writable_folder(config.out or beside)
-    splits = open_trained_study(trained.study, data, config.checkpoint)
+    splits = dataset.open_trained_study(trained.study, data, config.checkpoint)
     train, test = splits["train"], splits["test"]
     patients = [f"{name.patient:03d}" for name in test.names]
     folder = out / "reconstructions" if config.nifti else None
@@ -380,12 +304,12 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
         net = None
         if config.unet and train.has_mask.any():
             net = organs.segmenter_of(train, beside, out, device=device)
-        result |= score_masks(maps["masks"], splits, net)
+        result |= score_masks(maps["masks"], test, net)
     study = {"study": test.study.resolve().name, "split": test.split}
     study |= {"fingerprint": test.fingerprint, "synthetic": test.synthetic}
     file = {"file": Path(config.checkpoint).name, "sha256": trained.sha256, "epoch": trained.epoch}
     origin = {"data": study, "checkpoint": file, "provenance": runtime.provenance()}
-    result = rounded(result | origin)
+    result |= origin
     write_scores(out / "test_scores.csv", test, scores)
     ssim = np.array([score["ssim_report"] for score in scores])
     write_pictures(out, model, test, ssim, patients, with_masks)
@@ -395,7 +319,7 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
     print(f"{config.checkpoint} (epoch {trained.epoch}) on {len(test)} {what} of {test.study}")
     print_scores(result)
     if with_masks:
-        print_masks(result["dice"], result["masks"], result["not_learnt"])
+        print_masks(result["dice"], result["not_learnt"])
     page = results_page.write(out)
     also = f", {len(test)} NIfTI files in reconstructions/" if folder else ""
     print(f"wrote {out}/: metrics.json, test_scores.csv, pictures{also}; see {page.name}")
@@ -404,7 +328,7 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
 
 def main() -> None:
     configs = PredictConfig, DataConfig
-    given = vars(runtime.parser(__doc__, *configs, without=SIZE).parse_args())
+    given = vars(runtime.parser(__doc__, *configs, without=dataset.SIZE).parse_args())
     predict(*(runtime.fill(config, given) for config in configs))
 
 

@@ -1,15 +1,13 @@
 """A trained model on any files: slices, volumes and folders of them. It needs no study.
 
     python reconstruct.py SCAN.nii.gz --out reconstructed              # a volume, plane by plane
-    python reconstruct.py FOLDER SLICE.png --out reconstructed --codes  # with the codes of all
+    python reconstruct.py FOLDER SLICE.png --out reconstructed         # all in a folder; a picture
     python reconstruct.py SCAN.nii.gz --save SCAN.vq2   # also a file of its codes, under the priors
     python reconstruct.py SCAN.vq2 --out reconstructed  # the same reconstruction, from that file
 
 A reconstruction has its file's name, shape, affines and units; integer types stay, all others
 become float32. Beside it lies the mask that the codes tell, seg_NAME.nii.gz, where the model has
-learnt masks. Also written: scans.json with the scores of metrics.py and the bits of every
-file, and with --codes the file codes.npz: "top" (N, h, w) and "bottom" (N, 2h, 2w), uint16, of the
-plane "plane" (N,) of the file "name" (N,).
+learnt masks. Also written: scans.json with the scores of metrics.py and the bits of every file.
 """
 
 import math
@@ -23,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from nibabel import Nifti1Header
+from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
 from skimage.io import imread, imsave
 from tqdm import tqdm
 
@@ -49,7 +48,6 @@ class ReconstructConfig:
         "plane to cut volumes along, by their affine; empty: that of the training slices",
         choices=tuple(nifti.PLANES),
     )
-    codes: bool = option(False, "write the code maps of all planes to codes.npz")
     save: str = option("", "write a scan's codes to this .vq2 file, or those of all to this folder")
     prior: str = option("", "priors, for .vq2 files; empty: prior_best.pth beside the checkpoint")
     batch_size: int = option(32, "planes at a time")
@@ -99,7 +97,7 @@ class Scan:
         # A slice is a volume of one plane, and what has more axes than three is several volumes.
         volumes = values.reshape(*(*values.shape, 1, 1)[:3], -1)
         self.turning = self._turning(volumes, study, plane)
-        turned = nifti.turn(volumes, self.turning)  # (rows, columns, planes, volumes)
+        turned = apply_orientation(volumes, self.turning)  # (rows, columns, planes, volumes)
         self.turned = turned.shape
         self.planes = turned.transpose(3, 2, 0, 1).reshape(-1, *turned.shape[:2])
         affine = nifti.turn_affine(self.image.affine, volumes.shape, self.turning)
@@ -118,7 +116,7 @@ class Scan:
         # axis. Where the planes that are wanted contain that axis, it is cut across it instead.
         turnings = [nifti.turning(affine, each) for each in (ends, *nifti.PLANES.values())]
         least = metrics.SMALLEST
-        fits = [each for each in turnings if min(nifti.turn(volumes, each).shape[:2]) >= least]
+        fits = [t for t in turnings if min(apply_orientation(volumes, t).shape[:2]) >= least]
         if not fits:
             raise UserError(f"an array of shape {self.raw.shape}; expected {least} pixels a side")
         return fits[0]
@@ -127,7 +125,7 @@ class Scan:
         """Write what became of the planes (N, rows, columns), with the file's shape, type and
         header.
         """
-        pixels = self._back(planes)
+        pixels = self.back(planes)
         if self.raw.dtype.kind in "iu" and not self.image.scaled:
             limits = np.iinfo(self.raw.dtype)
             pixels = np.clip(np.round(pixels.astype(np.float64)), limits.min, limits.max)
@@ -140,15 +138,12 @@ class Scan:
             return
         nifti.write(path, pixels, None, RECONSTRUCTION, like=self.image.header)
 
-    def write_mask(self, path: Path, labels: np.ndarray) -> None:
-        """Write the labels (N, rows, columns) of the planes as NIfTI, in the place of the file."""
-        nifti.write(path, self._back(labels), None, RECONSTRUCTION, like=self.image.header)
-
-    def _back(self, planes: np.ndarray) -> np.ndarray:
+    def back(self, planes: np.ndarray) -> np.ndarray:
         """What `__init__` did to the file's array, undone."""
         rows, columns, count, volumes = self.turned
         turned = planes.reshape(volumes, count, rows, columns).transpose(2, 3, 1, 0)
-        return nifti.turn_back(turned, self.turning).reshape(self.raw.shape)
+        back = ornt_transform(axcodes2ornt("RAS"), self.turning)
+        return apply_orientation(turned, back).reshape(self.raw.shape)
 
 
 def read_png(path: str) -> nifti.Image:
@@ -287,9 +282,8 @@ def reconstruct_file(
     config: ReconstructConfig,
     coder: Coder | None,
     pool: ThreadPoolExecutor,
-) -> tuple[dict, Made]:
-    """Write what becomes of a file as `name` to config.out, and its mask; returns its row of the
-    table, and what the model made.
+) -> dict:
+    """Write what becomes of a file as `name` to config.out, and its mask; its row of the table.
 
     Scores are means over the file's planes; a file of codes has none. UserError for a file that
     cannot be used.
@@ -315,7 +309,8 @@ def reconstruct_file(
     scan.write(target, made.planes)
     if made.labels is not None:
         mask = target.name.removeprefix("case_").replace(".png", ".nii.gz")
-        scan.write_mask(target.with_name(f"seg_{mask}"), made.labels)
+        mask, labels = target.with_name(f"seg_{mask}"), scan.back(made.labels)
+        nifti.write(mask, labels, None, RECONSTRUCTION, like=scan.image.header)
     row = {"shape": list(scan.raw.shape), "plane": scan.plane, "planes": len(scan.planes)}
     for key in (scores or [{}])[0]:
         row[key] = round(np.mean([score[key] for score in scores]), 6)
@@ -323,7 +318,7 @@ def reconstruct_file(
     nominal = trained.model.config.bits_per_pixel(study.height, study.width) * pixels
     bits = 8 * len(data) or nominal  # on disk, where there is a file of codes
     row |= {"bits": round(bits), "bits_per_pixel": round(bits / scan.planes.size, 6)}
-    return row | {"notes": scan.notes}, made
+    return row | {"notes": scan.notes}
 
 
 # ---- the run as a whole ----
@@ -332,10 +327,8 @@ def reconstruct_file(
 def reconstruct(inputs: list[str], config: ReconstructConfig = ReconstructConfig()) -> dict:
     """Reconstruct every file, print a table and return what scans.json holds.
 
-    Raises:
-        FileNotFoundError: no checkpoint, or no files.
-        UserError: a checkpoint that cannot be used; at the end, files that cannot be.
-        OSError: a folder that cannot be written.
+    FileNotFoundError for no checkpoint or no files; UserError for a checkpoint that cannot be used
+    and, at the end, for such files.
     """
     trained = load_model(config.checkpoint)
     trained.model.to(runtime.pick_device(config.device))
@@ -348,21 +341,14 @@ def reconstruct(inputs: list[str], config: ReconstructConfig = ReconstructConfig
         prior = config.prior or Path(config.checkpoint).parent / "prior_best.pth"
         coder = Coder(trained, prior, config.device)
     runtime.writable_folder(out)
-    for name in ("scans.json", "codes.npz"):  # those of an earlier run tell nothing of this one
-        (out / name).unlink(missing_ok=True)
-    rows, codes, bad = {}, defaultdict(list), {}
+    (out / "scans.json").unlink(missing_ok=True)  # that of an earlier run tells nothing of this one
+    rows, bad = {}, {}
     with runtime.thread_pool() as pool:
         for name, path in tqdm(files.items(), desc="reconstructing", unit="file", disable=None):
             try:
-                rows[name], made = reconstruct_file(trained, path, name, config, coder, pool)
+                rows[name] = reconstruct_file(trained, path, name, config, coder, pool)
             except (UserError, OSError) as error:
                 bad[path] = str(error)
-                continue
-            if config.codes:
-                count = len(made.top)
-                found = np.full(count, name), np.arange(count), made.top, made.bottom
-                for key, values in zip(("name", "plane", "top", "bottom"), found, strict=True):
-                    codes[key].append(values)
     result = {
         "files": rows,
         "plane": config.plane or trained.study.plane or "coronal",
@@ -372,15 +358,12 @@ def reconstruct(inputs: list[str], config: ReconstructConfig = ReconstructConfig
     if rows:
         runtime.write_json(out / "scans.json", result)
         print_table(rows)
-    if codes:
-        with runtime.atomic_path(out / "codes.npz") as part:
-            np.savez(part, **{key: np.concatenate(values) for key, values in codes.items()})
     volumes = Counter(row["plane"] for row in rows.values() if row["planes"] > 1)
     for plane, count in volumes.items():
         print(f"{count} volumes were cut in {plane or 'stored'} planes and put together again")
     for note, count in Counter(note for row in rows.values() for note in row["notes"]).items():
         print(f"{count} files {note}")
-    print(f"wrote {out}/: {len(rows)} files, scans.json{', codes.npz' if codes else ''}")
+    print(f"wrote {out}/: {len(rows)} files, scans.json")
     if bad:
         raise_bad(" ".join(inputs), bad, len(files))
     return result

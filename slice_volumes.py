@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 
 import dataset
 from dataset import SPLITS, find_nifti
@@ -35,9 +36,7 @@ COURSE = {"train": {*range(4, 34), 35}, "validate": {*range(36, 40)}, "test": {*
 MASK_WORDS = "seg|dseg|segmentation|masks?|labels?|labelmap|semantic|gt|roi"
 MASK_NAME = re.compile(rf"(?<![a-z])(?:{MASK_WORDS})(?![a-z])", re.I)
 MASK_FOLDER = re.compile(r"(?:semantic_labels.*|labels?|labels?t[rs]|masks?|segmentations?)", re.I)
-OBLIQUE = 5  # degrees from which it is said
-RECORDED = ("plane", "axis", "first", "count", "match", "seed")  # of `SliceConfig`, in slices.json
-ENDS = {"R": "right", "A": "front", "S": "head"}  # of the world's axes
+RECORDED = ("plane", "axis", "count", "match", "seed")  # of `SliceConfig`, in slices.json
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,7 @@ class SliceConfig:
     axis: int = option(
         -1, "axis of the array to slice along, for volumes without an affine", choices=(-1, 0, 1, 2)
     )
-    first: int = option(-1, "first plane; -1 centres the range")
-    count: int = option(60, "planes of each volume, or all where there are fewer; 0 is all")
-    split: str = option(
-        "auto", "auto: the course's for HipMRI alone", choices=("auto", "random", "hipmri")
-    )
+    count: int = option(60, "central planes of each volume, or all where there are fewer; 0 is all")
     seed: int = option(0, "seed of the random 80/10/10 split by patient")
 
     def __post_init__(self) -> None:
@@ -67,9 +62,7 @@ class SliceConfig:
         runtime.check_seed(self.seed)
         if not self.volumes:
             raise UserError("--volumes: name the folder of the volumes")
-        if self.count < 0 or self.first < -1:
-            found = f"--first {self.first} --count {self.count}"
-            raise UserError(f"{found}: expected first >= 0, count >= 0")
+        runtime.check_number("count", self.count, least=0)
 
 
 class Volume(NamedTuple):
@@ -87,19 +80,6 @@ class File(NamedTuple):
 
 
 # ---- which volumes and masks ----
-
-
-def identify(path: str, pattern: str = "") -> tuple[str, str]:
-    """The subject and session of a volume, in words or numbers, from its path in its folder.
-
-    UserError where no subject is named; see `name_parts`.
-    """
-    parts = dataset.name_parts(path, pattern)
-    return _plain(parts["patient"]), _plain(parts.get("week", "0"))
-
-
-def _plain(label: str) -> str:
-    return str(int(label)) if label.isdecimal() else label
 
 
 def _numbers(labels: set[str]) -> dict[str, int]:
@@ -151,7 +131,11 @@ def group(files: list[File], pattern: str) -> tuple[dict, dict[str, str]]:
     groups, unnamed = defaultdict(list), {}
     for path, short in files:
         try:
-            groups[identify(short, pattern)].append(path)
+            parts = dataset.name_parts(short, pattern)
+            labels = parts["patient"], parts.get("week", "0")
+            # 007 and 7 are one.
+            key = tuple(str(int(x)) if x.isdecimal() else x for x in labels)
+            groups[key].append(path)
         except UserError as error:
             unnamed[path] = str(error)
     return groups, unnamed
@@ -229,23 +213,14 @@ def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, int
     return sorted(found), hipmri, words
 
 
-def split_patients(
-    patients: set[int], seed: int, split: str = "random"
-) -> tuple[dict[int, str], str]:
+def split_patients(patients: set[int], seed: int, hipmri: bool) -> tuple[dict[int, str], str]:
     """The split of each patient, and a line on it: the course's, or a seeded 80/10/10 %.
 
-    None is empty. `split` is "hipmri" or "random", or "auto" for the course's where it knows all
-    patients and fills all splits.
+    None is empty: the course's is for HipMRI, if it knows all patients and fills all splits.
     """
     course = {patient: name for name, members in COURSE.items() for patient in members}
     chosen = {patient: course[patient] for patient in sorted(patients & course.keys())}
-    fits = patients <= course.keys() and set(chosen.values()) == set(SPLITS)
-    if split == "hipmri" and not fits:
-        counts = ", ".join(f"{list(chosen.values()).count(name)} {name}" for name in SPLITS)
-        foreign = f"{len(patients - course.keys())} of {len(patients)} patients are not HipMRI's"
-        given = f"--split hipmri: {foreign}, and it would give {counts}"
-        raise UserError(f"{given}. Fix: --split random.")
-    if split != "random" and fits:
+    if hipmri and len(chosen) == len(patients) and set(chosen.values()) == set(SPLITS):
         return chosen, "split by patient as in the course"
     if len(patients) < 3:
         raise UserError(f"{len(patients)} patients; a split by patient needs at least 3")
@@ -262,7 +237,6 @@ class Cut(NamedTuple):
     """What was written of a volume."""
 
     planes: int
-    oblique: float  # degrees between its axes and the world's
     moved: bool  # its mask's affine puts the mask elsewhere by a voxel or more
     disputed: bool  # the two affines of its header, or of its mask's, turn it differently
 
@@ -276,15 +250,6 @@ def _turning(image: nifti.Image, config: SliceConfig) -> np.ndarray:
         found = "an affine that is none" if image.broken else "no orientation"
         raise UserError(f"{found} in its header. Fix: --axis (1 for HipMRI's 256x256x128)")
     return nifti.turning(image.affine, nifti.PLANES[config.plane])
-
-
-def _range(depth: int, config: SliceConfig) -> range:
-    """Which of a volume's `depth` planes are cut."""
-    count = min(config.count or depth, depth)
-    first = config.first if config.first >= 0 else (depth - count) // 2
-    if first + count > depth:
-        raise UserError(f"{depth} planes along the slices. Fix: --first and --count within them")
-    return range(first, first + count)
 
 
 def read_volume(path: str) -> tuple[nifti.Image, np.ndarray]:
@@ -301,21 +266,15 @@ def _read_mask(path: str, volume: nifti.Image) -> tuple[nifti.Image, np.ndarray,
     image, raw = read_volume(path)
     shape, moved = volume.shape[:3], False
     if image.oriented and volume.oriented:
-        along = nifti.turning_to(image.affine, volume.affine)
+        along = ornt_transform(io_orientation(image.affine), io_orientation(volume.affine))
         affine = nifti.turn_affine(image.affine, raw.shape, along)
-        raw = nifti.turn(raw, along)
+        raw = apply_orientation(raw, along)
         corners = np.array([[0, 0, 0, 1], [*(length - 1 for length in shape), 1]])
         apart = np.linalg.solve(volume.affine, (affine - volume.affine) @ corners.T)[:3]
         moved = bool(np.abs(apart).max() >= 1)
     if raw.shape != shape:
         raise UserError(f"its shape is {raw.shape}; expected {shape}")
     return image, raw, moved
-
-
-def _narrow(labels: np.ndarray) -> np.ndarray:
-    """`labels` in the smallest integers that hold them."""
-    ends = map(np.min_scalar_type, (labels.min(), labels.max()))
-    return labels.astype(np.result_type(*ends))
 
 
 def _slice_volume(job: tuple[Volume, str], config: SliceConfig) -> Cut | str:
@@ -325,30 +284,31 @@ def _slice_volume(job: tuple[Volume, str], config: SliceConfig) -> Cut | str:
     try:
         image, raw = read_volume(volume.path)
         turning = _turning(image, config)
-        planes = _range(nifti.turn(raw, turning).shape[2], config)
+        depth = apply_orientation(raw, turning).shape[2]
+        count = min(config.count or depth, depth)
+        first = (depth - count) // 2
 
         def chosen(array: np.ndarray) -> np.ndarray:
-            return nifti.turn(array, turning)[..., planes.start : planes.stop]
+            return apply_orientation(array, turning)[..., first : first + count]
 
         stacks[f"keras_slices_{split}", "case"] = nifti.finite(image.values(chosen(raw)))
         if volume.mask:
             reading = f"its mask {volume.mask}: "
             mask, mask_raw, moved = _read_mask(volume.mask, image)
-            labels = _narrow(dataset.read_labels(mask, chosen(mask_raw)))
+            labels = dataset.read_labels(mask, chosen(mask_raw))
+            labels = labels.astype(np.min_scalar_type(labels.max()))
             stacks[f"keras_slices_seg_{split}", "seg"] = labels
     except (UserError, OSError) as error:
         return f"{reading}{error}"
     affine = nifti.turn_affine(image.affine, raw.shape, turning)
     for (folder, kind), stack in stacks.items():
-        for number, plane in enumerate(planes):
+        for number in range(count):
             name = f"{kind}_{volume.patient:03d}_week_{volume.week}_slice_{number}.nii.gz"
             here = affine.copy()
-            here[:3, 3] += plane * affine[:3, 2]  # column 2 is the step from plane to plane
+            here[:3, 3] += (first + number) * affine[:3, 2]  # the step from plane to plane
             target = Path(config.out, folder, name)
             nifti.write(target, stack[..., number], here, oriented=image.oriented)
-    oblique = nifti.obliquity(image.affine) if image.oriented else 0.0
-    disputed = image.disputed or bool(volume.mask and mask.disputed)
-    return Cut(len(planes), oblique, moved, disputed)
+    return Cut(count, moved, image.disputed or bool(volume.mask and mask.disputed))
 
 
 def slice_volumes(config: SliceConfig) -> None:
@@ -362,8 +322,7 @@ def slice_volumes(config: SliceConfig) -> None:
     if found := next(Path(config.out).glob("keras_slices_*/*"), None):
         there = f"{config.out}: already holds slices, such as {found.name}"
         raise UserError(f"{there}. Fix: delete it to cut anew, or another --out.")
-    split = "random" if config.split == "auto" and not hipmri else config.split
-    split_of, line = split_patients({volume.patient for volume in volumes}, config.seed, split)
+    split_of, line = split_patients({volume.patient for volume in volumes}, config.seed, hipmri)
     jobs = [(volume, split_of[volume.patient]) for volume in volumes]
     masks = sum(volume.mask is not None for volume in volumes)
     print(f"{len(jobs)} volumes of {len(split_of)} patients, {masks} of them with a mask; {line}")
@@ -374,33 +333,21 @@ def slice_volumes(config: SliceConfig) -> None:
         patients = {f"patient {number:03d}": name for number, name in sorted(split_of.items())}
         settings = {name: getattr(config, name) for name in RECORDED}
         runtime.write_json(Path(config.out, "slices.json"), settings | patients | named)
-        report(config, cuts, Counter(split for _, split in jobs))
+        report(config, cuts)
     if bad:
         dataset.raise_bad(config.volumes, bad, len(jobs))
 
 
-def report(config: SliceConfig, cuts: list[Cut], volumes: Counter) -> None:
+def report(config: SliceConfig, cuts: list[Cut]) -> None:
     """Print what is said once of all volumes."""
-    counts = sorted({cut.planes for cut in cuts})
-    line = f"{' to '.join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))} planes a volume"
-    if config.axis < 0:
-        row, column, number = (ENDS[end] for end in nifti.PLANES[config.plane])
-        line += f", {config.plane}: rows run to the patient's {row}, columns to the {column}, "
-        line += f"slices to the {number}"
-    print(line)
-    oblique = [cut.oblique for cut in cuts if cut.oblique >= OBLIQUE and config.axis < 0]
-    if oblique:
-        by = f"by up to {max(oblique):.0f} degrees"
-        print(f"{len(oblique)} volumes are oblique, {by}: cut along the nearest axis")
     if moved := sum(cut.moved for cut in cuts):
         apart = f"{moved} masks lie elsewhere than their volumes by their affines"
         print(f"warning: {apart}; taken voxel by voxel")
     if disputed := sum(cut.disputed for cut in cuts):
         odd = f"{disputed} volumes or their masks have {nifti.DISPUTED}"
         print(f"warning: {odd}; the sform was taken, so look at left and right")
-    counts = ", ".join(f"{volumes[name]} {name}" for name in SPLITS)
     total = sum(cut.planes for cut in cuts)
-    print(f"wrote {config.out}/: {total} slices of {len(cuts)} volumes, {counts}")
+    print(f"wrote {config.out}/: {total} slices of {len(cuts)} volumes")
 
 
 def main() -> None:

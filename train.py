@@ -20,14 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataset import (
-    CHECKPOINT_FIELDS,
-    NO_MASK,
-    DataConfig,
-    StudyInfo,
-    find_trained_study,
-    open_study,
-)
+import dataset
+from dataset import NO_MASK, DataConfig, StudyInfo
 from modules import VQVAE2, Output, VQVAE2Config, load_model
 from new_slices.layouts import middles
 from new_slices.organs import likeliest, mask_losses
@@ -133,8 +127,8 @@ def make_settings(given: dict) -> Settings:
 
 def study_flags(study: StudyInfo, path: str, given: dict) -> dict:
     """The flags that open a checkpoint's study as its training did, or the one that is `given`."""
-    data = given.get("data") or find_trained_study(study, path, given.get("cache", ""))
-    return {"data": data, **{name: getattr(study, name) for name in CHECKPOINT_FIELDS}}
+    data = given.get("data") or dataset.find_trained_study(study, path, given.get("cache", ""))
+    return {"data": data, **{name: getattr(study, name) for name in dataset.CHECKPOINT_FIELDS}}
 
 
 def losses(
@@ -182,22 +176,12 @@ class Autoencoder(Stage):
         self.data, self.loss, config = settings.data, settings.loss, settings.train
         self.device = runtime.pick_device(config.device)
         with runtime.first_of_node():
-            self.splits = open_study(self.data)
+            self.splits = dataset.open_study(self.data)
         size = self.splits["train"].pixels.shape[1:]
         settings.model.code_shapes(*size)  # a UserError for a grid that the network cannot halve
-        if min(size) < 16:
-            raise UserError(f"a grid of {size[0]}x{size[1]}; expected 16 or more of each to score")
-        # A split that a GPU holds takes indices there: they are copied once.
-        self.held = {name: self.splits[name].fits_on(self.device) for name in ("train", "validate")}
-        splits = self.splits
-        self.images = {name: splits[name].on(self.device, held) for name, held in self.held.items()}
-        if labels := splits["train"].labels:
+        train = self.splits["train"]
+        if labels := train.labels:
             self.loss_names += ("mask_cross_entropy", "mask_dice_loss", "coarse_mask_loss")
-            self.masks = {
-                name: splits[name].on(self.device, held, masks=True)
-                for name, held in self.held.items()
-            }
-        train = splits["train"]
         # To find out which labels have a side takes a look at a thousand masks: only if it matters.
         if self.loss.flip and train.mirror.note:
             print(f"{train.study}: {train.mirror.note}")
@@ -213,7 +197,6 @@ class Autoencoder(Stage):
         self.counts = {level: zeros.clone() for level in ("top", "bottom")}
         if labels:
             self.counts["masks"] = zeros.new_zeros(3, len(labels))
-        self.mirrored = torch.zeros(len(self.splits["train"]), dtype=torch.bool, device=self.device)
 
     def start_from(self, path: str) -> None:
         """Take the weights and codebooks of another autoencoder, of any --bit-weight."""
@@ -232,16 +215,17 @@ class Autoencoder(Stage):
         }
 
     def start_epoch(self, generator: torch.Generator) -> None:
-        self.mirrored.copy_(torch.rand(len(self.mirrored), generator=generator) < 0.5)
+        self.mirrored = torch.rand(len(self.splits["train"]), generator=generator) < 0.5
 
     def batch_losses(self, split: str, indices: Tensor) -> dict[str, Tensor]:
-        if self.held[split]:
-            indices = indices.to(self.device, non_blocking=True)
-        x = self.images[split](indices).to(memory_format=torch.channels_last)
-        masks = self.masks[split](indices) if self.model.config.labels else None
+        x = runtime.to_device(self.splits[split].images(indices), self.device)
+        x = x.to(memory_format=torch.channels_last)
+        masks = None
+        if self.model.config.labels:
+            masks = runtime.to_device(self.splits[split].masks(indices), self.device)
         if self.loss.flip and self.model.training:
             mirror = self.splits["train"].mirror
-            mirrored = self.mirrored[indices.to(self.device, non_blocking=True)]
+            mirrored = runtime.to_device(self.mirrored[indices], self.device)
             x = mirror.images(x, mirrored)
             masks = masks if masks is None else mirror.masks(masks, mirrored)
         return self.losses_of(x, masks)
@@ -315,10 +299,7 @@ def train_autoencoder(settings: Settings) -> Path:
 
 def main() -> None:
     parser = runtime.parser(__doc__, StartConfig, *CONFIGS.values(), everyday=EVERYDAY)
-    given, help_wanted = runtime.given_flags(parser)
-    settings = make_settings(given)
-    if help_wanted:
-        runtime.print_help(parser, *(getattr(settings, name) for name in CONFIGS))
+    settings = make_settings(vars(parser.parse_args()))
     with runtime.ranks(settings.train.device):
         train_autoencoder(settings)
 

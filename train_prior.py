@@ -202,15 +202,8 @@ class CodePriors(Stage):
 
 
 def train_prior(settings: Settings) -> Path:
-    """Train; returns the path of the best checkpoint.
-
-    Raises as `load_model`, `open_study` and `fit` do, and UserError for settings that do not go
-    together.
-    """
+    """Train; returns the path of the best checkpoint. Raises as `open_study` and `fit` do."""
     codes, config, checkpoint = settings.codes, settings.train, settings.checkpoint
-    if config.batch_size % codes.bottom_every:
-        found = f"--bottom-every is {codes.bottom_every}, --batch-size {config.batch_size}"
-        raise UserError(f"{found}: expected a multiple of it")
     runtime.writable_folder(config.out)  # an error now, not after the training
     stage = CodePriors(settings)
     if checkpoint and checkpoint["autoencoder_sha256"] != stage.sha256:
@@ -225,10 +218,7 @@ def train_prior(settings: Settings) -> Path:
 def main() -> None:
     configs, without = CONFIGS.values(), OF_THE_AUTOENCODER
     parser = runtime.parser(__doc__, StartConfig, *configs, everyday=EVERYDAY, without=without)
-    given, help_wanted = runtime.given_flags(parser)
-    settings = make_settings(given)
-    if help_wanted:
-        runtime.print_help(parser, *(getattr(settings, name) for name in CONFIGS))
+    settings = make_settings(vars(parser.parse_args()))
     with runtime.ranks(settings.train.device):
         train_prior(settings)
 

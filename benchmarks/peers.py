@@ -101,7 +101,7 @@ def measure(name: str, batch_size: int, seconds: float, device: torch.device) ->
     bf16 = name == "ours" and runtime.has_fast_bf16(device, batch_size)
 
     def step(batch: Tensor) -> None:
-        with runtime.autocast(device, bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             reconstruction, quantiser_loss = peer.forward(model, batch)
             loss = F.mse_loss(reconstruction, batch) + quantiser_loss
         adam.zero_grad()

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import wasserstein_distance
 from skimage.measure import label, regionprops
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -319,22 +318,6 @@ def plausible(
             low, high = np.quantile(others, TAILS, axis=0, method="inverted_cdf")
             organs[i, organ] = ((low <= measured[i, organ]) & (measured[i, organ] <= high)).all()
     return together, organs
-
-
-def measurement_distances(measured: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
-    """Wasserstein-1 distances (O,) of organs' measurements in two sets (n, O, F) and (N, O, F).
-
-    "area" as a share of the real mean area; "centre" in pixels, of rows and columns together (their
-    root sum of squares). NaN where a set never shows the organ.
-    """
-    found = {name: np.full(measured.shape[1], np.nan) for name in ("area", "centre")}
-    for organ in range(measured.shape[1]):
-        a, b = (x[~np.isnan(x[:, organ, 0]), organ] for x in (measured, real))
-        if len(a) and len(b):
-            area, row, column = (wasserstein_distance(a[:, i], b[:, i]) for i in range(3))
-            found["area"][organ] = area / b[:, 0].mean()
-            found["centre"][organ] = np.hypot(row, column)
-    return found
 
 
 def dice_by_patient(

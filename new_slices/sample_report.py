@@ -1,5 +1,5 @@
-"""What new slices are worth, beside held-out slices and worthless ones: likelihood, likeness,
-anatomy, variety and copying.
+"""What new slices are worth, beside held-out slices and worthless ones: likeness, anatomy, variety
+and copying.
 
 Models, splits and samples in; a report and the arrays for its pictures out. No files; a table is
 printed. All that is measured stands beside held-out slices of the validation split (the floor) and
@@ -14,8 +14,6 @@ beside controls that are wrong on purpose:
 A measure that sees no control is left out. A control that no measure sees is named: whether new
 slices have that fault cannot be told.
 
-    likelihood         an upper bound on -log2 p of held-out slices' codes given their positions
-                       under the masked priors, a mean over draws of masks with their standard error
     kernel distance    KID to training slices in the features of picture_features.py
     plausible          share of slices whose organs occur together in at least 1 % of the training
                        slices near their position, each organ with an area, centre, pieces, holes,
@@ -23,8 +21,6 @@ slices have that fault cannot be told.
                        U-Net finds the organs in all of them. It learns from the training patients,
                        as the generator does, as a study's others are too few to teach it and to be
                        the floor as well: so the floor is of slices that neither has seen
-    area, centre       Wasserstein distances to training slices at the same positions, means over
-                       organs: as a share of the organ's mean area, and in pixels
     agreement          Dice of the mask that comes with a slice and the U-Net's, mean over organs;
                        `organs.judge_masks` names each organ that was not learnt
     variety            mean pairwise MS-SSIM
@@ -38,9 +34,10 @@ slices have that fault cannot be told.
                        Copies are training layouts moved by up to one and a half cells
 """
 
+import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -54,7 +51,7 @@ from new_slices.code_maps import LEVELS, Samples, Variants, decode
 from new_slices.organs import Segmenter
 from new_slices.picture_features import picture_features
 from new_slices.prior import Prior
-from support import metrics
+from support import metrics, results_page
 
 # With --position, slices as near as this, or this many, stand beside the samples.
 NEAR, FEWEST = 0.1, 8
@@ -62,13 +59,10 @@ MOST_PER_ROW = 96  # slices of a row of the table
 MOST_REAL = 768  # training slices that anatomy is compared with
 BACKGROUND = 0.1  # share of all pixels: a class that fills more is none of the organs
 ASIDE = [(row, column) for row in (0, -1, 1) for column in (0, -1, 1)]  # cells
-MOST_RATED = 32  # slices of each split whose likelihood is bounded
-DRAWS = 2  # of the masks that the likelihood's bound is a mean over
 FLOOR, SAMPLES, RECONSTRUCTIONS = "held-out slices", "samples", "reconstructions"
 BY_PLACE, HALVES, MIXED = "codes by place", "two patients' halves", "top and bottom of two"
 OUTSIDE = "outside scrambled"
 CONTROLS = (BY_PLACE, HALVES, MIXED, OUTSIDE)
-HIGHER_IS_BETTER = ("plausible", "organs_together")
 
 BOUNDS = (
     "This limits how much these samples copy, as these two measures see it. It does not guarantee "
@@ -141,67 +135,12 @@ class Row(NamedTuple):
     masks: np.ndarray | None = None
 
 
-def slices_bar(total: int, label: str) -> tqdm:
-    return tqdm(total=total, desc=label, unit=" slices", disable=None)
-
-
 def near(split: SliceDataset, position: float) -> np.ndarray:
     """The indices of the slices at about that position; of all slices for NaN."""
     if math.isnan(position):
         return np.arange(len(split))
     count = max(FEWEST, np.count_nonzero(np.abs(split.positions - position) <= NEAR))
     return organs.nearest_positions(position, split.positions)[:count]
-
-
-# ---- likelihood ----
-
-
-@torch.inference_mode()
-def likelihood(
-    prior: Prior, maps: list[np.ndarray], positions: np.ndarray, pixels: int, seed: int = 0
-) -> dict:
-    """The bound on -log2 p of slices' codes, top (n, h, w) and bottom (n, 2h, 2w), in bits a code
-    and a pixel.
-    """
-    device, draws = next(prior.parameters()).device, []
-    top, bottom = (torch.from_numpy(level.astype(np.int64)) for level in maps)
-    parts = torch.arange(len(top)).split(16)
-    bar = slices_bar(DRAWS * len(top), "likelihood")
-    for _ in range(DRAWS):
-        sums = []
-        for part in parts:
-            at = torch.as_tensor(positions[part.numpy()])
-            nats = prior.nats(*(x.to(device) for x in (top[part], bottom[part], at)), seed)
-            sums.append(torch.stack([nats[level].double() for level in LEVELS], 1).cpu())
-            bar.update(len(part))
-            seed += 1
-        draws.append(torch.cat(sums).numpy() / math.log(2))
-    bar.close()
-    bits = np.stack(draws)  # (draws, n, levels)
-    error = math.sqrt(bits.sum(2).var(0, ddof=1).sum() / DRAWS) / len(top)  # of a slice's bits
-    of_top, of_bottom = bits.mean((0, 1)).tolist()
-    counts = [level[0].numel() for level in (top, bottom)]
-    return {
-        "n": len(top),
-        "bits_per_pixel": (of_top + of_bottom) / pixels,
-        "standard_error": error / pixels,
-        "bits_per_code": (of_top + of_bottom) / sum(counts),
-        "bits_top_code": of_top / counts[0],
-        "bits_bottom_code": of_bottom / counts[1],
-    }
-
-
-def score_likelihood(inputs: Inputs, rng: np.random.Generator) -> dict:
-    """By split, the `likelihood` of its slices, per pixel of their own files."""
-    height, width = inputs.splits["test"].pixels.shape[1:]
-    bits = inputs.model.config.bits_per_pixel(height, width) * height * width
-    report = {"nominal_bits_per_pixel": bits / inputs.splits["test"].shapes.prod(1).mean()}
-    for name, split in inputs.splits.items():
-        chosen = np.sort(rng.permutation(len(split))[:MOST_RATED])
-        maps, positions = inputs.codes_of(name, chosen), split.positions[chosen]
-        pixels = split.shapes[chosen].prod(1).mean()
-        report[name] = likelihood(inputs.prior, maps, positions, pixels, inputs.seed)
-    return report
 
 
 # ---- anatomy and realism ----
@@ -267,42 +206,22 @@ def score_anatomy(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tup
     `real` are the training slices (indices) that all are compared with.
     """
     train, net = inputs.splits["train"], inputs.segmenter
-    labels, verdicts = len(train.labels), {}
-    bar = slices_bar(len(real) + sum(len(row.images) for row in rows.values()), "anatomy")
-
-    def figures_of(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        masks = organs.segment(net, images)
-        figures = organs.measure(masks, labels)
-        bar.update(len(images))
-        return masks, figures
-
-    parts = [
-        figures_of(inputs.images("train", part))[1]
-        for part in np.array_split(real, -(-len(real) // 64))
-    ]
-    real_figures, real_positions = np.concatenate(parts), train.positions[real]
-    drawn, table = train.masks(real[: 2 * MOST_PER_ROW]).numpy(), {}
+    labels, verdicts, table = len(train.labels), {}, {}
+    print("judging the anatomy of new slices")
+    parts = np.array_split(real, -(-len(real) // 64))
+    found = (organs.segment(net, inputs.images("train", part)) for part in parts)
+    beside = np.concatenate([organs.measure(masks, labels) for masks in found])
+    drawn = train.masks(real[: 2 * MOST_PER_ROW]).numpy()
     for name, row in rows.items():
-        masks, figures = figures_of(row.images)
-        together, fine = organs.plausible(figures, row.positions, real_figures, real_positions)
-        beside = np.concatenate(
-            [
-                organs.nearest_positions(p, real_positions)[: None if np.isnan(p) else FEWEST]
-                for p in row.positions
-            ]
-        )
-        distances = organs.measurement_distances(figures, real_figures[beside])
-        table[name] = {
-            "plausible": (together & fine.all(1)).mean(),
-            "organs_together": together.mean(),
-        }
-        table[name] |= {key: np.nanmean(values) for key, values in distances.items()}
+        masks = organs.segment(net, row.images)
+        measured = organs.measure(masks, labels), row.positions
+        together, fine = organs.plausible(*measured, beside, train.positions[real])
+        table[name] = {"plausible": (together & fine.all(1)).mean()}
         if row.masks is not None:
             _, dice = organs.dice_by_patient(masks, row.masks, np.zeros(len(masks)), labels)
             table[name]["agreement"] = np.nanmean(dice)
             if name == SAMPLES:
                 verdicts = organs.judge_masks(row.masks, masks, drawn, train.labels)
-    bar.close()
     return table, verdicts
 
 
@@ -311,13 +230,12 @@ def score_likeness(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tu
     real = real[: 2 * MOST_PER_ROW]
     if min(len(real), *(len(row.images) for row in rows.values())) < 4:
         return {name: {} for name in rows}, {}
-    total = len(real) + sum(len(row.images) for row in rows.values())
-    with slices_bar(total, "likeness") as bar:
-        features = picture_features(inputs.images("train", real), bar)
-        found = {
-            name: metrics.kernel_distance(features, picture_features(row.images, bar))
-            for name, row in rows.items()
-        }
+    print("comparing new slices as pictures")
+    features = picture_features(inputs.images("train", real))
+    found = {
+        name: metrics.kernel_distance(features, picture_features(row.images))
+        for name, row in rows.items()
+    }
     table = {name: {"kernel_distance": distance} for name, (distance, _) in found.items()}
     return table, {name: error for name, (_, error) in found.items()}
 
@@ -349,7 +267,7 @@ def seen_controls(table: dict[str, dict], errors: dict[str, float]) -> dict[str,
     """
     seen = {}
     for measure, floor in table[FLOOR].items():
-        sign = 1 if measure in HIGHER_IS_BETTER else -1
+        sign = 1 if measure == "plausible" else -1  # of the other, less is better
         doubt = errors if measure == "kernel_distance" else {}
         seen[measure] = [
             control
@@ -434,39 +352,34 @@ class Source:
     variants: int
 
 
-@dataclass
-class Found:
-    """Each query's most similar training slice: its index, the similarity and the variant, (N,)
-    each.
-    """
+class Found(NamedTuple):
+    """Each query's most similar training slice, (N,) each."""
 
     similarity: np.ndarray
-    index: np.ndarray = field(init=False)
-    variant: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.index, self.variant = np.zeros((2, len(self.similarity)), np.int64)
+    index: np.ndarray
+    variant: np.ndarray
 
 
 def search(source: Source, queries: dict[str, np.ndarray], label: str) -> dict[str, Found]:
     """The nearest training slice of every query, among all variants of all of them."""
-    found = {name: Found(np.full(len(items), -np.inf)) for name, items in queries.items()}
-    bar = slices_bar(source.variants * len(source.split), f"copying, {label}")
-    for variant in range(source.variants):
-        for part in np.array_split(np.arange(len(source.split)), -(-len(source.split) // 512)):
-            block = source.take(variant, part)
-            for name, items in queries.items():
-                best, earlier = source.similarity(items, block), found[name]
-                better = best.similarity > earlier.similarity
-                earlier.similarity[better] = best.similarity[better]
-                earlier.index[better] = part[best.index[better]]
-                earlier.variant[better] = variant
-            bar.update(len(part))
-    bar.close()
+    blocks, found = {name: [] for name in queries}, {}
+    parts = np.array_split(np.arange(len(source.split)), -(-len(source.split) // 512))
+    pairs = list(itertools.product(range(source.variants), parts))
+    for variant, part in tqdm(pairs, desc=f"copying, {label}", disable=None):
+        block = source.take(variant, part)
+        for name, items in queries.items():
+            best = source.similarity(items, block)
+            whose = part[best.index], np.full(len(items), variant)
+            blocks[name].append((best.similarity, *whose))
+    for name, parts in blocks.items():
+        stacks = [np.stack(each) for each in zip(*parts, strict=True)]  # (blocks, N) each
+        block = stacks[0].argmax(0)[None]
+        found[name] = Found(*(np.take_along_axis(each, block, 0)[0] for each in stacks))
     return found
 
 
 def verdict(audit: dict) -> str:
+    """What `metrics.audit` found, in words."""
     samples, copies = audit["samples"], audit["copies"]
     flagged = f"{samples['flagged']} of {samples['n']} new slices flagged"
     flagged += f"; {audit['margin']:.1%} could be chance"
@@ -477,32 +390,6 @@ def verdict(audit: dict) -> str:
     if copies["share"] < 0.5:
         return f"cannot tell: flags only {copies['share']:.1%} of the known copies; {flagged}"
     return f"no more than test slices do: {flagged}"
-
-
-def audit(
-    source: Source, queries: dict[str, np.ndarray], label: str
-) -> tuple[dict, dict[str, Found]]:
-    """How near the sets in `queries`, "samples", "honest" and "copies" among them, come to training
-    slices.
-
-    Returns:
-        The report, with a verdict and the nearest training slice of every sample; and what `search`
-        found.
-    """
-    found = search(source, queries, label)
-    report = metrics.audit(**{name: best.similarity for name, best in found.items()})
-    report["verdict"] = verdict(report)
-    best = found["samples"]
-    report["nearest"] = [
-        {
-            "sample": i,
-            "train": source.split.paths[best.index[i]].name,
-            "variant": int(best.variant[i]),
-            "similarity": float(best.similarity[i]),
-        }
-        for i in np.argsort(-best.similarity).tolist()
-    ]
-    return report, found
 
 
 def make_copies(inputs: Inputs, rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
@@ -601,10 +488,12 @@ def score_copying(
     }
     if inputs.layouts is not None:
         sources["layout"], queries["layout"] = layout_audit(inputs, honest, rng)
-    audits = {name: audit(source, queries[name], name) for name, source in sources.items()}
-    return {name: report for name, (report, _) in audits.items()}, {
-        name: found for name, (_, found) in audits.items()
-    }
+    reports, found = {}, {}
+    for name, source in sources.items():
+        found[name] = search(source, queries[name], name)
+        report = metrics.audit(**{which: of.similarity for which, of in found[name].items()})
+        reports[name] = report | {"verdict": verdict(report)}
+    return reports, found
 
 
 # ---- the whole, and what is printed ----
@@ -618,8 +507,7 @@ def appraise(inputs: Inputs) -> tuple[dict, dict]:
     with, and "nearest", what the audits found. Fewer than two validation slices leave out realism.
     """
     rng = np.random.default_rng(inputs.seed)
-    report = {"n": len(inputs.samples.images), "likelihood": score_likelihood(inputs, rng)}
-    rows = make_rows(inputs, rng)
+    report, rows = {"n": len(inputs.samples.images)}, make_rows(inputs, rng)
     enough = min(len(row.images) for row in rows.values()) >= 2
     report["realism"] = score_realism(inputs, rows, rng) if enough else None
     report["variety"] = score_variety(inputs)
@@ -690,43 +578,17 @@ def conclusion(report: dict) -> str:
 
 
 def print_report(report: dict) -> None:
-    rates = report["likelihood"]
-    print(f"\n{'likelihood, a bound':<24}{'n':>6}{'bits/code':>11}{'bits/pixel':>12}{'+-':>9}")
-    print(f"{'  nominal':<41}{rates['nominal_bits_per_pixel']:>12.4f}")
-    for name in ("train", "validate", "test"):
-        rate = rates[name]
-        bits = f"{rate['bits_per_code']:>11.3f}{rate['bits_per_pixel']:>12.4f}"
-        print(f"  {name:<22}{rate['n']:>6}{bits}{rate['standard_error']:>9.4f}")
-    if realism_report := report["realism"]:
-        rows = realism_report["rows"]
-        measures = list(rows[SAMPLES])
-        print(f"\n{'realism':<24}" + "".join(f"{measure:>17}" for measure in measures))
-        for name, row in rows.items():
-            cells = (row.get(measure) for measure in measures)
-            print(
-                f"  {name:<22}"
-                + "".join(f"{'-' if v is None else format(v, '.4g'):>17}" for v in cells)
-            )
-        if blind := realism_report["left_out"]:
-            print(f"  left out, as they see no control: {', '.join(blind)}")
-        for part, costs in realism_report["kernel_distance_costs"].items():
-            added = ", ".join(f"{name} {cost:.4f}" for name, cost in costs.items())
-            print(f"  kernel distance of {part}, added by: {added}")
-        print(f"  {realism_report['not_learnt']}")
-    if variety := report["variety"]:
-        samples, real = (variety[name]["ms_ssim"] for name in ("samples", "real"))
-        print(
-            f"\nvariety (n = {variety['n']}): mean pairwise MS-SSIM {samples:.4f} of new slices, "
-            f"{real:.4f} of test slices at the same positions"
-        )
+    """The scorecard, what adds to the kernel distance, what the audits of copies say; the end."""
+    columns = ("new slices", "floor", "control", "passed")
+    print(f"\n{'':<26}" + "".join(f"{name:>14}" for name in columns))
+    for question, line in report["scorecard"].items():
+        cells = (results_page.text(line[name]) for name in columns)
+        print(f"{question:<26}" + "".join(f"{cell:>14}" for cell in cells))
+    realism = report["realism"] or {"kernel_distance_costs": {}, "not_learnt": ""}
+    for part, costs in realism["kernel_distance_costs"].items():
+        added = ", ".join(f"{name} {cost:.4f}" for name, cost in costs.items())
+        print(f"kernel distance of {part}, added by: {added}")
     for name, copying in report["copying"].items():
-        sets = {"new slices": "samples", "test slices": "honest", "planted copies": "copies"}
-        counts = (
-            f"{copying[key]['flagged']} of {copying[key]['n']} {what}" for what, key in sets.items()
-        )
-        print(f"closer to a training slice than {copying['threshold']:.4f}, by {name}:")
-        print(f"  {', '.join(counts)}. {copying['verdict']}")
-        most = [copying[key]["percentiles"]["95"] for key in ("samples", "honest")]
-        print("  95th percentile: {:.4f} of new slices, {:.4f} of test slices".format(*most))
-    print(BOUNDS)
-    print(report["conclusion"])
+        print(f"copying, by {name}: {copying['verdict']}")
+    for line in filter(len, (realism["not_learnt"], BOUNDS, report["conclusion"])):
+        print(line)

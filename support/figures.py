@@ -31,7 +31,6 @@ from support.runtime import atomic_path
 
 DPI = 120
 PANEL = 3.0  # inches, the height of a slice in a sheet
-MOST_COLOURS = 20  # a histogram of more patients has one colour
 UNKNOWN = 255  # in a mask: nothing is known of this pixel
 OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
 
@@ -201,24 +200,16 @@ def code_maps(
     save(figure, path)
 
 
-def ssim_histogram(path: Path | str, values: Mapping[str, Sequence[float]], note: str = "") -> None:
-    """Draw the histogram of SSIM over slices, stacked by patient; `values` are by patient."""
-    figure = new_figure(8, 4.5)
+def ssim_histogram(path: Path | str, values: np.ndarray, note: str = "") -> None:
+    """Draw the histogram of SSIM over slices (N,)."""
+    figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
-    everything = np.concatenate([np.asarray(scores, float) for scores in values.values()])
-    edges = np.histogram_bin_edges(everything, bins=30)
-    if len(values) <= MOST_COLOURS:
-        labels = [f"{patient} (n = {len(scores)})" for patient, scores in values.items()]
-        colours = mpl.colormaps["tab10" if len(values) <= 10 else "tab20"].colors[: len(values)]
-        axes.hist(list(values.values()), edges, stacked=True, label=labels, color=colours)
-    else:
-        axes.hist(everything, edges, label=f"{len(values)} patients")
-    mean = everything.mean()
-    axes.axvline(mean, color="black", linestyle="--", label=f"mean {mean:.4f}")
+    axes.hist(values, bins=30)
+    axes.axvline(values.mean(), color="black", linestyle="--", label=f"mean {values.mean():.4f}")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    title = f"SSIM of the test slices (n = {len(everything)})\n{note}".strip()
+    title = f"SSIM of the test slices (n = {len(values)})\n{note}".strip()
     axes.set(xlabel="SSIM, the report's protocol", ylabel="slices", title=title)
-    figure.legend(loc="outside right upper", fontsize=8, title="patient")
+    axes.legend()
     save(figure, path)
 
 
@@ -268,53 +259,4 @@ def slice_grid(
         figure.text(*middle, title, fontsize=10, ha="center", va="center")
     figure.text(0.5, 1 - 0.14 / size[1], note, fontsize=9, ha="center", va="center")
     draw_legend(figure, drawn, label_values)
-    save(figure, path)
-
-
-def similarity_histograms(
-    path: Path | str,
-    sets: Mapping[str, Mapping[str, np.ndarray]],
-    thresholds: Mapping[str, float],
-    note: str = "",
-) -> None:
-    """Draw how similar slices are to their nearest training slice, a panel for each measure.
-
-    Args:
-        sets: measure -> name of a set -> similarity of each of its slices (n,).
-        thresholds: measure -> the similarity above which a slice is flagged.
-    """
-    figure = new_figure(5 * len(sets), 4)
-    figure.suptitle(note, fontsize=10)
-    every_axes = figure.subplots(1, len(sets), squeeze=False)[0]
-    for axes, (measure, similarities) in zip(every_axes, sets.items(), strict=True):
-        edges = np.histogram_bin_edges(np.concatenate(list(similarities.values())), 40)
-        for name, values in similarities.items():
-            shares, label = np.full(len(values), 1 / len(values)), f"{name} (n = {len(values)})"
-            axes.hist(values, edges, weights=shares, histtype="step", lw=1.5, label=label)
-        limit = thresholds[measure]
-        axes.axvline(limit, color="black", linestyle="--", label="flagged to the right")
-        axes.set(xlabel=f"{measure} with the nearest training slice", ylabel="share of the set")
-        axes.legend(fontsize=7)
-    save(figure, path)
-
-
-def realism_chart(
-    path: Path | str, rows: Mapping[str, Mapping[str, float | None]], note: str = ""
-) -> None:
-    """Draw each measure's value in each row; the rows' "n" is written beside their names."""
-    names = [f"{name} (n = {values['n']})" for name, values in rows.items()]
-    measures = list(dict.fromkeys(key for values in rows.values() for key in values if key != "n"))
-    if not measures:
-        return
-    figure = new_figure(3 + 2.4 * len(measures), 0.9 + 0.3 * len(rows))
-    figure.suptitle(note, fontsize=10)
-    panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
-    for axes, measure in zip(panels, measures, strict=True):
-        values = [row.get(measure) for row in rows.values()]
-        bars = axes.barh(names, [value or 0 for value in values], color="C0")
-        texts = ["" if value is None else f"{value:.3g}" for value in values]
-        axes.bar_label(bars, texts, fontsize=7)
-        axes.set_title(measure.replace("_", " "), fontsize=9)
-        axes.margins(x=0.2)
-    panels[0].invert_yaxis()
     save(figure, path)

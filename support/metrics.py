@@ -3,8 +3,8 @@
 The protocol of every score of predict.py and reconstruct.py:
 
     pixels    A slice is scored in the pixels of its own file, in which the reconstruction is
-              brought back: what pads it to the model's grid counts nowhere, and what was cropped
-              or resized away counts as error. Both are z-scored by the ORIGINAL's mean and
+              brought back: what pads it to the model's grid counts nowhere, and what was resized
+              away counts as error. Both are z-scored by the ORIGINAL's mean and
               standard deviation.
     SSIM      Wang et al. 2004, "Image Quality Assessment: From Error Visibility to Structural
               Similarity". One number says little, so there are two:
@@ -224,9 +224,6 @@ def kernel_distance(
     sets: the delete-d jackknife of Shao & Wu 1989 for d = N / 2, where its factor is 1. Between
     sets of one distribution it is too large, up to 1.7 times.
     """
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 4:
-        shapes = f"features of {a.shape} and {b.shape}"
-        raise ValueError(f"{shapes}; expected (N, F) and (M, F), at least 4 rows")
     a, b = a.astype(np.float64), b.astype(np.float64)
     pairs = (a, a), (b, b), (a, b)
     within_a, within_b, between = ((x @ y.T / a.shape[1] + 1) ** 3 for x, y in pairs)

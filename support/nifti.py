@@ -13,11 +13,9 @@ import gzip
 import math
 import os
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import nibabel
 import numpy as np
@@ -34,7 +32,6 @@ SPARE = 4096  # bytes that may follow the array, as some programs pad their file
 PLANES = {"coronal": "RSA", "axial": "RAS", "sagittal": "ASR"}
 AXES = {"R": "RL", "A": "AP", "S": "SI"}  # the two ends of each axis of the world
 DISPUTED = "an sform and a qform that turn them differently"  # said of files, see Image.disputed
-UNTURNED = np.array([[0, 1], [1, 1], [2, 1]])  # an orientation of nibabel
 
 
 @dataclass(frozen=True)
@@ -101,30 +98,14 @@ def read(
     An array with more than `max_axes` axes that are longer than 1, or with more than `max_pixels`,
     is refused before it is unpacked, with `expected` in the message.
     """
-    with _reading(path) as file:
-        return _parse(file.read(), max_axes, max_pixels, expected)
-
-
-def read_shape(path: Path | str) -> tuple[int, ...]:
-    """The lengths of a file's axes, of which its first bytes tell; UserError as of `read`."""
-    with _reading(path) as file:
-        start = file.read(SPARE)
-        start = _unzip(start, max(HEADERS)) if start[:2] == GZIP else start
-        return _read_header(start).get_data_shape()
-
-
-@contextmanager
-def _reading(path: Path | str) -> Iterator[BinaryIO]:
-    """The file, open; whatever goes wrong in the block is its fault: a UserError."""
     if not os.path.isfile(path):  # whoever opens a named pipe waits for somebody to write to it
         raise UserError("not a regular file, or not there")
-    with open(path, "rb") as file:
-        try:
-            yield file
-        except (UserError, OSError):
-            raise
-        except Exception as error:  # nibabel, NumPy and zlib have a dozen for a damaged file
-            raise UserError(f"not a whole NIfTI file ({type(error).__name__}: {error})") from error
+    try:
+        return _parse(Path(path).read_bytes(), max_axes, max_pixels, expected)
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # nibabel, NumPy and zlib have a dozen for a damaged file
+        raise UserError(f"not a whole NIfTI file ({type(error).__name__}: {error})") from error
 
 
 def _parse(data: bytes, max_axes: int, max_pixels: int, expected: str) -> Image:
@@ -253,30 +234,16 @@ def best_affine(header: nibabel.Nifti1Header) -> tuple[np.ndarray, bool, bool]:
 def turning(affine: np.ndarray, ends: str) -> np.ndarray:
     """How to turn a volume so that its rows, columns and slices run to the three `ends`, as "RSA".
 
-    That is an orientation of nibabel, (3, 2): the new place of each axis, and -1 where it is
-    reversed. An oblique volume is turned to the axes of the world that are nearest to its own.
+    That is an orientation for `nibabel.apply_orientation`, (3, 2): the new place of each axis, and
+    -1 where it is reversed. An oblique volume is turned to the axes of the world that are nearest
+    to its own.
     """
     return ornt_transform(nibabel.io_orientation(affine), nibabel.orientations.axcodes2ornt(ends))
 
 
-def turn(array: np.ndarray, turning: np.ndarray) -> np.ndarray:
-    """A view of `array` whose first three axes are turned; see `turn_affine`."""
-    return nibabel.apply_orientation(array, turning)
-
-
-def turn_back(array: np.ndarray, turning: np.ndarray) -> np.ndarray:
-    """What `turn` made into `array`."""
-    return nibabel.apply_orientation(array, ornt_transform(UNTURNED, turning))
-
-
 def turn_affine(affine: np.ndarray, shape: Sequence[int], turning: np.ndarray) -> np.ndarray:
-    """The affine of what `turn` makes of an array of `shape`: every voxel stays in its place."""
+    """The affine of an array of `shape` once it is turned: every voxel stays in its place."""
     return affine @ nibabel.orientations.inv_ornt_aff(turning, shape[:3])
-
-
-def turning_to(affine: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """How to turn a volume of `affine` so that its axes run along those of `target`."""
-    return ornt_transform(nibabel.io_orientation(affine), nibabel.io_orientation(target))
 
 
 def turned(one: np.ndarray, other: np.ndarray, axes: int) -> bool:
@@ -298,13 +265,6 @@ def plane_of(ends: str) -> str:
     """The plane of slices whose rows and columns run to `ends`, as "RS" or "IL"; else ""."""
     axes = {axis for axis, letters in AXES.items() if set(letters) & set(ends)}
     return next((plane for plane, names in PLANES.items() if axes == set(names[:2])), "")
-
-
-def obliquity(affine: np.ndarray) -> float:
-    """Degrees between the volume's axes and the world's, of the axis where it is most."""
-    # Rounding can make a cosine a little more than 1, whose angle is NaN.
-    with np.errstate(invalid="ignore"):
-        return float(np.degrees(np.nan_to_num(nibabel.affines.obliquity(affine)).max()))
 
 
 # ---- writing ----

@@ -8,14 +8,13 @@ is a plane through them. driver.py makes a study of them where there is none.
 
 import itertools
 import json
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from support import nifti, runtime
-from support.runtime import UserError, in_parallel
+from support import nifti
+from support.runtime import UserError, in_parallel, write_text
 
 SHAPE = 256, 128  # pixels of a slice, left to right and foot to head
 PLANES = 60  # from anterior to posterior
@@ -30,11 +29,6 @@ NOISE = 0.017
 # The tissues; 0 is air. Masks count the last two as body.
 BODY, BONE, BLADDER, RECTUM, PROSTATE, MUSCLE, FAT = range(1, 8)
 FAR = np.float32(99)  # mm: a shape that does not come near the plane
-# The files of a phantom: nothing else is ever deleted.
-OURS = re.compile(
-    r"SYNTHETIC\.txt|keras_slices_(seg_)?(train|validate|test)/"
-    r"(case|seg)_\d+_week_\d+_slice_\d+\.nii\.gz"
-)
 NOT_A_PATIENT = "synthetic phantom, not a patient"  # in the header of every file
 ABOUT = """SYNTHETIC DATA. Every image in this folder was computed by phantom.py from random
 numbers. It shows no patient, and no number measured on it says anything about real MR images. Made
@@ -302,42 +296,33 @@ def names_of(config: PhantomConfig) -> dict[tuple[int, int], tuple[str, str]]:
 
 
 def write_phantom(out: Path | str, config: PhantomConfig = PhantomConfig()) -> Path:
-    """Write the study of `config` into the folder `out`, unless it is there whole; return `out`.
+    """Write what the folder `out` lacks of the study of `config`; return `out`.
 
     It holds keras_slices_{split} (float32), keras_slices_seg_{split} (uint8 masks) and
-    SYNTHETIC.txt.
-
-    Raises:
-        UserError: `out` exists and is not a phantom, or holds other files too; it is left alone.
+    SYNTHETIC.txt. UserError where `out` is another phantom, or none: it is left alone.
     """
     out, cases = Path(out), names_of(config)
     marker, about = out / "SYNTHETIC.txt", json.dumps({"version": VERSION, **asdict(config)})
     about = f"{ABOUT}{about}\n"
-    if out.exists() and not marker.is_file():
-        raise UserError(f"{out}: not a phantom, it has no SYNTHETIC.txt. Fix: rename it.")
-    inside = (path for path in out.rglob("*") if path.is_file())
-    if foreign := [p for p in inside if not OURS.fullmatch(p.relative_to(out).as_posix())]:
-        what = f"{out}: holds files of others, such as {foreign[0]}"
-        raise UserError(f"{what}. Fix: move them.")
+    if out.exists() and not (marker.is_file() and marker.read_text() == about):
+        raise UserError(f"{out}: not this phantom, by its SYNTHETIC.txt. Fix: rename or delete it.")
+    write_text(marker, about)
     numbers = {case: planes(config, *case) for case in cases}
-    files = [out / (n % number) for case in cases for n in cases[case] for number in numbers[case]]
-    if marker.is_file() and marker.read_text() == about and all(file.is_file() for file in files):
-        print(f"{out}: synthetic phantom of this config, already whole; reused")
-        return out
-    with runtime.atomic_path(out) as part:
-        part.mkdir()
-        (part / marker.name).write_text(about)
 
-        def write(case: tuple[int, int]) -> None:
-            man = Man(config.seed, *case)
-            for number in numbers[case]:
-                _, pixels, tissues = man.cut(number)
-                mask = np.where(tissues > PROSTATE, BODY, tissues).astype(np.uint8)
-                for name, array in zip(cases[case], (pixels, mask), strict=True):
-                    nifti.write(part / (name % number), array, AFFINE, NOT_A_PATIENT)
+    def is_there(case: tuple[int, int]) -> bool:
+        return all((out / (n % i)).is_file() for n in cases[case] for i in numbers[case])
 
-        for _ in in_parallel(write, list(cases), "phantom", "volume"):
-            pass
-    made = f"{len(files) // 2} slices and as many masks, seed {config.seed}"
-    print(f"{out}: wrote a synthetic phantom, {made}")
+    def write(case: tuple[int, int]) -> None:
+        man = Man(config.seed, *case)
+        for number in numbers[case]:
+            _, pixels, tissues = man.cut(number)
+            mask = np.where(tissues > PROSTATE, BODY, tissues).astype(np.uint8)
+            for name, array in zip(cases[case], (pixels, mask), strict=True):
+                nifti.write(out / (name % number), array, AFFINE, NOT_A_PATIENT)
+
+    missing = list(itertools.filterfalse(is_there, cases))
+    for _ in in_parallel(write, missing, "phantom", "volume"):
+        pass
+    made = f"{len(cases)} volumes, {len(missing)} of them new, seed {config.seed}"
+    print(f"{out}: a synthetic phantom of {made}")
     return out

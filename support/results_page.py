@@ -29,7 +29,6 @@ SCORES = {  # of metrics.json
 MASK_SOURCES = {  # where the masks of metrics.json's "dice" come from
     "decoded": "decoded from the codes",
     "unet": "a U-Net of equal cost on the original slices",
-    "most_frequent": "the most frequent label of each place",
 }
 IN_SHORT = {  # of report.json's "scorecard"
     "new slices without impossible anatomy": "constraint",
@@ -193,7 +192,7 @@ def test_scores(folder: Path, metrics: dict) -> str:
         + table("shapes of the masks, means", shapes)
         + table("scores", rows)
         + note
-        + picture(folder / "ssim_histogram.png", "SSIM of every test slice, by patient")
+        + picture(folder / "ssim_histogram.png", "SSIM of every test slice")
         + picture(folder / "code_maps.png", "A slice and its codes; colours only tell codes apart")
     )
 
@@ -208,7 +207,6 @@ def new_slices(generated: Path, report: dict) -> str:
         + table("question", report.get("scorecard", {}))
         + picture(generated / "grid.png", "New slices, unselected, beside held-out ones")
         + picture(generated / "nearest.png", "The nearest to a training slice, each beside it")
-        + picture(generated / "copying.png", "How near each set comes to the training slices")
     )
 
 

@@ -8,7 +8,6 @@ import argparse
 import atexit
 import dataclasses
 import difflib
-import errno
 import hashlib
 import io
 import json
@@ -44,8 +43,6 @@ ROOT = Path(__file__).resolve().parents[1]
 # How long a rank waits for the slowest thing that another one does alone.
 PATIENCE = timedelta(minutes=30)
 TEMPORARY = ".part-"  # how the names of temporary folders begin
-# Of a write to a pipe whose reader has gone, as of `| head`: Windows calls it an invalid argument.
-NOBODY_READS = {errno.EPIPE, errno.EINVAL} if os.name == "nt" else {errno.EPIPE}
 # What PyTorch says, as a plain RuntimeError, where the CPU's memory does not suffice.
 NO_MEMORY = ("t allocate memory", "bad_alloc", "calculation overflowed", "not create a memory")
 
@@ -60,8 +57,7 @@ class UserError(ValueError):
 def run_cli(main: Callable[[], None]) -> None:
     """Run a script's `main`; what the user can fix becomes one message on stderr and exit code 2.
 
-    A command whose output nobody reads any more ends without a word. Every other exception is a bug
-    of ours: it keeps its traceback, and exit code 1.
+    Every other exception is a bug of ours: it keeps its traceback, and exit code 1.
     """
     set_up_process()
     try:
@@ -70,11 +66,6 @@ def run_cli(main: Callable[[], None]) -> None:
         print("interrupted", file=sys.stderr)
         leave(130)  # what a shell reports for a process that Ctrl-C ended
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in NOBODY_READS:
-            # Python would try once more on its way out, and complain.
-            for stream in (sys.stdout, sys.stderr):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            leave(141)  # what a shell reports for a process that its closed pipe ended
         if (message := user_message(error)) is None:
             raise
         print(f"error{f' of rank {rank()}' if world() > 1 else ''}: {message}", file=sys.stderr)
@@ -152,10 +143,11 @@ class Parser(argparse.ArgumentParser):
 def parser(
     doc: str, *configs: type, everyday: Sequence[str] = (), without: Sequence[str] = ()
 ) -> argparse.ArgumentParser:
-    """A parser with a flag for each field of the dataclasses `configs`, whose defaults it has.
+    """A parser with a flag for each field of the dataclasses `configs`; it returns what was given.
 
-    The fields named in `everyday` come first, those in `without` are left out. Every dataclass has
-    a heading, the first sentence of its docstring. A field that two of them share is one flag.
+    The help tells the dataclasses' defaults, and `fill` takes them. The fields named in `everyday`
+    come first, those in `without` are left out. Every dataclass has a heading, the first sentence
+    of its docstring. A field that two of them share is one flag.
     """
     built = Parser(
         usage="%(prog)s [flags]",
@@ -181,34 +173,13 @@ def parser(
 
 def flag_options(field: dataclasses.Field, kind: type) -> dict:
     """What `add_argument` is told of a field of type `kind`."""
-    shown = "" if field.default == "" else " (default: %(default)s)"
+    shown = "" if field.default == "" else f" (default: {field.default})"
     text = field.metadata["help"].replace("%", "%%") + shown
     if kind is bool:
         how = {"action": argparse.BooleanOptionalAction}
     else:
         how = {"type": kind, "choices": field.metadata.get("choices")}
-    return {"default": field.default, "help": text, **how}
-
-
-def given_flags(parser: argparse.ArgumentParser) -> tuple[dict, bool]:
-    """The flags on the command line, {"batch_size": 4, ...}, and whether --help is among them.
-
-    The caller shows the help, with `print_help`, once it knows the defaults of the other flags.
-    """
-    unset = object()
-    names = vars(parser.parse_args([]))
-    words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
-    args = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(names, unset)))
-    given = {name: value for name, value in vars(args).items() if value is not unset}
-    return given, len(words) < len(sys.argv) - 1
-
-
-def print_help(parser: argparse.ArgumentParser, *configs) -> None:
-    """Print the help, with the values of the dataclass instances `configs` as defaults; exit."""
-    for config in configs:
-        parser.set_defaults(**vars(config))
-    parser.print_help()
-    sys.exit(0)
+    return {"default": argparse.SUPPRESS, "help": text, **how}
 
 
 def fill(config: type, values: dict):
@@ -262,6 +233,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def to_device(batch: Tensor, device: torch.device) -> Tensor:
+    """A batch on `device`; a GPU is not waited for."""
+    return batch if device.type == "cpu" else batch.pin_memory().to(device, non_blocking=True)
+
+
 def has_fast_bf16(device: torch.device, batch_size: int) -> bool:
     """Whether training steps on `batch_size` slices are faster in bfloat16 than in float32 here.
 
@@ -274,22 +250,10 @@ def has_fast_bf16(device: torch.device, batch_size: int) -> bool:
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
 
 
-def autocast(device: torch.device, bf16: bool):
-    """bfloat16 autocast, or nothing at all."""
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
-
-
 def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def generator_of(device: torch.device) -> torch.Generator:
-    """PyTorch's own generator on `device`."""
-    if device.type == "cpu":
-        return torch.default_generator
-    return torch.cuda.default_generators[torch.cuda.current_device()]
 
 
 @contextmanager
@@ -397,24 +361,22 @@ def writable_folder(path: Path | str) -> Path:
     except OSError as error:
         why = f"{path}: cannot write there ({error.strerror})"
         raise OSError(f"{why}. Fix: another --out.") from error
-    atexit.register(remove_empty, new)
+    for folder in reversed(new):  # what is registered last, the innermost, comes first
+        atexit.register(remove_if_empty, folder)
     return path
 
 
-def remove_empty(folders: Sequence[Path]) -> None:
-    """Delete those of the folders that hold nothing, inner ones first."""
-    for folder in folders:
-        with suppress(OSError):  # it holds something, or is gone already
-            folder.rmdir()
+def remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # it holds something, or is gone already
+        folder.rmdir()
 
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yields a path to write a file or a folder to, which becomes `path` if the block succeeds.
+    """Yields a path to write a file to, which becomes `path` if the block succeeds.
 
     Until then it has the same name in a temporary folder beside `path`, to which nobody else may
-    write. A file replaces a file, and a folder a folder, whole. An OSError of the block names
-    `path`.
+    write. An OSError of the block names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -423,10 +385,6 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(**beside) as folder:
             part = Path(folder, path.name)
             yield part
-            if part.is_dir():
-                # No system puts a folder in the place of one that holds something.
-                with suppress(FileNotFoundError):
-                    os.replace(path, Path(folder, f"old-{path.name}"))
             os.replace(part, path)
     except OSError as error:
         # Users know `path`, and nothing of the temporary folder.

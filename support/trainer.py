@@ -1,12 +1,5 @@
 """The training loop of both stages: steps, exact validation, logs, checkpoints, resuming.
 
-    Stage        what a stage brings to the loop: a model, its data and its losses
-    Progress     how far a run has come
-    Checkpoints  what a checkpoint holds, and how a run goes on from one
-    Pace         how much of the run is done
-    Trainer      a step, validation, the log
-    fit          the loop: trains a stage from beginning to end
-
 The loop knows no model: train.py and train_prior.py bring theirs. Under torchrun every rank runs
 all of this on its share of each batch. What must not differ between ranks (gradients, sums, the
 clock, the wish to stop) is summed over them, and only rank 0 writes files. A step waits for no GPU:
@@ -35,7 +28,8 @@ from support.runtime import UserError, option
 TRAINING_STEPS = {"enabled": True, "benchmark": True, "allow_tf32": True}
 # What may differ in a run that goes on: where things lie, how long it lasts, and what it runs on.
 MAY_CHANGE = ("data", "cache", "checkpoint", "allow_patient_overlap", "out", "epochs", "slices")
-MAY_CHANGE += ("minutes", "patience", "device", "bf16", "compile", "save_every", "keep")
+MAY_CHANGE += ("minutes", "patience", "device", "bf16", "compile", "keep")
+GONE = ("save_every",)  # settings of earlier revisions, which changed no weight
 
 
 @dataclass(frozen=True)
@@ -64,23 +58,16 @@ class TrainConfig:
         "auto", "bfloat16 in training steps; auto: if it is faster", choices=("auto", "on", "off")
     )
     compile: bool = option(False, "torch.compile the training step; its warm-up takes minutes")
-    save_every: int = option(1, "epochs between the checkpoints of epochs")
-    keep: int = option(3, "how many of those to keep; 0 keeps all")
+    keep: int = option(3, "how many epochs' checkpoints to keep; 0 keeps all")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "save_every"):
+        for name in ("epochs", "batch_size"):
             runtime.check_number(name, getattr(self, name), least=1)
         for name in ("slices", "minutes", "weight_decay", "clip", "patience", "keep"):
             runtime.check_number(name, getattr(self, name), least=0)
         runtime.check_seed(self.seed)
         runtime.check_number("warmup", self.warmup, least=0, most=1)
         runtime.check_number("lr", self.lr, least=1e-38, most=1e38)
-
-    def length(self) -> str:
-        """How long the run lasts, in words."""
-        if self.minutes:
-            return f"{self.minutes:g} minutes"
-        return f"{self.slices} slices" if self.slices else f"{self.epochs} epochs"
 
 
 def other_lengths(given: dict) -> dict:
@@ -107,7 +94,8 @@ def settings_to_resume(
     # All of them, or it is refused: one that is gone since then would be lost in silence.
     with runtime.reading(resume, checkpoint["revision"]):
         for name, config in configs.items():
-            settings |= vars(config(**checkpoint[f"{name}_config"]))
+            saved = checkpoint[f"{name}_config"]
+            settings |= vars(config(**{key: saved[key] for key in saved if key not in GONE}))
     return checkpoint, settings | {"out": str(Path(resume).parent)}
 
 
@@ -133,7 +121,7 @@ def make_optimiser(model: nn.Module, config: TrainConfig) -> Muon:
 
 
 class Stage:
-    """What a stage of training brings to the loop: a subclass sets attributes, fills in methods.
+    """What a stage of training brings to the loop: a subclass sets these, and fills in methods.
 
     Attributes:
         kind: what its checkpoints are called, "vqvae2" or "prior".
@@ -146,14 +134,7 @@ class Stage:
         counts: tensors that `batch_losses` has added to in this epoch; checkpoints keep them.
     """
 
-    kind: str
-    prefix: str = ""
-    command: str
-    loss_names: tuple[str, ...]
-    best_by: str = "loss"
-    model: nn.Module
-    splits: dict
-    counts: dict[str, Tensor]
+    prefix, best_by = "", "loss"
 
     def settings(self) -> dict:
         """What checkpoints and the log say of the stage: "model_config", "data" and more."""
@@ -206,9 +187,7 @@ class Checkpoints:
     A checkpoint holds the model, the optimiser, the settings, the `Progress` and what the epoch has
     summed up so far. The order of an epoch's slices and what is drawn for them depend on the seed
     and the epoch alone; every other random number depends on the seed, the step and the rank. So a
-    run goes on in the middle of an epoch, on any number of ranks. In one process on a CPU, with the
-    same number of threads, a run by --epochs or --slices that was stopped and resumed ends with the
-    weights of an unbroken one, bit for bit.
+    run goes on in the middle of an epoch, on any number of ranks.
     """
 
     def __init__(
@@ -242,12 +221,11 @@ class Checkpoints:
         return self.last_saved
 
     def save_epoch(self) -> None:
-        """The checkpoint of an epoch, where one is due; deletes the one that is too many."""
-        epoch, every = self.progress.epoch, self.config.save_every
-        if epoch % every == 0:
-            self.save(f"epoch_{epoch}")
-            if self.config.keep:
-                self.path(f"epoch_{epoch - self.config.keep * every}").unlink(missing_ok=True)
+        """The checkpoint of an epoch; deletes the one that is too many."""
+        epoch = self.progress.epoch
+        self.save(f"epoch_{epoch}")
+        if self.config.keep:
+            self.path(f"epoch_{epoch - self.config.keep}").unlink(missing_ok=True)
 
     def finish(self) -> Path:
         """Save the final checkpoint; also as the best one, where no epoch was left to validate."""
@@ -382,7 +360,6 @@ class Trainer:
         self.sizes = {name: len(split) for name, split in stage.splits.items()}
         self.batch_size = config.batch_size * runtime.world()
         self.device = next(self.model.parameters()).device
-        self.generator = runtime.generator_of(self.device)
         fast = runtime.has_fast_bf16(self.device, config.batch_size)
         self.bf16 = fast if config.bf16 == "auto" else config.bf16 == "on"
         self.optimiser = make_optimiser(self.model, config)
@@ -433,7 +410,7 @@ class Trainer:
             group["lr"] = self.lr
         # What is random in a step follows from the seed, the step and the rank.
         seed = (1_000_003 * self.config.seed + self.progress.step) * 1_000_003 + runtime.rank()
-        self.generator.manual_seed(seed % 2**63)
+        torch.manual_seed(seed % 2**63)
 
         self.optimiser.zero_grad()
         if len(share):
@@ -453,7 +430,8 @@ class Trainer:
     def batch_loss(self, split: str, indices: Tensor, sums: Tensor) -> Tensor:
         """The loss () of a batch; adds every loss of its slices to `sums`."""
         # Validation is float32 always: scores must not depend on what a machine is fast at.
-        with runtime.autocast(self.device, self.bf16 and self.model.training):
+        bf16 = self.bf16 and self.model.training
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             losses = self.stage.batch_losses(split, indices)
         means = torch.stack([losses[name].detach() for name in self.stage.loss_names])
         sums.add_(means.double(), alpha=len(indices))
@@ -525,13 +503,12 @@ class Trainer:
 def first_line(run: Trainer) -> str:
     """What is trained, on what, and for how long."""
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
-    precision = "bfloat16" if run.bf16 else "float32"
-    if run.device.type == "cuda" and not run.bf16:
-        precision += " (convolutions of training steps in TF32)"
     where = f"{runtime.world()} x {run.device.type}" if runtime.world() > 1 else run.device
-    what = f"training {millions:.2f} M parameters on {where} in {precision}"
-    length = f"{run.config.length()}; the train split has {run.sizes['train']} slices"
-    return f"{what}: {length}"
+    what = f"training {millions:.2f} M parameters on {where}"
+    minutes, slices = run.config.minutes, run.pace.slices_asked()
+    length = f"{minutes:g} minutes" if minutes else f"{slices} slices"
+    precision = "bfloat16" if run.bf16 else "float32"
+    return f"{what} in {precision}: {length}; the train split has {run.sizes['train']}"
 
 
 def progress_bar(run: Trainer) -> tqdm:
@@ -601,10 +578,8 @@ def write_logs(run: Trainer, plot: bool = True) -> None:
 def fit(stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> Path:
     """Train `stage`, from `checkpoint` where one is given; returns the path of the best checkpoint.
 
-    Raises:
-        UserError, OSError: a checkpoint that does not fit; a loss that is not finite; a full disk.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, with a checkpoint written that --resume
-            continues.
+    UserError for a checkpoint that does not fit and a loss that is not finite; KeyboardInterrupt
+    after Ctrl-C or SIGTERM, with a checkpoint written that --resume continues.
     """
     run = Trainer(stage, config, checkpoint)
     progress, checkpoints, first_step = run.progress, run.checkpoints, run.progress.step

@@ -202,7 +202,6 @@ def device(free_memory: int = 2**40):
     overwrite = torch.__future__.set_overwrite_module_params_on_conversion
     replacements = {
         "support.runtime.pick_device": lambda name: DEVICE,
-        "support.runtime.generator_of": lambda device: torch.default_generator,
         "support.runtime.has_fast_bf16": lambda device, batch_size: False,
         "torch.cuda.mem_get_info": lambda device: (free_memory, free_memory),
         "torch.Tensor.pin_memory": lambda tensor: tensor,

@@ -29,7 +29,7 @@ def test_data_training_scores_and_new_slices_in_one_command(study, tmp_path, mon
     assert json.loads((results / "generated" / "report.json").read_text())["n"] == 3
     assert out.splitlines()[-1] == "open Results/index.html"
     shown = (results / "index.html").read_text()
-    assert shown.count("<h2") == 4 and shown.count("<img") == 9 and str(tmp_path) not in shown
+    assert shown.count("<h2") == 4 and shown.count("<img") == 8 and str(tmp_path) not in shown
     scores = json.loads((results / "metrics.json").read_text())
     assert scores["n"] == 6 and set(scores["ssim_report"]["per_patient"]) == {"040", "041"}
     assert f"{scores['ssim_report']['mean']:.4g}" in out

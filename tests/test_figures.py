@@ -140,22 +140,17 @@ def test_code_maps_show_the_codes(tmp_path, drawn):
     assert_nothing_cut(drawn[0])
 
 
-@pytest.mark.parametrize("patients", [1, 20, 38])
-def test_ssim_histogram_counts_every_slice(tmp_path, drawn, patients):
-    values = {f"{i:03d}": RNG.normal(0.9, 0.02, 12 + i) for i in range(patients)}
-    figures.ssim_histogram(tmp_path / "h.png", values, "synthetic phantom, not MRI")
-    n = sum(map(len, values.values()))
-    bars = drawn[0].axes[0].patches
-    assert sum(bar.get_height() for bar in bars) == n
-    counts, _ = np.histogram(np.concatenate(list(values.values())), 30)
-    assert max(bar.get_y() + bar.get_height() for bar in bars) == counts.max()  # stacked
-    assert f"SSIM of the test slices (n = {n})\nsynthetic phantom, not MRI" in texts(drawn[0])
-    assert ("002 (n = 14)" in texts(drawn[0])) == (3 <= patients <= figures.MOST_COLOURS)
+def test_ssim_histogram_counts_every_slice(tmp_path, drawn):
+    figures.ssim_histogram(
+        tmp_path / "h.png", RNG.normal(0.9, 0.02, 38), "synthetic phantom, not MRI"
+    )
+    assert sum(bar.get_height() for bar in drawn[0].axes[0].patches) == 38
+    assert "SSIM of the test slices (n = 38)\nsynthetic phantom, not MRI" in texts(drawn[0])
     assert_nothing_cut(drawn[0])
 
 
 def test_a_histogram_of_equal_values_is_one_bar(tmp_path):
-    figures.ssim_histogram(tmp_path / "h.png", {"040": [0.5]})
+    figures.ssim_histogram(tmp_path / "h.png", np.array([0.5]))
     assert (tmp_path / "h.png").stat().st_size > 1000
     assert mpl.rcParams["figure.dpi"] == mpl.rcParamsDefault["figure.dpi"]
 

@@ -118,15 +118,6 @@ def test_kinds_of_slices_that_never_mix():
     assert not together.any()
 
 
-def test_distances_by_hand():
-    a, b = np.zeros((2, 4, 2, 8))
-    a[:, 0, :3], b[:, 0, :3] = [110, 13, 24], [100, 10, 20]
-    a[:, 1], b[:, 1] = np.nan, 1
-    found = organs.measurement_distances(a, b)
-    assert found["area"][0] == pytest.approx(0.1) and found["centre"][0] == pytest.approx(5)
-    assert np.isnan([found["area"][1], found["centre"][1]]).all()
-
-
 def test_dice_by_hand():
     truth, found = np.zeros((2, 3, 4, 4), np.uint8)
     truth[0, :2], found[0, :1] = 1, 1  # 8 and 4 pixels, 4 shared

@@ -63,21 +63,22 @@ def test_same_config_gives_same_bytes_and_another_seed_others(study, tmp_path):
     assert not set(first.values()) & set(other.values())
 
 
-def test_a_whole_phantom_is_reused_and_any_other_replaced(tmp_path):
+def test_a_phantom_is_completed_and_another_left_alone(tmp_path):
     one = PhantomConfig(train_patients=1, validate_patients=1, test_patients=1, weeks=1, slices=1)
     out = write_phantom(tmp_path / "p", one)
-    made = out.stat().st_ino, out.stat().st_mtime_ns
+    made = {path: path.stat().st_mtime_ns for path in out.glob("keras*/*")}
     write_phantom(out, one)
-    assert made == (out.stat().st_ino, out.stat().st_mtime_ns)
+    assert made == {path: path.stat().st_mtime_ns for path in out.glob("keras*/*")}
     next(out.glob("keras_slices_seg_test/*")).unlink()
     assert len(contents(write_phantom(out, one))) == 6
-    assert len(contents(write_phantom(out, replace(one, train_patients=2)))) == 8
-    assert [path.name for path in tmp_path.iterdir()] == ["p"]
+    with pytest.raises(ValueError, match="not this phantom"):
+        write_phantom(out, replace(one, train_patients=2))
+    assert len(contents(out)) == 6
 
 
 def test_foreign_folder_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="not a phantom"):
+    with pytest.raises(ValueError, match="not this phantom"):
         write_phantom(tmp_path, TINY)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["years of work"]
 

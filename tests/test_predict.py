@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import command
-from PIL import Image
 from test_organs import shuffled
 
 import dataset
@@ -94,18 +93,10 @@ def reconstructions(checkpoint, split):
 
 def test_it_writes_and_names_everything(scored):
     out, stdout = scored
-    pictures = [f"{kind}_{i}.png" for kind in ("original", "reconstruction") for i in range(4)]
     sheets = ["comparison.png", "code_maps.png", "ssim_histogram.png"]
-    expected = [
-        *pictures,
-        *sheets,
-        "metrics.json",
-        "test_scores.csv",
-        "index.html",
-        "reconstructions",
-    ]
+    expected = [*sheets, "metrics.json", "test_scores.csv", "index.html", "reconstructions"]
     assert sorted(path.name for path in out.iterdir()) == sorted(expected)
-    assert f"wrote {out}/" in stdout and "patient 041" in stdout and "SYNTHETIC" not in stdout
+    assert f"wrote {out}/" in stdout and "95 % from" in stdout and "SYNTHETIC" not in stdout
     assert "note:" not in stdout  # the files are those of the checkpoint
 
 
@@ -162,19 +153,6 @@ def test_metrics_say_where_they_come_from(result, test_split, checkpoint):
     assert result["provenance"]["argv"][0] == "predict.py"
 
 
-def test_pictures_share_the_original_s_range_and_begin_with_each_patient(
-    scored, test_split, checkpoint
-):
-    made = reconstructions(checkpoint, test_split)
-    for i, index in enumerate((0, 4, 1, 2)):  # patients 040 and 041, then the rest in order
-        original = test_split.images([index])[0, 0].numpy()
-        low, span = original.min(), np.ptp(original)
-        for kind, image in (("original", original), ("reconstruction", made[index])):
-            with Image.open(scored[0] / f"{kind}_{i}.png") as read:
-                expected = 255 * np.clip((image - low) / span, 0, 1)
-                np.testing.assert_allclose(np.asarray(read).astype(float), expected, atol=0.51)
-
-
 def test_nifti_reconstructions_lie_on_their_originals(scored, test_split, checkpoint):
     made = reconstructions(checkpoint, test_split)
     for i, path in enumerate(test_split.paths):
@@ -197,7 +175,7 @@ def study_of(study, folder, shape):
 
 
 @pytest.mark.parametrize(
-    "shape, fit", [((48, 20), "pad"), ((60, 40), "crop"), ((60, 40), "stretch"), ((60, 40), "pad")]
+    "shape, fit", [((48, 20), "pad"), ((60, 40), "stretch"), ((60, 40), "pad")]
 )
 def test_scores_and_bits_are_over_a_slice_s_own_pixels(study, tmp_path, shape, fit, capsys):
     """predict.py and reconstruct.py score a slice alike, whatever its size or padding."""
@@ -214,13 +192,10 @@ def test_scores_and_bits_are_over_a_slice_s_own_pixels(study, tmp_path, shape, f
             assert float(rows[name][score]) == pytest.approx(row[score], abs=2e-5), (name, score)
     bits = (8 * 4 + 16 * 8) * 4
     nominal = result["bits_per_pixel"]["nominal"]
-    assert (
-        nominal == found[name]["bits_per_pixel"] == pytest.approx(bits / np.prod(shape), abs=1e-6)
-    )
+    assert nominal == pytest.approx(bits / np.prod(shape))
+    assert found[name]["bits_per_pixel"] == pytest.approx(nominal, abs=1e-6)
     shown = {"pad": min(64 / shape[0], 32 / shape[1]) ** 2 * np.prod(shape) / 2048}.get(fit, 1)
     assert result["padding"] == pytest.approx(1 - shown, abs=0.03)
-    with Image.open(tmp_path / "original_0.png") as picture:  # without the padding
-        assert np.prod(picture.size) / 2048 == pytest.approx(1 - result["padding"], abs=1e-5)
     assert ("of the model's grid is padding" in capsys.readouterr().out) == (fit == "pad")
 
 
@@ -415,7 +390,7 @@ def test_dice_of_the_decoded_masks(organs_study, tmp_path, monkeypatch, capsys):
     path = tmp_path / "vqvae2_best.pth"
     runtime.save_checkpoint(path, {**kept, "data": data, "epoch": 1})
     alone = predict_with(path, unet=False)
-    assert alone["dice"].keys() == {"decoded", "most_frequent"}
+    assert alone["dice"].keys() == {"decoded"}
     assert (
         not (tmp_path / organs.SEGMENTER_FILE).exists() and "U-Net" not in capsys.readouterr().out
     )
@@ -431,11 +406,7 @@ def test_dice_of_the_decoded_masks(organs_study, tmp_path, monkeypatch, capsys):
     truth, images = test.masks(chosen).numpy(), test.images(chosen)
     with torch.inference_mode():
         decoded = torch.cat([model.eval()(x[None]).mask_logits.argmax(1) for x in images]).numpy()
-    frequent = np.array(
-        [np.bincount(p, minlength=3).argmax() for p in train.masks(range(14)).view(14, -1).T]
-    )
     found = {"decoded": decoded, "unet": organs.segment(net, images[:, 0].numpy())}
-    found["most_frequent"] = np.repeat(frequent.reshape(1, 64, 32), len(chosen), 0)
     patients = np.array([test.names[i].patient for i in chosen])
     for name, masks in found.items():
         for patient in (40, 41):
@@ -448,11 +419,10 @@ def test_dice_of_the_decoded_masks(organs_study, tmp_path, monkeypatch, capsys):
             ):
                 per_patient = result["dice"][name][organ]["per_patient"]
                 assert per_patient[f"{patient:03d}"] == pytest.approx(expected, abs=1e-6)
-    assert result["dice"]["most_frequent"]["label_9"]["mean"] == 1
     verdicts = organs.judge_masks(decoded, truth, truth, test.labels)
-    assert result["masks"] == predict.rounded(verdicts)
+    assert result["masks"] == verdicts
     out = capsys.readouterr().out
-    assert "the most frequent label of each place" in out and "roughness, decoded / in real" in out
+    assert "a U-Net of equal cost" in out
     # Masks that nothing has learnt.
     assert f"warning: {result['not_learnt']}" in out and "label_9 was not learnt" in out
 
@@ -464,9 +434,9 @@ def test_an_organ_of_blocks_is_named(organs_study):
     chosen = np.flatnonzero(test.has_mask)
     drawn = np.zeros((len(test), 64, 32), np.uint8)
     drawn[chosen] = test.masks(chosen).numpy()
-    assert not predict.score_masks(drawn, splits, None)["not_learnt"]
+    assert not predict.score_masks(drawn, splits["test"], None)["not_learnt"]
     drawn[chosen] = shuffled(drawn[chosen], 1)
-    found = predict.score_masks(drawn, splits, None)
+    found = predict.score_masks(drawn, splits["test"], None)
     assert found["dice"]["decoded"]["mean"]["mean"] > 0.8  # which tells nothing of it
     assert found["not_learnt"].startswith("label_5 was not learnt (")
     assert "label_9" not in found["not_learnt"]
@@ -486,7 +456,7 @@ def test_a_patient_without_an_organ_has_no_dice_of_it(organs_study, tmp_path):
     drawn = np.zeros((len(test), 64, 32), np.uint8)
     drawn[chosen] = test.masks(chosen).numpy()
     drawn[:, 32:] = 0  # half of the organ 5
-    table = predict.score_masks(drawn, splits, None)["dice"]["decoded"]
+    table = predict.score_masks(drawn, splits["test"], None)["dice"]["decoded"]
     assert table["label_9"]["per_patient"] == {"040": 1.0} and table["label_9"]["mean"] == 1
     means = table["mean"]["per_patient"]
     assert means["041"] == table["label_5"]["per_patient"]["041"] < 0.8 < means["040"]
@@ -500,7 +470,7 @@ def test_what_is_drawn_in_the_padding_counts_nowhere(organs_study, tmp_path):
     drawn = np.zeros((len(test), 64, 32), np.uint8)
     drawn[chosen] = test.masks(chosen).numpy()
     drawn[:, :20, :5] = 1  # a piece of an organ, beside the slice
-    found = predict.score_masks(drawn, splits, None)
+    found = predict.score_masks(drawn, splits["test"], None)
     assert found["dice"]["decoded"]["mean"]["mean"] == 1 and not found["not_learnt"]
     roughness = found["masks"]["label_5"]["roughness"]
     assert roughness["masks"] == roughness["real"]

@@ -76,27 +76,11 @@ def test_the_bound_is_the_mean_over_all_orders():
     assert estimate.mean().item() == pytest.approx(np.mean(orders), abs=4 * error)
 
 
-def test_nats_are_those_of_each_slice_and_repeat():
-    model = make_prior()
-    top, bottom, position = random_maps(model, 3)
-    position[1] = math.nan
-    # 64 masks of each slice.
-    repeated = [x.repeat_interleave(64, 0) for x in (top, bottom, position)]
-    nats = model.nats(*repeated)
-    assert nats["top"].shape == nats["bottom"].shape == (3 * 64,)
-    again = model.nats(*repeated)
-    assert nats["top"].equal(again["top"]) and nats["bottom"].equal(again["bottom"])
-    other = model.nats(*repeated, seed=1)
-    assert not nats["top"].equal(other["top"])
-    means = [x["bottom"].view(3, 64).mean(1).numpy() for x in (nats, other)]
-    assert means[0] == pytest.approx(means[1], rel=0.2)
-
-
 def test_an_untrained_prior_is_uniform():
     model = Prior(TINY, (4, 2))
-    nats = model.nats(*random_maps(model, 2))
-    assert nats["top"].tolist() == pytest.approx([8 * math.log(5)] * 2)
-    assert nats["bottom"].tolist() == pytest.approx([32 * math.log(5)] * 2)
+    nats = model(*random_maps(model, 2), model.as_it_is(2))
+    assert nats["top"].tolist() == pytest.approx([math.log(5)] * 2)
+    assert nats["bottom"].tolist() == pytest.approx([math.log(5)] * 2)
 
 
 @torch.inference_mode()
@@ -294,19 +278,12 @@ def test_branches_start_small_and_a_codebook_starts_the_embeddings():
     )
     assert embedded.std().item() == pytest.approx(0.02, rel=1e-4)
     assert model.bottom.condition.weight[:-1].equal(embedded)
-    with pytest.raises(ValueError, match="codebook of shape"):
-        model.start_from(codebook[:5], codebook)
 
 
 def test_bad_arguments_say_what_was_expected():
     model = make_prior()
-    top, bottom, position = random_maps(model, 2)
-    with pytest.raises(ValueError, match=r"top codes of shape .* expected \(2, 4, 2\)"):
-        model.nats(top[:, :3], bottom, position)
-    with pytest.raises(ValueError, match="bottom codes from 0 to 5; expected 0 to 4"):
-        model.nats(top, bottom.clamp_max(0).index_fill(0, torch.tensor([1]), 5), position)
     with pytest.raises(ValueError, match=r"position 1\.5"):
-        model.nats(top, bottom, torch.tensor([0.5, 1.5]))
+        model.sample([0.5, 1.5], [0, 1])
     with pytest.raises(ValueError, match="no seeds"):
         model.sample([], [])
     with pytest.raises(ValueError, match=r"expected \(2,\)"):

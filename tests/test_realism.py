@@ -197,14 +197,3 @@ def test_audit_s_own_rates(n, flagged):
     assert (shares > found["margin"]).mean() <= 0.065 and (
         shares >= found["margin"]
     ).mean() >= 0.035
-
-
-# ---- bad input ----
-
-
-def test_features_that_cannot_be_compared_are_named():
-    features = np.zeros((5, 4))
-    with pytest.raises(ValueError, match=r"\(5, 3\); expected"):
-        metrics.kernel_distance(features, features[:, :3])
-    with pytest.raises(ValueError, match=r"\(3, 4\) and \(5, 4\); .* at least 4 rows"):
-        metrics.kernel_distance(features[:3], features)

@@ -94,19 +94,14 @@ def test_another_storage_order_gives_the_same_planes(tmp_path):
     )
 
 
-def test_axis_first_and_count_choose_the_planes(tmp_path):
-    run_slice(
-        write_release(tmp_path / "a", (4, 36, 40)), tmp_path / "out", axis=2, first=1, count=2
-    )
+def test_axis_and_count_choose_the_planes(tmp_path):
+    run_slice(write_release(tmp_path / "a", (4, 36, 40)), tmp_path / "out", axis=2, count=2)
     image = nibabel.load(tmp_path / "out" / "keras_slices_train" / name_of(4, 1))
-    np.testing.assert_array_equal(np.asarray(image.dataobj), noise(40, SHAPE)[:, :, 2])
+    np.testing.assert_array_equal(np.asarray(image.dataobj), noise(40, SHAPE)[:, :, SHAPE[2] // 2])
     np.testing.assert_allclose(
-        apply_affine(image.affine, [2, 5, 0]), apply_affine(RAS, [2, 5, 2]), atol=1e-4
+        apply_affine(image.affine, [2, 5, 0]), apply_affine(RAS, [2, 5, SHAPE[2] // 2]), atol=1e-4
     )
     assert len(list((tmp_path / "out").rglob("case_*"))) == 6
-    run_slice(tmp_path / "a", tmp_path / "first", axis=2, first=0, count=1)
-    image = nibabel.load(tmp_path / "first" / "keras_slices_train" / name_of(4, 0))
-    np.testing.assert_array_equal(np.asarray(image.dataobj), noise(40, SHAPE)[:, :, 0])
 
 
 def test_masks_that_lie_elsewhere_are_said(tmp_path, capsys):
@@ -146,15 +141,6 @@ def test_a_folder_that_holds_slices_is_refused(tmp_path):
     assert (np.asarray(mask.dataobj) == 1).all()
 
 
-def test_settings_that_cut_nothing_bind_nobody(tmp_path):
-    release = write_release(tmp_path / "a", (4, 36, 40))
-    with pytest.raises(ValueError, match="--count within"):
-        run_slice(release, tmp_path / "out", first=9, count=4)
-    assert not (tmp_path / "out").exists()
-    run_slice(release, tmp_path / "out")
-    assert list((tmp_path / "out").rglob("case_*"))
-
-
 def test_bad_volumes_are_listed_and_the_others_done(tmp_path):
     release, out = write_release(tmp_path / "a", (4, 5, 6, 7, 8, 36, 40)), tmp_path / "out"
     images, masks = SCHEMES["anonymous"]
@@ -188,7 +174,7 @@ def test_labels_of_masks_stay_what_they_are(tmp_path):
 
 
 def test_patients_are_split_as_in_the_course_or_by_seed():
-    course, line = split_patients({*range(4, 34), *range(35, 43)}, seed=0, split="auto")
+    course, line = split_patients({*range(4, 34), *range(35, 43)}, seed=0, hipmri=True)
     assert "course" in line and len(course) == 38
     assert [sum(split == name for name in course.values()) for split in SPLITS] == [31, 4, 3]
     assert (
@@ -196,15 +182,15 @@ def test_patients_are_split_as_in_the_course_or_by_seed():
         and course[36] == course[39] == "validate"
         and course[40] == "test"
     )
-    chosen, line = split_patients({1, *range(4, 33)}, seed=0)
+    chosen, line = split_patients({1, *range(4, 33)}, seed=0, hipmri=True)
     assert "seed 0" in line and [
         sum(split == name for name in chosen.values()) for split in SPLITS
     ] == [24, 3, 3]
-    assert chosen == split_patients({1, *range(4, 33)}, seed=0)[0]
-    assert chosen != split_patients({1, *range(4, 33)}, seed=1)[0]
-    assert sorted(split_patients({1, 2, 3}, seed=0)[0].values()) == sorted(SPLITS)
+    assert chosen == split_patients({1, *range(4, 33)}, seed=0, hipmri=True)[0]
+    assert chosen != split_patients({1, *range(4, 33)}, seed=1, hipmri=True)[0]
+    assert sorted(split_patients({1, 2, 3}, seed=0, hipmri=False)[0].values()) == sorted(SPLITS)
     with pytest.raises(ValueError, match="at least 3"):
-        split_patients({100, 101}, seed=0)
+        split_patients({100, 101}, seed=0, hipmri=False)
 
 
 def test_the_command_ends_in_code_2_and_one_line(tmp_path):
@@ -258,14 +244,10 @@ CUTS = [
 
 
 @pytest.mark.parametrize("plane, depth, tilt", CUTS)
-def test_all_orientations_give_the_same_slices_in_the_same_place(
-    tmp_path, plane, depth, tilt, capsys
-):
+def test_all_orientations_give_the_same_slices_in_the_same_place(tmp_path, plane, depth, tilt):
     for patient, codes in enumerate(ORIENTATIONS, 1):
         write_subject(tmp_path / "bids", patient, codes, tilt, mask_codes=ORIENTATIONS[-patient])
     run_slice(tmp_path / "bids", tmp_path / "out", plane=plane, count=0)
-    out = capsys.readouterr().out
-    assert ("oblique" in out) == bool(tilt) and "rows run to the patient's" in out
     pixels, affine = landmark(tilt)
     axes = {"coronal": (0, 2, 1), "axial": (0, 1, 2), "sagittal": (1, 2, 0)}[plane]
     expected = pixels.transpose(axes)
@@ -309,10 +291,6 @@ def test_no_split_is_empty_and_the_course_s_is_for_hipmri(tmp_path, capsys):
     assert all(any((tmp_path / "out" / f"keras_slices_{split}").iterdir()) for split in SPLITS)
     run_slice(write_release(tmp_path / "release", range(4, 8)), tmp_path / "other")
     assert "random split" in capsys.readouterr().out
-    with pytest.raises(
-        UserError, match=r"--split hipmri: 0 of 6 .* 6 train, 0 validate, 0 test.*--split random"
-    ):
-        run_slice(tmp_path / "bids", tmp_path / "third", split="hipmri")
 
 
 def test_clashes_are_shown_before_anything_is_written(tmp_path):
@@ -415,7 +393,7 @@ def test_a_lonely_volume_and_the_masks_of_one_other_session(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name, way", [("IM1.dcm", "dcm2niix"), ("slice.png", "save each as NIfTI"), ("a.txt", "")]
+    "name, way", [("IM1.dcm", "such as .*IM1.dcm. DICOM becomes NIfTI by `dcm2niix")]
 )
 def test_other_files_are_sent_their_way(tmp_path, name, way):
     (tmp_path / name).write_bytes(b"x")

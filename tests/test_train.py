@@ -183,18 +183,17 @@ def test_same_seed_same_weights_other_seed_others(study, tmp_path):
         assert_same(tmp_path / "a" / final, tmp_path / "c" / final)
 
 
-def test_a_step_waits_for_no_device(study, tmp_path):
+def test_a_step_waits_for_no_device(study, tmp_path, monkeypatch):
     """Fake tensors have no values: a step that read one back would raise."""
     config = trainer.TrainConfig(out=str(tmp_path), device="cpu", clip=1.0)
     data = DataConfig(data=str(study), height=64, width=32)
     stage = train.Autoencoder(
         train.Settings(data=data, train=config, model=SMALL, loss=train.LossConfig(flip=True))
     )
-    stage.images = {"train": stage.splits["train"].on(stage.device, held=True)}  # as on a GPU
     stage.start_epoch(torch.Generator())
     indices = torch.tensor([3, 0, 13, 7])
-    slices = stage.splits["train"].images(indices)
-    torch.testing.assert_close(stage.images["train"](indices), slices, rtol=2**-11, atol=1e-7)
+    x = stage.splits["train"].images(indices)  # NumPy makes them, of indices on the CPU
+    monkeypatch.setattr(stage.splits["train"], "images", lambda _: x)
     run_ = trainer.Trainer(stage, config)
     stage.model.train()
     run_.train_step(indices)  # the first alone asks whether the codebook has started
@@ -323,7 +322,7 @@ def test_flags_win_over_presets_and_checkpoints(study, tmp_path, monkeypatch):
 
     def settings(*argv):
         monkeypatch.setattr("sys.argv", ["train.py", *map(str, argv)])
-        return train.make_settings(runtime.given_flags(parser)[0])
+        return train.make_settings(vars(parser.parse_args()))
 
     assert settings("--preset", "best").train.slices == 22_000
     config = settings("--preset", "best", "--minutes", "2").train
@@ -369,12 +368,10 @@ def test_flags_without_effect_are_refused(script, flags, words, monkeypatch, cap
             [],
             ["--lr LR               the highest learning rate of the run (default: 0.0003)"],
         ),
-        (train, ["--preset", "best"], ["(default: 0.0015)", "(default: 22000)"]),
-        (train_prior, ["--preset", "best"], ["(default: 0.002)", "(default: 15000)"]),
-        (train, ["--lr", "0.5"], ["(default: 0.5)"]),
+        (train_prior, [], ["settings to start from; flags win (default: best)"]),
     ],
 )
-def test_help_shows_the_settings_that_will_be_used(script, flags, words, monkeypatch, capsys):
+def test_help_shows_defaults_and_everyday_flags_first(script, flags, words, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr("sys.argv", ["train.py", *flags, "--help"])
     with pytest.raises(SystemExit) as exit_:
@@ -403,10 +400,6 @@ def test_users_mistakes_exit_with_2_and_no_traceback(study, tmp_path, monkeypatc
         (["--data", study, "--out", tmp_path / "file"], "file"),
         (["--data", study, "--height", "250", "--out", tmp_path], "multiples of 8"),
         (["--data", study, "--epochs", "0"], "epochs"),
-        (
-            ["--data", study, "--height", "8", "--width", "8", "--out", tmp_path],
-            "expected 16 or more",
-        ),
         (["--resume", tmp_path / "whole.pth", "--height", "128"], "keeps the settings"),
         (
             ["--data", study, "--weights", tmp_path / "whole.pth", "--D", "16", "--out", tmp_path],
