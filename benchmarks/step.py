@@ -80,14 +80,15 @@ def seconds(run: trainer.Trainer, batch: torch.Tensor, steps: int) -> float:
 def shares(run: trainer.Trainer, batch: torch.Tensor, steps: int) -> dict[str, float]:
     """The share of each of `PARTS` in the CPU's time for a step. "pointwise" is all other
     operations, "Python" what is outside operations, which is in part the profiler itself."""
-    quantise, losses, images = VectorQuantiser.forward, train.losses, run.stage.images["train"]
+    quantise, losses, split = VectorQuantiser.forward, train.losses, run.stage.splits["train"]
     VectorQuantiser.forward, train.losses = named(quantise, "quantiser"), named(losses, "loss")
-    run.stage.images["train"] = named(images, "data")
+    split.images = named(split.images, "data")
     try:
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             whole = 1e6 * seconds(run, batch, steps)
     finally:
-        VectorQuantiser.forward, train.losses, run.stage.images["train"] = quantise, losses, images
+        VectorQuantiser.forward, train.losses = quantise, losses
+        del split.images
     spent = collections.Counter()
     for event in profiler.events():
         above, names = event, []

@@ -65,7 +65,7 @@ OUTSIDE = "outside scrambled"
 CONTROLS = (BY_PLACE, HALVES, MIXED, OUTSIDE)
 
 BOUNDS = (
-    "This limits how much these samples copy, as these two measures see it. It does not guarantee "
+    "This limits how much these samples copy, as these measures see it. It does not guarantee "
     "privacy. Not for diagnosis."
 )
 WORDS = {  # of the scorecard

@@ -146,7 +146,7 @@ def test_new_slices_appear_on_the_page_of_their_run(results):
     assert "56.78" in read(results).text and not (results / "generated" / "index.html").exists()
     alone = (results / "generated").rename(results.parent / "samples")
     results_page.write(alone)
-    assert "56.78" in read(alone).text and len(read(alone).sources) == 4
+    assert "56.78" in read(alone).text and len(read(alone).sources) == 3
 
 
 def test_a_folder_with_little_or_broken_files_has_a_page(results):

@@ -221,7 +221,7 @@ def test_a_run_that_fails_leaves_no_empty_folder(tmp_path, monkeypatch):
     left, kept = map(runtime.writable_folder, (tmp_path / "left" / "a", tmp_path / "kept" / "a"))
     runtime.write_text(kept / "written", "")
     assert left.is_dir()
-    for function, *args in at_exit:  # as at the end of the process
+    for function, *args in reversed(at_exit):  # as at the end of the process
         function(*args)
     assert os.listdir(tmp_path) == ["kept"] and os.listdir(kept) == ["written"]
 
