@@ -19,8 +19,8 @@ A decoder needs the coder's very probabilities: one that differs in its last bit
 follows. Sums round differently from one CPU, library and number of threads to the next, by some
 1e-6 in float32. So the priors compute in float64 here, where that is some 1e-14, and logits are
 rounded to a grid of 1/16. From there on whole numbers are the same everywhere. Two machines still
-differ where a logit lies within rounding of the middle between two steps of the grid: in one slice
-of some 50 million. The BLAKE2b of the codes tells, and the file is refused.
+differ where a logit lies within rounding of the middle between two steps of the grid: in less than
+one slice of ten million. The BLAKE2b of the codes tells, and the file is refused.
 """
 
 import hashlib
@@ -31,6 +31,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,8 +87,8 @@ class Coder:
         header["descrip"] = b""  # reconstructions have one of their own
         block = zlib.compress(header.binaryblock, 9, wbits=-15)
 
-        def put(name: str, plane: int, places: np.ndarray, weights: np.ndarray) -> np.ndarray:
-            codes = getattr(coded, name)[plane].ravel()[places].astype(np.int32)
+        def put(name: str, plane: int, at: np.ndarray, weights: np.ndarray) -> np.ndarray:
+            codes = getattr(coded, name)[plane][at].astype(np.int32)
             encoder.encode(codes, FAMILY, weights)
             return codes
 
@@ -133,8 +134,8 @@ class Coder:
     def visit(self, count: int, code: Callable[..., np.ndarray]) -> list[np.ndarray]:
         """The maps of `count` planes, top (count, h, w) and bottom (count, 2h, 2w) uint16.
 
-        `code(level, plane, places, weights=)` tells the codes (M,) at places (M,) of a flat map.
-        weights (M, K) say how likely each code is there, given all that were told before.
+        `code(level, plane, at, weights=)` tells the codes (M,) of a map at (h, w) bool. weights
+        (M, K) say how likely each code is there, given all that were told before.
         """
         device = self.prior.top.rows.device
         known = torch.full((1,), math.nan, device=device), self.prior.as_it_is(1)
@@ -145,12 +146,10 @@ class Coder:
                 level = getattr(self.prior, name)
                 context = level.context(*known, condition)
                 codes = torch.full((1, *level.shape), level.K, device=device)  # all are hidden
-                for places in groups(level.shape, GROUPS[name]):
-                    at = torch.zeros(codes.numel(), dtype=torch.bool)
-                    at[places] = True
-                    at = at.view_as(codes).to(device)
-                    told = code(name, plane, places, weights=weigh(level(codes, context, at)))
-                    codes[at] = torch.from_numpy(told).to(codes)
+                for at in groups(level.shape, GROUPS[name]):
+                    asked = torch.from_numpy(at)[None].to(device)
+                    told = code(name, plane, at, weights=weigh(level(codes, context, asked)))
+                    codes[asked] = torch.from_numpy(told).to(codes)
                 found[plane] = codes[0].cpu().numpy()
                 condition = codes  # of the bottom codes
         return maps
@@ -176,18 +175,18 @@ def weigh(logits: Tensor) -> np.ndarray:
 
 @lru_cache
 def groups(shape: tuple[int, int], count: int) -> list[np.ndarray]:
-    """The places of a flat map, sorted, in `count` groups that grow.
+    """Where the codes of each of `count` groups lie in a map, (h, w) bool; the groups grow.
 
     They come in the order of a dither matrix (Bayer 1973), which compares the bits of row and
     column, the lowest first: what is known at any time lies evenly over the map.
     """
-    rows, columns = np.indices(shape).reshape(2, -1)
-    rank = 0
+    (rows, columns), rank = np.indices(shape), 0
     for bit in range(max(shape).bit_length()):
         row, column = rows >> bit & 1, columns >> bit & 1
         rank = 4 * rank + 2 * (row ^ column) + column
-    ends = [round(len(rows) * (i / count) ** 1.5) for i in range(1, count)]
-    return [np.sort(places) for places in np.split(rank.argsort(kind="stable"), ends)]
+    turn = rank.ravel().argsort().argsort().reshape(shape)  # 0 is the first to be coded
+    ends = [round(rank.size * (i / count) ** 1.5) for i in range(count + 1)]
+    return [(turn >= first) & (turn < end) for first, end in pairwise(ends)]
 
 
 def depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
