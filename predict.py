@@ -188,9 +188,7 @@ def score_masks(decoded: np.ndarray, test: SliceDataset, net: Segmenter | None) 
         drawn["unet"] = np.concatenate([organs.segment(net, part) for part in images])
     for name, masks in drawn.items():
         patients, dice = organs.dice_by_patient(masks, truth, whose, len(test.labels))
-        known = ~np.isnan(dice)  # NaN: neither the real masks of a patient nor these show it
-        mean = np.nansum(dice, 1) / known.sum(1).clip(1)
-        columns = {"mean": np.where(known.any(1), mean, np.nan)}
+        columns = {"mean": organs.mean_of_known(dice)}
         columns |= {f"label_{label}": dice[:, i] for i, label in enumerate(test.labels[1:])}
         tables[name] = {}
         for organ, values in columns.items():

@@ -337,3 +337,10 @@ def dice_by_patient(
         sizes[patient] += np.bincount(b, minlength=labels)
     with np.errstate(invalid="ignore"):
         return names, (2 * shared / sizes)[:, 1:]
+
+
+def mean_of_known(values: np.ndarray) -> np.ndarray:
+    """The means of values (..., n) over what is not NaN in the last axis; NaN where all is."""
+    known = ~np.isnan(values)
+    means = np.nansum(values, -1) / known.sum(-1).clip(1)
+    return np.where(known.any(-1), means, np.nan)[()]  # a number of one row

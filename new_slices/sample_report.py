@@ -219,7 +219,7 @@ def score_anatomy(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tup
         table[name] = {"plausible": (together & fine.all(1)).mean()}
         if row.masks is not None:
             _, dice = organs.dice_by_patient(masks, row.masks, np.zeros(len(masks)), labels)
-            table[name]["agreement"] = np.nanmean(dice)
+            table[name]["agreement"] = organs.mean_of_known(dice[0])
             if name == SAMPLES:
                 verdicts = organs.judge_masks(row.masks, masks, drawn, train.labels)
     return table, verdicts
@@ -325,7 +325,7 @@ def score_variety(inputs: Inputs) -> dict | None:
     if m < 2:
         return None
     real = inputs.images("test", inputs.twins[:m])
-    span, report = float(np.median(np.ptp(real, (1, 2)))), {"n": m}
+    span, report = float(np.median([metrics.value_range(each) for each in real])), {"n": m}
     for name, images in (("samples", inputs.samples.images[:m]), ("real", real)):
         mean, error = metrics.mean_pairwise_ms_ssim(images, span, seed=inputs.seed)
         report[name] = {"ms_ssim": mean, "standard_error": error}

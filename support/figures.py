@@ -95,6 +95,14 @@ def draw_letters(axes, letters: str, left: float, top: float, height: int, width
             axes.text(x, y, name, fontsize=6.5, color="yellow", ha="center", va="center")
 
 
+def panel_height(most: float, height: int, width: int) -> float:
+    """Inches, `most` but for a slice of height x width that is more than twice as wide as high.
+
+    Such a one is as wide as one of that shape, or pictures would outgrow what their files can hold.
+    """
+    return most * min(1, 2 * height / width)
+
+
 # ---- pictures ----
 
 
@@ -145,17 +153,18 @@ def comparison_sheet(
     span = {"cmap": "inferno", "vmin": 0, "vmax": max(np.percentile(differences, 99.9), 1e-6)}
     height, width = rows[0][1].shape
     # All lengths here are inches.
-    panel, gap, group_gap, bottom = PANEL * width / height, 0.06, 0.3, 0.15 + 0.2 * bool(masks)
+    high, gap, group_gap = panel_height(PANEL, height, width), 0.06, 0.3
+    panel, bottom = high * width / height, 0.15 + 0.2 * bool(masks)
     wide = len(rows) * (3 * (panel + gap) + group_gap) + 0.9
-    figure = Figure(figsize=(wide, tall := bottom + PANEL + 0.75 + 0.3 * bool(note)), dpi=DPI)
+    figure = Figure(figsize=(wide, tall := bottom + high + 0.75 + 0.3 * bool(note)), dpi=DPI)
 
     def place(left: float, width: float):
-        return figure.add_axes((left / wide, bottom / tall, width / wide, PANEL / tall))
+        return figure.add_axes((left / wide, bottom / tall, width / wide, high / tall))
 
     left = group_gap / 2
     for i, (title, original, reconstruction) in enumerate(rows):
         grey = {"vmin": original.min(), "vmax": original.max()}
-        middle = (left + 1.5 * panel + gap) / wide, (bottom + PANEL + 0.3) / tall
+        middle = (left + 1.5 * panel + gap) / wide, (bottom + high + 0.3) / tall
         figure.text(*middle, title, fontsize=9, ha="center", va="bottom")
         slices = {"original": original, "reconstruction": reconstruction}
         for j, (name, image) in enumerate(slices.items()):
@@ -188,7 +197,8 @@ def code_maps(
     Codes have no order: colours only tell them apart.
     """
     height, width = original.shape
-    figure = new_figure(3 * PANEL * width / height + 2.6, PANEL + 0.9)
+    high = panel_height(PANEL, height, width)
+    figure = new_figure(3 * high * width / height + 2.6, high + 0.9)
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots(1, 3)
     _show(axes[0], original, f"original {height}x{width}")
@@ -223,7 +233,7 @@ def slice_grid(
     letters: str = "",
     label_values: Sequence[int] = (),
 ) -> None:
-    """Draw groups of slices side by side, each in rows of `columns`, `panel` inches high.
+    """Draw groups of slices side by side, each in rows of `columns`, `panel` inches high at most.
 
     A slice is its title, the image (H, W) and its mask (H, W), whose outlines are drawn, or None.
     All share one grey scale: span[0] is black, span[1] white. The letters, see the top of this
@@ -236,7 +246,8 @@ def slice_grid(
     tall, wide = rows * (height + top), columns * (width + side)
     # Inches: a pixel, above the slices, below them, and the whole picture.
     outlined = any(mask is not None for slices in groups.values() for *_, mask in slices)
-    scale, head, foot = panel / height, 0.3 + 0.25 * bool(note), 0.1 + 0.2 * outlined
+    scale = panel_height(panel, height, width) / height
+    head, foot = 0.3 + 0.25 * bool(note), 0.1 + 0.2 * outlined
     size = len(groups) * (wide * scale + 0.3), tall * scale + head + foot
     figure, drawn = Figure(figsize=size, dpi=DPI), []
     for number, (title, slices) in enumerate(groups.items()):

@@ -88,6 +88,16 @@ def test_comparison_sheet_has_one_scale_for_all_differences(tmp_path, drawn, sha
     assert_nothing_cut(drawn[0])
 
 
+def test_pictures_of_wide_slices_fit_into_files(tmp_path, drawn):
+    """A WebP file, as on the results page, holds 16,383 pixels a side."""
+    wide = np.tile(np.arange(320.0), (16, 1))
+    figures.comparison_sheet(tmp_path / "c.png", [("", wide, wide)] * 3)
+    figures.code_maps(tmp_path / "m.png", wide, *np.zeros((2, 4, 80), int))
+    groups = {name: [("", wide, None)] * 8 for name in ("held-out", "new")}
+    figures.slice_grid(tmp_path / "g.png", groups, 8, (0, 320))
+    assert all(120 * max(figure.get_size_inches()) < 16_383 for figure in drawn)
+
+
 @pytest.mark.parametrize("letters", ["RS", "PL", "IA"])
 def test_edges_are_named_as_the_affine_tells(tmp_path, drawn, letters):
     """The affine of rows that run to the first letter and columns to the second names the edges."""

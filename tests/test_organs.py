@@ -296,3 +296,10 @@ def test_a_folder_that_may_only_be_read_costs_nothing(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("shape", [(64, 32), (40, 24), (256, 128)])
 def test_any_size(shape):
     assert organs.Segmenter(5, 8).eval()(torch.zeros(1, 1, *shape)).shape == (1, 5, *shape)
+
+
+@pytest.mark.filterwarnings("error")
+def test_means_are_of_what_is_known():
+    rows = np.array([[1, np.nan, 3], [np.nan] * 3])
+    np.testing.assert_array_equal(organs.mean_of_known(rows), [2, np.nan])
+    assert organs.mean_of_known(rows[0]) == 2 and np.isnan(organs.mean_of_known(rows[1]))

@@ -1,9 +1,12 @@
 """Every measure against brute force or a closed form, and controls that it must see."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy.signal import correlate2d
 
+from new_slices import sample_report
 from support import metrics
 
 
@@ -197,3 +200,12 @@ def test_audit_s_own_rates(n, flagged):
     assert (shares > found["margin"]).mean() <= 0.065 and (
         shares >= found["margin"]
     ).mean() >= 0.035
+
+
+def test_variety_beside_slices_of_one_value_is_a_number():
+    """Most test slices may be black, as those above and below a body are: their range is 1."""
+    flat, noise = np.zeros((4, 32, 32)), np.random.default_rng(0).normal(size=(4, 32, 32))
+    samples, twins = SimpleNamespace(images=noise), np.arange(4)
+    inputs = SimpleNamespace(samples=samples, twins=twins, seed=0, images=lambda *_: flat)
+    found = sample_report.score_variety(inputs)
+    assert found["real"]["ms_ssim"] == 1 and 0 <= found["samples"]["ms_ssim"] < 0.5
