@@ -53,14 +53,17 @@ def study(tmp_path_factory) -> Path:
                 rng = np.random.default_rng([patient, number])
                 rows, columns = np.mgrid[:64, :32]
                 disc = np.hypot(rows - 32 - patient % 5, columns - 16) < 10 + number
-                pixels = (
-                    100 * (2 + disc + 0.1 * rng.normal(size=disc.shape)) * (np.abs(rows - 32) < 28)
-                )
+                pixels = 100 * (2 + disc + 0.1 * rng.normal(size=disc.shape))
+                pixels = (pixels * (np.abs(rows - 32) < 28)).astype(np.float32)
                 name = f"case_{patient:03d}_week_0_slice_{number}.nii.gz"
-                nifti.write(
-                    folder / f"keras_slices_{split}" / name, pixels.astype(np.float32), np.eye(4)
-                )
+                nifti.write(folder / f"keras_slices_{split}" / name, pixels, np.eye(4))
     return folder
+
+
+def write_mask(path: Path, mask: np.ndarray) -> None:
+    """Write the mask of the slice at `path`, where a study has it."""
+    folder = path.parent.with_name(path.parent.name.replace("slices_", "slices_seg_"))
+    nifti.write(folder / path.name.replace("case", "seg"), mask.astype(np.uint8), np.eye(4))
 
 
 @pytest.fixture(scope="session")
@@ -69,12 +72,8 @@ def masked_study(study, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("masked") / "keras_slices_data"
     shutil.copytree(study, folder)
     for path in sorted(folder.glob("keras_slices_t*/*.nii.gz")):
-        mask = (nifti.read(path).raw > 250).astype(np.uint8) * 7
         if path.name != "case_005_week_0_slice_6.nii.gz":
-            name = path.name.replace("case_", "seg_")
-            nifti.write(
-                folder / path.parent.name.replace("slices_", "slices_seg_") / name, mask, np.eye(4)
-            )
+            write_mask(path, 7 * (nifti.read(path).raw > 250))
     return folder
 
 
@@ -85,13 +84,11 @@ def organs_study(study, tmp_path_factory) -> Path:
     shutil.copytree(study, folder)
     rows, columns = np.mgrid[:64, :32]
     for path in folder.glob("keras_slices_*/case_*.nii.gz"):
-        _, patient, _, _, _, number = path.name.removesuffix(".nii.gz").split("_")
-        if (patient, number) != ("040", "1"):
-            mask = np.where(np.hypot(rows - 32, columns - 16) < 8 + int(number), 5, 0)
+        if path.name != "case_040_week_0_slice_1.nii.gz":
+            number = int(path.name.removesuffix(".nii.gz").split("_")[-1])
+            mask = np.where(np.hypot(rows - 32, columns - 16) < 8 + number, 5, 0)
             mask[:8, :8] = 9
-            place = folder / path.parent.name.replace("slices_", "slices_seg_")
-            name = path.name.replace("case", "seg")
-            nifti.write(place / name, mask.astype(np.uint8), np.eye(4))
+            write_mask(path, mask)
     return folder
 
 

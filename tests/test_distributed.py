@@ -25,27 +25,18 @@ from support import runtime, trainer
 
 # Many codes die, and restart at random vectors.
 MODEL = dataclasses.replace(SMALL, K=32, revive=0.5)
-TINY = PriorConfig(
-    prior_channels=16, prior_heads=2, prior_top_layers=1, prior_bottom_layers=1, prior_dropout=0.0
-)
+ONE_LAYER = {"prior_top_layers": 1, "prior_bottom_layers": 1}
+TINY = PriorConfig(prior_channels=16, prior_heads=2, prior_dropout=0.0, **ONE_LAYER)
 # What is compared exactly is computed in float32 on every machine.
-SETTINGS = {
-    "bf16": "off",
-    "device": "cpu",
-    "lr": 1e-3,
-    "schedule": "cosine",
-    "weight_decay": 0.01,
-    "clip": 1.0,
-}
+SETTINGS = {"bf16": "off", "device": "cpu", "lr": 1e-3, "schedule": "cosine"}
+SETTINGS |= {"weight_decay": 0.01, "clip": 1.0}
 
 
 def fit(study, out, batch_size, checkpoint=None):
     config = trainer.TrainConfig(out=str(out), epochs=2, batch_size=batch_size, **SETTINGS)
     data = DataConfig(data=str(study), height=64, width=32)
     loss = train.LossConfig(flip=True)
-    return train.train_autoencoder(
-        train.Settings(data=data, train=config, model=MODEL, loss=loss, checkpoint=checkpoint)
-    )
+    return train.train_autoencoder(train.Settings(data, config, MODEL, loss, "", checkpoint))
 
 
 def fit_prior(autoencoder, out, batch_size):
@@ -79,9 +70,8 @@ def on_one_of_two(study: str, autoencoder: str, out: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             fit(study, out / "stopped", batch_size=2)
         train.losses = losses
-        train.losses = in_the_6th_step_of_rank_1(
-            lambda terms: terms.update(loss=terms["loss"] * torch.nan)
-        )
+        breaks = lambda terms: terms.update(loss=terms["loss"] * torch.nan)  # noqa: E731
+        train.losses = in_the_6th_step_of_rank_1(breaks)
         fit(study, out / "broken", batch_size=2)
 
 
@@ -105,31 +95,23 @@ def studied(study, tmp_path_factory):
 
 
 def epochs(path):
-    return [
-        record
-        for record in runtime.load_checkpoint(path, "vqvae2", "prior")["history"]
-        if "epoch" in record
-    ]
+    history = runtime.load_checkpoint(path, "vqvae2", "prior")["history"]
+    return [record for record in history if "epoch" in record]
 
 
 def assert_close(one, other):
     """The curves of both runs by term, the codes that they used, their weights and codebooks."""
     for mine, theirs in zip(epochs(one), epochs(other), strict=True):
-        assert (mine["epoch"], mine["step"], mine["codes"]) == (
-            theirs["epoch"],
-            theirs["step"],
-            theirs["codes"],
-        )
+        for same in ("epoch", "step", "codes"):
+            assert mine[same] == theirs[same]
         for split in ("train", "validate"):
             assert mine[split] == pytest.approx(theirs[split], rel=1e-5), split
         assert mine["lr"] == pytest.approx(theirs["lr"], rel=1e-9)
-    one, other = (
-        runtime.load_checkpoint(path, "vqvae2", "prior")["model"] for path in (one, other)
-    )
+    files = (runtime.load_checkpoint(path, "vqvae2", "prior") for path in (one, other))
+    one, other = (file["model"] for file in files)
     for name, value in one.items():
-        torch.testing.assert_close(
-            value, other[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        said = lambda message, name=name: f"{name}: {message}"  # noqa: E731
+        torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-5, msg=said)
 
 
 def test_the_prior_learns_as_one_process_does(studied):
@@ -156,9 +138,8 @@ def test_one_process_goes_on_where_two_were_stopped(studied):
     checkpoint = runtime.load_checkpoint(out / "stopped" / "vqvae2_interrupted.pth", "vqvae2")
     assert (checkpoint["step"], checkpoint["seen"], checkpoint["epoch"]) == (6, 8, 1)
     fit(study, out / "stopped", 4, checkpoint)
-    assert_close(
-        out / "stopped" / "vqvae2_epoch_final.pth", out / "whole" / "vqvae2_epoch_final.pth"
-    )
+    final = "vqvae2_epoch_final.pth"
+    assert_close(out / "stopped" / final, out / "whole" / final)
 
 
 def test_a_rank_that_dies_ends_the_run_with_its_error(studied):
@@ -166,15 +147,10 @@ def test_a_rank_that_dies_ends_the_run_with_its_error(studied):
     assert done.returncode != 0
     assert "error of rank 1: the loss is nan at epoch 2, step 6, on case_00" in done.stderr
     assert "exitcode  : 2" in done.stderr
-    assert {path.name for path in (out / "broken").glob("*.pth")} == {
-        "vqvae2_epoch_1.pth",
-        "vqvae2_best.pth",
-    }
+    assert done.stdout.count("training") == 3, done.stdout  # only rank 0 prints
+    left = {path.name for path in (out / "broken").glob("*.pth")}
+    assert left == {"vqvae2_epoch_1.pth", "vqvae2_best.pth"}
     assert runtime.load_checkpoint(out / "broken" / "vqvae2_epoch_1.pth", "vqvae2")["step"] == 4
-
-
-def test_only_rank_0_prints(studied):
-    assert studied[2].stdout.count("training") == 3, studied[2].stdout
 
 
 def test_without_torchrun_there_is_no_process_group():

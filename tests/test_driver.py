@@ -1,86 +1,72 @@
-"""The whole story as a user runs it, on a study and on a phantom of a few slices."""
+"""What driver.py tells each stage of the story; test_readme.py runs them all."""
 
-import json
 from pathlib import Path
 
 import pytest
 from conftest import command
-from test_train import SHAPE_FLAGS
 
 import driver
+import train
 import train_prior
-from new_slices import organs
 from support import phantom, runtime
 
-PRIOR_FLAGS = "--prior-slices 12 --n 3".split()
 
-
-def test_data_training_scores_and_new_slices_in_one_command(study, tmp_path, monkeypatch):
+@pytest.fixture
+def stages(tmp_path, monkeypatch):
+    """What each stage is called with; the stages themselves are run in test_readme.py."""
     monkeypatch.chdir(tmp_path)
-    flags = [*SHAPE_FLAGS, *PRIOR_FLAGS, "--epochs", 2, "--nifti", "--seed", 1]
-    code, out, err = command(driver, "--data", study, *flags)
-    assert code == 0, err
-    results = tmp_path / "Results"
-    manifest = json.loads((results / "generated" / "manifest.json").read_text())
-    assert (manifest["done"], manifest["seed"], manifest["data"]["study"]) == (3, 1, study.name)
-    assert driver.CAUTIOUS.items() <= manifest["settings"].items()  # priors of a few minutes
-    for which, file in (("autoencoder", "vqvae2_best.pth"), ("prior", "prior_best.pth")):
-        assert manifest[which]["sha256"] == runtime.sha256(results / file)
-    assert json.loads((results / "generated" / "report.json").read_text())["n"] == 3
-    assert out.splitlines()[-1] == "open Results/index.html"
-    shown = (results / "index.html").read_text()
-    assert shown.count("<h2") == 4 and shown.count("<img") == 8 and str(tmp_path) not in shown
-    scores = json.loads((results / "metrics.json").read_text())
-    assert scores["n"] == 6 and set(scores["ssim_report"]["per_patient"]) == {"040", "041"}
-    assert f"{scores['ssim_report']['mean']:.4g}" in out
-    written = sorted(path.name for path in (results / "reconstructions").iterdir())
-    assert written == sorted(path.name for path in (study / "keras_slices_test").iterdir())
-    # The report's.
-    assert json.loads((results / "log.jsonl").read_text().splitlines()[0])["train"]["lr"] == 3e-4
+    called, best, prior = {}, "best.pth", "prior.pth"
+    for module, name, result in (
+        (driver.train, "train_autoencoder", best),
+        (driver.predict, "predict", None),
+        (driver.train_prior, "train_prior", prior),
+        (driver.generate, "generate", None),
+    ):
+        stage = lambda *args, name=name, result=result: called.update({name: args}) or result  # noqa: E731
+        monkeypatch.setattr(module, name, stage)
+    return called
 
 
-def test_without_data_it_makes_a_phantom_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tiny = phantom.PhantomConfig(
-        train_patients=1, validate_patients=1, test_patients=1, weeks=1, slices=2
-    )
+def test_without_data_it_makes_a_phantom_and_says_so(stages, tmp_path, monkeypatch):
+    split = {"train_patients": 1, "validate_patients": 1, "test_patients": 1}
+    tiny = phantom.PhantomConfig(**split, weeks=1, slices=2)
     monkeypatch.setattr(phantom.write_phantom, "__defaults__", (tiny,))
-    learn = organs.train_segmenter
-    monkeypatch.setattr(organs, "train_segmenter", lambda *a, **k: learn(*a[:4], 2, **k))
-    flags = "--K 16 --D 8 --channels 8 --top-channels 8 --epochs 1 --device cpu --prior-slices 0"
-    _, out, _ = command(driver, *flags.split())
-    assert (tmp_path / "phantom_slices_data" / "SYNTHETIC.txt").exists() and "SYNTHETIC" in out
-    metrics = json.loads((tmp_path / "Results" / "metrics.json").read_text())
-    assert metrics["n"] == 2 and metrics["data"]["synthetic"]
-    checkpoint = runtime.load_checkpoint(tmp_path / "Results" / "vqvae2_best.pth", "vqvae2")
-    assert checkpoint["loss_config"]["ssim"] == 1.0  # the quick preset, where there is no study
-    assert not (tmp_path / "Results" / "generated").exists()  # --prior-slices 0
+    code, out, _ = command(driver, "--prior-slices", 0)
+    assert code == 0 and "making a synthetic one" in out
+    (first,), (_, data) = stages["train_autoencoder"], stages["predict"]
+    assert first.data.data == data.data == "phantom_slices_data"
+    assert first.loss.ssim == 1.0  # the quick preset, where there is no study
+    assert (tmp_path / "phantom_slices_data" / "SYNTHETIC.txt").exists()
+    assert stages.keys() == {"train_autoencoder", "predict"}  # --prior-slices 0
 
 
 @pytest.mark.parametrize(
-    "flags, preset, slices",
+    "flags, preset, priors, slices",
     [
-        ([], "best", 15_000),
-        (["--preset", "quick"], "quick", 2_800),
-        (["--prior-slices", 9], "best", 9),
+        ([], "report", "best", 15_000),
+        (["--preset", "quick"], "quick", "quick", 2_800),
+        (["--prior-slices", 9], "report", "best", 9),
     ],
 )
-def test_the_priors_suit_the_preset(study, tmp_path, monkeypatch, flags, preset, slices):
-    monkeypatch.chdir(tmp_path)
-    found = []
-    for module, name in ((driver.train, "train_autoencoder"), (driver.predict, "predict")):
-        monkeypatch.setattr(module, name, lambda *args: "best.pth")
-    monkeypatch.setattr(
-        driver.train_prior, "train_prior", lambda settings: found.append(settings) or "prior.pth"
-    )
-    monkeypatch.setattr(driver.generate, "generate", lambda *args: None)
-    command(driver, "--data", study, "--seed", 3, *flags)
-    (used,) = found
-    expected = train_prior.make_settings({"preset": preset})
-    assert used.prior == expected.prior and used.codes.bottom_every == expected.codes.bottom_every
-    assert (used.train.lr, used.train.slices) == (expected.train.lr, slices)
-    assert used.train.seed == 3 and used.codes.checkpoint == "best.pth"
-    assert used.data.data == str(study) and not Path("phantom_slices_data").exists()
+def test_every_stage_is_told_what_the_flags_say(study, stages, flags, preset, priors, slices):
+    code, out, err = command(driver, "--data", study, "--seed", 3, "--n", 5, "--nifti", *flags)
+    assert code == 0, err
+    assert out.splitlines()[-1] == "open Results/index.html"
+    (first,), (scored, data), (second,), (sampled, _) = stages.values()
+    expected = train.make_settings({"preset": preset, "seed": 3, "data": str(study)})
+    assert (first.train, first.model, first.loss) == (expected.train, expected.model, expected.loss)
+    assert (scored.checkpoint, scored.out, scored.nifti) == ("best.pth", "Results", True)
+    assert first.data.data == second.data.data == data.data == str(study)
+    expected = train_prior.make_settings({"preset": priors})
+    assert second.prior == expected.prior
+    assert second.codes.bottom_every == expected.codes.bottom_every
+    assert (second.train.lr, second.train.slices) == (expected.train.lr, slices)
+    assert second.train.seed == 3 and second.codes.checkpoint == "best.pth"
+    assert (sampled.n, sampled.seed, sampled.out) == (5, 3, str(Path("Results", "generated")))
+    assert (sampled.checkpoint, sampled.prior) == ("best.pth", "prior.pth")
+    cautious = driver.CAUTIOUS.items() <= vars(sampled).items()
+    assert cautious == (slices < driver.FEW_SLICES)  # priors of a few minutes
+    assert not Path("phantom_slices_data").exists()
 
 
 @pytest.mark.parametrize(

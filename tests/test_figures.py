@@ -2,7 +2,6 @@
 
 from itertools import combinations
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -32,9 +31,7 @@ def drawn(monkeypatch):
 
 
 def texts(figure):
-    return {
-        text.get_text() for text in figure.findobj(Text) if text.get_visible() and text.get_text()
-    }
+    return {text.get_text() for text in figure.findobj(Text) if text.get_visible()}
 
 
 def assert_nothing_cut(figure):
@@ -56,7 +53,7 @@ def test_save_slice_is_pixel_for_pixel(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "flat.png"]
 
 
-@pytest.mark.parametrize("epochs", [1, 3, 200])
+@pytest.mark.parametrize("epochs", [1, 200])
 def test_loss_plot_shows_both_curves(tmp_path, drawn, epochs):
     train, validation = np.linspace(2, 1, epochs), np.linspace(3, 1, epochs)
     figures.loss_plot(tmp_path / "loss.png", list(train), list(validation))
@@ -66,7 +63,7 @@ def test_loss_plot_shows_both_curves(tmp_path, drawn, epochs):
     assert_nothing_cut(drawn[0])
 
 
-@pytest.mark.parametrize("shape", [(256, 128), (64, 32), (128, 128)])
+@pytest.mark.parametrize("shape", [(256, 128), (64, 64)])
 def test_comparison_sheet_has_one_scale_for_all_differences(tmp_path, drawn, shape):
     """A tenth of the range looks the same in a slice of range 4 and in one of range 400."""
     small = np.tile(np.linspace(-2, 2, shape[1]), (shape[0], 1))
@@ -82,9 +79,8 @@ def test_comparison_sheet_has_one_scale_for_all_differences(tmp_path, drawn, sha
     assert panels[3].get_clim() == panels[4].get_clim() == (-200, 200)  # of the original, for both
     titles = [text.get_window_extent() for text in drawn[0].texts]
     assert not any(one.overlaps(other) for one, other in combinations(titles, 2))
-    assert {rows[0][0], "synthetic phantom, not MRI", "original", "reconstruction"} <= texts(
-        drawn[0]
-    )
+    said = {rows[0][0], "synthetic phantom, not MRI", "original", "reconstruction"}
+    assert said <= texts(drawn[0])
     assert_nothing_cut(drawn[0])
 
 
@@ -98,7 +94,7 @@ def test_pictures_of_wide_slices_fit_into_files(tmp_path, drawn):
     assert all(120 * max(figure.get_size_inches()) < 16_383 for figure in drawn)
 
 
-@pytest.mark.parametrize("letters", ["RS", "PL", "IA"])
+@pytest.mark.parametrize("letters", ["PL", "IR"])
 def test_edges_are_named_as_the_affine_tells(tmp_path, drawn, letters):
     """The affine of rows that run to the first letter and columns to the second names the edges."""
     axes = np.array([["LRPAIS".index(letter) for letter in letters]]) // 2
@@ -107,9 +103,8 @@ def test_edges_are_named_as_the_affine_tells(tmp_path, drawn, letters):
     assert nifti.directions(affine) == [letters]
     codes = np.zeros((4, 2), int)
     figures.code_maps(tmp_path / "m.png", SLICE, codes, codes, "", letters)
-    figures.slice_grid(
-        tmp_path / "g.png", {"a": [("", SLICE, None)] * 2}, 2, (0, 1), letters=letters
-    )
+    panels = {"a": [("", SLICE, None)] * 2}
+    figures.slice_grid(tmp_path / "g.png", panels, 2, (0, 1), letters=letters)
     figures.comparison_sheet(tmp_path / "c.png", [("", SLICE, SLICE)], letters=[letters])
     for figure in drawn:
         names = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
@@ -151,28 +146,23 @@ def test_code_maps_show_the_codes(tmp_path, drawn):
 
 
 def test_ssim_histogram_counts_every_slice(tmp_path, drawn):
-    figures.ssim_histogram(
-        tmp_path / "h.png", RNG.normal(0.9, 0.02, 38), "synthetic phantom, not MRI"
-    )
+    scores, note = RNG.normal(0.9, 0.02, 38), "synthetic phantom, not MRI"
+    figures.ssim_histogram(tmp_path / "h.png", scores, note)
     assert sum(bar.get_height() for bar in drawn[0].axes[0].patches) == 38
-    assert "SSIM of the test slices (n = 38)\nsynthetic phantom, not MRI" in texts(drawn[0])
+    assert f"SSIM of the test slices (n = 38)\n{note}" in texts(drawn[0])
     assert_nothing_cut(drawn[0])
-
-
-def test_a_histogram_of_equal_values_is_one_bar(tmp_path):
-    figures.ssim_histogram(tmp_path / "h.png", np.array([0.5]))
-    assert (tmp_path / "h.png").stat().st_size > 1000
-    assert mpl.rcParams["figure.dpi"] == mpl.rcParamsDefault["figure.dpi"]
+    figures.ssim_histogram(tmp_path / "one.png", np.array([0.5]))  # of equal values: one bar
+    assert [bar.get_height() for bar in drawn[1].axes[0].patches if bar.get_height()] == [1]
 
 
 @pytest.mark.parametrize("models", [1, 3])
 def test_rate_distortion_draws_every_curve_and_point(tmp_path, drawn, models):
     bits = np.array([0.1, 0.4, 0.8, 2.0])
     codecs = {"JPEG": (bits, 1 - 0.1 / bits), "AVIF": (bits, 1 - 0.05 / bits)}
-    points = {
-        f"runs/model_{i}": {"nominal": (0.7 - 0.2 * i, 0.95), "prior": (0.5 - 0.2 * i, 0.95)}
-        for i in range(models)
-    }
+    points = {}
+    for i in range(models):
+        nominal, prior = (0.7 - 0.2 * i, 0.95), (0.5 - 0.2 * i, 0.95)
+        points[f"runs/model_{i}"] = {"nominal": nominal, "prior": prior}
     panels = {"abdomen (n = 4)": (codecs, points), "heart (n = 9)": (codecs, points)}
     scores = {"SSIM": panels, "PSNR, dB": panels}
     rate_distortion.draw(tmp_path / "r.png", scores, "synthetic phantom, not MRI")
@@ -186,16 +176,8 @@ def test_rate_distortion_draws_every_curve_and_point(tmp_path, drawn, models):
         for xy in (of[kind] for of in points.values() for kind in of):
             (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
             assert left < xy[0] < right and low < xy[1] < high
-    shown = texts(drawn[0])
-    assert {
-        "JPEG",
-        "AVIF",
-        "nominal",
-        "prior",
-        *points,
-        *panels,
-        "synthetic phantom, not MRI",
-    } <= shown
+    said = {"JPEG", "AVIF", "nominal", "prior", "synthetic phantom, not MRI"}
+    assert {*said, *points, *panels} <= texts(drawn[0])
     # Headings, and each entry once.
     assert len(drawn[0].legends[0].get_texts()) == 3 + 2 + 2 + models
     for axes in drawn[0].axes:  # a model's line and points have its colour, and no codec's

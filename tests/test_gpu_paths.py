@@ -14,24 +14,10 @@ import train_prior
 from dataset import Mirror
 from support import trainer
 
-SMALL = {
-    "K": 32,
-    "D": 16,
-    "channels": 16,
-    "top_channels": 16,
-    "residual_channels": 16,
-    "height": 32,
-    "width": 16,
-}
-TRAIN = {
-    "optimiser": "muon",
-    "epochs": 1,
-    "batch_size": 7,
-    "lr": 1e-3,
-    "warmup": 0.1,
-    "clip": 1.0,
-    "bf16": "off",
-}
+SMALL = {"K": 32, "D": 16, "channels": 16, "top_channels": 16, "residual_channels": 16}
+SMALL |= {"height": 32, "width": 16}
+TRAIN = {"optimiser": "muon", "epochs": 1, "batch_size": 7, "lr": 1e-3}
+TRAIN |= {"warmup": 0.1, "clip": 1.0, "bf16": "off"}
 LOSS = {"mse": 0.0, "l1": 0.2, "ssim": 1.0, "flip": True}
 PRIOR = {"prior_channels": 16, "bottom_every": 7, **TRAIN}
 # A wait once a run (have the codebooks started, AdamW's check of lr), once an epoch (sums, counts),
@@ -43,9 +29,13 @@ MEANT = (
 
 
 def autoencoder(study, out, **changes):
-    return train.make_settings(
-        {"data": str(study), "out": str(out), **SMALL, **TRAIN, **LOSS, **changes}
-    )
+    places = {"data": str(study), "out": str(out)}
+    return train.make_settings({**places, **SMALL, **TRAIN, **LOSS, **changes})
+
+
+def priors(study, out):
+    places = {"checkpoint": str(out / "vqvae2_best.pth"), "data": str(study), "out": str(out)}
+    return train_prior.make_settings({**places, **PRIOR})
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +44,8 @@ def trained(study, tmp_path_factory):
     out = tmp_path_factory.mktemp("gpu")
     with stand_in.device() as activity, pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "show_loss", lambda *args: None)  # waits twice a second
-        best = train.train_autoencoder(autoencoder(study, out))
-        flags = {"checkpoint": str(best), "data": str(study), "out": str(out), **PRIOR}
-        train_prior.train_prior(train_prior.make_settings(flags))
+        train.train_autoencoder(autoencoder(study, out))
+        train_prior.train_prior(priors(study, out))
         return out, study, list(activity.waits)
 
 
@@ -65,13 +54,7 @@ def trainer_of(stage: str, trained, **changes) -> trainer.Trainer:
     if stage == "autoencoder":
         settings = autoencoder(study, out / "steps", **changes)
         return trainer.Trainer(train.Autoencoder(settings), settings.train)
-    flags = {
-        "checkpoint": str(out / "vqvae2_best.pth"),
-        "data": str(study),
-        "out": str(out),
-        **PRIOR,
-    }
-    settings = train_prior.make_settings(flags)
+    settings = priors(study, out)
     return trainer.Trainer(train_prior.CodePriors(settings), settings.train)
 
 
@@ -101,19 +84,15 @@ def test_a_step_waits_for_nothing(trained, stage, optimiser):
 
 
 def test_a_resumed_run_ends_with_the_same_weights(trained, tmp_path):
-    study = trained[1]
+    study, halves = trained[1], tmp_path / "halves"
     with stand_in.device():
-        straight = train.train_autoencoder(autoencoder(study, tmp_path / "straight", epochs=2))
-        train.train_autoencoder(autoencoder(study, tmp_path / "halves", epochs=2))
-        settings = train.make_settings(
-            {"resume": str(tmp_path / "halves" / "vqvae2_epoch_1.pth"), "data": str(study)}
-        )
-        train.train_autoencoder(settings)
-    final = [
-        torch.load(f.parent / "vqvae2_epoch_final.pth")["model"]
-        for f in (straight, tmp_path / "halves/x")
-    ]
-    assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
+        train.train_autoencoder(autoencoder(study, tmp_path / "straight", epochs=2))
+        train.train_autoencoder(autoencoder(study, halves, epochs=2))
+        flags = {"resume": str(halves / "vqvae2_epoch_1.pth"), "data": str(study)}
+        train.train_autoencoder(train.make_settings(flags))
+    files = (tmp_path / run / "vqvae2_epoch_final.pth" for run in ("straight", "halves"))
+    one, other = (torch.load(file)["model"] for file in files)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_scoring_and_sampling_mix_no_devices(trained):
@@ -142,9 +121,8 @@ def test_a_compiled_step_is_one_graph(study, tmp_path, monkeypatch):
 
 
 def test_a_mixture_of_devices_is_found(trained, monkeypatch):
-    monkeypatch.setattr(
-        Mirror, "images", lambda _, x, m: torch.where(m.cpu().view(-1, 1, 1, 1), x.flip(2), x)
-    )
+    mixing = lambda _, x, m: torch.where(m.cpu().view(-1, 1, 1, 1), x.flip(2), x)  # noqa: E731
+    monkeypatch.setattr(Mirror, "images", mixing)
     with stand_in.device(), pytest.raises(RuntimeError, match="same device"):
         take_steps(trainer_of("autoencoder", trained))
 
@@ -158,9 +136,8 @@ def test_a_wait_in_a_step_is_found(trained, monkeypatch):
 
     monkeypatch.setattr(modules.VectorQuantiser, "random_vectors", waiting)
     with stand_in.device():
-        assert any(
-            "_local_scalar_dense" in wait for wait in take_steps(trainer_of("autoencoder", trained))
-        )
+        waits = take_steps(trainer_of("autoencoder", trained))
+    assert any("_local_scalar_dense" in wait for wait in waits)
 
 
 def test_a_gpu_tensor_gives_no_numpy_array_and_takes_no_cpu_generator():

@@ -16,6 +16,7 @@ from modules import VQVAE2, VQVAE2Config
 from new_slices import layouts, sample_report
 from new_slices.code_maps import Samples, Variants, decode
 from new_slices.prior import PriorConfig, Sampling
+from support import metrics
 
 ROWS, COLUMNS = np.mgrid[:24, :16]
 
@@ -40,17 +41,11 @@ def test_tissue_is_the_mean_of_cells_and_their_neighbours():
 
 
 def test_levels_part_clusters_of_intensity():
-    class Split:
-        def __len__(self):
-            return 12
-
-        def images(self, indices):
-            bands = torch.tensor([-1.0, -0.55, 0.0, 0.5, 1.05, 1.5]).repeat_interleave(16 * 8)
-            return bands.view(1, 1, 96, 8).expand(len(indices), 1, 96, 8)
-
-    assert layouts.tissue_levels(Split(), (96, 8)) == pytest.approx(
-        [-0.775, -0.275, 0.25, 0.775, 1.275], abs=0.06
-    )
+    bands = torch.tensor([-1.0, -0.55, 0.0, 0.5, 1.05, 1.5]).repeat_interleave(16 * 8)
+    split = MagicMock(images=lambda indices: bands.view(1, 1, 96, 8).repeat(len(indices), 1, 1, 1))
+    split.__len__.return_value = 12
+    expected = [-0.775, -0.275, 0.25, 0.775, 1.275]
+    assert layouts.tissue_levels(split, (96, 8)) == pytest.approx(expected, abs=0.06)
 
 
 def test_a_layout_is_air_organs_and_regions():
@@ -99,9 +94,8 @@ def test_signed_distances_by_brute_force():
 def test_a_mask_is_drawn_from_its_codes_and_its_layout(monkeypatch):
     """A class that both show wins; where one of the two tells nothing, the other does."""
     torch.manual_seed(0)
-    model = VQVAE2(
-        VQVAE2Config(K=8, D=4, channels=8, top_channels=8, residual_channels=4, labels=3)
-    ).eval()
+    small = {"channels": 8, "top_channels": 8, "residual_channels": 4}
+    model = VQVAE2(VQVAE2Config(K=8, D=4, labels=3, **small)).eval()
     layout = torch.from_numpy(disc(6))[None]
     codes = torch.zeros(1, 12, 8, dtype=torch.int64), torch.zeros(1, 24, 16, dtype=torch.int64)
     logits = torch.zeros(1, 3, 96, 64)
@@ -127,9 +121,8 @@ def patients_of_discs(count: int = 9):
     organs = np.stack([*np.repeat(discs, 10, 0), *[2 * disc(4)] * 10, disc(4)])
     tissue = np.full(organs.shape, 0.5) + np.linspace(-0.2, 0.2, len(organs))[:, None, None]
     tissue[:, :2], tissue[:, -2:] = -1, -1  # air
-    known = np.stack(
-        [layouts.compose(*each, LEVELS, 3) for each in zip(tissue, organs, strict=True)]
-    )
+    pairs = zip(tissue, organs, strict=True)
+    known = np.stack([layouts.compose(*each, LEVELS, 3) for each in pairs])
     known[-1] = PriorConfig(labels=3).classes
     positions = np.append(np.tile(np.linspace(0, 1, 10), count + 1), 0.5)
     return known, tissue, positions, np.append(np.repeat(np.arange(count + 1), 10), 0)
@@ -208,9 +201,8 @@ def test_with_one_patient_or_without_masks_there_are_layouts_too():
 def test_a_slice_is_laid_over_another():
     """A bright disc elsewhere and of another size, with organs or without: then they are alike."""
     rows, columns = np.mgrid[:64, :32]
-    organs = np.stack(
-        [np.hypot(rows - y, columns - x) < r for y, x, r in ((30, 16, 9), (35, 14, 7))]
-    ).astype(int)
+    discs = ((30, 16, 9), (35, 14, 7))
+    organs = np.stack([np.hypot(rows - y, columns - x) < r for y, x, r in discs]).astype(int)
     tissue = np.stack([gaussian_filter(1.0 * each, 1.5) for each in organs])
     apart = np.abs(tissue[1] - tissue[0]).mean()
     for known, labels in ((np.ones_like(organs), 0), (organs, 2)):
@@ -244,16 +236,13 @@ def test_training_layouts_are_found_a_cell_aside_and_others_are_not(labels):
     def slices(count):
         fields, others = 5 * gaussian_filter(rng.normal(size=(2, count, 24, 16)), (0, 0, 2, 2))
         drawn = np.select([others > 0.7, others < -0.7], [1, 2]) * bool(labels)
-        return fields, np.stack(
-            [layouts.compose(*pair, LEVELS, labels) for pair in zip(fields, drawn, strict=True)]
-        )
+        pairs = zip(fields, drawn, strict=True)
+        return fields, np.stack([layouts.compose(*pair, LEVELS, labels) for pair in pairs])
 
     (tissue, known), (_, honest), (_, fresh) = slices(60), slices(200), slices(60)
     codes = {"train_layout": known[None], "train_tissue": tissue, "test_layout": honest[None]}
-    paths = [SimpleNamespace(name=str(i)) for i in range(60)]
     prior = SimpleNamespace(config=SimpleNamespace(labels=labels))
-
-    train = MagicMock(paths=paths)
+    train = MagicMock()
     train.__len__.return_value = 60
     for new, copied in ((np.roll(known, 1, 1), True), (known, True), (fresh, False)):
         masks = np.kron(np.where(new < labels, new, 0), np.ones((1, 4, 4))).astype(np.uint8)
@@ -263,7 +252,8 @@ def test_training_layouts_are_found_a_cell_aside_and_others_are_not(labels):
             layouts=new,
         )
         source, queries = sample_report.layout_audit(inputs, np.arange(200), rng)
-        report, found = sample_report.audit(source, queries, "layout")
+        found = sample_report.search(source, queries, "layout")
+        report = metrics.audit(**{name: of.similarity for name, of in found.items()})
         assert report["copies"]["share"] > 0.9 and report["honest"]["flagged"] == 2
         if copied:
             assert report["samples"]["share"] > 0.95
@@ -288,9 +278,8 @@ def test_masks_are_altered_as_their_slices_are():
 def layout_prior():
     model = make_prior(replace(TINY, labels=3))
     top, bottom, position = random_maps(model, 2)
-    layout = torch.randint(
-        0, 3, (2, *model.bottom.shape), generator=torch.Generator().manual_seed(5)
-    )
+    generator = torch.Generator().manual_seed(5)
+    layout = torch.randint(0, 3, (2, *model.bottom.shape), generator=generator)
     return model, top, bottom, position, layout
 
 
@@ -303,10 +292,8 @@ def test_the_top_prior_sees_the_layout_and_the_bottom_prior_does_not():
         return model(top, bottom, position, variant, layout, torch.Generator().manual_seed(0))
 
     known, other, unknown = nats(layout), nats(layout.flip(0)), nats(None)
-    assert (
-        not known["top"].isclose(other["top"]).any()
-        and not known["top"].isclose(unknown["top"]).any()
-    )
+    assert not known["top"].isclose(other["top"]).any()
+    assert not known["top"].isclose(unknown["top"]).any()
     assert known["bottom"].equal(other["bottom"]) and known["bottom"].equal(unknown["bottom"])
     assert nats(torch.full_like(layout, model.config.classes))["top"].equal(unknown["top"])
     hidden = torch.rand(top.shape) < 0.5
@@ -330,10 +317,8 @@ def test_samples_follow_their_layouts():
 def test_guidance_adds_to_the_logits_what_the_layout_changes_in_them():
     model, _, _, position, layout = layout_prior()
     hidden = torch.full((2, *model.top.shape), model.config.K)
-    known, unknown = (
-        model.top(hidden, model.top.context(position, model.as_it_is(2), given))
-        for given in (layout, None)
-    )
+    contexts = (model.top.context(position, model.as_it_is(2), given) for given in (layout, None))
+    known, unknown = (model.top(hidden, context) for context in contexts)
     # It can make a difference.
     assert not known.argmax(-1).equal((known + 3 * (known - unknown)).argmax(-1))
     for guidance in (0.0, 0.5, 3.0):

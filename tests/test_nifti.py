@@ -1,7 +1,6 @@
 """NIfTI in and out, and where voxels lie; nibabel is the reference."""
 
 import gzip
-import os
 import struct
 import tracemalloc
 import warnings
@@ -17,16 +16,9 @@ from support.runtime import UserError
 
 PIXELS = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 AFFINE = np.array([[-1.5, 0.2, 0, 40], [0.2, 0, 2, -30], [0, 1.25, 0.1, 7], [0, 0, 0, 1]])
-AT = {
-    "dim": 40,
-    "datatype": 70,
-    "offset": 108,
-    "slope": 112,
-    "qcode": 252,
-    "scode": 254,
-    "quaternion": 256,
-}
-AT |= {"sform": 280, "pixdim": 76, "magic": 344}
+# Where fields lie in a header.
+AT = {"dim": 40, "datatype": 70, "pixdim": 76, "offset": 108, "slope": 112, "qcode": 252}
+AT |= {"scode": 254, "quaternion": 256, "sform": 280, "magic": 344}
 
 
 def patched(image=None, **fields):
@@ -79,21 +71,20 @@ CLAIMS = {
 }
 
 
-@pytest.mark.parametrize("claim", CLAIMS)
-def test_memory_follows_the_file(tmp_path, claim):
-    tracemalloc.start()
-    with pytest.raises(UserError):
-        read(tmp_path, CLAIMS[claim])
-    assert tracemalloc.get_traced_memory()[1] < 3e6
-    tracemalloc.stop()
-
-
-def test_a_stream_is_unpacked_no_further_than_its_array(tmp_path):
+def endless() -> bytes:
+    """A small file that unpacks to 64 MiB more than its array."""
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)
-    data = packer.compress(patched()) + b"".join(packer.compress(bytes(1 << 20)) for _ in range(64))
+    start = packer.compress(patched())
+    return start + b"".join(packer.compress(bytes(1 << 20)) for _ in range(64)) + packer.flush()
+
+
+@pytest.mark.parametrize("claim", [*CLAIMS, "endless"])
+def test_memory_follows_the_file(tmp_path, claim):
+    """Neither what a header claims nor what a stream unpacks to is asked for."""
+    data = CLAIMS[claim] if claim in CLAIMS else endless()
     tracemalloc.start()
-    with pytest.raises(UserError, match="more data than its header describes, an array of 6x4"):
-        read(tmp_path, data + packer.flush())
+    with pytest.raises(UserError, match="more data than its header" if claim == "endless" else "."):
+        read(tmp_path, data)
     assert tracemalloc.get_traced_memory()[1] < 3e6
     tracemalloc.stop()
 
@@ -104,13 +95,6 @@ def test_a_volume_is_refused_where_a_slice_is_expected_before_it_is_unpacked(tmp
         read(tmp_path, volume, max_axes=2, expected="a slice")
     with pytest.raises(UserError, match="an array of 6x4 pixels; expected 20 or fewer"):
         read(tmp_path, patched(), max_pixels=20, expected="20 or fewer")
-
-
-def test_only_regular_files_are_opened(tmp_path):
-    os.mkfifo(tmp_path / "pipe.nii")
-    for name in ("pipe.nii", ".", "not there.nii"):
-        with pytest.raises(UserError, match="not a regular file"):
-            nifti.read(tmp_path / name)
 
 
 DAMAGES = {
@@ -136,9 +120,8 @@ def test_a_damaged_header_is_named(tmp_path, damage):
 
 def test_random_damage_is_read_or_named_and_nothing_else(tmp_path):
     rng, named = np.random.default_rng(1), 0
-    images = [
-        kind(PIXELS, AFFINE).to_bytes() for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image)
-    ]
+    kinds = nibabel.Nifti1Image, nibabel.Nifti2Image
+    images = [kind(PIXELS, AFFINE).to_bytes() for kind in kinds]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for turn in range(300):
@@ -163,23 +146,15 @@ def test_random_damage_is_read_or_named_and_nothing_else(tmp_path):
 # ---- affines ----
 
 
-@pytest.mark.parametrize(
-    "codes, turn, disputed",
-    [
-        ((1, 1), (1, 1, 1), False),
-        ((1, 1), (-1, -1, 1), True),
-        ((0, 1), (-1, -1, 1), False),
-        ((1, 0), (-1, -1, 1), False),
-    ],
-)
-def test_an_sform_and_a_qform_that_turn_a_file_differently_are_seen(
-    tmp_path, codes, turn, disputed
-):
+def test_an_sform_and_a_qform_that_turn_a_file_differently_are_seen(tmp_path):
     """Where a header names one affine alone, the other is not looked at."""
-    image = nibabel.Nifti1Image(np.zeros((6, 4, 5), np.float32), None)
-    image.set_sform(AFFINE, codes[0])
-    image.set_qform(AFFINE @ np.diag([*turn, 1]), codes[1], strip_shears=True)
-    assert read(tmp_path, image.to_bytes()).disputed is disputed
+    turned = (-1, -1, 1)
+    for codes, turn in (((1, 1), (1, 1, 1)), ((1, 1), turned), ((0, 1), turned), ((1, 0), turned)):
+        image = nibabel.Nifti1Image(np.zeros((6, 4, 5), np.float32), None)
+        image.set_sform(AFFINE, codes[0])
+        image.set_qform(AFFINE @ np.diag([*turn, 1]), codes[1], strip_shears=True)
+        disputed = codes == (1, 1) and turn == turned
+        assert read(tmp_path, image.to_bytes()).disputed is disputed, (codes, turn)
 
 
 def test_a_quaternion_a_little_longer_than_one_is_shortened(tmp_path):
@@ -199,9 +174,8 @@ def test_a_qform_of_either_handedness(tmp_path, handed):
     image = nibabel.Nifti1Image(PIXELS, None)
     affine = np.array([[0, -2.0, 0, 5], [3, 0, 0, 6], [0, 0, 4.0 * handed, 7], [0, 0, 0, 1]])
     image.set_qform(affine, 1)
-    np.testing.assert_allclose(
-        read(tmp_path, patched(image, scode=("h", 0))).affine, affine, atol=1e-6
-    )
+    found = read(tmp_path, patched(image, scode=("h", 0)))
+    np.testing.assert_allclose(found.affine, affine, atol=1e-6)
 
 
 def test_voxel_sizes_below_zero_turn_nothing(tmp_path):
@@ -216,9 +190,8 @@ def test_a_broken_sform_gives_way_to_the_qform_then_to_voxel_sizes(tmp_path, row
     image = nibabel.Nifti1Image(PIXELS, None)
     image.set_qform(np.diag([2.0, 3, 4, 1]), 1)
     for code, oriented in ((1, True), (0, False)):
-        found = read(
-            tmp_path, patched(image, scode=("h", 2), qcode=("h", code), sform=("12f", *row))
-        )
+        fields = {"scode": ("h", 2), "qcode": ("h", code), "sform": ("12f", *row)}
+        found = read(tmp_path, patched(image, **fields))
         assert found.broken and found.oriented == oriented
         np.testing.assert_allclose(found.affine, np.diag([2, 3, 4, 1]))
 
@@ -266,9 +239,8 @@ def test_nifti_keeps_pixels_affine_and_bytes(tmp_path):
         image = nibabel.load(tmp_path / name)
         assert np.array_equal(image.get_fdata(dtype=np.float32), PIXELS)
         np.testing.assert_allclose(image.affine, AFFINE, atol=1e-6)
-        np.testing.assert_allclose(
-            image.header.get_zooms(), np.linalg.norm(AFFINE[:3, :2], axis=0), rtol=1e-6
-        )
+        sizes = np.linalg.norm(AFFINE[:3, :2], axis=0)
+        np.testing.assert_allclose(image.header.get_zooms(), sizes, rtol=1e-6)
         assert bytes(image.header["descrip"]).startswith(b"synthetic")
         assert image.header.get_xyzt_units()[0] == "mm" and image.header["sform_code"] == 2
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()

@@ -1,5 +1,7 @@
 """Drawn shapes measured by hand, plausible and broken ones, and a segmenter that learns."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -133,10 +135,10 @@ def shuffled(masks, organ, seed=0):
     """The 4x4 blocks of one organ's bounding box in another order: wrong on purpose."""
     rng, masks = np.random.default_rng(seed), masks.copy()
     for mask in masks:
-        rows, columns = (
-            slice(axis.min() // 4 * 4, axis.max() // 4 * 4 + 4)
-            for axis in np.nonzero(mask == organ)
+        ends = (
+            (axis.min() // 4 * 4, axis.max() // 4 * 4 + 4) for axis in np.nonzero(mask == organ)
         )
+        rows, columns = (slice(*each) for each in ends)
         box = mask[rows, columns] == organ
         h, w = np.array(box.shape) // 4
         blocks = box.reshape(h, 4, w, 4).swapaxes(1, 2).reshape(-1, 4, 4)
@@ -185,14 +187,14 @@ def test_an_organ_with_half_of_its_pieces_is_named():
 
 def test_masks_without_an_organ():
     """No Dice of 1 where nobody shows the organ; one of 0 where only the real masks do."""
-    truth = ovals(10, 0)
-    only_first = np.where(truth == 2, 0, truth)
-    never = organs.judge_masks(only_first, only_first, truth, (0, 5, 9))
-    assert never["label_9"]["dice"] is None and not never["label_9"]["faults"]
-    assert never["label_9"]["roughness"]["masks"] is None
-    invented = organs.judge_masks(truth, only_first, truth, (0, 5, 9))
-    assert invented["label_9"]["dice"] is None
-    missed = organs.judge_masks(only_first, truth, truth, (0, 5, 9))
+    both = ovals(10, 0)
+    one = np.where(both == 2, 0, both)
+    never, invented, missed = (
+        organs.judge_masks(masks, truth, both, (0, 5, 9))
+        for masks, truth in ((one, one), (both, one), (one, both))
+    )
+    assert never["label_9"]["dice"] is invented["label_9"]["dice"] is None
+    assert not never["label_9"]["faults"] and never["label_9"]["roughness"]["masks"] is None
     assert missed["label_9"] | {"dice": 0.0, "faults": ["Dice 0.000"]} == missed["label_9"]
     assert missed["label_5"]["dice"] == 1 and not missed["label_5"]["faults"]
 
@@ -238,15 +240,13 @@ def test_a_segmenter_learns_and_is_kept(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "b").exists()
     again = organs.segmenter_of(split, tmp_path / "b", tmp_path / "a")  # wherever it is found
     np.testing.assert_array_equal(organs.segment(again, test.pixels), found)
-    split.mirror = Mirror(-2, ((1, 2),))  # other slices than these were learnt
-    with pytest.raises(pytest.fail.Exception):
-        organs.segmenter_of(split, tmp_path / "a")
-    split.mirror, split.fingerprint = Mirror(), "other slices"
-    with pytest.raises(pytest.fail.Exception):
-        organs.segmenter_of(split, tmp_path / "a")
-    runtime.write_text(tmp_path / "a" / organs.SEGMENTER_FILE, "rubbish")
-    with pytest.raises(pytest.fail.Exception):
-        organs.segmenter_of(split, tmp_path / "a")
+    mirrored, other, broken = (copy.copy(split) for _ in range(3))
+    mirrored.mirror, other.fingerprint = Mirror(-2, ((1, 2),)), "other slices"
+    for changed in (mirrored, other, broken):  # other slices than these were learnt
+        if changed is broken:
+            runtime.write_text(tmp_path / "a" / organs.SEGMENTER_FILE, "rubbish")
+        with pytest.raises(pytest.fail.Exception):
+            organs.segmenter_of(changed, tmp_path / "a")
 
 
 def test_a_segmenter_learns_from_mirrored_slices_with_their_masks(monkeypatch):
@@ -254,20 +254,18 @@ def test_a_segmenter_learns_from_mirrored_slices_with_their_masks(monkeypatch):
     truth = np.zeros((16, 64, 48), np.uint8)
     for i, mask in enumerate(truth):
         mask[disc(16, 12 + i, 6)], mask[disc(50, 30 - i, 6)] = 1, 2
-    seen, forward, losses = [], organs.Segmenter.forward, organs.mask_losses
-    monkeypatch.setattr(
-        organs.Segmenter, "forward", lambda net, x: seen.append([x]) or forward(net, x)
-    )
-    monkeypatch.setattr(
-        organs, "mask_losses", lambda x, masks: seen[-1].append(masks) or losses(x, masks)
-    )
+    images, masks = [], []
+    forward, losses = organs.Segmenter.forward, organs.mask_losses
+    look = lambda net, x: images.append(x) or forward(net, x)  # noqa: E731
+    monkeypatch.setattr(organs.Segmenter, "forward", look)
+    monkeypatch.setattr(organs, "mask_losses", lambda x, of: masks.append(of) or losses(x, of))
 
     def pairs(indices):
         masks = torch.from_numpy(truth[indices])
         return 100 * (masks > 0).float()[:, None], masks
 
     organs.train_segmenter(pairs, 16, 3, Mirror(-2, ((1, 2),)), steps=6)
-    images, masks = (torch.cat(each) for each in zip(*seen, strict=True))
+    images, masks = torch.cat(images), torch.cat(masks)
     middle = (images.amax((2, 3), keepdim=True) + images.amin((2, 3), keepdim=True)) / 2
     assert torch.equal(images[:, 0] > middle[:, 0], masks > 0)
     assert (masks[:, :32] < 2).all() and (masks[:, 32:] != 1).all()

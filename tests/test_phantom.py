@@ -1,5 +1,6 @@
 """The phantom is what it says: layout, anatomy, smoothness, noise; no other folder is lost."""
 
+import itertools
 import json
 from dataclasses import asdict, replace
 
@@ -30,30 +31,25 @@ def study(tmp_path_factory):
 
 
 def test_layout_of_the_real_study(study):
-    for split, patients in {
-        "train": ("004", "005"),
-        "validate": ("036",),
-        "test": ("040",),
-    }.items():
-        for folder, kind in (
-            (f"keras_slices_{split}", "case"),
-            (f"keras_slices_seg_{split}", "seg"),
-        ):
-            expected = {f"{kind}_{p}_week_0_slice_{n}.nii.gz" for p in patients for n in (0, 59)}
-            assert {path.name for path in (study / folder).iterdir()} == expected
-            for path in (study / folder).iterdir():
-                image = nibabel.load(path)
-                pixels = np.asarray(image.dataobj)
-                assert pixels.shape == (256, 128) and pixels.min() == 0
-                assert pixels.dtype == (np.float32 if kind == "case" else np.uint8)
-                assert kind == "case" or {0, 1, 2} <= set(np.unique(pixels)) <= {0, 1, 2, 3, 4, 5}
-                assert image.header["descrip"].item() == b"synthetic phantom, not a patient"
-                assert nibabel.aff2axcodes(image.affine) == ("R", "S", "P")
-    text = (study / "SYNTHETIC.txt").read_text()
-    assert "SYNTHETIC" in text and json.loads(text.splitlines()[-1]) == {
-        "version": 2,
-        **asdict(TINY),
+    split_of = {"004": "train", "005": "train", "036": "validate", "040": "test"}
+    expected = {
+        f"keras_slices_{seg}{split}/{kind}_{patient}_week_0_slice_{number}.nii.gz"
+        for patient, split in split_of.items()
+        for seg, kind in (("", "case"), ("seg_", "seg"))
+        for number in (0, 59)
     }
+    assert contents(study).keys() == expected
+    for path in map(study.joinpath, expected):
+        image, case = nibabel.load(path), path.name.startswith("case")
+        pixels = np.asarray(image.dataobj)
+        assert pixels.shape == (256, 128) and pixels.min() == 0
+        assert pixels.dtype == (np.float32 if case else np.uint8)
+        assert case or {0, 1, 2} <= set(np.unique(pixels)) <= {0, 1, 2, 3, 4, 5}
+        assert image.header["descrip"].item() == b"synthetic phantom, not a patient"
+        assert nibabel.aff2axcodes(image.affine) == ("R", "S", "P")
+    text = (study / "SYNTHETIC.txt").read_text()
+    record = json.loads(text.splitlines()[-1])
+    assert "SYNTHETIC" in text and record == {"version": 2, **asdict(TINY)}
 
 
 def test_same_config_gives_same_bytes_and_another_seed_others(study, tmp_path):
@@ -83,35 +79,23 @@ def test_foreign_folder_is_refused_and_left_alone(tmp_path):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["years of work"]
 
 
-def test_default_study_has_disjoint_patients(monkeypatch, tmp_path):
+MANY = PhantomConfig(train_patients=40, validate_patients=6, test_patients=5, weeks=1, slices=1)
+
+
+@pytest.mark.parametrize("made, files", [(PhantomConfig(), 2 * 1240), (MANY, 2 * 51)])
+def test_no_patient_is_in_two_splits(monkeypatch, tmp_path, made, files):
     written = []
     monkeypatch.setattr(phantom.nifti, "write", lambda path, *rest: written.append(path))
     monkeypatch.setattr(Man, "cut", lambda self, number: np.zeros((3, 256, 128), np.uint8))
-    write_phantom(tmp_path / "p")
-    splits = ("train", "validate", "test")
-    patients = [
-        {p.name[5:8] for p in written if p.parent.name == f"keras_slices_{s}"} for s in splits
-    ]
-    assert [min(numbers) for numbers in patients] == ["004", "036", "040"] and len(patients[2]) >= 3
-    assert not patients[0] & patients[1] and not (patients[0] | patients[1]) & patients[2]
-    assert len(written) == len(set(written)) == 2 * 1240
-
-
-def test_many_patients_keep_their_splits_apart(monkeypatch, tmp_path):
-    written = []
-    monkeypatch.setattr(phantom.nifti, "write", lambda path, *rest: written.append(path))
-    monkeypatch.setattr(Man, "cut", lambda self, number: np.zeros((3, 256, 128), np.uint8))
-    many = PhantomConfig(train_patients=40, validate_patients=6, test_patients=5, weeks=1, slices=1)
-    write_phantom(tmp_path / "p", many)
-    folders = [f"keras_slices_{split}" for split in ("train", "validate", "test")]
-    patients = [
-        [int(p.name[5:8]) for p in written if p.parent.name == folder] for folder in folders
-    ]
-    assert [len(numbers) for numbers in patients] == [40, 6, 5]
-    assert len({number for numbers in patients for number in numbers}) == 51
-    assert sorted(patients[0])[:32] == [*range(4, 36)] and sorted(patients[1])[:4] == [
-        *range(36, 40)
-    ]
+    write_phantom(tmp_path / "p", made)
+    train, validate, test = (
+        sorted({int(p.name[5:8]) for p in written if p.parent.name == f"keras_slices_{split}"})
+        for split in ("train", "validate", "test")
+    )
+    assert len({*train, *validate, *test}) == len(train) + len(validate) + len(test)
+    sizes = made.train_patients, made.validate_patients, made.test_patients
+    assert (len(train), len(validate), len(test)) == sizes
+    assert (train[0], validate[0], test[0]) == (4, 36, 40) and len(set(written)) == files
 
 
 @pytest.mark.parametrize("patient", PATIENTS)
@@ -130,17 +114,15 @@ def test_a_coronal_t2_image_of_a_pelvis(patient):
         # With its socket.
         femurs.append(max(regionprops(label(half == BONE)), key=lambda bone: bone.area))
         across, along = np.ogrid[: half.shape[0], : half.shape[1]]
-        head = (across - 56) ** 2 + (
-            along - level
-        ) ** 2 < 10**2  # 90 mm out, 16 of its 25 mm radius
+        # 90 mm out, 16 of its 25 mm radius.
+        head = (across - 56) ** 2 + (along - level) ** 2 < 10**2
         assert (half[head] == BONE).mean() > 0.9
     assert np.abs(np.subtract(femurs[0].centroid, femurs[1].centroid)).max() < 25
 
 
 def test_changes_smoothly_by_slice_and_a_little_by_week():
-    clean = {
-        (p, w): [Man(0, p, w).cut(n)[0].ravel() for n in (28, 29)] for p in PATIENTS for w in (0, 1)
-    }
+    volumes = itertools.product(PATIENTS, (0, 1))
+    clean = {(p, w): [Man(0, p, w).cut(n)[0].ravel() for n in (28, 29)] for p, w in volumes}
     # Another seed, another man.
     men = [clean[p, 0][0] for p in PATIENTS] + [Man(1, 4, 0).cut(28)[0].ravel()]
     others = np.corrcoef(men) - 2 * np.eye(len(men))
@@ -159,13 +141,10 @@ def test_every_slice_has_noise_of_its_own():
 
 
 def test_noise_leaves_room_for_a_model():
-    slices = [
-        Man(0, patient, 0).cut(number)[:2] for patient in PATIENTS for number in (5, 20, 40, 55)
-    ]
-    pairs = [(z_score(clean), z_score(noisy)) for clean, noisy in slices]
-    scores = [
-        structural_similarity(clean, noisy, data_range=np.ptp(noisy)) for clean, noisy in pairs
-    ]
+    scores = []
+    for patient, number in itertools.product(PATIENTS, (5, 20, 40, 55)):
+        clean, noisy = map(z_score, Man(0, patient, 0).cut(number)[:2])
+        scores.append(structural_similarity(clean, noisy, data_range=np.ptp(noisy)))
     assert 0.95 <= np.mean(scores) <= 0.97 and min(scores) > 0.92
 
 

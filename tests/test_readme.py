@@ -6,15 +6,19 @@ torchrun in test_distributed.py, and the slicing of volumes in test_slice_volume
 """
 
 import importlib
+import json
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from test_train import SHAPE_FLAGS
+
+from support import runtime
 
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "Results" / "README.md").read_text()
@@ -54,6 +58,17 @@ ALL = STORY + commands(re.findall(r"```bash\n(.*?)```", RESULTS, re.S)) + comman
 FLAGS = [found for found in map(as_python, ALL) if found]
 
 
+def check_the_results_of_a_whole_run(results, study):
+    manifest = json.loads((results / "generated" / "manifest.json").read_text())
+    assert (manifest["done"], manifest["data"]["study"]) == (2, study.name)
+    for which, file in (("autoencoder", "vqvae2_best.pth"), ("prior", "prior_best.pth")):
+        assert manifest[which]["sha256"] == runtime.sha256(results / file)
+    shown = (results / "index.html").read_text()
+    assert shown.count("<h2") == 4 and shown.count("<img") == 8 and str(Path.cwd()) not in shown
+    scores = json.loads((results / "metrics.json").read_text())
+    assert scores["n"] == 6 and set(scores["ssim_report"]["per_patient"]) == {"040", "041"}
+
+
 def test_every_snippet_of_the_readme_runs_as_pasted(study, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("keras_slices_data", "my_slices"):
@@ -63,22 +78,19 @@ def test_every_snippet_of_the_readme_runs_as_pasted(study, tmp_path, monkeypatch
     ran = []
     for command in STORY:
         found = as_python(command)
-        if (
-            not found
-            or found[0] == "pytest"
-            or command.startswith("torchrun")
-            or command == "python driver.py"
-        ):
+        # What other tests run, see above.
+        elsewhere = command == "python driver.py" or command.startswith("torchrun")
+        if not found or found[0] in ("pytest", "slice_volumes") or elsewhere:
             continue
         script, arguments = found
-        if script == "slice_volumes":  # in test_slice_volumes.py
-            continue
         more = next((flags for words, flags in SHORTER.items() if words in command), "")
         if "Results/vqvae2_interrupted.pth" in command:  # as Ctrl-C leaves it
             shutil.copy("Results/vqvae2_epoch_1.pth", "Results/vqvae2_interrupted.pth")
         monkeypatch.setattr("sys.argv", [f"{script}.py", *arguments, *more.split()])
         importlib.import_module(script).main()
         ran.append(script)
+        if script == "driver":
+            check_the_results_of_a_whole_run(Path("Results"), study)
     expected = {"driver", "train", "train_prior", "predict", "reconstruct", "generate"}
     assert expected == set(ran) and len(ran) >= 9
     files = ("index.html", "reconstructions", "generated/report.json", "fewer-bits/vqvae2_best.pth")

@@ -80,35 +80,17 @@ def test_ms_ssim_by_brute_force(shape, scales):
     assert metrics.ms_ssim(x[None], y[None], 4)[0] == pytest.approx(expected, abs=1e-5)
 
 
-def test_ms_ssim_falls_with_noise():
-    x = slices(1).repeat(4, 0)
-    noise = (
-        np.random.default_rng(0).normal(size=x.shape) * np.array([0, 0.1, 0.5, 2])[:, None, None]
-    )
-    scores = metrics.ms_ssim(x, x + noise, 5)
-    assert scores[0] == 1 and (np.diff(scores) < 0).all()
-
-
 def test_mean_pairwise_ms_ssim_tells_one_slice_from_many():
     x, pairs = slices(4), [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
     every = [metrics.ms_ssim(x[[i]], x[[j]], 5)[0] for i, j in pairs]
     mean, error = metrics.mean_pairwise_ms_ssim(x, 5, pairs=600)
-    assert abs(mean - np.mean(every)) < 4 * error and error == pytest.approx(
-        np.std(every) / 600**0.5, rel=0.15
-    )
+    assert abs(mean - np.mean(every)) < 4 * error
+    assert error == pytest.approx(np.std(every) / 600**0.5, rel=0.15)
     assert metrics.mean_pairwise_ms_ssim(x, 5, pairs=600) == (mean, error)  # seeded
     assert metrics.mean_pairwise_ms_ssim(x[:1].repeat(5, 0), 5, pairs=9) == (1, 0)
 
 
 # ---- copying ----
-
-
-def test_nearest_finds_copies():
-    train, rng = slices(150), np.random.default_rng(0)
-    copies = train * 2 + 0.5 + 0.05 * rng.normal(size=train.shape)
-    found = metrics.nearest(metrics.thumbnails(copies), metrics.thumbnails(train))
-    np.testing.assert_array_equal(found.index, np.arange(150))
-    assert found.similarity.min() > 0.99
 
 
 def test_nearest_is_the_best_correlation_of_all():
@@ -123,9 +105,8 @@ def test_nearest_is_the_best_correlation_of_all():
         choices = [correlation(i, j) for j in range(9)]
         assert found.index[i] == np.argmax(choices)
         assert found.similarity[i] == pytest.approx(max(choices), abs=1e-5)
-    assert not metrics.thumbnails(
-        np.full((1, 8, 8), 0.1, np.float32)
-    ).any()  # one value: like nothing
+    flat = np.full((1, 8, 8), 0.1, np.float32)
+    assert not metrics.thumbnails(flat).any()  # one value: like nothing
 
 
 def test_code_agreement_by_brute_force():
@@ -176,10 +157,8 @@ def test_audit_flags_copies_and_not_the_honest():
     copies = similarity(train[:50] + 0.01 * rng.normal(size=(50, 64, 32)))
     found = metrics.audit(np.concatenate([novel[:45], copies[:5]]), honest, copies)
     assert found["honest"]["flagged"] == 2 and found["copies"]["share"] == 1
-    assert (
-        found["samples"]["flagged"] == pytest.approx(5, abs=2)
-        and found["samples"]["share"] > found["margin"]
-    )
+    assert found["samples"]["flagged"] == pytest.approx(5, abs=2)
+    assert found["samples"]["share"] > found["margin"]
     assert metrics.audit(novel, honest, copies)["samples"]["share"] <= found["margin"]
     assert list(found["samples"]["percentiles"]) == ["1", "5", "25", "50", "75", "95", "99"]
 
@@ -190,16 +169,14 @@ def test_audit_s_own_rates(n, flagged):
     rng = np.random.default_rng(0)
     found = metrics.audit(np.ones(64), rng.permutation(n) / n, np.zeros(3))
     assert found["honest"]["flagged"] == flagged and found["copies"]["flagged"] == 0
-    assert (found["samples"]["low"], found["samples"]["high"]) == pytest.approx(
-        (0.025 ** (1 / 64), 1)
-    )
+    ends = found["samples"]["low"], found["samples"]["high"]
+    assert ends == pytest.approx((0.025 ** (1 / 64), 1))
     draws = rng.random((2000, n + 64))
     thresholds = np.sort(draws[:, :n])[:, n - 1 - flagged]
     shares = (draws[:, n:] > thresholds[:, None]).mean(1)
     assert shares.mean() == pytest.approx(found["expected"], rel=0.15)
-    assert (shares > found["margin"]).mean() <= 0.065 and (
-        shares >= found["margin"]
-    ).mean() >= 0.035
+    assert (shares > found["margin"]).mean() <= 0.065
+    assert (shares >= found["margin"]).mean() >= 0.035
 
 
 def test_variety_beside_slices_of_one_value_is_a_number():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import command
 from skimage.io import imread, imsave
-from test_predict import SMALL, write_checkpoint
+from test_predict import data_of, write_checkpoint
 from test_slice_volumes import landmark, stored
 
 import predict
@@ -62,16 +62,8 @@ def test_a_volume_comes_back_where_it_was(checkpoint, tmp_path, codes, plane):
     use(checkpoint, [tmp_path / "scan.nii.gz"], tmp_path / "out", plane=plane)
     found = nibabel.load(tmp_path / "out" / "scan.nii.gz")
     assert found.shape == image.shape and found.get_data_dtype() == np.int16
-    for field in (
-        "sform_code",
-        "qform_code",
-        "xyzt_units",
-        "srow_x",
-        "srow_y",
-        "srow_z",
-        "quatern_b",
-        "pixdim",
-    ):
+    places = "sform_code qform_code xyzt_units srow_x srow_y srow_z quatern_b pixdim"
+    for field in places.split():
         np.testing.assert_array_equal(found.header[field], image.header[field])
     if plane == "coronal" and codes == "RAS":  # planes of 64x16 into 64x32: padded and nothing else
         np.testing.assert_array_equal(np.asarray(found.dataobj), np.asarray(image.dataobj))
@@ -113,9 +105,7 @@ def test_a_slice_for_a_model_that_knows_no_plane_is_taken_as_it_is_stored(tmp_pa
 
 
 def test_the_plane_of_the_model_is_told_and_another_is_said(study, tmp_path, capsys):
-    data = {"study": "s", "height": 64, "width": 32, "fingerprints": {"test": ""}, "labels": []}
-    data |= {"synthetic": False, "allow_patient_overlap": False, "fit": "auto"}
-    data |= {"directions": "RA", "plane": "axial"}
+    data = data_of("s", directions="RA", plane="axial")
     model = str(write_checkpoint(tmp_path / "axial.pth", study, data=data))
     pixels, affine = landmark(shape=(64, 32, 12))
     nibabel.save(nibabel.Nifti1Image(pixels, affine), tmp_path / "scan.nii.gz")
@@ -129,17 +119,14 @@ def test_the_plane_of_the_model_is_told_and_another_is_said(study, tmp_path, cap
 
 
 @pytest.mark.parametrize("turn, said", [((-1, -1, 1), True), ((1, 1, 1), False)])
-def test_two_affines_that_turn_a_scan_differently_are_said(
-    checkpoint, tmp_path, capsys, turn, said
-):
+def test_two_affines_that_turn_a_scan_differently_are_said(checkpoint, tmp_path, turn, said):
     pixels, affine = landmark(shape=(64, 32, 12))
     image = nibabel.Nifti1Image(pixels, None)
     image.set_sform(affine, 1)
     image.set_qform(affine @ np.diag([*turn, 1]), 1)
     nibabel.save(image, tmp_path / "scan.nii.gz")
     row = use(checkpoint, [tmp_path / "scan.nii.gz"], tmp_path / "out")["files"]["scan.nii.gz"]
-    line = "1 files have an sform and a qform that turn them differently"
-    assert (line in capsys.readouterr().out) is bool(row["notes"]) is said
+    assert bool(row["notes"]) is said
 
 
 @pytest.mark.usefixtures("identity")
@@ -160,8 +147,7 @@ def test_the_decoded_mask_lies_on_the_scan_with_its_own_labels(study, tmp_path, 
     """Bright voxels are the first organ and dark ones the second, whose label is 300."""
 
     pass_through(monkeypatch, lambda x: torch.cat([0 * x + 0.5, x, -x], 1))
-    data = {"study": "s", "height": 64, "width": 32, "fingerprints": {"test": ""}, "fit": "auto"}
-    data |= {"synthetic": False, "allow_patient_overlap": False, "labels": [0, 7, 300]}
+    data = data_of("s", labels=[0, 7, 300])
     model = str(write_checkpoint(tmp_path / "vqvae2_best.pth", study, data=data))
     pixels, affine = landmark(shape=(60, 12, 30))  # padded in the grid
     image = stored(pixels, affine, codes)
@@ -191,11 +177,8 @@ def test_types_axes_and_constant_planes(checkpoint, tmp_path, capsys):
     rng = np.random.default_rng(0)
     pixels = rng.gamma(2, 100, (64, 32, 3, 2))
     pixels[..., 1, 0] = 7  # a plane of one value is a plane like any other
-    volumes = {
-        "f8": pixels,
-        "u1": np.clip(pixels, 0, 255).astype(np.uint8),
-        "f4": pixels.astype(np.float32),
-    }
+    volumes = {"f8": pixels, "u1": np.clip(pixels, 0, 255).astype(np.uint8)}
+    volumes["f4"] = pixels.astype(np.float32)
     affine = np.array([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
     for name, volume in volumes.items():
         nibabel.save(nibabel.Nifti1Image(volume, affine), tmp_path / f"{name}.nii")
@@ -238,12 +221,10 @@ def test_scores_and_bits_are_those_of_the_slice(checkpoint, tmp_path, capsys):
     found = np.asarray(nibabel.load(tmp_path / "out" / "a.nii.gz").dataobj)
     np.testing.assert_allclose(found, y[0, 0].numpy() * std + mean, rtol=1e-4, atol=1e-2)
     row = result["files"]["a.nii.gz"]
-    assert row["ssim_report"] == pytest.approx(
-        metrics.ssim_report(x[0, 0].numpy(), y[0, 0].numpy())[0], abs=1e-4
-    )
-    assert row["bits"] == (8 * 4 + 16 * 8) * 4 and row["bits_per_pixel"] == pytest.approx(
-        row["bits"] / 2048, abs=1e-6
-    )
+    expected = metrics.ssim_report(x[0, 0].numpy(), y[0, 0].numpy())[0]
+    assert row["ssim_report"] == pytest.approx(expected, abs=1e-4)
+    assert row["bits"] == (8 * 4 + 16 * 8) * 4
+    assert row["bits_per_pixel"] == pytest.approx(row["bits"] / 2048, abs=1e-6)
     assert "a.nii.gz" in capsys.readouterr().out
 
 
@@ -304,9 +285,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_done(checkpoint, tmp_path):
     imsave(tmp_path / "red.png", np.zeros((64, 32, 3), np.uint8), check_contrast=False)
     (tmp_path / "notes.txt").write_text("")
     (tmp_path / "good_seg.nii.gz").write_bytes(b"a mask is not looked at")
-    bad = (
-        r"(?s)3 of 4 files.*bad\.nii\.gz: .*bad\.png: not a whole.*red\.png: .*expected a grey one"
-    )
+    bad = r"(?s)3 of 4 files.*bad\.nii\.gz: .*bad\.png: not a whole.*red\.png: .*a grey one"
     with pytest.raises(UserError, match=bad):
         use(checkpoint, [tmp_path], tmp_path / "out")
     expected = ["good.nii.gz", "scans.json"]
@@ -342,11 +321,3 @@ def test_from_the_command_line(checkpoint, tmp_path):
     for script, flag in ((reconstruct, "--data"), (predict, "--plane")):  # swallowed by neither
         code, _, err = command(script, tmp_path / "a.nii.gz", flag, "x")
         assert code == 2 and "unrecognized arguments" in err
-
-
-def test_a_model_in_python(checkpoint):
-    model = load_model(checkpoint).model
-    assert not model.training and model.config == SMALL
-    for shape in ((2, 64, 32), (1, 3, 64, 32)):
-        with pytest.raises(ValueError, match=r"expected \(B, 1, height, width\)"):
-            model.encode(torch.zeros(shape))

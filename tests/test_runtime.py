@@ -11,10 +11,14 @@ import torch
 from conftest import ROOT
 
 from generate import GenerateConfig
+from modules import VQVAE2Config
+from new_slices.prior import PriorConfig, Sampling
 from slice_volumes import SliceConfig
 from support import runtime
 from support.runtime import UserError
 from support.trainer import TrainConfig
+from train import LossConfig
+from train_prior import CodesConfig
 
 # What every checkpoint has.
 KEYS = {"kind": "vqvae2", "model_config": {}, "train_config": {}, "data": {}, "epoch": 1}
@@ -64,55 +68,44 @@ def test_a_misspelt_flag_names_the_one_that_is_meant(flags, hint, capsys):
 
 
 @pytest.mark.parametrize(
-    "error, words",
+    "error, words, code",
     [
-        (runtime.UserError("bad slice"), "error: bad slice\n"),
-        (FileNotFoundError("bad slice"), "error: bad slice\n"),
-        (MemoryError(), "--batch-size"),
-        (torch.OutOfMemoryError("CUDA out of memory."), "--device cpu"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "--batch-size"),
+        (runtime.UserError("bad slice"), "error: bad slice\n", 2),
+        (FileNotFoundError("bad slice"), "error: bad slice\n", 2),
+        (MemoryError(), "--batch-size", 2),
+        (torch.OutOfMemoryError("CUDA out of memory."), "--device cpu", 2),
+        (RuntimeError("[enforce fail] Allocator: can't allocate memory"), "--batch-size", 2),
+        (KeyboardInterrupt(), "interrupted", 130),
     ],
 )
-def test_what_the_user_can_fix_is_one_message_and_exit_2(error, words, capsys):
+def test_what_the_user_can_fix_is_one_message_and_an_exit_code(error, words, code, capsys):
     def main():
         raise error
 
     with pytest.raises(SystemExit) as exit_:
         runtime.run_cli(main)
-    assert exit_.value.code == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: ") and words in err and err.count("\n") == 1
+    assert exit_.value.code == code and words in err and err.count("\n") == 1
 
 
-def test_a_bug_keeps_its_traceback():
+@pytest.mark.parametrize("error", [ValueError("zip()"), RuntimeError("size"), KeyError("x")])
+def test_a_bug_keeps_its_traceback(error):
     """Also one of ours, in this folder: a ValueError is no UserError."""
-    for error in (
-        ValueError("zip() argument 2 is longer"),
-        RuntimeError("size mismatch"),
-        KeyError("x"),
-    ):
 
-        def main(error=error):
-            with runtime.atomic_path("never"):
-                raise error
-
-        with pytest.raises(type(error)):
-            runtime.run_cli(main)
-
-
-def test_ctrl_c_exits_with_130():
     def main():
-        raise KeyboardInterrupt
+        with runtime.atomic_path("never"):
+            raise error
 
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(type(error)):
         runtime.run_cli(main)
-    assert exit_.value.code == 130
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "a.txt"
     runtime.write_text(path, "first")
     with pytest.raises(RuntimeError), runtime.atomic_path(path) as part:
+        assert part.name == "a.txt" and not part.exists()
+        assert part.parent.stat().st_mode & 0o777 == 0o700  # nobody else's to see
         part.write_text("half")
         raise RuntimeError
     assert path.read_text() == "first" and os.listdir(path.parent) == ["a.txt"]
@@ -121,17 +114,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_checkpoints_come_back_without_running_code(tmp_path):
-    saved = {
-        **KEYS,
-        "model": {"w": torch.randn(3)},
-        "history": [{"epoch": 1}],
-        "best": float("inf"),
-    }
+    saved = KEYS | {"model": {"w": torch.randn(3)}, "history": [{"epoch": 1}], "best": math.inf}
     runtime.save_checkpoint(tmp_path / "a.pth", saved)
     loaded = runtime.load_checkpoint(tmp_path / "a.pth", "vqvae2")
-    assert torch.equal(loaded["model"]["w"], saved["model"]["w"]) and loaded["history"] == [
-        {"epoch": 1}
-    ]
+    assert torch.equal(loaded["model"]["w"], saved["model"]["w"])
+    assert loaded["history"] == [{"epoch": 1}] and loaded["best"] == math.inf
 
     whole = (tmp_path / "a.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
@@ -141,21 +128,16 @@ def test_checkpoints_come_back_without_running_code(tmp_path):
     torch.save({"model": {}}, tmp_path / "foreign.pth")
     torch.save({**saved, "model": {"w": torch.tensor([math.nan])}}, tmp_path / "nan.pth")
     for name in ("cut", "empty", "pickle", "list", "foreign", "nan"):
-        with pytest.raises(runtime.UserError, match=f"{name}.pth: damaged, or not written.*Fix"):
+        with pytest.raises(UserError, match=f"{name}.pth: damaged, or not written.*Fix"):
             runtime.load_checkpoint(tmp_path / f"{name}.pth", "vqvae2")
-    with pytest.raises(ValueError, match="prior"):
-        runtime.load_checkpoint(tmp_path / "a.pth", "prior")
     old = {"format": "vqvae2-2", "history": [{"run": {"revision": "5afe7e8"}}]}
     torch.save(saved | old, tmp_path / "old.pth")
-    with pytest.raises(
-        runtime.UserError, match=r"format vqvae2-2, by revision 5afe7e8.*expected vqvae2-3.*Fix"
-    ):
+    named = r"format vqvae2-2, by revision 5afe7e8.*expected vqvae2-3.*Fix"
+    with pytest.raises(UserError, match=named):
         runtime.load_checkpoint(tmp_path / "old.pth", "vqvae2")
 
 
-@pytest.mark.skipif(
-    not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full"
-)
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is a disk that is full")
 def test_a_full_disk_says_so_and_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "a.pth"
     runtime.save_checkpoint(path, {**KEYS, "model": {}, "step": 1})
@@ -166,9 +148,8 @@ def test_a_full_disk_says_so_and_leaves_the_old_checkpoint(tmp_path, monkeypatch
     monkeypatch.setattr(runtime, "open", full_disk, raising=False)
     with pytest.raises(OSError, match="No space left"):
         runtime.save_checkpoint(path, {**KEYS, "model": {}, "step": 2})
-    assert runtime.load_checkpoint(path, "vqvae2")["step"] == 1 and os.listdir(tmp_path) == [
-        "a.pth"
-    ]
+    assert runtime.load_checkpoint(path, "vqvae2")["step"] == 1
+    assert os.listdir(tmp_path) == ["a.pth"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -180,9 +161,8 @@ def test_cuda_asked_for_where_there_is_none():
 
 def test_a_run_needs_no_git_and_names_no_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(
-        "sys.argv", ["/home/me/train.py", "--data=/home/me/a", "--out", "/home/me/b/", "--lr", "1"]
-    )
+    words = ["/home/me/train.py", "--data=/home/me/a", "--out", "/home/me/b/", "--lr", "1"]
+    monkeypatch.setattr("sys.argv", words)
     found = runtime.provenance()
     assert found["revision"] == "unknown"
     assert found["argv"] == ["train.py", "--data=a", "--out", "b", "--lr", "1"]
@@ -198,21 +178,13 @@ def test_a_line_reaches_a_file_when_it_is_printed(tmp_path):
     with open(tmp_path / "out", "w") as out:
         process = subprocess.Popen([sys.executable, "-c", code], stdout=out, cwd=ROOT)
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while (tmp_path / "out").read_text() != "said\n":
             assert time.monotonic() < deadline
             time.sleep(0.05)
     finally:
         process.kill()
         process.wait()
-
-
-def test_a_temporary_folder_is_ours_alone_and_goes(tmp_path):
-    with runtime.atomic_path(tmp_path / "a.txt") as part:
-        assert part.parent.stat().st_mode & 0o777 == 0o700
-        assert part.name == "a.txt" and not part.exists()
-        part.write_text("x")
-    assert os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_a_run_that_fails_leaves_no_empty_folder(tmp_path, monkeypatch):
@@ -232,6 +204,30 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         runtime.writable_folder(tmp_path / "file")
 
 
+OUT_OF_RANGE = {
+    TrainConfig: {"epochs": [0], "minutes": [-1, math.inf], "lr": [math.nan]},
+    LossConfig: {"beta": [math.nan]},
+    # The last ones of these are networks that take hours to build.
+    VQVAE2Config: {"K": [0], "D": [-1], "ema_decay": [1.0], "stride": [3]}
+    | {f"{part}_blocks": [-1, 10**6] for part in ("encoder", "top", "decoder")},
+    PriorConfig: {"prior_top_layers": [10**6], "prior_refine_blocks": [10**6]},
+    CodesConfig: {"bottom_every": [0]},
+    Sampling: {"passes": [0, 10**6], "temperature": [-1], "spread": [math.inf]},
+    GenerateConfig: {"n": [0], "top_temperature": [-1.0], "bottom_temperature": [math.nan]}
+    | {"top_passes": [0], "top_spread": [-1.0], "guidance": [-1.0], "position": [1.1, -0.1]}
+    | {"batch_size": [-1], "nnunet": ["Dataset1"]},
+}
+EACH = [
+    (c, name, v) for c, of in OUT_OF_RANGE.items() for name, values in of.items() for v in values
+]
+
+
+@pytest.mark.parametrize("config, field, value", EACH)
+def test_a_setting_out_of_range_is_named(config, field, value):
+    with pytest.raises(UserError, match=f"{field.split('_')[-1]}.*expected"):
+        config(**{field: value})
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32])
 @pytest.mark.parametrize("config", [TrainConfig, GenerateConfig, SliceConfig])
 def test_a_seed_that_numpy_refuses_is_a_user_s_mistake(config, seed):
@@ -245,9 +241,8 @@ def test_a_seed_that_numpy_refuses_is_a_user_s_mistake(config, seed):
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     """So a power cut leaves the old one. A file that is renamed before its bytes come is empty."""
     done, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(
-        os, "fsync", lambda file: (done.append(os.fstat(file).st_size), fsync(file))
-    )
+    sizes = lambda file: (done.append(os.fstat(file).st_size), fsync(file))  # noqa: E731
+    monkeypatch.setattr(os, "fsync", sizes)
     monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
     runtime.save_checkpoint(tmp_path / "a.pth", {**KEYS, "model": {}})
     # All of its bytes have left Python's buffer by then.
@@ -269,15 +264,10 @@ def test_help_has_headings_and_tells_the_defaults():
         lr: float = runtime.option(0.1, "how fast")
         far: int = runtime.option(3, "how far")
 
-    parser = runtime.parser("doc", Config, Other, everyday=("lr",))
-    text = parser.format_help()
+    text = runtime.parser("doc", Config, Other, everyday=("lr",)).format_help()
     assert text.index("everyday flags") < text.index("--lr") < text.index("--name")
     assert "(default: 3)" in text and "What else there is" in text
     assert "--flip" not in runtime.parser("doc", Config, without=("flip",)).format_help()
-
-
-def test_provenance_names_this_python():
-    assert runtime.provenance()["python"] == sys.version.split()[0]
 
 
 def test_commands_flush_denormals_and_compute_in_float32():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import nibabel
 import numpy as np
@@ -31,12 +32,14 @@ def write_release(root, patients, scheme="anonymous", weeks=(0,), affine=RAS, ax
     for patient in patients:
         for week in weeks:
             pixels = noise(10 * patient + week, SHAPE).transpose(axes)
-            image, mask = (
-                root / (form.format(patient, week) + ".nii.gz") for form in SCHEMES[scheme]
-            )
-            save(image, pixels, affine)
-            save(mask, (pixels // 9 % 6).astype(np.float32), affine)
+            arrays = pixels, (pixels // 9 % 6).astype(np.float32)
+            for form, array in zip(SCHEMES[scheme], arrays, strict=True):
+                save(root / (form.format(patient, week) + ".nii.gz"), array, affine)
     return root
+
+
+def mask_of(release, patient):
+    return release / f"{SCHEMES['anonymous'][1].format(patient, 0)}.nii.gz"
 
 
 def run_slice(release, out, **flags):
@@ -53,64 +56,40 @@ def test_central_coronal_planes_and_masks_lie_where_the_volume_has_them(tmp_path
     volume = noise(10 * 36 + 2, SHAPE)
     for number in range(4):
         plane = 3 + number  # the central 4 of 10
-        image = nibabel.load(out / "keras_slices_validate" / name_of(36, number, week=2))
-        mask = nibabel.load(
-            out / "keras_slices_seg_validate" / f"seg_036_week_2_slice_{number}.nii.gz"
-        )
-        np.testing.assert_array_equal(np.asarray(image.dataobj), volume[:, plane, :])
-        np.testing.assert_array_equal(
-            np.asarray(mask.dataobj), (volume[:, plane, :] // 9 % 6).astype(np.uint8)
-        )
+        name = name_of(36, number, week=2)
+        image = nibabel.load(out / "keras_slices_validate" / name)
+        mask = nibabel.load(out / "keras_slices_seg_validate" / name.replace("case", "seg"))
+        expected = volume[:, plane, :]
+        np.testing.assert_array_equal(np.asarray(image.dataobj), expected)
+        np.testing.assert_array_equal(np.asarray(mask.dataobj), (expected // 9 % 6).astype("u1"))
         assert image.get_data_dtype() == np.float32 and mask.get_data_dtype() == np.uint8
         for i, k in ((0, 0), (7, 0), (0, 5), (3, 2)):
             where = apply_affine(RAS, [i, plane, k])
             np.testing.assert_allclose(apply_affine(image.affine, [i, k, 0]), where, atol=1e-4)
             np.testing.assert_allclose(apply_affine(mask.affine, [i, k, 0]), where, atol=1e-4)
-        np.testing.assert_allclose(
-            image.header.get_zooms(), [RAS_ZOOMS[0], RAS_ZOOMS[2]], rtol=1e-6
-        )
+        zooms = np.linalg.norm(RAS[:3, [0, 2]], axis=0)
+        np.testing.assert_allclose(image.header.get_zooms(), zooms, rtol=1e-6)
     splits = open_study(DataConfig(data=str(out), height=8, width=6, cache=str(tmp_path / "cache")))
-    assert [sorted({name.patient for name in splits[split].names}) for split in SPLITS] == [
-        [4],
-        [36],
-        [40],
-    ]
-
-
-RAS_ZOOMS = np.linalg.norm(RAS[:3, :3], axis=0)
-
-
-def test_another_storage_order_gives_the_same_planes(tmp_path):
-    axes = (2, 0, 1)  # stored head-foot, left-right, front-back
-    affine = RAS.copy()
-    affine[:3, :3] = RAS[:3, axes]
-    run_slice(
-        write_release(tmp_path / "a", (4, 36, 40), affine=affine, axes=axes), tmp_path / "out"
-    )
-    image = nibabel.load(tmp_path / "out" / "keras_slices_train" / name_of(4, 1))
-    np.testing.assert_array_equal(np.asarray(image.dataobj), noise(40, SHAPE)[:, 4, :])
-    np.testing.assert_allclose(
-        apply_affine(image.affine, [2, 5, 0]), apply_affine(RAS, [2, 4, 5]), atol=1e-4
-    )
+    for split, patient in zip(SPLITS, (4, 36, 40), strict=True):
+        assert {name.patient for name in splits[split].names} == {patient}
 
 
 def test_axis_and_count_choose_the_planes(tmp_path):
-    run_slice(write_release(tmp_path / "a", (4, 36, 40)), tmp_path / "out", axis=2, count=2)
-    image = nibabel.load(tmp_path / "out" / "keras_slices_train" / name_of(4, 1))
-    np.testing.assert_array_equal(np.asarray(image.dataobj), noise(40, SHAPE)[:, :, SHAPE[2] // 2])
-    np.testing.assert_allclose(
-        apply_affine(image.affine, [2, 5, 0]), apply_affine(RAS, [2, 5, SHAPE[2] // 2]), atol=1e-4
-    )
-    assert len(list((tmp_path / "out").rglob("case_*"))) == 6
+    release, out = write_release(tmp_path / "a", (4, 36, 40)), tmp_path / "out"
+    run_slice(release, out, axis=2, count=2)
+    image, plane = nibabel.load(out / "keras_slices_train" / name_of(4, 1)), SHAPE[2] // 2
+    np.testing.assert_array_equal(np.asarray(image.dataobj), noise(40, SHAPE)[:, :, plane])
+    there = apply_affine(image.affine, [2, 5, 0])
+    np.testing.assert_allclose(there, apply_affine(RAS, [2, 5, plane]), atol=1e-4)
+    assert len(list(out.rglob("case_*"))) == 6
 
 
 def test_masks_that_lie_elsewhere_are_said(tmp_path, capsys):
     release = write_release(tmp_path / "a", (4, 36, 40))
     moved = RAS.copy()
     moved[:3, 3] += 2 * RAS[:3, 0]
-    mask = release / f"{SCHEMES['anonymous'][1].format(4, 0)}.nii.gz"
     for affine, said in ((moved, "warning: 1 masks lie elsewhere"), (RAS + 1e-3, "")):
-        save(mask, np.ones(SHAPE, np.uint8), affine)
+        save(mask_of(release, 4), np.ones(SHAPE, np.uint8), affine)
         run_slice(release, tmp_path / f"out{len(said)}")
         out = capsys.readouterr().out
         assert said in out and ("lie elsewhere" in out) == bool(said)
@@ -131,7 +110,7 @@ def test_a_folder_that_holds_slices_is_refused(tmp_path):
     release, out = write_release(tmp_path / "a", (4, 36, 40)), tmp_path / "out"
     run_slice(release, out)
     before = {file: file.read_bytes() for file in sorted(out.rglob("*.*"))}
-    save(release / f"{SCHEMES['anonymous'][1].format(4, 0)}.nii.gz", np.ones(SHAPE, "u1"), RAS)
+    save(mask_of(release, 4), np.ones(SHAPE, "u1"), RAS)
     with pytest.raises(UserError, match=r"out: already holds slices, such as .* Fix: delete it"):
         run_slice(release, out)
     assert before == {file: file.read_bytes() for file in sorted(out.rglob("*.*"))}
@@ -143,14 +122,12 @@ def test_a_folder_that_holds_slices_is_refused(tmp_path):
 
 def test_bad_volumes_are_listed_and_the_others_done(tmp_path):
     release, out = write_release(tmp_path / "a", (4, 5, 6, 7, 8, 36, 40)), tmp_path / "out"
-    images, masks = SCHEMES["anonymous"]
-    (release / f"{images.format(5, 0)}.nii.gz").write_bytes(b"no")
-    save(release / f"{masks.format(6, 0)}.nii.gz", np.ones((8, 9, 6), np.uint8), RAS)
-    save(release / f"{masks.format(7, 0)}.nii.gz", np.full(SHAPE, 0.5, np.float32), RAS)
-    (release / f"{masks.format(8, 0)}.nii.gz").unlink()
-    with pytest.raises(
-        ValueError, match=r"(?s)3 of 7 files.*Case_005.*Case_006.*its mask.*Case_007.*its mask"
-    ) as error:
+    (release / f"{SCHEMES['anonymous'][0].format(5, 0)}.nii.gz").write_bytes(b"no")
+    save(mask_of(release, 6), np.ones((8, 9, 6), np.uint8), RAS)
+    save(mask_of(release, 7), np.full(SHAPE, 0.5, np.float32), RAS)
+    mask_of(release, 8).unlink()
+    bad = r"(?s)3 of 7 files.*Case_005.*Case_006.*its mask.*Case_007.*its mask"
+    with pytest.raises(ValueError, match=bad) as error:
         run_slice(release, out)
     assert "Case_004" not in str(error.value)
     assert {parse_name(file).patient for file in out.rglob("case_*")} == {4, 8, 36, 40}
@@ -163,31 +140,28 @@ def test_labels_of_masks_stay_what_they_are(tmp_path):
     mask = np.zeros(SHAPE, np.int32)
     mask[2:4], mask[4:6], mask[6:] = 312782546, 312782550, 997
     for patient in (4, 36, 40):
-        save(release / f"{SCHEMES['anonymous'][1].format(patient, 0)}.nii.gz", mask, RAS)
+        save(mask_of(release, patient), mask, RAS)
     run_slice(release, tmp_path / "out")
     for path in (tmp_path / "out").rglob("seg_*"):
         np.testing.assert_array_equal(np.asarray(nibabel.load(path).dataobj), mask[:, 0])
     mask[:2] = -1
-    save(release / f"{SCHEMES['anonymous'][1].format(4, 0)}.nii.gz", mask, RAS)
+    save(mask_of(release, 4), mask, RAS)
     with pytest.raises(UserError, match=r"Case_004.*its mask .*-1"):
         run_slice(release, tmp_path / "other")
 
 
 def test_patients_are_split_as_in_the_course_or_by_seed():
     course, line = split_patients({*range(4, 34), *range(35, 43)}, seed=0, hipmri=True)
-    assert "course" in line and len(course) == 38
-    assert [sum(split == name for name in course.values()) for split in SPLITS] == [31, 4, 3]
-    assert (
-        course[33] == course[35] == "train"
-        and course[36] == course[39] == "validate"
-        and course[40] == "test"
-    )
-    chosen, line = split_patients({1, *range(4, 33)}, seed=0, hipmri=True)
-    assert "seed 0" in line and [
-        sum(split == name for name in chosen.values()) for split in SPLITS
-    ] == [24, 3, 3]
-    assert chosen == split_patients({1, *range(4, 33)}, seed=0, hipmri=True)[0]
-    assert chosen != split_patients({1, *range(4, 33)}, seed=1, hipmri=True)[0]
+    sizes = Counter(course.values())
+    assert "course" in line and [sizes[split] for split in SPLITS] == [31, 4, 3]
+    assert course[33] == course[35] == "train" and course[40] == "test"
+    assert course[36] == course[39] == "validate"
+    others = {1, *range(4, 33)}
+    chosen, line = split_patients(others, seed=0, hipmri=True)
+    sizes = Counter(chosen.values())
+    assert "seed 0" in line and [sizes[split] for split in SPLITS] == [24, 3, 3]
+    assert chosen == split_patients(others, seed=0, hipmri=True)[0]
+    assert chosen != split_patients(others, seed=1, hipmri=True)[0]
     assert sorted(split_patients({1, 2, 3}, seed=0, hipmri=False)[0].values()) == sorted(SPLITS)
     with pytest.raises(ValueError, match="at least 3"):
         split_patients({100, 101}, seed=0, hipmri=False)
@@ -230,17 +204,16 @@ def write_subject(root, patient, codes="RAS", tilt=0.0, mask_codes=None):
     nibabel.save(stored(pixels, affine, codes), path)
     if mask_codes:
         mask = stored((pixels > 4000).astype(np.uint8), affine, mask_codes)
-        nibabel.save(mask, path.with_name(path.name.replace("T2w", "T2w_seg")))
+        nibabel.save(mask, beside(path))
     return path
 
 
-CUTS = [
-    ("coronal", 12, 0),
-    ("coronal", 12, 12),
-    ("coronal", 12, -30),
-    ("axial", 8, 12),
-    ("sagittal", 10, 0),
-]
+def beside(path):
+    """The mask that `write_subject` writes beside a volume."""
+    return path.with_name(path.name.replace("T2w", "T2w_seg"))
+
+
+CUTS = [("coronal", 12, 0), ("coronal", 12, -30), ("axial", 8, 12), ("sagittal", 10, 0)]
 
 
 @pytest.mark.parametrize("plane, depth, tilt", CUTS)
@@ -255,26 +228,22 @@ def test_all_orientations_give_the_same_slices_in_the_same_place(tmp_path, plane
         for number in (0, depth - 1):
             (path,) = (tmp_path / "out").rglob(f"case_{patient:03d}_week_2_slice_{number}.nii.gz")
             (mask,) = (tmp_path / "out").rglob(f"seg_{patient:03d}_week_2_slice_{number}.nii.gz")
-            image = nibabel.load(path)
-            np.testing.assert_array_equal(np.asarray(image.dataobj), expected[..., number])
-            np.testing.assert_array_equal(
-                np.asarray(nibabel.load(mask).dataobj), expected[..., number] > 4000
-            )
+            image, mask, plane = nibabel.load(path), nibabel.load(mask), expected[..., number]
+            np.testing.assert_array_equal(np.asarray(image.dataobj), plane)
+            np.testing.assert_array_equal(np.asarray(mask.dataobj), plane > 4000)
             for i, j in ((0, 0), (3, 5)):
                 voxel = np.zeros(3)
                 voxel[list(axes)] = i, j, number
-                np.testing.assert_allclose(
-                    apply_affine(image.affine, [i, j, 0]), apply_affine(affine, voxel), atol=1e-3
-                )
-                assert np.abs(nibabel.load(mask).affine - image.affine).max() < 1e-3
+                there = apply_affine(image.affine, [i, j, 0])
+                np.testing.assert_allclose(there, apply_affine(affine, voxel), atol=1e-3)
+            np.testing.assert_allclose(mask.affine, image.affine, atol=1e-3)
 
 
 def test_two_affines_that_turn_a_volume_differently_are_said(tmp_path, capsys):
     paths = [write_subject(tmp_path / "in", patient, mask_codes="RAS") for patient in range(1, 5)]
     run_slice(tmp_path / "in", tmp_path / "same")
     assert "qform" not in capsys.readouterr().out
-    masks = [path.with_name(path.name.replace("T2w", "T2w_seg")) for path in paths]
-    for path in (paths[0], paths[1], masks[1], masks[2]):
+    for path in (paths[0], paths[1], beside(paths[1]), beside(paths[2])):
         image = nibabel.load(path)
         image.set_sform(image.affine, 1)
         image.set_qform(image.affine @ np.diag([-1, -1, 1, 1]), 1)
@@ -298,9 +267,8 @@ def test_clashes_are_shown_before_anything_is_written(tmp_path):
         path = write_subject(tmp_path / "bids", patient)
     other = path.with_name(path.name.replace("T2w", "T1w"))
     other.write_bytes(path.read_bytes())
-    with pytest.raises(
-        UserError, match=r"(?s)two volumes.*sub-03_ses-2_T1w.*and.*sub-03_ses-2_T2w.*--match"
-    ):
+    both = r"(?s)two volumes.*sub-03_ses-2_T1w.*and.*sub-03_ses-2_T2w.*--match"
+    with pytest.raises(UserError, match=both):
         run_slice(tmp_path / "bids", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     run_slice(tmp_path / "bids", tmp_path / "out", match="*_T2w*")
@@ -309,11 +277,7 @@ def test_clashes_are_shown_before_anything_is_written(tmp_path):
 
 def test_subjects_with_names_get_numbers_that_are_kept(tmp_path):
     for label in ("ctl1", "ctl2", "pat1"):
-        path = write_subject(tmp_path / "b", 1)
-        path.rename(tmp_path / "b" / f"sub-{label}_T2w.nii.gz")
-        path.parent.rmdir()
-        path.parents[1].rmdir()
-        path.parents[2].rmdir()
+        save(tmp_path / "b" / f"sub-{label}_T2w.nii.gz", noise(1, SHAPE), RAS)
     run_slice(tmp_path / "b", tmp_path / "out")
     assert {parse_name(path).patient for path in (tmp_path / "out").rglob("case_*")} == {1, 2, 3}
     record = json.loads((tmp_path / "out" / "slices.json").read_text())
@@ -323,12 +287,10 @@ def test_subjects_with_names_get_numbers_that_are_kept(tmp_path):
 def test_a_folder_for_each_subject_tells_them_apart(tmp_path, capsys):
     for patient in (1, 2, 3):
         path = write_subject(tmp_path / "b", patient, mask_codes="RAS")
-        for file in (path, path.with_name(path.name.replace("T2w", "T2w_seg"))):
-            target = (
-                tmp_path / "export" / f"P{patient:04d}" / file.name[12:].replace("T2w", "t2_tse_3")
-            )
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file.rename(target)
+        folder = tmp_path / "export" / f"P{patient:04d}"
+        folder.mkdir(parents=True)
+        path.rename(folder / "t2_tse_3.nii.gz")
+        beside(path).rename(folder / "t2_tse_3_seg.nii.gz")
     run_slice(tmp_path / "export", tmp_path / "out")
     assert "told apart by their folders" in capsys.readouterr().out
     assert {parse_name(path).patient for path in (tmp_path / "out").rglob("seg_*")} == {1, 2, 3}
@@ -337,9 +299,8 @@ def test_a_folder_for_each_subject_tells_them_apart(tmp_path, capsys):
 def test_masks_of_a_folder_of_their_own(tmp_path):
     for patient in (1, 2, 3):
         path = write_subject(tmp_path / "b", patient, mask_codes="LPS")
-        mask = path.with_name(path.name.replace("T2w", "T2w_seg"))
         (tmp_path / "m").mkdir(exist_ok=True)
-        mask.rename(tmp_path / "m" / f"{patient}.nii.gz")
+        beside(path).rename(tmp_path / "m" / f"{patient}.nii.gz")
     flags = {"masks": str(tmp_path / "m"), "count": 0}
     with pytest.raises(UserError, match=r"no mask of the subjects.* --name-pattern"):
         run_slice(tmp_path / "b", tmp_path / "out", **flags)  # bare numbers announce nobody
@@ -362,8 +323,7 @@ def test_two_masks_of_one_volume_are_refused(tmp_path, capsys):
         path = write_subject(tmp_path / "b", patient, mask_codes="RAS")
         target = tmp_path / "export" / f"P{patient:04d}" / "t2.nii.gz"
         (target.parent / "segmentations").mkdir(parents=True)
-        mask = path.with_name(path.name.replace("T2w", "T2w_seg"))
-        mask.rename(target.parent / "segmentations" / "liver.nii.gz")
+        beside(path).rename(target.parent / "segmentations" / "liver.nii.gz")
         path.rename(target)
     shutil.copytree(tmp_path / "export", tmp_path / "several")
     organ = tmp_path / "several" / "P0002" / "segmentations" / "liver.nii.gz"
@@ -379,27 +339,25 @@ def test_a_lonely_volume_and_the_masks_of_one_other_session(tmp_path, capsys):
     """They belong together if it is one mask; of two neither is taken in silence."""
     for patient in (1, 2, 3):
         path = write_subject(tmp_path / "b", patient, mask_codes="RAS")
-        mask = path.with_name(path.name.replace("T2w", "T2w_seg"))
-        mask.rename(mask.with_name(mask.name.replace("ses-2_", "ses-3_")))
+        mask = beside(path)
+        moved = mask.rename(mask.with_name(mask.name.replace("ses-2_", "ses-3_")))
     run_slice(tmp_path / "b", tmp_path / "out")
     assert "3 of them with a mask" in capsys.readouterr().out
     lost = mask.with_name("sub-09_ses-2_seg.nii.gz")
-    shutil.copy(mask.with_name(mask.name.replace("ses-2_", "ses-3_")), lost)
+    shutil.copy(moved, lost)
     run_slice(tmp_path / "b", tmp_path / "other")
     assert "1 masks are of none of these volumes, such as " in capsys.readouterr().out
-    lost.rename(lost.with_name(mask.name.replace("ses-2_", "ses-3_").replace("T2w", "liver")))
+    lost.rename(moved.with_name(moved.name.replace("T2w", "liver")))
     with pytest.raises(UserError, match="two masks of one volume"):
         run_slice(tmp_path / "b", tmp_path / "third")
 
 
-@pytest.mark.parametrize(
-    "name, way", [("IM1.dcm", "such as .*IM1.dcm. DICOM becomes NIfTI by `dcm2niix")]
-)
-def test_other_files_are_sent_their_way(tmp_path, name, way):
-    (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(FileNotFoundError, match=f"no volumes.*{way}.*Fix"):
+def test_other_files_are_sent_their_way(tmp_path):
+    way = r"such as .*IM1\.dcm. DICOM becomes NIfTI by `dcm2niix.*Fix"
+    (tmp_path / "IM1.dcm").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=f"no volumes.*{way}"):
         run_slice(tmp_path, tmp_path / "out")
     (tmp_path / "keras_slices_train").mkdir()
-    (tmp_path / "keras_slices_train" / name).write_bytes(b"x")
-    with pytest.raises(FileNotFoundError, match=f"no keras_slices_train.*{way}.*Fix"):
+    (tmp_path / "keras_slices_train" / "IM1.dcm").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=f"no keras_slices_train.*{way}"):
         open_study(DataConfig(data=str(tmp_path), cache=str(tmp_path / "cache")))

@@ -2,11 +2,11 @@
 
 import importlib.util
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import command
 from scipy.linalg import sqrtm
 
 from benchmarks import features, few_patients, utility
@@ -34,11 +34,8 @@ def folders(tmp_path_factory):
         pixels = (100 * disc + 5 * rng.normal(size=disc.shape)).astype(np.float32)
         name = f"{patient:03d}_week_0_slice_{number}.nii.gz"
         nifti.write(folder / f"keras_slices_{split}" / f"case_{name}", pixels, np.eye(4))
-        nifti.write(
-            folder / f"keras_slices_seg_{split}" / f"seg_{name}",
-            (4 * disc).astype(np.uint8),
-            np.eye(4),
-        )
+        mask = (4 * disc).astype(np.uint8)
+        nifti.write(folder / f"keras_slices_seg_{split}" / f"seg_{name}", mask, np.eye(4))
 
     for split, patients in {"train": (4, 5, 104), "validate": (36,), "test": (40, 41, 140)}.items():
         for patient in patients:
@@ -57,30 +54,14 @@ def test_frechet_is_heusel_s_formula():
     assert features.frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
 
 
-def test_frechet_of_diagonal_gaussians():
-    """Samples with exactly these moments: sum of (m_a - m_b)^2 + (s_a - s_b)^2."""
-    white = (
-        np.linalg.qr(np.c_[np.ones(50), np.random.default_rng(0).normal(size=(50, 3))])[0][:, 1:]
-        * 7
-    )
-    a, b = white * [1, 2, 3] + [0, 1, 0], white * [2, 2, 0.5] + [1, 1, -2]
-    assert features.frechet_distance(a, b) == pytest.approx((1 + 0 + 4) + (1 + 0 + 2.5**2))
-    assert features.frechet_distance(b, a) == pytest.approx(features.frechet_distance(a, b))
-    assert features.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-
-
 def test_frechet_with_fewer_rows_than_features():
     """Features that lie in 3 of 40 dimensions have the distance they have there."""
     rng = np.random.default_rng(0)
-    a, b, turn = (
-        rng.normal(size=(12, 3)),
-        2 * rng.normal(size=(15, 3)),
-        np.linalg.qr(rng.normal(size=(40, 3)))[0],
-    )
-    assert features.frechet_distance(a @ turn.T, b @ turn.T) == pytest.approx(
-        features.frechet_distance(a, b)
-    )
-    assert features.frechet_distance(a @ turn.T, a @ turn.T) == pytest.approx(0, abs=1e-9)
+    a, b = rng.normal(size=(12, 3)), 2 * rng.normal(size=(15, 3))
+    turn = np.linalg.qr(rng.normal(size=(40, 3)))[0].T
+    there = features.frechet_distance(a @ turn, b @ turn)
+    assert there == pytest.approx(features.frechet_distance(a, b))
+    assert features.frechet_distance(a @ turn, a @ turn) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -89,17 +70,12 @@ def test_precision_and_recall_by_brute_force(k):
     real, fake = rng.normal(size=(25, 2)), 0.7 * rng.normal(size=(18, 2)) + 0.4
 
     def within(points, others):
-        """Of each of the points whether it lies in the ball of some of the others."""
-        balls = [
-            sorted(np.linalg.norm(c - o) for j, o in enumerate(others) if j != i)[k - 1]
-            for i, c in enumerate(others)
-        ]
-        return [
-            any(np.linalg.norm(p - c) <= r for c, r in zip(others, balls, strict=True))
-            for p in points
-        ]
+        """The share of the points that lie in the ball of some of the others."""
+        apart = np.linalg.norm(others[:, None] - others, axis=2)
+        balls = np.sort(apart, axis=1)[:, k]  # the first is each one's own 0
+        return np.mean([(np.linalg.norm(others - p, axis=1) <= balls).any() for p in points])
 
-    expected = np.mean(within(fake, real)), np.mean(within(real, fake))
+    expected = within(fake, real), within(real, fake)
     assert features.precision_recall(real, fake, k) == pytest.approx(expected)
     with pytest.raises(ValueError, match="from 1 to 24"):
         features.precision_recall(real, fake, 25)
@@ -108,13 +84,10 @@ def test_precision_and_recall_by_brute_force(k):
 def test_the_linear_test_tells_sets_apart_and_patients_not():
     """Chance for one distribution, even where rows of one patient are alike; near 1 for a shift."""
     rng = np.random.default_rng(0)
-    groups = np.repeat(np.arange(20), 5)
-    real, fake = (
-        rng.normal(size=(20, 30))[groups] + 0.1 * rng.normal(size=(100, 30)) for _ in range(2)
-    )
-    assert features.linear_auc(real, rng.normal(size=(100, 30)), groups) == pytest.approx(
-        0.5, abs=0.15
-    )
+    groups, spread = np.repeat(np.arange(20), 5), 0.1 * rng.normal(size=(2, 100, 30))
+    real, fake = rng.normal(size=(2, 20, 30))[:, groups] + spread
+    same = features.linear_auc(real, rng.normal(size=(100, 30)), groups)
+    assert same == pytest.approx(0.5, abs=0.15)
     assert features.linear_auc(real, fake + 1.5, groups) > 0.95
 
 
@@ -175,74 +148,42 @@ def test_an_altered_slice_takes_its_mask_along(folders):
         assert image[mask == 1].mean() > 1 > -0.2 > image[mask == 0].mean()
 
 
-def test_a_study_of_few_patients_keeps_the_others_out_of_training_alone(
-    folders, tmp_path, monkeypatch
-):
-    out = tmp_path / "few"
-    flags = ["--data", folders / "study", "--patients", 1, "--below", 100, "--out", out]
-    monkeypatch.setattr(sys, "argv", ["few_patients.py", *map(str, flags)])
-    few_patients.main()
-    splits = open_study(DataConfig(data=str(out), height=64, width=32))
+def test_a_study_of_few_patients_keeps_the_others_out_of_training_alone(folders, tmp_path):
+    flags = ["--data", folders / "study", "--patients", 1, "--below", 100]
+    command(few_patients, *flags, "--out", tmp_path / "few")
+    splits = open_study(DataConfig(data=str(tmp_path / "few"), height=64, width=32))
     people = {name: {each.patient for each in split.names} for name, split in splits.items()}
     assert len(people["train"]) == 1 and people["train"] < {4, 5} and people["test"] == {40, 41}
     assert len(splits["train"]) == 6 and splits["train"].has_mask.all()
 
 
-def test_utility_of_slices_as_good_as_real(folders, tmp_path, monkeypatch, capsys):
+def test_utility_of_slices_as_good_as_real(folders, tmp_path, monkeypatch):
     """Both sets are tested apart, and a network that saw one real patient is among the rows."""
-    arguments = [
-        folders / "generated",
-        "--data",
-        folders / "study",
-        "--below",
-        100,
-        "--patients",
-        1,
-    ]
-    arguments += [
-        "--steps",
-        40,
-        "--seeds",
-        1,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "utility.json",
-    ]
-    monkeypatch.setattr(sys, "argv", ["utility.py", *map(str, arguments)])
     small = organs.Segmenter.__init__
     monkeypatch.setattr(organs.Segmenter, "__init__", lambda self, labels: small(self, labels, 8))
-    utility.main()
+    flags = "--below 100 --patients 1 --steps 40 --seeds 1 --device cpu".split()
+    flags += ["--data", folders / "study", "--out", tmp_path / "utility.json"]
+    _, out, _ = command(utility, folders / "generated", *flags)
     sets = json.loads((tmp_path / "utility.json").read_text())["sets"]
-    assert {name: of["test_patients"] for name, of in sets.items()} == {
-        "patients < 100": 2,
-        "patients >= 100": 1,
-    }
+    tested = {name: of["test_patients"] for name, of in sets.items()}
+    assert tested == {"patients < 100": 2, "patients >= 100": 1}
+    kinds = {"generated alone"}
+    for name in ("study", "1 patients"):
+        kinds |= {name, f"{name}, altered", f"{name}, altered, and generated"}
     for of in sets.values():
-        kinds = {"generated alone"}
-        for name in ("study", "1 patients"):
-            kinds |= {name, f"{name}, altered", f"{name}, altered, and generated"}
         assert of["rows"].keys() == kinds
         assert of["rows"]["generated alone"]["dice"] > 0.7 and of["rows"]["study"]["dice"] > 0.7
-    assert "generated alone" in capsys.readouterr().out
+    assert "generated alone" in out
 
 
 @needs_efficientnet
-def test_features_of_a_folder(folders, tmp_path, monkeypatch):
-    arguments = [
-        folders / "generated",
-        "--data",
-        folders / "study",
-        "--out",
-        tmp_path / "features.json",
-    ]
-    monkeypatch.setattr(sys, "argv", ["features.py", *map(str, arguments)])
-    features.main()
+def test_features_of_a_folder(folders, tmp_path):
+    flags = ["--data", folders / "study", "--out", tmp_path / "features.json"]
+    command(features, folders / "generated", *flags)
     rows = json.loads((tmp_path / "features.json").read_text())["rows"]
     assert [row["n"] for row in rows.values()] == [6, 6] and "validation slices" in rows
-    assert all(
-        np.isfinite(list(row.values())).all() and 0 <= row["auc"] <= 1 for row in rows.values()
-    )
+    for row in rows.values():
+        assert np.isfinite(list(row.values())).all() and 0 <= row["auc"] <= 1
     test = open_study(DataConfig(data=str(folders / "study"), height=64, width=32))["test"]
     x = test.images(range(3))[:, 0].numpy()
     np.testing.assert_allclose(picture_features(7 * x - 3), picture_features(x), atol=1e-4)
@@ -261,18 +202,12 @@ def test_an_appraisal_by_anatomy_sees_what_is_broken(folders):
     real = validate.images(range(6))[:, 0].numpy()
     split, moved = real.copy(), np.roll(real, 12, axis=2)
     split[:, :, 14:18] = real.min()
-    positions = validate.positions
-    rows = {
-        name: sample_report.Row(x, positions)
-        for name, x in (("real", real), ("split", split), ("moved", moved))
-    }
+    kinds = {"real": real, "split": split, "moved": moved}
+    rows = {name: sample_report.Row(x, validate.positions) for name, x in kinds.items()}
     rows["real"] = rows["real"]._replace(masks=validate.masks(range(6)).numpy())
     table, verdicts = sample_report.score_anatomy(inputs, rows, np.arange(len(train)))
-    assert (
-        table["real"]["plausible"]
-        > 0.5
-        > max(table[name]["plausible"] for name in ("split", "moved"))
-    )
+    broken = max(table[name]["plausible"] for name in ("split", "moved"))
+    assert table["real"]["plausible"] > 0.5 > broken
     assert table["real"]["agreement"] > 0.8 and "agreement" not in table["split"]
     assert not verdicts  # there are no new slices
     noise = np.random.default_rng(0).integers(0, 2, real.shape).astype(np.uint8)
