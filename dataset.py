@@ -52,18 +52,20 @@ FITS = ("auto", "pad", "stretch")
 OF_THE_REPORT = (256, 128)  # rows and columns of HipMRI's slices
 MULTIPLE = 8  # of a grid that follows its study: a top code covers 8x8 pixels, by default
 STANDARD_NAME = re.compile(r"(?:case|seg)_(\d+)_week_(\d+)_slice_(\d+)\.nii(?:\.gz)?", re.I)
-# How other names tell their numbers: by a word that announces one, or as public data sets do.
+# How other names tell their numbers: by a word that announces one, or as public data sets do. The
+# 12 of case_12-05-2024 is no patient: the same person has another number on another day.
+NO_DATE = r"(?! \d\d?[-._]\d\d?[-._](?:19|20)\d\d | (?:19|20)\d\d[-._]\d\d?[-._]\d)"
 ANNOUNCED = {
-    "patient": r"""(?<![a-z]) sub-([a-z0-9]+)                                  # BIDS
-        | (?<![a-z]) (?:case|patient|pat|subject|subj|sub) [_-]?(\d+)
+    "patient": rf"""(?<![a-z]) sub-{NO_DATE}([a-z0-9]+)                        # BIDS
+        | (?<![a-z]) (?:case|patient|pat|subject|subj|sub) [ _-]?{NO_DATE}(\d+)
         | (?<![a-z]) B(\d+)_Week                                              # HipMRI: B006_Week0
         | BraTS\d*_(?:Training_|Validation_)?(\d+) | BraTS-[a-z]+-(\d+)
-        | OAS[12]_(\d+)_MR | OAS(3\d{4})_MR                                     # OASIS
-        | (?<!\d) \d{3}_S_(\d+)                                         # ADNI: site_S_subject""",
+        | OAS[12]_(\d+)_MR | OAS(3\d{{4}})_MR                                   # OASIS
+        | (?<!\d) \d{{3}}_S_(\d+)                                       # ADNI: site_S_subject""",
     "week": r"""(?<![a-z]) ses-([a-z0-9]+)                                     # BIDS
-        | (?<![a-z]) (?:week|wk|session|ses|visit|timepoint|frame) [_-]?(\d+)
+        | (?<![a-z]) (?:week|wk|session|ses|visit|timepoint|frame) [ _-]?(\d+)
         | BraTS-[a-z]+-\d+-(\d+) | OAS[12]_\d+_MR(\d+) | OAS3\d{4}_MR_d(\d+)""",
-    "slice": r"(?<![a-z]) (?:slice|plane|sl|z) [_-]?(\d+)",
+    "slice": r"(?<![a-z]) (?:slice|plane|sl|z) [ _-]?(\d+)",
 }
 ANNOUNCED = {key: re.compile(words, re.I | re.VERBOSE) for key, words in ANNOUNCED.items()}
 ALMOST = 0.01  # a label this near to a whole number is that number

@@ -315,13 +315,15 @@ def slice_volumes(config: SliceConfig) -> None:
     """Cut volumes into a study of 2-D slices and masks.
 
     FileNotFoundError where there are no volumes. UserError for names that clash and an output
-    folder that holds slices, before anything is written; at the end, for volumes of no use.
+    folder that holds slices, OSError for one that cannot be written, before anything is written;
+    UserError at the end, for volumes of no use.
     """
     volumes, hipmri, named = find_volumes(config)
     # Slices of another cut, or of masks that were corrected since, must not stay among these.
     if found := next(Path(config.out).glob("keras_slices_*/*"), None):
         there = f"{config.out}: already holds slices, such as {found.name}"
         raise UserError(f"{there}. Fix: delete it to cut anew, or another --out.")
+    runtime.writable_folder(config.out)
     split_of, line = split_patients({volume.patient for volume in volumes}, config.seed, hipmri)
     jobs = [(volume, split_of[volume.patient]) for volume in volumes]
     masks = sum(volume.mask is not None for volume in volumes)

@@ -140,19 +140,19 @@ def losses(
                [+ mask_weight * (cross-entropy + Dice loss + both of the coarse mask)].
 
     The codebook term ||sg[z_e] - e||^2 has no entry: the moving averages of
-    `VectorQuantiser.update` minimise it (van den Oord et al. 2017, appendix A.1). Losses of weight
-    0 are reported as well.
+    `VectorQuantiser.update` minimise it (van den Oord et al. 2017, appendix A.1). A loss has
+    the name of its weight, so "ssim" is 1 - SSIM; those of weight 0 are reported as well.
     """
     y = output.reconstruction
     terms = {
         "mse": F.mse_loss(y, x),
         "l1": F.l1_loss(y, x),
-        "ssim_loss": 1 - metrics.ssim(x, y).mean(),
+        "ssim": 1 - metrics.ssim(x, y).mean(),
         "commitment_top": output.top.commitment,
         "commitment_bottom": output.bottom.commitment,
     }
     reconstruction = config.mse * terms["mse"] + config.l1 * terms["l1"]
-    reconstruction = reconstruction + config.ssim * terms["ssim_loss"]
+    reconstruction = reconstruction + config.ssim * terms["ssim"]
     loss = reconstruction + config.beta * (terms["commitment_top"] + terms["commitment_bottom"])
     if masks is not None:
         of_masks, coarse = mask_losses(output.mask_logits, masks), output.coarse_mask_logits
@@ -167,7 +167,7 @@ class Autoencoder(Stage):
     """Stage one: reconstructs z-scored slices, and counts the codes of both levels."""
 
     kind, command = "vqvae2", "python train.py"
-    loss_names = ("loss", "reconstruction", "mse", "l1", "ssim_loss")
+    loss_names = ("loss", "reconstruction", "mse", "l1", "ssim")
     loss_names += ("commitment_top", "commitment_bottom")
     # What is reported; the commitment rises while the codebook learns to be used.
     best_by = "reconstruction"
@@ -279,7 +279,7 @@ class Autoencoder(Stage):
         known = [dice for dice in record["dice"]["validate"].values() if dice is not None]
         dice = f"mask Dice {sum(known) / len(known):.3f}, " if known else ""
         codes = f"codes used {used['top']} top {used['bottom']} bottom"
-        return f"SSIM {1 - record['validate']['ssim_loss']:.4f}, {dice}{codes}"
+        return f"SSIM {1 - record['validate']['ssim']:.4f}, {dice}{codes}"
 
     def verdict(self, record: dict) -> str:
         dice = record["dice"]["validate"].items()

@@ -72,7 +72,7 @@ def measure(name: str, data: str, epochs: int, seed: int) -> dict:
         "seed": seed,
         "flags": VARIANTS[name],
         "epochs": epochs,
-        "ssim": 1 - last["validate"]["ssim_loss"],
+        "ssim": 1 - last["validate"]["ssim"],
         "mse": last["validate"]["mse"],
         "codes": last["codes"]["validate"],
         "cpu_ms_per_slice": 1e3 * cpu / (last["step"] * first["train"]["batch_size"]),

@@ -83,6 +83,8 @@ def put(study, pixels, number=0, affine=AFFINE):
         ("ADNI_002_S_0004_slice_3.nii.gz", (4, 0, 3)),
         ("T2_case_004_slice_1.nii.gz", (4, 0, 1)),
         ("patient7_week2/case_004_slice_1.nii.gz", (4, 2, 1)),
+        ("Patient 7 week 2 slice 1.nii.gz", (7, 2, 1)),
+        ("case_12-05.nii", (12, 0, 0)),
     ],
 )
 def test_names_give_patient_week_slice(name, expected):
@@ -95,6 +97,9 @@ UNANNOUNCED = [
     "case_week_3.nii.gz",
     "T2_slice_3.nii.gz",
     "12-05-2024_prostate.nii.gz",
+    "case_12-05-2024.nii.gz",  # announced, but still a date
+    "sub-2024-05-12_T2w.nii.gz",
+    "patient 12.5.2024.nii",
     "IM-0001-0034.nii",
     "0012/T2.nii.gz",
     "prostate_07_slice_3.nii.gz",

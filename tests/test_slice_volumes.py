@@ -114,6 +114,8 @@ def test_a_folder_that_holds_slices_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"out: already holds slices, such as .* Fix: delete it"):
         run_slice(release, out)
     assert before == {file: file.read_bytes() for file in sorted(out.rglob("*.*"))}
+    with pytest.raises(OSError, match=r"x: cannot write there .* Fix: another --out"):
+        run_slice(release, next(iter(before)) / "x")
     shutil.rmtree(out)
     run_slice(release, out)
     mask = nibabel.load(out / "keras_slices_seg_train" / "seg_004_week_0_slice_0.nii.gz")
