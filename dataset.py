@@ -248,13 +248,11 @@ def _scan_study(study: Path, pattern: str, bad: dict[str, str]) -> list[Job]:
         for mask in mask_of.values():  # those that no slice took
             bad[mask.path] = f"a mask without its slice in {folder.name}"
     if empty:
-        elsewhere = [] if jobs or others else [entry.path for entry in find_nifti(study, others)]
-        hint = f" It holds other NIfTI files, such as {elsewhere[0]}." if elsewhere else ""
-        raise FileNotFoundError(
-            f"{study}: no {', '.join(empty)} with .nii or .nii.gz files.{hint or way_in(others)} "
-            "Fix: --data names the folder of all three splits; `python slice_volumes.py --volumes "
-            "DIR` makes one of 3-D volumes."
+        none = f"{study}: no {', '.join(empty)} with .nii or .nii.gz files.{way_in(others)}"
+        fix = (
+            "Fix: --data names the folder of all three splits; `python slice_volumes.py` makes one"
         )
+        raise FileNotFoundError(f"{none} {fix} of 3-D volumes.")
     if others:
         print(f"{study}: {len(others)} other files were passed over, such as {others[0]}")
     return jobs
@@ -286,9 +284,8 @@ def grid_of(jobs: list[Job]) -> tuple[int, int]:
     """The rows and columns of the grid in which a model sees these slices, if nothing else is said.
 
     They are the smallest multiples of 8 that hold every slice, so that little of the grid is
-    padding; a network of a larger stride, which needs multiples of 16, says so. Where most slices
-    are of HipMRI's 256x128, that is the grid, and its few of 256x144 are stretched. One slice of
-    each volume is looked at, as the others have its size.
+    padding. Where most slices are of HipMRI's 256x128, that is the grid, and its few of 256x144 are
+    stretched. One slice of each volume is looked at, as the others have its size.
     """
     shapes = Counter()
     for path in {job.file.name[:2]: job.file.path for job in jobs}.values():
@@ -644,16 +641,11 @@ class Mirror:
 
     A mirrored left kidney looks like a right one. So two labels that lie on opposite sides are
     exchanged in the mask of a mirrored slice: else nobody could tell which of the two is meant.
-
-    Attributes:
-        axis: the one of (..., H, W) that runs left-right, -2 or -1. None: nothing is mirrored.
-        partners: pairs of classes on opposite sides.
-        note: what came of it, for the user; "" where there is nothing to say.
     """
 
-    axis: int | None = -2
-    partners: tuple[tuple[int, int], ...] = ()
-    note: str = ""
+    axis: int | None = -2  # of (..., H, W), the left-right one; None: nothing is mirrored
+    partners: tuple[tuple[int, int], ...] = ()  # pairs of classes on opposite sides
+    note: str = ""  # what came of it, for the user; "" where there is nothing to say
 
     @classmethod
     def of(cls, train: "SliceDataset") -> "Mirror":
@@ -812,9 +804,8 @@ class SliceDataset(torch.utils.data.Dataset):
 def open_study(config: DataConfig) -> dict[str, SliceDataset]:
     """The three splits of a study, decoded into the cache if they are not there yet.
 
-    Prints what is odd in the study. FileNotFoundError for no study, or a split that is missing or
-    empty; UserError for files that cannot be used (all listed at once), or patients shared between
-    splits; OSError where the cache cannot be written.
+    Prints what is odd in the study. FileNotFoundError for no study or split; UserError for files
+    that cannot be used (all listed at once), or patients shared between splits.
     """
     study = find_study(config.data)
     if study is None:
@@ -850,28 +841,19 @@ def open_study(config: DataConfig) -> dict[str, SliceDataset]:
 
 @dataclass(frozen=True)
 class StudyInfo:
-    """What a checkpoint keeps of the study that it was trained on, as a dictionary under "data".
+    """What a checkpoint keeps of the study that it was trained on, as a dictionary under "data"."""
 
-    Attributes:
-        study: the name of its folder, not where it lies: checkpoints are shared. See
-            `find_trained_study`.
-        height, width, fit, allow_patient_overlap, name_pattern: as in `DataConfig`.
-        fingerprints: of each split, see `SliceDataset`.
-        labels: in the masks; () for a study without masks.
-        directions: where rows and columns of most slices run, by their affines: "RS" is to the
-            patient's right and head. "" where no affine tells it.
-        plane: "coronal", "axial" or "sagittal"; "" where no affine tells it.
-    """
-
-    study: str
+    study: str  # the name of its folder, not where it lies: checkpoints are shared
     height: int
     width: int
-    fingerprints: dict[str, str]
+    fingerprints: dict[str, str]  # of each split, see `SliceDataset`
     synthetic: bool = False
     allow_patient_overlap: bool = False
-    labels: tuple[int, ...] = ()
+    labels: tuple[int, ...] = ()  # in the masks; () for a study without masks
     fit: str = "auto"
     name_pattern: str = ""
+    # Where rows and columns of most slices run, by their affines: "RS" is to the patient's right
+    # and head, in coronal slices. Both are "" where no affine tells it.
     directions: str = ""
     plane: str = ""
 
@@ -946,10 +928,7 @@ def open_trained_study(
 
 
 def restore(dataset: SliceDataset, index: int, image: np.ndarray) -> np.ndarray:
-    """A z-scored (height, width) image as slice `index` is in its file: (rows, columns) float32.
-
-    The z-score of that slice is undone, and its own pixels are brought back from the model's grid.
-    """
+    """A z-scored (height, width) image as slice `index` is in its file: (rows, columns) float32."""
     pixels = np.asarray(image, np.float64) * dataset.std[index] + dataset.mean[index]
     return dataset.placement(index).restore(pixels.astype(np.float32))
 

@@ -56,7 +56,7 @@ def compare_with_documented(out: Path, documented: Path = DOCUMENTED) -> None:
         read = [results_page.read_json(folder / file) for folder in (out, documented)]
         for key in keys:
             ours, theirs = (results_page.at(scores, *key) for scores in read)
-            if ours is not None and theirs is not None and f"{ours:.3g}" != f"{theirs:.3g}":
+            if None not in (ours, theirs) and f"{ours:.3g}" != f"{theirs:.3g}":
                 differences.append(f"{'.'.join(key)} {ours:.4f} instead of {theirs:.4f}")
     print(f"compared with Results/phantom: {'; '.join(differences) or 'as documented'}")
 

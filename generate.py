@@ -5,8 +5,6 @@
     python generate.py --layout MY_MASKS         # of your own masks, a NIfTI slice or a folder
     python generate.py --layouts-only            # new masks alone, in seconds
     python generate.py --nnunet Dataset501_New   # for nnU-Net too: nnUNet_raw=Results/generated
-    # Less varied, if the priors trained for only minutes:
-    python generate.py --top-temperature 0.2 --bottom-temperature 0.2
 
 Writes to Results/generated/ (or --out): grid.png (the first samples, unselected, beside test slices
 at the same positions), overview.png (test slice | reconstruction | sample), NNNN.png,
@@ -39,7 +37,7 @@ from new_slices.code_maps import Samples, Variants, decode, extract_codes
 from new_slices.layouts import REGIONS, Composer, likely, middles
 from new_slices.organs import likeliest, nearest_positions, segmenter_of
 from new_slices.prior import BOTTOM_SAMPLING, TOP_SAMPLING, Prior, Sampling, load_prior
-from new_slices.sample_report import Inputs, appraise, near, print_report
+from new_slices.sample_report import Inputs, appraise, near, plain, print_report
 from support import figures, nifti, results_page, runtime
 from support.runtime import UserError, check_number, check_seed, option
 
@@ -213,19 +211,16 @@ def sample(
     layouts: np.ndarray | None,
     keep: Callable,
 ) -> Samples:
-    """Sample slices at positions (n,); `keep(first, samples)` is called with every batch.
-
-    KeyboardInterrupt after Ctrl-C or SIGTERM, when the pass ends, or `keep` has returned.
-    """
+    """Sample slices at positions (n,); `keep(first, samples)` is called with every batch."""
     (top, bottom), seeds = config.sampling(), seeds_of(config)
-    form = "{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-    bar = tqdm(total=config.n, desc="sampling", unit=" slices", bar_format=form, disable=None)
+    passes = top.passes + bottom.passes
+    bar = tqdm(total=config.n * passes, desc="sampling", unit=" passes", disable=None)
     parts = []
     size = config.batch_size or (4 if next(model.parameters()).device.type == "cpu" else 256)
     with runtime.stop_signals() as stopped, bar:
 
-        def progress(passes: int = 1) -> None:
-            bar.update(passes * len(batch) / (top.passes + bottom.passes))
+        def progress() -> None:
+            bar.update(len(batch))
             if stopped:
                 raise KeyboardInterrupt
 
@@ -238,7 +233,6 @@ def sample(
             samples = Samples(images, *(level.cpu().numpy() for level in codes), masks)
             keep(first, samples)
             parts.append(samples)
-            progress(passes=0)
     columns = zip(*parts, strict=True)
     return Samples(*(None if each[0] is None else np.concatenate(each) for each in columns))
 
@@ -265,7 +259,6 @@ class Album:
         labels: tuple[int, ...],
         sha256: str,
     ):
-        """`labels` of the masks; `sha256` of the autoencoder's checkpoint."""
         self.out, self.positions = Path(config.out), positions
         self.seed, self.nnunet = config.seed, config.nnunet
         train, test = splits["train"], splits["test"]
@@ -281,25 +274,19 @@ class Album:
         self.look = {"span": self.span, "note": self.note, "label_values": labels}
         self.look["letters"] = letters.pop() if len(letters) == 1 else ""
         self.labels = np.array(labels, np.min_scalar_type(max(labels, default=0)))
-        models = {"autoencoder": (config.checkpoint, sha256)}
-        models["prior"] = config.prior, runtime.sha256(config.prior)
-        settings = dataclasses.asdict(config)
-        settings["position"] = None if math.isnan(config.position) else config.position
+        prior = {"file": Path(config.prior).name, "sha256": runtime.sha256(config.prior)}
         self.manifest = {
             "note": f"{DESCRIPTION}. Not for diagnosis.",
             "asked": config.n,
             "done": 0,
             "seed": config.seed,
-            "seeds": f"of slice i: {config.seed} * {SEED_STEP} + i",
-            "settings": settings,
+            "settings": plain(dataclasses.asdict(config)),
             "positions": [None if math.isnan(p) else round(float(p), 4) for p in positions],
             "nifti": f"z-scores rescaled by the median mean {self.mean:.6g} and standard deviation "
             f"{self.std:.6g} of the training slices; each slice is its own case, its slice number "
             "the position on a scale of 0 to 59",
-            **{
-                kind: {"file": Path(file).name, "sha256": digest}
-                for kind, (file, digest) in models.items()
-            },
+            "autoencoder": {"file": Path(config.checkpoint).name, "sha256": sha256},
+            "prior": prior,
             "data": {"study": train.study.resolve().name, "synthetic": train.synthetic},
             "provenance": runtime.provenance(),
         }
@@ -377,10 +364,9 @@ def write_grid(album: Album, test: SliceDataset, samples: Samples, twins: np.nda
     shown = range(min(SHOWN, len(twins)))
     at = ["" if math.isnan(album.positions[i]) else f"at {album.positions[i]:.2f}" for i in shown]
     masks = None if samples.masks is None else samples.masks[: len(shown)]
+    names = [label(test, twins[i]) for i in shown]
     groups = {
-        "held-out slices": real_slices(
-            test, twins[: len(shown)], [label(test, twins[i]) for i in shown]
-        ),
+        "held-out slices": real_slices(test, twins[: len(shown)], names),
         "generated, random and unselected": with_masks(at, samples.images[: len(shown)], masks),
     }
     figures.slice_grid(album.out / "grid.png", groups, min(8, len(shown)), **album.look)
@@ -408,12 +394,11 @@ def write_pictures(album: Album, inputs: Inputs, report: dict, drawn: dict) -> N
     train, test, samples = inputs.splits["train"], inputs.splits["test"], inputs.samples
     honest, shown = drawn["honest"], inputs.twins[: min(4, len(inputs.twins))]
     n, blank = len(shown), [""] * len(shown)
+    masks = None if samples.masks is None else samples.masks[:n]
     groups = {
         "held-out": real_slices(test, shown, blank),
         "reconstruction": with_masks(blank, *inputs.decode(*inputs.codes_of("test", shown))),
-        "generated": with_masks(
-            blank, samples.images[:n], None if samples.masks is None else samples.masks[:n]
-        ),
+        "generated": with_masks(blank, samples.images[:n], masks),
     }
     figures.slice_grid(album.out / "overview.png", groups, n, **album.look, panel=2.5)
 
@@ -429,15 +414,14 @@ def write_pictures(album: Album, inputs: Inputs, report: dict, drawn: dict) -> N
             shown += [(names(i), images(i), None), (title, nearest, None)]
         return shown
 
+    def held_out(i: int) -> np.ndarray:
+        return test.images([honest[i]])[0, 0].numpy()
+
+    new = pairs("samples", lambda i: samples.images[i], lambda i: f"{i:04d}")
+    old = pairs("honest", held_out, lambda i: label(test, honest[i]))
     groups = {
-        f"generated | nearest training slice (n = {report['n']})": pairs(
-            "samples", lambda i: samples.images[i], lambda i: f"{i:04d}"
-        ),
-        f"held-out | nearest training slice (n = {len(honest)})": pairs(
-            "honest",
-            lambda i: test.images([honest[i]])[0, 0].numpy(),
-            lambda i: label(test, honest[i]),
-        ),
+        f"generated | nearest training slice (n = {report['n']})": new,
+        f"held-out | nearest training slice (n = {len(honest)})": old,
     }
     figures.slice_grid(album.out / "nearest.png", groups, 8, **album.look)
 

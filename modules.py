@@ -112,18 +112,11 @@ class VectorQuantiser(nn.Module):
     # Rows of the distance matrix (rows, K) that a CPU holds at once. A GPU holds 32 times more.
     chunk = 4096
 
-    def __init__(
-        self,
-        K: int,
-        D: int,
-        decay: float = 0.99,
-        revive: float = 0.03,
-        bit_weight: float = 0.0,
-        epsilon: float = 1e-5,
-    ):
+    epsilon = 1e-5  # of the Laplace smoothing of counts
+
+    def __init__(self, K: int, D: int, decay=0.99, revive=0.03, bit_weight=0.0):
         super().__init__()
-        self.K, self.decay, self.revive = K, decay, revive
-        self.bit_weight, self.epsilon = bit_weight, epsilon
+        self.K, self.decay, self.revive, self.bit_weight = K, decay, revive, bit_weight
         self.register_buffer("codebook", torch.randn(K, D))  # e
         self.register_buffer("ema_count", torch.ones(K))  # N
         self.register_buffer("ema_sum", self.codebook.clone())  # m

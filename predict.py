@@ -7,7 +7,7 @@
 
 Writes to the checkpoint's folder (or --out): metrics.json (means, patients, intervals, bits per
 pixel, codes used, masks by organ), test_scores.csv (every slice), comparison.png (best, median and
-worst slice), code_maps.png, ssim_histogram.png, index.html (all of it on one page); with --nifti
+worst slice), ssim_histogram.png, index.html (all of it on one page); with --nifti
 also reconstructions/.
 support/metrics.py states how every score is computed.
 """
@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,21 +27,11 @@ import dataset
 from dataset import NO_MASK, RECONSTRUCTION, DataConfig, SliceDataset
 from modules import VQVAE2, load_model
 from new_slices import organs
-from new_slices.code_maps import LEVELS
+from new_slices.code_maps import LEVELS, Samples
 from new_slices.organs import Segmenter
 from support import figures, metrics, nifti, results_page, runtime
-from support.results_page import MASK_SOURCES
+from support.results_page import MASK_SOURCES, SCORES
 from support.runtime import UserError, check_number, option
-
-SYNTHETIC = "synthetic phantom, not MRI"  # a picture's note
-COLUMNS = {  # of the terminal's table
-    "ssim_report": "SSIM report",
-    "ssim_standard": "SSIM standard",
-    "ssim_report_body": "report, body",
-    "ssim_standard_body": "standard, body",
-    "psnr": "PSNR dB",
-    "mae": "MAE",
-}
 
 
 @dataclass(frozen=True)
@@ -63,26 +52,17 @@ class PredictConfig:
 # ---- a model and its test split ----
 
 
-class Reconstructed(NamedTuple):
-    """Slices of a split and what the model makes of them."""
-
-    originals: np.ndarray  # (B, H, W) float32, z-scored
-    images: np.ndarray  # (B, H, W) float32, z-scored
-    top: np.ndarray  # (B, h, w) int32 in [0, K)
-    bottom: np.ndarray  # (B, 2h, 2w) int32 in [0, K)
-    masks: np.ndarray  # (B, H, W) uint8, as the codes tell them; all 0 for a model without masks
-
-
 @torch.inference_mode()
-def reconstruct_slices(model: VQVAE2, test: SliceDataset, indices: Sequence[int]) -> Reconstructed:
+def reconstruct_slices(model: VQVAE2, test: SliceDataset, indices: Sequence[int]) -> Samples:
+    """What the model makes of test slices; masks are all 0 for a model without."""
     x = test.images(indices)
     output = model(x.to(next(model.parameters()).device))
     masks = torch.zeros_like(x[:, 0], dtype=torch.uint8)
     if output.mask_logits is not None:
         masks = organs.likeliest(output.mask_logits)
-    codes = (getattr(output, level).codes.int() for level in LEVELS)
-    tensors = x[:, 0], output.reconstruction[:, 0], *codes, masks
-    return Reconstructed(*(tensor.cpu().numpy() for tensor in tensors))
+    codes = (getattr(output, level).codes for level in LEVELS)
+    tensors = output.reconstruction[:, 0], *codes, masks
+    return Samples(*(tensor.cpu().numpy() for tensor in tensors))
 
 
 # ---- scores ----
@@ -154,10 +134,10 @@ def rates(model: VQVAE2, codes: dict[str, np.ndarray], pixels: int) -> dict[str,
     counts = {level: np.bincount(codes[level].ravel(), minlength=K) for level in LEVELS}
     entropy = {level: metrics.code_entropy(counts[level]) for level in LEVELS}
     lengths = [codes[level].size for level in LEVELS]
-    nominal = metrics.bits_per_pixel(lengths, [math.log2(K)] * len(LEVELS), pixels)
-    by_entropy = metrics.bits_per_pixel(lengths, list(entropy.values()), pixels)
+    nominal = sum(lengths) * math.log2(K) / pixels
+    by_entropy = np.dot(lengths, list(entropy.values())) / pixels
     return {
-        "bits_per_pixel": {"nominal": nominal, "code_entropy": by_entropy},
+        "bits_per_pixel": {"nominal": nominal, "code_entropy": float(by_entropy)},
         "codes_used": {level: int(np.count_nonzero(counts[level])) for level in LEVELS},
         "perplexity": {level: 2 ** entropy[level] for level in LEVELS},
     }
@@ -212,34 +192,25 @@ def write_scores(path: Path, test: SliceDataset, scores: list[dict[str, float]])
 
 
 def write_pictures(
-    out: Path,
-    model: VQVAE2,
-    test: SliceDataset,
-    ssim: np.ndarray,
-    patients: list[str],
-    with_masks: bool,
+    out: Path, model: VQVAE2, test: SliceDataset, ssim: np.ndarray, with_masks: bool
 ) -> None:
     """The pictures of the module's docstring; best, median and worst are by the report's SSIM.
 
     `with_masks` adds the contours of the study's masks and of those that the codes tell.
     """
-    note = SYNTHETIC * test.synthetic
+    note = "synthetic phantom, not MRI" * test.synthetic
     order = np.argsort(ssim)
     picked = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
     indices = list(picked.values())
     found = reconstruct_slices(model, test, indices)
     titles = []
     for title, i in picked.items():
-        _, week, number = test.names[i]
-        where = f"patient {patients[i]}, week {week}, slice {number}"
+        where = "patient {:03d}, week {}, slice {}".format(*test.names[i])
         titles.append(f"{title}: {where}\nSSIM {ssim[i]:.4f}")
-    rows = list(zip(titles, found.originals, found.images, strict=True))
+    rows = list(zip(titles, test.images(indices)[:, 0].numpy(), found.images, strict=True))
     masks = list(zip(test.masks(indices).numpy(), found.masks, strict=True)) if with_masks else ()
     sheet, letters = out / "comparison.png", test.letters(indices)
     figures.comparison_sheet(sheet, rows, note, masks, letters, test.labels)
-    maps = found.originals[1], found.top[1], found.bottom[1]
-    title = f"{titles[1]}\n{note}".strip()
-    figures.code_maps(out / "code_maps.png", *maps, title, letters[1])
     figures.ssim_histogram(out / "ssim_histogram.png", ssim, note)
 
 
@@ -247,9 +218,9 @@ def print_scores(result: dict) -> None:
     """The table of the terminal: all slices, and the interval; then rates and codes."""
 
     def line(label: str, key: str) -> None:
-        print(f"{label:<12}" + "".join(f"{result[name][key]:>#16.4g}" for name in COLUMNS))
+        print(f"{label:<12}" + "".join(f"{result[name][key]:>#16.4g}" for name in SCORES))
 
-    print(f"{'':<12}" + "".join(f"{title:>16}" for title in COLUMNS.values()))
+    print(f"{'':<12}" + "".join(f"{title:>16}" for title in SCORES.values()))
     line("mean", "mean")
     if result["ssim_report"]["low"] is None:
         print("no interval: it is one over patients, and there is one patient")
@@ -279,8 +250,7 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
     """Score the test split, write everything to the out folder, and return what metrics.json holds.
 
     `data` names the study and the cache; without a name it is the study that the model was trained
-    on. The size of the slices is the model's own. FileNotFoundError for no checkpoint or study,
-    UserError for one that cannot be used, OSError for a folder that cannot be written.
+    on. The size of the slices is the model's own.
     """
     trained, device = load_model(config.checkpoint), runtime.pick_device(config.device)
     model, beside = trained.model.to(device), Path(config.checkpoint).parent
@@ -310,7 +280,7 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
     result |= origin
     write_scores(out / "test_scores.csv", test, scores)
     ssim = np.array([score["ssim_report"] for score in scores])
-    write_pictures(out, model, test, ssim, patients, with_masks)
+    write_pictures(out, model, test, ssim, with_masks)
     runtime.write_json(out / "metrics.json", result)
 
     what = "SYNTHETIC test slices (a phantom, not MRI)" if test.synthetic else "test slices"

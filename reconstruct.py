@@ -34,7 +34,6 @@ from support import metrics, nifti, runtime
 from support.runtime import UserError, check_number, option
 
 SCORES = {"ssim_report": "SSIM report", "ssim_standard": "SSIM standard", "psnr": "PSNR dB"}
-SHOWN = 40  # files of the terminal's table
 
 
 @dataclass(frozen=True)
@@ -77,32 +76,25 @@ def ends_of(study: StudyInfo, plane: str) -> str:
 
 
 class Scan:
-    """One image as a stack of planes, and the way back.
-
-    Attributes:
-        planes: (N, rows, columns) float32, in the file's units.
-        plane: "coronal", "axial" or "sagittal", by the file's affine; "" where it tells none.
-        notes: what to say of how the file was read and written.
-    """
+    """One image as a stack of planes for the model of a study, and the way back."""
 
     def __init__(self, image: nifti.Image, study: StudyInfo, plane: str = "") -> None:
-        """For the model of a study; UserError for an image that cannot be used."""
-        self.notes: list[str] = []
+        """UserError for an image that cannot be used."""
+        self.notes: list[str] = []  # what to say of how the file was read and written
         self.image, self.raw = image, image.raw
         if self.image.disputed:
-            self.notes.append(
-                f"have {nifti.DISPUTED} (the sform was taken, so look at left and right)"
-            )
+            self.notes.append(f"have {nifti.DISPUTED} (the sform was taken: look at the sides)")
         values = nifti.finite(self.image.values())
         # A slice is a volume of one plane, and what has more axes than three is several volumes.
         volumes = values.reshape(*(*values.shape, 1, 1)[:3], -1)
         self.turning = self._turning(volumes, study, plane)
         turned = apply_orientation(volumes, self.turning)  # (rows, columns, planes, volumes)
         self.turned = turned.shape
+        # (N, rows, columns) float32, in the file's units.
         self.planes = turned.transpose(3, 2, 0, 1).reshape(-1, *turned.shape[:2])
         affine = nifti.turn_affine(self.image.affine, volumes.shape, self.turning)
         told = nifti.plane_of(nifti.directions(affine[None])[0])
-        self.plane = told if self.image.oriented else ""
+        self.plane = told if self.image.oriented else ""  # by the file's affine
 
     def _turning(self, volumes: np.ndarray, study: StudyInfo, plane: str) -> np.ndarray:
         """How volumes (X, Y, Z, T) are turned so that their planes lie in the first two axes."""
@@ -122,16 +114,12 @@ class Scan:
         return fits[0]
 
     def write(self, path: Path, planes: np.ndarray) -> None:
-        """Write what became of the planes (N, rows, columns), with the file's shape, type and
-        header.
-        """
+        """Write what became of the planes (N, rows, columns): the file's shape, type and header."""
         pixels = self.back(planes)
         if self.raw.dtype.kind in "iu" and not self.image.scaled:
             limits = np.iinfo(self.raw.dtype)
             pixels = np.clip(np.round(pixels.astype(np.float64)), limits.min, limits.max)
             pixels = pixels.astype(self.raw.dtype.newbyteorder("="))
-        elif self.raw.dtype != np.float32:
-            self.notes.append("became float32")
         if not nifti.is_nifti(path.name):
             with runtime.atomic_path(path) as part:
                 imsave(part, pixels, check_contrast=False)
@@ -167,8 +155,7 @@ def read(path: str) -> nifti.Image:
 
 
 def find_files(inputs: list[str], out: Path) -> dict[str, str]:
-    """The path of every file to reconstruct by its name in the folder `out`, whose own files are
-    left aside.
+    """The path of every file to reconstruct, by its name in the folder `out`.
 
     FileNotFoundError for an input that is not there, or a folder without any; UserError for one
     name of two files, and for a file that its own reconstruction would replace.
@@ -200,10 +187,8 @@ def find_files(inputs: list[str], out: Path) -> dict[str, str]:
             print(f"{len(paths)} {kind} were passed over, such as {paths[0]}")
     for name, (path, *more) in found.items():
         if more:
-            raise UserError(
-                f"{path} and {more[0]} would both be written as {name}. "
-                "Fix: one at a time, with an --out each."
-            )
+            both = f"{path} and {more[0]} would both be written as {name}"
+            raise UserError(f"{both}. Fix: one at a time, with an --out each.")
         target, beside = out / name, Path(path).with_name(os.path.basename(name))
         # `beside` is the file itself, or the scan beside its file of codes.
         if target.exists() and beside.exists() and os.path.samefile(target, beside):
@@ -231,10 +216,7 @@ def reconstruct_planes(trained: Trained, planes: np.ndarray, batch_size: int) ->
 
 @torch.inference_mode()
 def encode_planes(trained: Trained, planes: np.ndarray, batch_size: int) -> Coded:
-    """The codes of planes (N, rows, columns), in any units, and the scale of each.
-
-    Each plane is z-scored and fitted into the model's grid as the training slices were.
-    """
+    """The codes of planes (N, rows, columns), which are placed as training slices; their scales."""
     model, study = trained.model, trained.study
     device = next(model.parameters()).device
     placement = Placement.make(planes.shape[1:], (study.height, study.width), study.fit)
@@ -370,7 +352,7 @@ def reconstruct(inputs: list[str], config: ReconstructConfig = ReconstructConfig
 
 
 def print_table(rows: dict[str, dict]) -> None:
-    """A line for each of the first files, and their mean."""
+    """A line for each file, and their mean."""
     columns = {**SCORES, "bits_per_pixel": "bits/pixel"}
     print(f"{'file':<40}{'planes':>7}" + "".join(f"{title:>15}" for title in columns.values()))
 
@@ -378,10 +360,8 @@ def print_table(rows: dict[str, dict]) -> None:
         print(f"{label[-39:]:<40}{planes:>7}" + "".join(f"{cell:>#15.4g}" for cell in cells))
 
     cells = {name: [row.get(key, math.nan) for key in columns] for name, row in rows.items()}
-    for name in list(rows)[:SHOWN]:
-        line(name, rows[name]["planes"], cells[name])
-    if len(rows) > SHOWN:
-        print(f"... and {len(rows) - SHOWN} more, in scans.json")
+    for name, row in rows.items():
+        line(name, row["planes"], cells[name])
     if len(rows) > 1:
         total = sum(row["planes"] for row in rows.values())
         line("mean of the files", total, np.mean(list(cells.values()), axis=0))

@@ -17,7 +17,7 @@ Every slice keeps its place in the world. slices.json records which planes of wh
 import fnmatch
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,8 +60,10 @@ class SliceConfig:
     def __post_init__(self) -> None:
         dataset.check_pattern(self.name_pattern)
         runtime.check_seed(self.seed)
-        if not self.volumes:
-            raise UserError("--volumes: name the folder of the volumes")
+        for name in ("volumes", "masks"):
+            folder = getattr(self, name)
+            if not Path(folder).is_dir() or (name == "volumes" and not folder):
+                raise UserError(f"--{name} is '{folder}': no such folder. Fix: name another.")
         runtime.check_number("count", self.count, least=0)
 
 
@@ -98,29 +100,24 @@ def is_mask(path: str) -> bool:
 def list_files(config: SliceConfig) -> tuple[list[File], list[File]]:
     """The volumes that `--match` takes, and all masks; FileNotFoundError for no volumes."""
 
-    def listed(flag: str, folder: str) -> list[File]:
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder. Fix: check {flag}.")
+    others: list[str] = []
+
+    def listed(folder: str) -> list[File]:
         entries = find_nifti(folder, others)
         return [File(entry.path, os.path.relpath(entry.path, folder)) for entry in entries]
 
-    others: list[str] = []
-    files = listed("--volumes", config.volumes)
-    masks = [file for file in files if is_mask(file.short)]
-    if config.masks:
-        masks = listed("--masks", config.masks)
+    files = listed(config.volumes)
+    masks = listed(config.masks) if config.masks else [f for f in files if is_mask(f.short)]
     apart = {os.path.realpath(mask.path) for mask in masks}
     images = [file for file in files if os.path.realpath(file.path) not in apart]
-
-    def matches(image: File) -> bool:
-        names = image.short, Path(image.path).name
-        return any(fnmatch.fnmatch(name, config.match) for name in names)
-
-    wanted = list(filter(matches, images))
+    wanted = [
+        image
+        for image in images
+        if any(fnmatch.fnmatch(x, config.match) for x in (image.short, Path(image.path).name))
+    ]
     if not wanted:
-        among = dataset.way_in(others)
-        if images:
-            among = f" {len(images)} volumes do not match {config.match}."
+        unmatched = f" {len(images)} volumes do not match {config.match}."
+        among = unmatched if images else dataset.way_in(others)
         none = f"{config.volumes}: no volumes, files such as Case_004_Week0_LFOV.nii.gz, in it"
         raise FileNotFoundError(f"{none}.{among} Fix: check --volumes and --match.")
     return wanted, masks
@@ -152,21 +149,16 @@ def group_by_folder(files: list[File]) -> dict[tuple[str, str], list[str]]:
 def pair(volumes: dict, masks: dict) -> dict[tuple[str, str], str]:
     """The mask of each volume that has one, both by subject and session.
 
-    It is that of its subject and session. Where a subject has one volume and masks of one session,
-    these belong together whatever the sessions are called. UserError for two masks of one volume:
-    to take one of them would leave organs out in silence.
+    UserError for two masks of one volume: to take one of them would leave organs out in silence.
     """
-    sessions = [Counter(subject for subject, _ in keys) for keys in (volumes, masks)]
-    of_subject = {subject: paths for (subject, _), paths in masks.items()}
     pairs = {}
-    for subject, session in volumes:
-        lonely = all(count[subject] == 1 for count in sessions)
-        found = masks.get((subject, session)) or (of_subject[subject] if lonely else [])
+    for key in volumes:
+        found = masks.get(key, [])
         if len(found) > 1:
             fix = "Fix: one for each volume, with a label for each organ; --masks DIR is for such"
             raise UserError(f"two masks of one volume, {found[0]} and {found[1]}. {fix}.")
         for path in found:
-            pairs[subject, session] = path
+            pairs[key] = path
     return pairs
 
 
@@ -335,21 +327,16 @@ def slice_volumes(config: SliceConfig) -> None:
         patients = {f"patient {number:03d}": name for number, name in sorted(split_of.items())}
         settings = {name: getattr(config, name) for name in RECORDED}
         runtime.write_json(Path(config.out, "slices.json"), settings | patients | named)
-        report(config, cuts)
+        if moved := sum(cut.moved for cut in cuts):
+            apart = f"{moved} masks lie elsewhere than their volumes by their affines"
+            print(f"warning: {apart}; taken voxel by voxel")
+        if disputed := sum(cut.disputed for cut in cuts):
+            odd = f"{disputed} volumes or their masks have {nifti.DISPUTED}"
+            print(f"warning: {odd}; the sform was taken, so look at left and right")
+        total = sum(cut.planes for cut in cuts)
+        print(f"wrote {config.out}/: {total} slices of {len(cuts)} volumes")
     if bad:
         dataset.raise_bad(config.volumes, bad, len(jobs))
-
-
-def report(config: SliceConfig, cuts: list[Cut]) -> None:
-    """Print what is said once of all volumes."""
-    if moved := sum(cut.moved for cut in cuts):
-        apart = f"{moved} masks lie elsewhere than their volumes by their affines"
-        print(f"warning: {apart}; taken voxel by voxel")
-    if disputed := sum(cut.disputed for cut in cuts):
-        odd = f"{disputed} volumes or their masks have {nifti.DISPUTED}"
-        print(f"warning: {odd}; the sform was taken, so look at left and right")
-    total = sum(cut.planes for cut in cuts)
-    print(f"wrote {config.out}/: {total} slices of {len(cuts)} volumes")
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ from benchmarks.baselines import (
     our_through_codes,
 )
 from modules import VQVAE2
-from support import metrics, runtime
+from support import runtime
 
 SIZE = 256, 128
 
@@ -78,9 +78,8 @@ def nominal_bits_per_pixel(peer: Peer, model: nn.Module, x: Tensor) -> float:
     with torch.inference_mode():
         _, levels = peer.through_codes(model.eval(), x)
     codes, sizes = zip(*levels.values(), strict=True)
-    return metrics.bits_per_pixel(
-        [level[0].numel() for level in codes], map(math.log2, sizes), x[0].numel()
-    )
+    bits = (level[0].numel() * math.log2(K) for level, K in zip(codes, sizes, strict=True))
+    return sum(bits) / x[0].numel()
 
 
 def peak_memory(device: torch.device) -> float:

@@ -66,14 +66,12 @@ class Variants:
     """How each of `slices` training slices is altered in each of `count` variants, by the seed.
 
     Variant 0 is the slice as it is, 1 its mirror image, and the others are random.
-
-    Attributes:
-        numbers: (count, slices, NUMBERS) float32 in [-1, 1], 0 for variant 0: for the priors.
     """
 
     def __init__(self, count: int, slices: int, mirror: Mirror, seed: int = 0) -> None:
         self.mirror = mirror
         generator = torch.Generator().manual_seed(seed)
+        # (count, slices, NUMBERS) float32 in [-1, 1], 0 for variant 0: for the priors.
         self.numbers = torch.rand(count, slices, NUMBERS, generator=generator) * 2 - 1
         self.numbers[:, :, 0] = (self.numbers[:, :, 0] > 0).float()
         self.numbers[:, :, 1] = 1

@@ -108,13 +108,9 @@ def train_segmenter(
 ) -> Segmenter:
     """A segmenter, in `eval()`, that has learnt the masks of `count` slices.
 
-    Args:
-        pairs: from indices (B,) below `count` to slices (B, 1, H, W) and masks (B, H, W) uint8.
-        labels: how many there are, the background among them.
-        mirror: of these slices.
-        steps, batch_size: 300 steps of 8 slices take half a minute on two cores.
-
-    Every slice is mirrored with probability 0.5, and gets a random gain, offset and noise.
+    `pairs` makes of indices (B,) below `count` slices (B, 1, H, W) and masks (B, H, W) uint8 of so
+    many `labels`, the background among them. Every slice is mirrored with probability 0.5, and gets
+    a random gain, offset and noise.
     """
     with torch.random.fork_rng(devices=[]):  # whoever calls draws what it would have drawn
         torch.manual_seed(seed)
@@ -246,12 +242,10 @@ def judge_masks(
         real: (M, H, W) real masks of any slices, whose shapes these should have.
         labels: the value of each class, the background's first.
 
-    Returns:
-        {"label_7": {"dice", "pieces", "holes", "roughness", "faults"}}: Dice over all slices, None
-        where no reference shows the organ; means {"masks", "real"} of measurements, None where no
-        mask shows it; and `faults`, a list of sentences. An organ with faults was not learnt: its
-        Dice is below 0.1, or the median of its pieces or of its roughness is far outside what real
-        masks have.
+    Returns {"label_7": {"dice", "pieces", "holes", "roughness", "faults"}}: Dice over all slices,
+    None where no reference shows the organ; means {"masks", "real"} of measurements, None where no
+    mask shows it; and `faults`, a list of sentences. An organ with faults was not learnt: its Dice
+    is below 0.1, or the median of its pieces or roughness is far outside what real masks have.
     """
     _, dice = dice_by_patient(masks, reference, np.zeros(len(masks)), len(labels))
     measured = {"masks": measure(masks, len(labels)), "real": measure(real, len(labels))}
@@ -296,12 +290,9 @@ def plausible(
     measurement of an organ must lie within the central 98 % of the 128 nearest real slices that
     have the organ; of fewer than 100, between their extremes.
 
-    Args:
-        measured (n, O, F), positions (n,); real (N, O, F), real_positions (N,).
-
-    Returns:
-        (n,) bool: these organs occur together; (n, O) bool: all of an organ's measurements are
-        plausible, or it is not there. A slice is plausible where all of them are True.
+    measured (n, O, F), positions (n,), real (N, O, F) and real_positions (N,) give (n,) bool:
+    these organs occur together; (n, O) bool: all of an organ's measurements are plausible, or it is
+    not there. A slice is plausible where all of them are True.
     """
     shown, real_shown = ~np.isnan(measured[..., 0]), ~np.isnan(real[..., 0])
     together, organs = np.ones(len(measured), bool), np.ones(shown.shape, bool)

@@ -26,10 +26,7 @@ def network() -> torch.nn.Module:
 
 @torch.inference_mode()
 def picture_features(images: np.ndarray) -> np.ndarray:
-    """Slices (N, H, W), each scaled by its own minimum and maximum, -> (N, 1280) float64.
-
-    The network's last maps, averaged over the slice.
-    """
+    """Slices (N, H, W), each scaled by its own ends -> (N, 1280): its last maps, averaged."""
     parts = []
     for x in torch.from_numpy(np.ascontiguousarray(images, np.float32)).split(8):
         low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)

@@ -69,19 +69,12 @@ class PriorConfig:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the codes of one level are sampled.
+    """How the codes of one level are sampled."""
 
-    Attributes:
-        passes: how many times the network is asked; each pass shows more codes.
-        temperature: divides the logits; 0 takes the likeliest code every time.
-        spread: how much chance decides which codes a pass shows: 0 shows the most certain ones.
-        guidance: the change that the other map makes to the logits counts this many times more; 0
-            leaves it alone.
-    """
-
-    passes: int = 16
-    temperature: float = 1.0
-    spread: float = 0.0
+    passes: int = 16  # how many times the network is asked; each pass shows more codes
+    temperature: float = 1.0  # divides the logits; 0 takes the likeliest code every time
+    spread: float = 0.0  # how much chance decides which codes a pass shows: 0, the most certain
+    # The change that the other map makes to the logits counts this many times more; 0 leaves it.
     guidance: float = 0.0
 
     def __post_init__(self) -> None:
@@ -154,23 +147,17 @@ class MaskedPrior(nn.Module):
     convolve over single codes, so that walls go on from one token to the next. A level also sees
     another map, its condition: the top level a layout, the bottom level the top map.
 
-    Args:
-        shape: height and width of the map.
-        numbers: how many describe the variant of a slice, see `code_maps.Variants`.
-        condition_values: how many values the condition has.
-        condition_scale: its side over this map's.
-        condition_channels: of the embedding of a value.
     """
 
     def __init__(
         self,
         config: PriorConfig,
-        shape: tuple[int, int],
+        shape: tuple[int, int],  # height and width of the map
         layers: int,
-        numbers: int,
-        condition_values: int,
-        condition_scale: float,
-        condition_channels: int,
+        numbers: int,  # that describe the variant of a slice, see `code_maps.Variants`
+        condition_values: int,  # how many values the condition has
+        condition_scale: float,  # its side over this map's
+        condition_channels: int,  # of the embedding of a value
     ):
         super().__init__()
         C, P = config.prior_channels, config.prior_patch
@@ -260,10 +247,7 @@ class MaskedPrior(nn.Module):
 
 
 class Prior(nn.Module):
-    """Both levels, for top maps of `top_shape` and bottom maps of twice its height and width.
-
-    `numbers` is how many describe the variant of a slice.
-    """
+    """Both levels, for top maps of `top_shape` and bottom maps of twice its height and width."""
 
     def __init__(self, config: PriorConfig, top_shape: tuple[int, int], numbers: int = 1):
         super().__init__()
@@ -348,10 +332,6 @@ class Prior(nn.Module):
             top, bottom: how each level is sampled.
             progress: called after each of the top.passes + bottom.passes passes.
             layouts: (B, 2h, 2w) int64 in [0, classes]; None for unknown.
-
-        Raises:
-            ValueError: a position out of its range, no seed, not as many positions as seeds, or
-                layouts of another shape or range.
         """
         if not len(seeds):
             raise ValueError("no seeds; expected one for each slice")
@@ -371,10 +351,7 @@ class Prior(nn.Module):
 
 
 def load_prior(path: Path | str, trained: Trained) -> tuple[StudyInfo, int, Prior]:
-    """The study and the number of variants that priors were trained on, and the priors, in eval().
-
-    UserError for what is no checkpoint of priors, and for those of another autoencoder.
-    """
+    """The study and number of variants that priors learnt, and the priors; UserError for others."""
     saved = runtime.load_checkpoint(path, "prior")
     study = StudyInfo.from_checkpoint(saved, path)
     digest, expected = trained.sha256, saved["autoencoder_sha256"]

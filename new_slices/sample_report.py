@@ -1,9 +1,9 @@
 """What new slices are worth, beside held-out slices and worthless ones: likeness, anatomy, variety
 and copying.
 
-Models, splits and samples in; a report and the arrays for its pictures out. No files; a table is
-printed. All that is measured stands beside held-out slices of the validation split (the floor) and
-beside controls that are wrong on purpose:
+Models, splits and samples in; a report and the arrays for its pictures out. All that is measured
+stands beside held-out slices of the validation split (the floor) and beside controls that are wrong
+on purpose:
 
     codes by place           codes drawn from the training histogram of their place
     two patients' halves     one half from a training patient at that position
@@ -26,12 +26,11 @@ slices have that fault cannot be told.
     variety            mean pairwise MS-SSIM
     copying            similarity to the nearest of all training slices and of the altered ones that
                        the priors saw, by correlation of pictures and by the codes in common, each
-                       weighed by its bits in the training histogram of its place. Flagged is what
-                       lies closer than the 1st percentile of test slices; copies are training
-                       slices decoded from their own codes, half of the bottom ones redrawn.
-                       By layout: mean Dice of the organs with those of the nearest training layout,
-                       or of one that is a cell aside; without masks, the share of equal cells.
-                       Copies are training layouts moved by up to one and a half cells
+                       weighed by its bits in the training histogram of its place; copies are
+                       training slices decoded from their own codes, half of the bottom ones
+                       redrawn. By layout: mean Dice of the organs with those of the nearest
+                       training layout, or of one that is a cell aside; without masks, the share of
+                       equal cells; copies are moved by up to one and a half cells
 """
 
 import itertools
@@ -87,29 +86,19 @@ WORDS = {  # of the scorecard
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is appraised, and what it is compared with.
-
-    Attributes:
-        codes: of all slices, as `codes.extract_codes` gives them.
-        positions: (n,) of the samples, in [0, 1] or NaN.
-        twins: (n,) the test slices that stand beside them: at the same positions, or near
-            `position`.
-        position: the one that was asked for, NaN for the test slices' own.
-        segmenter: of the study's organs; None for a study without masks.
-        layouts: (n, h, w) that the samples started from, if they did.
-    """
+    """What is appraised, and what it is compared with."""
 
     model: VQVAE2
     prior: Prior
     splits: dict[str, SliceDataset]
-    codes: dict[str, np.ndarray]
+    codes: dict[str, np.ndarray]  # of all slices, as `extract_codes` gives them
     samples: Samples
-    positions: np.ndarray
-    twins: np.ndarray
-    segmenter: Segmenter | None = None
-    position: float = math.nan
+    positions: np.ndarray  # (n,) of the samples, in [0, 1] or NaN
+    twins: np.ndarray  # (n,) test slices beside them: at their positions, or near `position`
+    segmenter: Segmenter | None = None  # of the study's organs; None for a study without masks
+    position: float = math.nan  # the one that was asked for, NaN for the test slices' own
     seed: int = 0
-    layouts: np.ndarray | None = None
+    layouts: np.ndarray | None = None  # (n, h, w) that the samples started from, if they did
 
     def codes_of(self, split: str, indices: np.ndarray, variant: int = 0) -> list[np.ndarray]:
         """Top (n, h, w) and bottom (n, 2h, 2w) int64."""
@@ -126,9 +115,7 @@ class Inputs:
 
 
 class Row(NamedTuple):
-    """Slices that are measured together: images (n, H, W), positions (n,), masks (n, H, W) if they
-    bring any.
-    """
+    """Slices (n, H, W) that are measured together, and their masks (n, H, W) if they bring any."""
 
     images: np.ndarray
     positions: np.ndarray
@@ -168,12 +155,7 @@ def make_rows(inputs: Inputs, rng: np.random.Generator) -> dict[str, Row]:
     ]
     halves, middle = images.copy(), images.shape[1] // 2
     halves[:, :middle] = inputs.images("train", np.array(partners))[:, :middle]
-    by_place = [
-        np.take_along_axis(
-            level[0], rng.integers(len(train), size=(n, *level.shape[2:])), 0
-        ).astype(np.int64)
-        for level in (inputs.codes[f"train_{level}"] for level in LEVELS)
-    ]
+    by_place = [redrawn(inputs.codes[f"train_{level}"][0], n, rng) for level in LEVELS]
     known = validate.masks(chosen).numpy() if validate.labels else np.zeros(images.shape, np.uint8)
     outside = np.isin(known, not_organs(known))
     noise = np.fft.fft2(rng.normal(size=images.shape))
@@ -191,10 +173,14 @@ def make_rows(inputs: Inputs, rng: np.random.Generator) -> dict[str, Row]:
     }
 
 
+def redrawn(codes: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """(count, h, w) int64 maps, whose codes are those of random maps (N, h, w) in their places."""
+    whose = rng.integers(len(codes), size=(count, *codes.shape[1:]))
+    return np.take_along_axis(codes, whose, 0).astype(np.int64)
+
+
 def not_organs(masks: np.ndarray) -> np.ndarray:
-    """The classes of masks (N, H, W) that are background here: unknown, and those that fill a tenth
-    of the slices, such as the body.
-    """
+    """The classes of masks (N, H, W) that are background: unknown, or large, such as the body."""
     shares = np.bincount(masks.ravel(), minlength=256) / masks.size
     return np.append(np.flatnonzero(shares > BACKGROUND), NO_MASK)
 
@@ -262,9 +248,7 @@ def score_costs(inputs: Inputs, rows: dict[str, Row], table: dict, real: np.ndar
 
 
 def seen_controls(table: dict[str, dict], errors: dict[str, float]) -> dict[str, list[str]]:
-    """The controls that each measure scores worse than the floor: by two standard errors of a
-    kernel distance, by any difference of another measure.
-    """
+    """The controls that each measure scores worse than the floor; KID by two standard errors."""
     seen = {}
     for measure, floor in table[FLOOR].items():
         sign = 1 if measure == "plausible" else -1  # of the other, less is better
@@ -291,23 +275,21 @@ def score_realism(inputs: Inputs, rows: dict[str, Row], rng: np.random.Generator
     seen = seen_controls(table, errors)
     kept = {measure: controls for measure, controls in seen.items() if controls}
     left_out = [measure for measure in seen if measure not in kept]
-    return plain(
-        {
-            "rows": {
-                name: {"n": len(rows[name].images)}
-                | {measure: value for measure, value in row.items() if measure not in left_out}
-                for name, row in table.items()
-            },
-            "masks": verdicts,
-            "not_learnt": organs.not_learnt(verdicts),
-            "kernel_distance_error": errors,
-            "kernel_distance_costs": costs,
-            "seen": kept,
-            "unseen": [c for c in CONTROLS if not any(c in sees for sees in kept.values())],
-            "left_out": left_out,
-            "training_slices": len(real),
-        }
-    )
+    for name, row in table.items():
+        shown = {measure: value for measure, value in row.items() if measure not in left_out}
+        table[name] = {"n": len(rows[name].images), **shown}
+    report = {
+        "rows": table,
+        "masks": verdicts,
+        "not_learnt": organs.not_learnt(verdicts),
+        "kernel_distance_error": errors,
+        "kernel_distance_costs": costs,
+        "seen": kept,
+        "unseen": [c for c in CONTROLS if not any(c in sees for sees in kept.values())],
+        "left_out": left_out,
+        "training_slices": len(real),
+    }
+    return plain(report)
 
 
 def plain(value):
@@ -335,21 +317,14 @@ def score_variety(inputs: Inputs) -> dict | None:
 # ---- copying ----
 
 
-@dataclass(frozen=True)
-class Source:
-    """Training slices as an audit compares them with others.
-
-    Attributes:
-        take: of a variant and indices (B,), what is compared of those slices: thumbnails or codes,
-            (B, ...).
-        similarity: `metrics.nearest` or alike.
-        variants: how many of each slice there are.
-    """
+class Source(NamedTuple):
+    """Training slices as an audit compares them with others."""
 
     split: SliceDataset
+    # Of a variant and indices (B,), what is compared of those slices: thumbnails, codes (B, ...).
     take: Callable[[int, np.ndarray], np.ndarray]
     similarity: Callable[..., metrics.Nearest]
-    variants: int
+    variants: int  # how many of each slice there are
 
 
 class Found(NamedTuple):
@@ -396,14 +371,12 @@ def make_copies(inputs: Inputs, rng: np.random.Generator) -> tuple[list[np.ndarr
     """What an audit must find: the codes of training slices, half of the bottom ones redrawn, and
     their pictures.
 
-    A redrawn code is that of another training slice at its place: a copy with another texture.
+    So they are copies with another texture.
     """
-    size = len(inputs.splits["train"])
-    chosen = rng.permutation(size)[:MOST_PER_ROW]
+    chosen = rng.permutation(len(inputs.splits["train"]))[:MOST_PER_ROW]
     top, bottom = inputs.codes_of("train", chosen)
-    others = inputs.codes["train_bottom"][0]
-    redrawn = np.take_along_axis(others, rng.integers(size, size=bottom.shape), 0).astype(np.int64)
-    bottom = np.where(rng.random(bottom.shape) < 0.5, redrawn, bottom)
+    others = redrawn(inputs.codes["train_bottom"][0], len(chosen), rng)
+    bottom = np.where(rng.random(bottom.shape) < 0.5, others, bottom)
     return [top, bottom], inputs.decode(top, bottom)[0]
 
 
@@ -443,9 +416,7 @@ def layout_audit(
 def score_copying(
     inputs: Inputs, rows: dict[str, Row], honest: np.ndarray, rng: np.random.Generator
 ) -> tuple[dict, dict]:
-    """The audits by the correlation of pictures, by codes in common and by layout: reports, and
-    what each found.
-    """
+    """The audits by picture, by codes in common and by layout: reports, and what each found."""
     train, samples = inputs.splits["train"], inputs.samples
     count = len(inputs.codes["train_top"])
     variants = Variants(count, len(train), train.mirror)
@@ -456,9 +427,7 @@ def score_copying(
         return np.concatenate([metrics.thumbnails(part.numpy()) for part in altered])
 
     def flat(maps: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate([level.reshape(len(level), -1) for level in maps], 1).astype(
-            np.uint16
-        )
+        return np.concatenate([x.reshape(len(x), -1) for x in maps], 1).astype(np.uint16)
 
     everything = [flat(inputs.codes_of("train", np.arange(len(train)), v)) for v in range(count)]
     bits = metrics.code_bits(np.concatenate(everything), inputs.model.config.K)
@@ -466,12 +435,9 @@ def score_copying(
     def in_common(queries: np.ndarray, slices: np.ndarray) -> metrics.Nearest:
         return metrics.code_agreement(queries, slices, bits)
 
-    sources = {
-        "correlation": Source(train, pictures, metrics.nearest, count),
-        "code agreement": Source(
-            train, lambda variant, i: everything[variant][i], in_common, count
-        ),
-    }
+    coded = Source(train, lambda variant, i: everything[variant][i], in_common, count)
+    pictured = Source(train, pictures, metrics.nearest, count)
+    sources = {"correlation": pictured, "code agreement": coded}
     copies, copied = make_copies(inputs, rng)
     queries = {
         "correlation": {

@@ -152,61 +152,29 @@ def comparison_sheet(
     differences = [np.abs(x - y) / value_range(x) for _, x, y in rows]
     span = {"cmap": "inferno", "vmin": 0, "vmax": max(np.percentile(differences, 99.9), 1e-6)}
     height, width = rows[0][1].shape
-    # All lengths here are inches.
-    high, gap, group_gap = panel_height(PANEL, height, width), 0.06, 0.3
-    panel, bottom = high * width / height, 0.15 + 0.2 * bool(masks)
-    wide = len(rows) * (3 * (panel + gap) + group_gap) + 0.9
-    figure = Figure(figsize=(wide, tall := bottom + high + 0.75 + 0.3 * bool(note)), dpi=DPI)
-
-    def place(left: float, width: float):
-        return figure.add_axes((left / wide, bottom / tall, width / wide, high / tall))
-
-    left = group_gap / 2
-    for i, (title, original, reconstruction) in enumerate(rows):
+    # Inches: the three pictures of each slice, and the scale beside the last ones.
+    high = panel_height(PANEL, height, width)
+    widths = [3 * (high * width / height + 0.12)] * len(rows)
+    widths[-1] += 0.85
+    figure = new_figure(sum(widths), high + 0.9 + 0.25 * bool(note) + 0.25 * bool(masks))
+    figure.suptitle(note, fontsize=10)
+    parts = figure.subfigures(1, len(rows), squeeze=False, width_ratios=widths)[0]
+    for i, (part, (title, original, reconstruction)) in enumerate(zip(parts, rows, strict=True)):
+        part.suptitle(title, fontsize=9)
+        *pair, last = part.subplots(1, 3)
         grey = {"vmin": original.min(), "vmax": original.max()}
-        middle = (left + 1.5 * panel + gap) / wide, (bottom + high + 0.3) / tall
-        figure.text(*middle, title, fontsize=9, ha="center", va="bottom")
         slices = {"original": original, "reconstruction": reconstruction}
-        for j, (name, image) in enumerate(slices.items()):
-            _show(axes := place(left + j * (panel + gap), panel), image, name, **grey)
+        for j, (axes, (name, image)) in enumerate(zip(pair, slices.items(), strict=True)):
+            _show(axes, image, name, **grey)
             if masks:
                 draw_contours(axes, masks[i][j])
             draw_letters(axes, letters[i] if letters else "", 0, 0, height, width)
-        axes = place(left + 2 * (panel + gap), panel)
-        shown = _show(axes, differences[i], "|difference|", **span)
-        left += 3 * (panel + gap) + group_gap
+        shown = _show(last, differences[i], "|difference|", **span)
     percent = FuncFormatter(lambda share, _: f"{100 * share:.3g} %")
-    bar = figure.colorbar(shown, cax=place(left - group_gap, 0.12), extend="max", format=percent)
+    bar = parts[-1].colorbar(shown, ax=last, extend="max", format=percent, pad=0.03)
     bar.set_label("of the original's range", fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    figure.text(0.5, 1 - 0.08 / tall, note, fontsize=10, ha="center", va="top")
     draw_legend(figure, [mask for pair in masks for mask in pair], label_values)
-    save(figure, path)
-
-
-def code_maps(
-    path: Path | str,
-    original: np.ndarray,
-    top: np.ndarray,
-    bottom: np.ndarray,
-    title: str = "",
-    letters: str = "",
-) -> None:
-    """Draw a slice (H, W) beside its code maps (h, w), int in [0, K), all of one height.
-
-    Codes have no order: colours only tell them apart.
-    """
-    height, width = original.shape
-    high = panel_height(PANEL, height, width)
-    figure = new_figure(3 * high * width / height + 2.6, high + 0.9)
-    figure.suptitle(title, fontsize=10)
-    axes = figure.subplots(1, 3)
-    _show(axes[0], original, f"original {height}x{width}")
-    draw_letters(axes[0], letters, 0, 0, height, width)
-    for panel, level, codes in ((axes[1], "top", top), (axes[2], "bottom", bottom)):
-        size, used = f"{codes.shape[0]}x{codes.shape[1]}", len(np.unique(codes))
-        image = _show(panel, codes, f"{level} {size}: {used} codes", cmap="turbo")
-        figure.colorbar(image, ax=panel, label="code").ax.tick_params(labelsize=7)
     save(figure, path)
 
 

@@ -70,10 +70,7 @@ def ssim_report(original: np.ndarray, reconstruction: np.ndarray) -> tuple[float
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM of the `report` protocol for batches, differentiable: x, y (B, 1, H, W) -> (B,).
-
-    The data range of each slice is the `value_range` of `x`, the original.
-    """
+    """SSIM of the `report` protocol, differentiable: originals x and y (B, 1, H, W) -> (B,)."""
     bessel = 49 / 48  # scikit-image's sample covariance
     span = (x.amax((1, 2, 3)) - x.amin((1, 2, 3))).view(-1, 1, 1, 1)
     span = span + (span == 0)  # as `value_range`
@@ -142,15 +139,13 @@ def body_mask(original: np.ndarray) -> np.ndarray:
 def score_slice(original: np.ndarray, reconstruction: np.ndarray) -> dict[str, float]:
     """Every score of one slice by the protocol above; `_body` is over `body_mask(original)` alone.
 
-    Both are (H, W) in one unit. UserError for two shapes, a slice too small for the Gaussian
-    window, or values that are NaN or infinite.
+    Both are (H, W) in one unit. UserError for two shapes, or a slice too small for the Gaussian
+    window.
     """
     one, other = original.shape, reconstruction.shape
     if one != other or original.ndim != 2 or min(one) < SMALLEST:
         shapes = f"slices of shapes {one} and {other}"
         raise UserError(f"{shapes}; expected one shape (H, W), each side at least {SMALLEST}")
-    if not (np.isfinite(original).all() and np.isfinite(reconstruction).all()):
-        raise UserError("a slice holds NaN or infinite values; expected finite ones")
     mean, std = original.mean(dtype=np.float64), original.std(dtype=np.float64)
     std = std if np.ptp(original) else 1.0
     original, reconstruction = ((image - mean) / std for image in (original, reconstruction))
@@ -184,9 +179,6 @@ def bootstrap_interval(
     with replacement, each with all of their slices; its statistic is the mean over those slices.
     With one patient there is nothing to resample and no interval: (None, None). With few it is
     coarse: among three patients it reaches from the worst patient's mean to the best one's.
-
-    Args:
-        values, patients: (N,) the score of each slice, and whose slice it is.
     """
     _, whose = np.unique(patients, return_inverse=True)
     counts, sums = np.bincount(whose), np.bincount(whose, weights=values)
@@ -202,11 +194,6 @@ def code_entropy(counts: np.ndarray) -> float:
     """Entropy in bits of codes used `counts` (K,) times: log2 K if evenly, 0 for a single code."""
     p = counts[counts > 0] / counts.sum()
     return float(np.sum(p * np.log2(1 / p)))
-
-
-def bits_per_pixel(codes: Sequence[int], bits: Sequence[float], pixels: int) -> float:
-    """The rate of a slice of `pixels`: by level, how many `codes` of how many `bits` each."""
-    return sum(n * each for n, each in zip(codes, bits, strict=True)) / pixels
 
 
 # ---- sets of slices: how alike, how varied, and how much of them is copied ----
@@ -371,7 +358,7 @@ def audit(
     that 19 in 20 sets of N new ones keep to (beta-binomial: the threshold is an estimate too); of
     each set n, flagged (how many), share, its 95 % interval low to high (Clopper & Pearson 1934),
     and percentiles. All take slices as independent; those of one patient are not, so the truth is
-    wider. Where few copies are flagged this measure cannot tell, whatever it says of the samples.
+    wider.
     """
     n, allowed = len(honest), len(honest) // 100
     threshold = float(np.sort(honest)[n - 1 - allowed])

@@ -36,23 +36,14 @@ DISPUTED = "an sform and a qform that turn them differently"  # said of files, s
 
 @dataclass(frozen=True)
 class Image:
-    """A file's array as it is stored, and what its header says of it.
+    """A file's array as it is stored, and what its header says of it."""
 
-    Attributes:
-        raw: the stored array, at least one axis, without the header's scale.
-        header: nibabel's, NIfTI-1 or NIfTI-2, of the file's byte order.
-        scale: the header's slope and intercept; None, None where it has none.
-        affine: (4, 4) float64, voxel indices to millimetres; always finite and invertible.
-        oriented: whether the header gave that affine; else it holds voxel sizes alone.
-        broken: the header names an affine that is none (all zero, NaN, flat): it was not used.
-    """
-
-    raw: np.ndarray
-    header: nibabel.Nifti1Header
-    scale: tuple[float | None, float | None]
-    affine: np.ndarray
-    oriented: bool
-    broken: bool
+    raw: np.ndarray  # as it is stored, at least one axis, without the header's scale
+    header: nibabel.Nifti1Header  # or NIfTI-2's, of the file's byte order
+    scale: tuple[float | None, float | None]  # slope and intercept; None, None where it has none
+    affine: np.ndarray  # (4, 4) float64, voxel indices to mm; always finite and invertible
+    oriented: bool  # whether the header gave that affine; else it holds voxel sizes alone
+    broken: bool  # the header names an affine that is none (all zero, NaN, flat): not used
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -234,9 +225,8 @@ def best_affine(header: nibabel.Nifti1Header) -> tuple[np.ndarray, bool, bool]:
 def turning(affine: np.ndarray, ends: str) -> np.ndarray:
     """How to turn a volume so that its rows, columns and slices run to the three `ends`, as "RSA".
 
-    That is an orientation for `nibabel.apply_orientation`, (3, 2): the new place of each axis, and
-    -1 where it is reversed. An oblique volume is turned to the axes of the world that are nearest
-    to its own.
+    That is an orientation (3, 2) for `nibabel.apply_orientation`. An oblique volume is turned to
+    the axes of the world that are nearest to its own.
     """
     return ornt_transform(nibabel.io_orientation(affine), nibabel.orientations.axcodes2ornt(ends))
 

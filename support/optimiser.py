@@ -64,15 +64,14 @@ def newton_schulz(gram: Tensor, iterations: int = 5) -> Tensor:
 class Muon(torch.optim.AdamW):
     """Muon for the weights `matrices`, AdamW for all `others`, with one `lr` and `weight_decay`.
 
-    A convolution's weight (out, in, h, w) counts as the matrix (out, in*h*w). A group's "lr" may be
-    a number or a tensor () on the weights' device.
+    A convolution's weight (out, in, h, w) counts as the matrix (out, in*h*w).
     """
 
     def __init__(
         self,
         matrices: Iterable[Tensor],
         others: Iterable[Tensor],
-        lr: float | Tensor,
+        lr: float,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
         **adam,
@@ -90,7 +89,7 @@ class Muon(torch.optim.AdamW):
                 self.step_matrices(weights, group["lr"], group["weight_decay"])
         super().step()
 
-    def step_matrices(self, weights: list[Tensor], lr: float | Tensor, decay: float) -> None:
+    def step_matrices(self, weights: list[Tensor], lr: float, decay: float) -> None:
         for weight in weights:
             if not self.state[weight]:
                 # AdamW, which loads the state, expects a count of steps in it.

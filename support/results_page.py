@@ -20,11 +20,11 @@ NAME = "index.html"
 SCORES = {  # of metrics.json
     "ssim_report": "SSIM, report",
     "ssim_standard": "SSIM, standard",
-    "ssim_report_body": "SSIM, report, body",
-    "ssim_standard_body": "SSIM, standard, body",
+    "ssim_report_body": "report, body",
+    "ssim_standard_body": "standard, body",
     "psnr": "PSNR, dB",
-    "psnr_body": "PSNR, body, dB",
-    "mae": "mean absolute error",
+    "psnr_body": "PSNR, body",
+    "mae": "MAE",
 }
 MASK_SOURCES = {  # where the masks of metrics.json's "dice" come from
     "decoded": "decoded from the codes",
@@ -193,7 +193,6 @@ def test_scores(folder: Path, metrics: dict) -> str:
         + table("scores", rows)
         + note
         + picture(folder / "ssim_histogram.png", "SSIM of every test slice")
-        + picture(folder / "code_maps.png", "A slice and its codes; colours only tell codes apart")
     )
 
 
@@ -211,10 +210,7 @@ def new_slices(generated: Path, report: dict) -> str:
 
 
 def write(folder: Path | str) -> Path:
-    """Write the page of a results folder; for its `generated` folder that of the run around it.
-
-    Returns the path of the page.
-    """
+    """Write the page of a results folder, or of the run around a `generated` folder; its path."""
     folder = Path(folder)
     folder = folder.parent if folder.name == "generated" else folder
     generated = folder / "generated" if (folder / "generated").is_dir() else folder

@@ -445,11 +445,8 @@ def load_checkpoint(path: Path | str, *kinds: str) -> dict:
 
     Its "path" is added, and the "revision" of the program that wrote it, or "". No code in the file
     is run. Every byte is compared with the sums that the file carries, so that a bit that flipped
-    on the disk is found, and weights that are not finite are refused.
-
-    Raises:
-        FileNotFoundError: no such file.
-        UserError: damaged or no checkpoint; of another format; of none of these `kinds`.
+    on the disk is found, and weights that are not finite are refused. UserError for what is
+    damaged, of another format or of none of these `kinds`; FileNotFoundError for no file.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint. Fix: run train.py, or name another.")

@@ -112,26 +112,17 @@ def learning_rate(config: TrainConfig, done: float) -> float:
     return config.lr * rise * fall
 
 
-def make_optimiser(model: nn.Module, config: TrainConfig) -> Muon:
-    """AdamW for all parameters; with --optimiser muon, Muon for those that are matrices."""
-    matrices, others = [], model.parameters()
-    if config.optimiser == "muon":
-        matrices, others = split_parameters(model)
-    return Muon(matrices, others, config.lr, config.weight_decay, fused=True)
-
-
 class Stage:
     """What a stage of training brings to the loop: a subclass sets these, and fills in methods.
 
-    Attributes:
-        kind: what its checkpoints are called, "vqvae2" or "prior".
-        prefix: of the names of its logs.
-        command: the script that trains it, "python train.py".
-        loss_names: the losses that `batch_losses` returns, "loss" first.
-        best_by: the loss whose validation mean chooses the best checkpoint.
-        model: an nn.Module, on its device.
-        splits: {"train": ..., "validate": ...}: `batch_losses` takes indices of their slices.
-        counts: tensors that `batch_losses` has added to in this epoch; checkpoints keep them.
+    kind: what its checkpoints are called, "vqvae2" or "prior".
+    prefix: of the names of its logs.
+    command: the script that trains it, "python train.py".
+    loss_names: the losses that `batch_losses` returns, "loss" first.
+    best_by: the loss whose validation mean chooses the best checkpoint.
+    model: an nn.Module, on its device.
+    splits: {"train": ..., "validate": ...}: `batch_losses` takes indices of their slices.
+    counts: tensors that `batch_losses` has added to in this epoch; checkpoints keep them.
     """
 
     prefix, best_by = "", "loss"
@@ -197,6 +188,7 @@ class Checkpoints:
         self.progress, self.sums = progress, sums
         self.out = Path(config.out)
         self.last_saved: Path | None = None
+        self.fingerprints = stage.settings()["data"]["fingerprints"]
 
     def path(self, name: str) -> Path:
         return self.out / f"{self.stage.kind}_{name}.pth"
@@ -249,12 +241,9 @@ class Checkpoints:
         if not self.best_is_ours():
             self.progress.best, self.progress.best_epoch = math.inf, self.progress.epoch
 
-    def fingerprints(self) -> dict[str, str]:
-        return self.stage.settings()["data"]["fingerprints"]
-
     def check_slices(self, checkpoint: dict) -> None:
         """UserError where the checkpoint's training slices or masks are not ours."""
-        path, theirs, ours = checkpoint["path"], checkpoint["data"], self.fingerprints()
+        path, theirs, ours = checkpoint["path"], checkpoint["data"], self.fingerprints
         if theirs["fingerprints"]["train"] != ours["train"]:
             raise UserError(
                 f"{path}: trained on other slices or masks than are in this study, of the name "
@@ -304,7 +293,7 @@ class Checkpoints:
             with suppress(UserError, OSError):  # there is none, or it is broken
                 there = runtime.load_checkpoint(self.path("best"), self.stage.kind)
                 split = there["data"]["fingerprints"]["validate"]
-                wanted = progress.best, progress.best_epoch, self.fingerprints()["validate"]
+                wanted = progress.best, progress.best_epoch, self.fingerprints["validate"]
                 ours += (there["best"], there["best_epoch"], split) == wanted
                 if not ours:
                     name, study = self.path("best"), there["data"]["study"]
@@ -362,7 +351,10 @@ class Trainer:
         self.device = next(self.model.parameters()).device
         fast = runtime.has_fast_bf16(self.device, config.batch_size)
         self.bf16 = fast if config.bf16 == "auto" else config.bf16 == "on"
-        self.optimiser = make_optimiser(self.model, config)
+        # AdamW for all parameters; with --optimiser muon, Muon for those that are matrices.
+        everything, muon = ([], self.model.parameters()), config.optimiser == "muon"
+        matrices, others = split_parameters(self.model) if muon else everything
+        self.optimiser = Muon(matrices, others, config.lr, config.weight_decay, fused=True)
         self.progress = Progress()
         self.sums = torch.zeros(len(stage.loss_names), dtype=torch.float64, device=self.device)
         self.checkpoints = Checkpoints(stage, config, self.optimiser, self.progress, self.sums)

