@@ -139,13 +139,15 @@ def body_mask(original: np.ndarray) -> np.ndarray:
 def score_slice(original: np.ndarray, reconstruction: np.ndarray) -> dict[str, float]:
     """Every score of one slice by the protocol above; `_body` is over `body_mask(original)` alone.
 
-    Both are (H, W) in one unit. UserError for two shapes, or a slice too small for the Gaussian
-    window.
+    Both are (H, W) in one unit. UserError for two shapes, a slice too small for the Gaussian
+    window, or values that are NaN or infinite.
     """
     one, other = original.shape, reconstruction.shape
     if one != other or original.ndim != 2 or min(one) < SMALLEST:
         shapes = f"slices of shapes {one} and {other}"
         raise UserError(f"{shapes}; expected one shape (H, W), each side at least {SMALLEST}")
+    if not (np.isfinite(original).all() and np.isfinite(reconstruction).all()):
+        raise UserError("a slice holds NaN or infinite values; expected finite ones")
     mean, std = original.mean(dtype=np.float64), original.std(dtype=np.float64)
     std = std if np.ptp(original) else 1.0
     original, reconstruction = ((image - mean) / std for image in (original, reconstruction))
