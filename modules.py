@@ -54,9 +54,7 @@ class VQVAE2Config:
         check_number("K", self.K, least=1, most=2**16)  # code maps are stored in 16 bits
         for name in ("stride", "D", "channels", "top_channels", "residual_channels"):
             check_number(name, getattr(self, name), least=1)
-        for name in ("encoder_blocks", "top_blocks", "decoder_blocks"):
-            check_number(name, getattr(self, name), least=0, most=1000)
-        for name in ("bit_weight", "revive"):
+        for name in ("encoder_blocks", "top_blocks", "decoder_blocks", "bit_weight", "revive"):
             check_number(name, getattr(self, name), least=0)
         check_number("ema_decay", self.ema_decay, least=0, most=0.9999999)
         if self.stride % 2:
@@ -337,10 +335,7 @@ class VQVAE2(nn.Module):
         self.layout_head = Pointwise(D, 4 * config.labels) if config.labels else None
 
     def forward(self, x: Tensor) -> Output:
-        """x (B, 1, H, W), z-scored -> its reconstruction, its codes and the mask that they hold.
-
-        UserError where H or W is not a multiple of twice the stride.
-        """
+        """x (B, 1, H, W), z-scored -> its reconstruction, its codes and the mask that they hold."""
         top, bottom, decoded_top = self.quantise(x)
         image, mask_logits = self.decode(decoded_top, bottom.vectors)
         if self.layout_head is None:

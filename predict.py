@@ -33,6 +33,8 @@ from support import figures, metrics, nifti, results_page, runtime
 from support.results_page import MASK_SOURCES, SCORES
 from support.runtime import UserError, check_number, option
 
+SYNTHETIC = "synthetic phantom, not MRI"  # a picture's note
+
 
 @dataclass(frozen=True)
 class PredictConfig:
@@ -198,7 +200,7 @@ def write_pictures(
 
     `with_masks` adds the contours of the study's masks and of those that the codes tell.
     """
-    note = "synthetic phantom, not MRI" * test.synthetic
+    note = SYNTHETIC * test.synthetic
     order = np.argsort(ssim)
     picked = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
     indices = list(picked.values())

@@ -81,9 +81,6 @@ class Variants:
         # and shaded by the third.
         self.fields = torch.randn(count, slices, 3, *FIELD, generator=generator)
 
-    def __len__(self) -> int:
-        return len(self.numbers)
-
     def images(self, x: Tensor, variant: int, indices: Tensor) -> Tensor:
         """Slices x (B, 1, H, W), those of `indices` (B,), as their `variant`, z-scored again."""
         x = self.mirror.images(x, self.mirrored(x, variant, indices))

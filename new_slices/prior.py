@@ -60,8 +60,7 @@ class PriorConfig:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             least = 0 if name in ("labels", "prior_dropout", "prior_refine_blocks") else 1
-            most = 1000 if name.endswith(("layers", "blocks")) else 2**31
-            check_number(name, value, least, 0.99 if name == "prior_dropout" else most)
+            check_number(name, value, least, 0.99 if name == "prior_dropout" else 2**31)
         if self.prior_channels % self.prior_heads:
             found = f"--prior-channels is {self.prior_channels}"
             raise UserError(f"{found}; expected a multiple of --prior-heads")

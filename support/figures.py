@@ -96,10 +96,7 @@ def draw_letters(axes, letters: str, left: float, top: float, height: int, width
 
 
 def panel_height(most: float, height: int, width: int) -> float:
-    """Inches, `most` but for a slice of height x width that is more than twice as wide as high.
-
-    Such a one is as wide as one of that shape, or pictures would outgrow what their files can hold.
-    """
+    """Inches: `most`, or less for wide slices, whose pictures would outgrow what files can hold."""
     return most * min(1, 2 * height / width)
 
 

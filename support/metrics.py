@@ -114,11 +114,6 @@ def psnr(
     return float(min(BEST_PSNR, -10 * np.log10(max(mse, 1e-30))))
 
 
-def mae(original: np.ndarray, reconstruction: np.ndarray) -> float:
-    """Mean absolute error in z units: 1 is one standard deviation of the slice."""
-    return float(np.mean(np.abs(np.subtract(original, reconstruction, dtype=np.float64))))
-
-
 def body_mask(original: np.ndarray) -> np.ndarray:
     """(H, W) bool, True in the body: foreground by intensity, its large pieces, their holes filled.
 
@@ -161,7 +156,7 @@ def score_slice(original: np.ndarray, reconstruction: np.ndarray) -> dict[str, f
         "ssim_standard_body": _mean_inside(standard_map, body),
         "psnr": psnr(original, reconstruction),
         "psnr_body": psnr(original, reconstruction, body),
-        "mae": mae(original, reconstruction),
+        "mae": float(np.abs(original - reconstruction).mean()),
     }
 
 

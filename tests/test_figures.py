@@ -88,7 +88,6 @@ def test_pictures_of_wide_slices_fit_into_files(tmp_path, drawn):
     """A WebP file, as on the results page, holds 16,383 pixels a side."""
     wide = np.tile(np.arange(320.0), (16, 1))
     figures.comparison_sheet(tmp_path / "c.png", [("", wide, wide)] * 3)
-    figures.code_maps(tmp_path / "m.png", wide, *np.zeros((2, 4, 80), int))
     groups = {name: [("", wide, None)] * 8 for name in ("held-out", "new")}
     figures.slice_grid(tmp_path / "g.png", groups, 8, (0, 320))
     assert all(120 * max(figure.get_size_inches()) < 16_383 for figure in drawn)
