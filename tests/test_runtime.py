@@ -209,8 +209,8 @@ OUT_OF_RANGE = {
     LossConfig: {"beta": [math.nan]},
     # The last ones of these are networks that take hours to build.
     VQVAE2Config: {"K": [0], "D": [-1], "ema_decay": [1.0], "stride": [3]}
-    | {f"{part}_blocks": [-1, 10**6] for part in ("encoder", "top", "decoder")},
-    PriorConfig: {"prior_top_layers": [10**6], "prior_refine_blocks": [10**6]},
+    | {f"{part}_blocks": [-1] for part in ("encoder", "top", "decoder")},
+    PriorConfig: {"prior_top_layers": [0], "prior_refine_blocks": [-1]},
     CodesConfig: {"bottom_every": [0]},
     Sampling: {"passes": [0, 10**6], "temperature": [-1], "spread": [math.inf]},
     GenerateConfig: {"n": [0], "top_temperature": [-1.0], "bottom_temperature": [math.nan]}
