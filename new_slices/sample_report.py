@@ -193,12 +193,12 @@ def score_anatomy(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tup
     """
     train, net = inputs.splits["train"], inputs.segmenter
     labels, verdicts, table = len(train.labels), {}, {}
-    print("judging the anatomy of new slices")
     parts = np.array_split(real, -(-len(real) // 64))
-    found = (organs.segment(net, inputs.images("train", part)) for part in parts)
+    bar = tqdm(parts, desc="organs of training slices", disable=None)
+    found = (organs.segment(net, inputs.images("train", part)) for part in bar)
     beside = np.concatenate([organs.measure(masks, labels) for masks in found])
     drawn = train.masks(real[: 2 * MOST_PER_ROW]).numpy()
-    for name, row in rows.items():
+    for name, row in tqdm(rows.items(), desc="organs of new slices", disable=None):
         masks = organs.segment(net, row.images)
         measured = organs.measure(masks, labels), row.positions
         together, fine = organs.plausible(*measured, beside, train.positions[real])
@@ -216,11 +216,10 @@ def score_likeness(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tu
     real = real[: 2 * MOST_PER_ROW]
     if min(len(real), *(len(row.images) for row in rows.values())) < 4:
         return {name: {} for name in rows}, {}
-    print("comparing new slices as pictures")
     features = picture_features(inputs.images("train", real))
     found = {
         name: metrics.kernel_distance(features, picture_features(row.images))
-        for name, row in rows.items()
+        for name, row in tqdm(rows.items(), desc="likeness", disable=None)
     }
     table = {name: {"kernel_distance": distance} for name, (distance, _) in found.items()}
     return table, {name: error for name, (_, error) in found.items()}
@@ -237,7 +236,8 @@ def score_costs(inputs: Inputs, rows: dict[str, Row], table: dict, real: np.ndar
         sets = [inputs.images("train", real[:MOST_PER_ROW]), *(rows[name].images for name in kinds)]
         masks = [organs.segment(net, images) for images in sets]
         outside = [np.isin(of, not_organs(masks[0])) for of in masks]
-        for part, hidden in (("organs", True), ("around organs", False)):
+        sides = ("organs", True), ("around organs", False)
+        for part, hidden in tqdm(sides, desc="likeness by part", disable=None):
             left = [np.where(at == hidden, 0, x) for x, at in zip(sets, outside, strict=True)]
             train, *others = map(picture_features, left)
             found[part] = [metrics.kernel_distance(train, each)[0] for each in others]
