@@ -13,6 +13,7 @@ support/metrics.py states how every score is computed.
 """
 
 import csv
+import io
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -186,11 +187,12 @@ def score_masks(decoded: np.ndarray, test: SliceDataset, net: Segmenter | None) 
 
 
 def write_scores(path: Path, test: SliceDataset, scores: list[dict[str, float]]) -> None:
-    with runtime.atomic_path(path) as part, open(part, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["file", "patient", "week", "slice", *scores[0]])
-        for source, name, score in zip(test.paths, test.names, scores, strict=True):
-            table.writerow([source.name, *name, *(f"{value:.6f}" for value in score.values())])
+    lines = io.StringIO()
+    table = csv.writer(lines, lineterminator="\n")
+    table.writerow(["file", "patient", "week", "slice", *scores[0]])
+    for source, name, score in zip(test.paths, test.names, scores, strict=True):
+        table.writerow([source.name, *name, *(f"{value:.6f}" for value in score.values())])
+    runtime.write_text(path, lines.getvalue())
 
 
 def write_pictures(

@@ -57,7 +57,8 @@ class ReconstructConfig:
 
     def save_as(self, name: str) -> Path:
         """Where the codes of the file `name` are saved."""
-        return Path(self.save if self.save.endswith(SUFFIX) else f"{self.save}/{name}{SUFFIX}")
+        one_file = self.save.lower().endswith(SUFFIX)
+        return Path(self.save if one_file else f"{self.save}/{name}{SUFFIX}")
 
 
 # ---- files as stacks of planes ----
@@ -340,12 +341,12 @@ def reconstruct(inputs: list[str], config: ReconstructConfig = ReconstructConfig
     if rows:
         runtime.write_json(out / "scans.json", result)
         print_table(rows)
-    volumes = Counter(row["plane"] for row in rows.values() if row["planes"] > 1)
-    for plane, count in volumes.items():
-        print(f"{count} volumes were cut in {plane or 'stored'} planes and put together again")
-    for note, count in Counter(note for row in rows.values() for note in row["notes"]).items():
-        print(f"{count} files {note}")
-    print(f"wrote {out}/: {len(rows)} files, scans.json")
+        volumes = Counter(row["plane"] for row in rows.values() if row["planes"] > 1)
+        for plane, count in volumes.items():
+            print(f"{count} volumes were cut in {plane or 'stored'} planes and put together again")
+        for note, count in Counter(note for row in rows.values() for note in row["notes"]).items():
+            print(f"{count} files {note}")
+        print(f"wrote {out}/: {len(rows)} files, scans.json")
     if bad:
         raise_bad(" ".join(inputs), bad, len(files))
     return result

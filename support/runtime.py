@@ -57,11 +57,17 @@ class UserError(ValueError):
 def run_cli(main: Callable[[], None]) -> None:
     """Run a script's `main`; what the user can fix becomes one message on stderr and exit code 2.
 
-    Every other exception is a bug of ours: it keeps its traceback, and exit code 1.
+    A command whose output nobody reads any more, as of `| head`, ends without a word. Every other
+    exception is a bug of ours: it keeps its traceback, and exit code 1.
     """
     set_up_process()
     try:
         main()
+    except BrokenPipeError:
+        # Python would try to write once more on its way out, and complain.
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        leave(141)  # what a shell reports for a process that its closed pipe ended
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         leave(130)  # what a shell reports for a process that Ctrl-C ended
@@ -394,8 +400,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def write_text(path: Path | str, text: str) -> None:
+    """Write `text` in UTF-8; a name of a file that was none before becomes a question mark."""
     with atomic_path(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="replace")
 
 
 def write_json(path: Path | str, value) -> None:

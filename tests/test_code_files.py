@@ -236,15 +236,15 @@ def test_a_bad_file_of_codes_is_named_and_nothing_is_overwritten(models, tmp_pat
     for name in ("a.nii.gz", "b.nii.gz"):
         pixels = np.random.default_rng(0).random((64, 32), np.float32)
         nibabel.save(nibabel.Nifti1Image(pixels, np.eye(4)), tmp_path / name)
-    code, out = tmp_path / "a.vq2", tmp_path / "out"
+    code, out = tmp_path / "a.VQ2", tmp_path / "out"
     with pytest.raises(UserError, match="one file for 2"):
         use(models, [tmp_path], out, save=str(code))
     assert not out.exists() and not code.exists()
     use(models, [tmp_path / "a.nii.gz"], out, save=str(code))
-    with pytest.raises(UserError, match=r"a\.vq2: its result would replace .*a\.nii\.gz"):
+    with pytest.raises(UserError, match=r"a\.VQ2: its result would replace .*a\.nii\.gz"):
         use(models, [code], tmp_path)
     code.write_bytes(code.read_bytes()[:-4])
-    with pytest.raises(UserError, match=r"a\.vq2.*damaged or cut short"):
+    with pytest.raises(UserError, match=r"a\.VQ2.*damaged or cut short"):
         use(models, [code], tmp_path / "new")
     assert not (tmp_path / "new" / "a.nii.gz").exists()
     with pytest.raises(FileNotFoundError, match=r"none\.pth"):

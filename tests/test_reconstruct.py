@@ -301,13 +301,15 @@ def test_what_cannot_be_used_is_named_and_the_rest_done(checkpoint, tmp_path):
         use(checkpoint, [tmp_path / "none.nii"], tmp_path / "out")
 
 
-def test_a_failed_run_leaves_no_table_of_an_earlier_one(checkpoint, tmp_path):
+def test_a_failed_run_leaves_no_table_of_an_earlier_one(checkpoint, tmp_path, capsys):
     image = nibabel.Nifti1Image(np.random.rand(64, 32).astype(np.float32), np.eye(4))
     nibabel.save(image, tmp_path / "a.nii.gz")
     use(checkpoint, [tmp_path / "a.nii.gz"], tmp_path / "out")
     (tmp_path / "b.nii.gz").write_bytes(b"no")
+    capsys.readouterr()
     with pytest.raises(UserError, match=r"b\.nii\.gz"):
         use(checkpoint, [tmp_path / "b.nii.gz"], tmp_path / "out")
+    assert "wrote" not in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.nii.gz"]
 
 

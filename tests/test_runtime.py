@@ -100,6 +100,40 @@ def test_a_bug_keeps_its_traceback(error):
         runtime.run_cli(main)
 
 
+def test_a_command_whose_reader_has_gone_ends_without_a_word():
+    """As of `python train.py | head -1`, and of `2>&1 | head -1`. A line comes when it is said."""
+    code = """
+import sys, time
+from support import runtime
+
+def main():
+    for _ in range(3000):
+        print("said")
+        print("said", file=sys.stderr)
+        time.sleep(0.01)
+
+runtime.run_cli(main)
+"""
+    command = [sys.executable, "-c", code]
+    streams = subprocess.PIPE, subprocess.STDOUT
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stream, cwd=ROOT)
+        for stream in streams
+    ]
+    for process in running:
+        assert process.stdout.readline().strip() == b"said" and process.poll() is None
+        process.stdout.close()
+    for process in running:
+        errors = process.stderr.read() if process.stderr else b""
+        assert process.wait(timeout=60) == 141 and set(errors.split()) <= {b"said"}
+
+
+def test_text_is_utf_8_whatever_the_name_of_a_file(tmp_path):
+    """A name in Latin-1 reaches Python with a surrogate, which no encoding takes."""
+    runtime.write_text(tmp_path / "a.csv", os.fsdecode(b"Jos\xe9 ") + "\u2605")
+    assert (tmp_path / "a.csv").read_bytes() == "Jos? \u2605".encode()
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "a.txt"
     runtime.write_text(path, "first")
