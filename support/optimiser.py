@@ -113,10 +113,7 @@ class Muon(torch.optim.AdamW):
 
 
 def as_matrix(x: Tensor, weight: Tensor) -> Tensor:
-    """A view of x, shaped like `weight`, as a matrix (out, columns) in the order of its memory.
-
-    The order of the columns does not change a step.
-    """
+    """A view of x, as `weight` lies in memory: (out, columns), whose order changes no step."""
     if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
     return x.flatten(1)
