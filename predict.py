@@ -17,6 +17,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,8 +80,9 @@ def score_split(
     NIfTI files go into `folder`, where those of an earlier run are deleted, and nothing else is.
     """
     for old in folder.rglob("*.nii*") if folder else ():
-        if is_reconstruction(old):
-            old.unlink()
+        with suppress(UserError):  # what cannot be read is none of ours
+            if nifti.read(old).header["descrip"].item() == RECONSTRUCTION.encode():
+                old.unlink()
 
     def finish(index: int, reconstruction: np.ndarray) -> dict[str, float]:
         """Score a slice in the pixels of its own file, as reconstruct.py scores that file."""
@@ -108,14 +110,6 @@ def score_split(
                 scores.append(score)
                 bar.update()
     return scores, {name: np.concatenate(batches) for name, batches in maps.items()}
-
-
-def is_reconstruction(path: Path) -> bool:
-    """Whether this product wrote the NIfTI file as a reconstruction."""
-    try:
-        return nifti.read(path).header["descrip"].item().decode(errors="replace") == RECONSTRUCTION
-    except (UserError, OSError):
-        return False
 
 
 def summary(values: np.ndarray, patients: np.ndarray) -> dict:

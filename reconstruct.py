@@ -150,11 +150,6 @@ def read_png(path: str) -> nifti.Image:
     return nifti.Image(pixels, header, (1, 0), np.eye(4), oriented=False, broken=False)
 
 
-def read(path: str) -> nifti.Image:
-    """A NIfTI file or a grey picture; UserError for what is neither."""
-    return (read_png if path.lower().endswith(".png") else nifti.read)(path)
-
-
 def find_files(inputs: list[str], out: Path) -> dict[str, str]:
     """The path of every file to reconstruct, by its name in the folder `out`.
 
@@ -277,6 +272,7 @@ def reconstruct_file(
         image, plane, coded = coder.unpack(data)
         scan = Scan(image, study, plane)
     else:
+        read = read_png if path.lower().endswith(".png") else nifti.read
         scan = Scan(read(path), study, config.plane)
         originals = scan.planes
         coded = encode_planes(trained, originals, config.batch_size)

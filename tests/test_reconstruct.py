@@ -17,7 +17,7 @@ import reconstruct
 from dataset import Placement, StudyInfo, z_score
 from modules import VQVAE2, load_model
 from reconstruct import ReconstructConfig
-from support import metrics
+from support import metrics, nifti
 from support.runtime import UserError
 
 
@@ -78,7 +78,7 @@ def test_a_scan_is_cut_as_the_training_slices_were(study, tmp_path, codes, direc
     pixels, affine = landmark(shape=(16, 14, 12))
     nibabel.save(stored(pixels, affine, codes), tmp_path / "scan.nii.gz")
     known = StudyInfo("s", 64, 32, {}, directions=directions, plane=plane)
-    scan = reconstruct.Scan(reconstruct.read(str(tmp_path / "scan.nii.gz")), known)
+    scan = reconstruct.Scan(nifti.read(tmp_path / "scan.nii.gz"), known)
     expected = {
         "RA": pixels.transpose(2, 0, 1),
         "LP": pixels[::-1, ::-1].transpose(2, 0, 1),
@@ -86,11 +86,11 @@ def test_a_scan_is_cut_as_the_training_slices_were(study, tmp_path, codes, direc
     }[directions]
     np.testing.assert_array_equal(scan.planes, expected)
     assert scan.plane == plane
-    other = reconstruct.Scan(reconstruct.read(str(tmp_path / "scan.nii.gz")), known, "sagittal")
+    other = reconstruct.Scan(nifti.read(tmp_path / "scan.nii.gz"), known, "sagittal")
     np.testing.assert_array_equal(other.planes, pixels.transpose(0, 1, 2))
     one = stored(pixels[:, :, :1], affine, "ALS")  # a slice is turned as volumes are
     nibabel.save(one, tmp_path / "slice.nii.gz")
-    turned = reconstruct.Scan(reconstruct.read(str(tmp_path / "slice.nii.gz")), known)
+    turned = reconstruct.Scan(nifti.read(tmp_path / "slice.nii.gz"), known)
     expected = pixels[:, :, :1] if directions != "LP" else pixels[::-1, ::-1, :1]
     np.testing.assert_array_equal(turned.planes, expected.transpose(2, 0, 1))
 
@@ -98,9 +98,7 @@ def test_a_scan_is_cut_as_the_training_slices_were(study, tmp_path, codes, direc
 def test_a_slice_for_a_model_that_knows_no_plane_is_taken_as_it_is_stored(tmp_path):
     pixels = np.random.default_rng(0).random((16, 12), np.float32)
     nibabel.save(nibabel.Nifti1Image(pixels, np.diag([-1, -1, 1, 1])), tmp_path / "slice.nii.gz")
-    scan = reconstruct.Scan(
-        reconstruct.read(str(tmp_path / "slice.nii.gz")), StudyInfo("s", 64, 32, {})
-    )
+    scan = reconstruct.Scan(nifti.read(tmp_path / "slice.nii.gz"), StudyInfo("s", 64, 32, {}))
     np.testing.assert_array_equal(scan.planes, pixels[None])
 
 
