@@ -166,7 +166,7 @@ class CodePriors(Stage):
         self.variant, self.forgotten = variant.to(self.device), forgotten.to(self.device)
 
     def batch_losses(self, split: str, indices: Tensor) -> dict[str, Tensor]:
-        indices = indices.to(self.device, non_blocking=True)
+        indices = runtime.to_device(indices, self.device)
         position, variant = self.positions[split][indices], torch.zeros_like(indices)
         if self.model.training:
             position = position.masked_fill(self.forgotten[0, indices], math.nan)

@@ -145,7 +145,6 @@ class MaskedPrior(nn.Module):
     the tokens, stays cheap: the transformer decides what lies where. The `Refine` blocks then
     convolve over single codes, so that walls go on from one token to the next. A level also sees
     another map, its condition: the top level a layout, the bottom level the top map.
-
     """
 
     def __init__(

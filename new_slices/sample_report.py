@@ -346,10 +346,10 @@ def search(source: Source, queries: dict[str, np.ndarray], label: str) -> dict[s
             best = source.similarity(items, block)
             whose = part[best.index], np.full(len(items), variant)
             blocks[name].append((best.similarity, *whose))
-    for name, parts in blocks.items():
-        stacks = [np.stack(each) for each in zip(*parts, strict=True)]  # (blocks, N) each
-        block = stacks[0].argmax(0)[None]
-        found[name] = Found(*(np.take_along_axis(each, block, 0)[0] for each in stacks))
+    for name, nearest in blocks.items():
+        stacks = [np.stack(each) for each in zip(*nearest, strict=True)]  # (blocks, N) each
+        most = stacks[0].argmax(0)[None]  # the block with the nearest of all
+        found[name] = Found(*(np.take_along_axis(each, most, 0)[0] for each in stacks))
     return found
 
 

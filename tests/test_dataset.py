@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 import struct
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -270,6 +271,18 @@ def test_a_file_that_cannot_be_read_has_no_say_in_the_grid(tmp_path):
     bad.write_bytes(b"no slice")
     with pytest.raises(UserError, match=r"1 of 7 files.*\n.*case_009.*not a NIfTI file"):
         open_study(config)
+
+
+def test_a_volume_among_the_slices_is_refused_before_it_is_unpacked(tmp_path):
+    config = made_of(tmp_path / "s", *[(40, 48)] * 3)
+    save(tmp_path / "s" / "keras_slices_train" / name_of(9, 0), np.zeros((512, 512, 128), np.uint8))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"1 of 7 files.*\n.*case_009.*512x512x128"):
+            open_study(config)
+        assert tracemalloc.get_traced_memory()[1] < 2**23  # unpacked, it has 2**25 bytes
+    finally:
+        tracemalloc.stop()
 
 
 PLANES = {"RS": "coronal", "AR": "axial", "PI": "sagittal"}
