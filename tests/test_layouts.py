@@ -155,6 +155,21 @@ def test_a_new_layout_is_composed_of_patients_with_the_same_organs():
         assert np.count_nonzero((layout == 1) != centred) < 0.5 * len(rows)
 
 
+def test_the_frame_of_a_layout_gives_it_neither_tissue_nor_shape(monkeypatch):
+    composer = layouts.Composer(*patients_of_discs(), LEVELS, 3)
+    families, laid = [], []
+    family, displacement = layouts.Composer.family, layouts.Composer.displacement
+    monkeypatch.setattr(
+        composer, "family", lambda order: families.append(family(composer, order)) or families[-1]
+    )
+    monkeypatch.setattr(
+        composer, "displacement", lambda *pair: laid.append(pair) or displacement(composer, *pair)
+    )
+    composer.draw([0.2], [0])
+    ((frame, *members),) = families
+    assert laid == [(frame, member) for member in members] and len(members) == 7
+
+
 def test_organs_alike_by_brute_force():
     rng = np.random.default_rng(0)
     few, many = rng.integers(0, 5, (3, 6, 5)), rng.integers(0, 5, (4, 6, 5))

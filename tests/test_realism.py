@@ -146,6 +146,23 @@ def test_air_in_common_is_no_agreement_by_bits():
     assert found.similarity[1:].max() < 0.2
 
 
+def test_a_search_names_the_nearest_of_all_slices_and_variants():
+    """Of 600 slices, more than are compared at once, as they are and 1000 higher."""
+
+    def similarity(queries, block):
+        apart = np.abs(queries[:, None] - block)
+        return metrics.Nearest(apart.argmin(1), -apart.min(1))
+
+    take = lambda variant, indices: 1000 * variant + indices  # noqa: E731
+    source = sample_report.Source(range(600), take, similarity, 2)
+    queries = {"samples": np.array([3.2, 599.1, 1000.3, 1577.0]), "honest": np.array([1512.4])}
+    found = sample_report.search(source, queries, "by number")
+    assert found["samples"].index.tolist() == [3, 599, 0, 577]
+    assert found["samples"].variant.tolist() == [0, 0, 1, 1]
+    np.testing.assert_allclose(found["samples"].similarity, [-0.2, -0.1, -0.3, 0])
+    assert (found["honest"].index.item(), found["honest"].variant.item()) == (512, 1)
+
+
 def test_audit_flags_copies_and_not_the_honest():
     rng, train = np.random.default_rng(0), slices(200)
     small = metrics.thumbnails(train)
