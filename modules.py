@@ -83,6 +83,7 @@ class Quantised(NamedTuple):
     vectors: Tensor
     codes: Tensor  # (B, h, w) int64 in [0, K)
     commitment: Tensor  # (): mean squared distance between the encoder's output and its codes
+    price: Tensor  # (B, h, w): `bit_weight` times the bits of each code
 
 
 class Output(NamedTuple):
@@ -133,27 +134,30 @@ class VectorQuantiser(nn.Module):
                     self.start(flat.detach())
                 self.started = True
             codes = self.nearest(flat.detach())  # (B*h*w,)
-            vectors = F.embedding(codes, self.codebook)  # before `update` moves the codebook
+            # Before `update` moves the codebook and its counts.
+            vectors, price = F.embedding(codes, self.codebook), self.prices()[codes]
             if self.training:
                 self.update(flat.detach(), codes)
             vectors = vectors.view(B, h, w, D).permute(0, 3, 1, 2)  # (B*h*w, D) -> (B, D, h, w)
             commitment = F.mse_loss(z, vectors)  # ||z_e(x) - sg[e]||^2
             vectors = z + (vectors - z).detach()  # straight-through: dL/dz_e = dL/dz_q
-        return Quantised(vectors, codes.view(B, h, w), commitment)
+        return Quantised(vectors, codes.view(B, h, w), commitment, price.view(B, h, w))
+
+    def prices(self) -> Tensor:
+        """(K,): lambda b_k, `bit_weight` times the bits of code k, -log2 of its moving share."""
+        return -self.bit_weight * (self.ema_count / self.ema_count.sum()).clamp_min(1e-9).log2()
 
     @torch.no_grad()
     def nearest(self, flat: Tensor) -> Tensor:
         """flat (N, D) -> (N,) int64: argmin_k ||z - e_k||^2 + lambda s^2 b_k.
 
-        ||z||^2 is left out because it is the same for every k. lambda is `bit_weight`, and b_k is
-        the cost of code k in bits, -log2 of its moving share. s^2 is the codebook's variance, which
-        makes lambda independent of the scale of the encoder's output.
+        ||z||^2 is left out because it is the same for every k. For lambda b_k see `prices`. s^2 is
+        the codebook's variance, which makes lambda independent of the scale of the encoder's
+        output.
         """
-        costs = self.codebook.square().sum(1)
-        if self.bit_weight:
-            p = self.ema_count / self.ema_count.sum()
-            variance = p @ (self.codebook - p @ self.codebook).square().sum(1)
-            costs = costs - self.bit_weight * variance * p.clamp_min(1e-9).log2()
+        p = self.ema_count / self.ema_count.sum()
+        variance = p @ (self.codebook - p @ self.codebook).square().sum(1)
+        costs = self.codebook.square().sum(1) + variance * self.prices()
         rows = self.chunk if flat.device.type == "cpu" else 32 * self.chunk
         parts = (torch.addmm(costs, x, self.codebook.T, alpha=-2) for x in flat.split(rows))
         return torch.cat([part.min(1)[1] for part in parts])  # argmin takes twice as long on a CPU

@@ -8,8 +8,9 @@
 
 Writes to Results/ (or --out): train_losses.txt and val_losses.txt (one value an epoch),
 loss_plot.png, log.jsonl (every loss, times, versions), vqvae2_epoch_N.pth, vqvae2_best.pth (the
-lowest reconstruction loss in validation) and vqvae2_epoch_final.pth. Ctrl-C and SIGTERM save a
-checkpoint that --resume continues. train_prior.py then learns the codes of new slices.
+lowest reconstruction loss in validation; with a --bit-weight the lowest loss, which counts bits)
+and vqvae2_epoch_final.pth. Ctrl-C and SIGTERM save a checkpoint that --resume continues.
+train_prior.py then learns the codes of new slices.
 """
 
 import dataclasses
@@ -137,7 +138,8 @@ def losses(
     """Every loss of a batch as a scalar; "loss" is minimised, in the report's words
 
         loss = reconstruction + codebook + beta * commitment
-               [+ mask_weight * (cross-entropy + Dice loss + both of the coarse mask)].
+               [+ mask_weight * (cross-entropy + Dice loss + both of the coarse mask)]
+               [+ bit_weight * bits of a code, their mean, which has no gradient].
 
     The codebook term ||sg[z_e] - e||^2 has no entry: the moving averages of
     `VectorQuantiser.update` minimise it (van den Oord et al. 2017, appendix A.1). A loss has
@@ -154,6 +156,7 @@ def losses(
     reconstruction = config.mse * terms["mse"] + config.l1 * terms["l1"]
     reconstruction = reconstruction + config.ssim * terms["ssim"]
     loss = reconstruction + config.beta * (terms["commitment_top"] + terms["commitment_bottom"])
+    loss = loss + torch.cat([level.price.flatten() for level in (output.top, output.bottom)]).mean()
     if masks is not None:
         of_masks, coarse = mask_losses(output.mask_logits, masks), output.coarse_mask_logits
         of_coarse = mask_losses(coarse, middles(masks, coarse.shape[2:]))
@@ -169,8 +172,6 @@ class Autoencoder(Stage):
     kind, command = "vqvae2", "python train.py"
     loss_names = ("loss", "reconstruction", "mse", "l1", "ssim")
     loss_names += ("commitment_top", "commitment_bottom")
-    # What is reported; the commitment rises while the codebook learns to be used.
-    best_by = "reconstruction"
 
     def __init__(self, settings: Settings) -> None:
         self.data, self.loss, config = settings.data, settings.loss, settings.train
@@ -185,6 +186,9 @@ class Autoencoder(Stage):
         # To find out which labels have a side takes a look at a thousand masks: only if it matters.
         if self.loss.flip and train.mirror.note:
             print(f"{train.study}: {train.mirror.note}")
+        # What is reported; the commitment rises while the codebook learns to be used. Where bits
+        # have a price, the loss counts them: reconstructions become worse as bits are saved.
+        self.best_by = "loss" if settings.model.bit_weight else "reconstruction"
         runtime.seed_everything(config.seed)
         self.model = VQVAE2(replace(settings.model, labels=len(labels)))
         if settings.weights:

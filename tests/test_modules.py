@@ -104,7 +104,11 @@ def test_the_bit_weight_weighs_bits_against_distance():
     centre = sum(p[k] * e[k] for k in range(12))
     variance = sum(p[k] * ((e[k] - centre) ** 2).sum() for k in range(12))
     costs = [((z - e[k]) ** 2).sum(1) - 0.02 * variance * torch.log2(p[k]) for k in range(12)]
-    assert torch.equal(quantiser.nearest(z.float()), torch.stack(costs, 1).argmin(1))
+    codes = torch.stack(costs, 1).argmin(1)
+    assert torch.equal(quantiser.nearest(z.float()), codes)
+    price = quantiser(z.float().mT.view(1, 4, 20, 25)).price.flatten()
+    torch.testing.assert_close(price.double(), -0.02 * torch.log2(p[codes]), rtol=1e-6, atol=0)
+    assert not VectorQuantiser(12, 4).train()(torch.randn(2, 4, 8, 8)).price.any()
 
 
 def test_a_higher_bit_weight_makes_cheaper_codes():

@@ -60,13 +60,14 @@ def assert_same(one, other):
 # ---- the terms ----
 
 
-def output_of(y, top=0.0, bottom=0.0):
-    codes = torch.zeros(1, dtype=torch.int64)
-    return Output(y, *(Quantised(torch.zeros(1), codes, torch.tensor(c)) for c in (top, bottom)))
+def output_of(y, top=0.0, bottom=0.0, prices=((0.0,), (0.0,))):
+    codes, pairs = torch.zeros(1, dtype=torch.int64), zip((top, bottom), prices, strict=True)
+    levels = [Quantised(torch.zeros(1), codes, *map(torch.tensor, pair)) for pair in pairs]
+    return Output(y, *levels)
 
 
 def test_loss_is_the_report_s_arithmetic():
-    """reconstruction + beta * commitment, in float64 by hand; beta weighs that alone."""
+    """reconstruction + beta * commitment + price of a code, in float64 by hand."""
     torch.manual_seed(0)
     x, y = torch.randn(2, 3, 1, 16, 16)
     config = train.LossConfig(mse=2.0, l1=3.0, ssim=5.0, beta=0.25)
@@ -75,6 +76,8 @@ def test_loss_is_the_report_s_arithmetic():
     reconstruction = 2 * (d**2).mean() + 3 * np.abs(d).mean() + 5 * (1 - ssim)
     assert terms["reconstruction"].item() == pytest.approx(reconstruction, rel=1e-5)
     assert terms["loss"].item() == pytest.approx(reconstruction + 0.25 * (0.5 + 1.5), rel=1e-5)
+    priced = output_of(y, top=0.5, bottom=1.5, prices=((1.0,), (2.0, 2.0, 3.0, 7.0)))
+    assert train.losses(x, priced, config)["loss"].item() - terms["loss"].item() == pytest.approx(3)
     with pytest.raises(runtime.UserError, match="--mse, --l1 and --ssim are all 0"):
         train.LossConfig(mse=0.0)
 
