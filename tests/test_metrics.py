@@ -214,7 +214,3 @@ def test_code_entropy_by_hand():
     assert metrics.code_entropy(np.full(512, 3)) == pytest.approx(9)
     assert metrics.code_entropy(np.array([0, 40, 0])) == 0
     assert metrics.code_entropy(np.array([2, 1, 1, 0])) == pytest.approx(1.5)
-
-
-def test_bits_per_pixel_of_the_report_and_of_a_peer():
-    """Two 128x64 maps of K=256 are 4 bits per pixel, one 64x32 map of K=512 is 0.5625."""

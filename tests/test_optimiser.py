@@ -114,16 +114,3 @@ def test_memory_layout_does_not_matter():
         Muon(*split_parameters(model), lr=0.01).step()
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b)
-
-
-def test_the_learning_rate_may_be_a_tensor():
-    one, other = small(), small()
-    rate = torch.tensor(1.0)
-    for model, lr in ((one, 0.01), (other, rate)):
-        muon = Muon(*split_parameters(model), lr=lr, weight_decay=0.1, fused=True)
-        for seed in range(2):
-            rate.fill_(0.01)
-            backward(model, seed)
-            muon.step()
-    for a, b in zip(one.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
