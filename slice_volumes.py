@@ -177,15 +177,14 @@ def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, int
     if apart and len(folders) == len(files) > len(volumes):
         volumes, unnamed, masks = folders, {}, group_by_folder(mask_files)
         print(f"{config.volumes}: subjects are told apart by their folders")
-    if unnamed:
-        dataset.raise_bad(config.volumes, unnamed, len(files))
-    if double := [paths for paths in volumes.values() if len(paths) > 1]:
-        listing = "".join(f"\n  {' and '.join(paths)}" for paths in double[:10])
-        raise UserError(
-            f"{config.volumes}: {len(double)} subjects have two volumes in one session:{listing}\n"
-            "Fix: choose one of each with --match, such as --match '*_T2w*', or rename sessions to "
-            "ses-1 and ses-2."
-        )
+    choose = "Fix: choose one with --match '*_T2w*', or rename sessions to ses-1 and ses-2."
+    double = {
+        more: f"of one subject and session with {path}. {choose}"
+        for path, *others in volumes.values()
+        for more in others
+    }
+    if bad := unnamed | double:
+        dataset.raise_bad(config.volumes, bad, len(files))
     pairs = pair(volumes, masks)
     left = [file.path for file in mask_files if file.path not in pairs.values()]
     if config.masks and not pairs:
