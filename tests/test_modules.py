@@ -212,38 +212,6 @@ def test_a_dead_code_restarts_with_its_averages():
     assert vq.codebook[3].abs().max() < 10  # with the old averages it would be back at 1,000
 
 
-def joined_batches():
-    return torch.randn(3, 8, 4, 6, 6, generator=torch.Generator().manual_seed(9))
-
-
-def update_on_one_rank(rank: int, folder: str) -> None:
-    """One of two processes: its share of every batch into a new quantiser, saved to a file."""
-    torch.set_num_threads(1)  # as the threads of this process are not there any more
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
-    )
-    vq = VectorQuantiser(16, 4, revive=0.9)
-    torch.manual_seed(100 + rank)  # what is drawn from a batch must not differ all the same
-    for batch, of_rank_0 in zip(joined_batches(), (5, 8, 0), strict=True):
-        vq(batch[:of_rank_0] if rank == 0 else batch[of_rank_0:])
-    torch.save(vq.state_dict(), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_keep_the_codebook_of_one_on_the_joined_batch(tmp_path):
-    """First batch, moving averages and revival; one of the ranks may have nothing."""
-    own = {"nprocs": 2, "start_method": "fork"}
-    torch.multiprocessing.start_processes(update_on_one_rank, (str(tmp_path),), **own)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    whole = VectorQuantiser(16, 4, revive=0.9)
-    torch.manual_seed(100)  # as rank 0
-    for batch in joined_batches():
-        whole(batch)
-    for name, value in whole.state_dict().items():
-        assert torch.equal(ranks[0][name], ranks[1][name]), name
-        torch.testing.assert_close(ranks[0][name], value)
-
-
 def test_a_loaded_codebook_does_not_start_again():
     vq, loaded = quantiser(), VectorQuantiser(8, 4)
     loaded.load_state_dict(vq.state_dict())

@@ -25,7 +25,7 @@ class Reader(HTMLParser):
 
     def __init__(self, html: str):
         super().__init__()
-        self.words, self.sources, self.links, self.ids, self.open = [], [], [], [], []
+        self.words, self.sources, self.links, self.open = [], [], [], []
         self.feed(html)
         self.close()
         self.text = " ".join(" ".join(self.words).split())
@@ -33,7 +33,7 @@ class Reader(HTMLParser):
     def handle_starttag(self, tag, attributes):
         found = dict(attributes)
         self.open += [tag] * (tag not in VOID)
-        for name, into in (("src", self.sources), ("href", self.links), ("id", self.ids)):
+        for name, into in (("src", self.sources), ("href", self.links)):
             into += [found[name]] if name in found else []
         assert tag != "script" and not any(name.startswith("on") for name in found)
 

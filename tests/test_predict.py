@@ -16,7 +16,7 @@ import dataset
 import predict
 from benchmarks import rate_distortion
 from dataset import DataConfig, StudyInfo, open_study
-from modules import VQVAE2, VQVAE2Config
+from modules import VQVAE2, VQVAE2Config, load_model
 from new_slices import organs
 from new_slices.code_maps import NUMBERS
 from new_slices.prior import Prior, PriorConfig
@@ -74,9 +74,7 @@ def test_split(study):
 
 def reconstructions(checkpoint, split):
     """One slice at a time, by the model alone."""
-    model = VQVAE2(SMALL)
-    model.load_state_dict(runtime.load_checkpoint(checkpoint, "vqvae2")["model"])
-    model.eval()
+    model = load_model(checkpoint).model
     with torch.inference_mode():
         return [model(split.images([i])).reconstruction[0, 0].numpy() for i in range(len(split))]
 
@@ -115,10 +113,8 @@ def test_every_test_slice_is_scored_once_in_file_order(scored, result, test_spli
 
 
 def test_rates_are_those_of_the_codes(result, test_split, checkpoint):
-    model = VQVAE2(SMALL)
-    model.load_state_dict(runtime.load_checkpoint(checkpoint, "vqvae2")["model"])
     with torch.inference_mode():
-        codes = model.eval().encode(test_split.images(range(6)))
+        codes = load_model(checkpoint).model.encode(test_split.images(range(6)))
     bits = 0.0
     for level, maps in zip(("top", "bottom"), codes, strict=True):
         _, counts = np.unique(maps.numpy(), return_counts=True)
@@ -296,10 +292,9 @@ def test_dice_of_the_decoded_masks(organs_study, tmp_path, monkeypatch, capsys):
     config = dataclasses.replace(SMALL, labels=3)
     model = VQVAE2(config)
     model(test.images(range(4)))
-    data = StudyInfo.from_splits(splits).as_dict()
-    kept = {"kind": "vqvae2", "model_config": asdict(config), "model": model.state_dict()}
+    changes = {"model": model.state_dict(), "data": StudyInfo.from_splits(splits).as_dict()}
     path = tmp_path / "vqvae2_best.pth"
-    runtime.save_checkpoint(path, {**kept, "data": data, "epoch": 1})
+    write_checkpoint(path, organs_study, model_config=asdict(config), **changes)
     alone = predict_with(path, unet=False)
     assert alone["dice"].keys() == {"decoded"}
     assert not (tmp_path / organs.SEGMENTER_FILE).exists()

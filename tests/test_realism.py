@@ -109,28 +109,20 @@ def test_nearest_is_the_best_correlation_of_all():
     assert not metrics.thumbnails(flat).any()  # one value: like nothing
 
 
-def test_code_agreement_by_brute_force():
+@pytest.mark.parametrize("weighed", [False, True])
+def test_code_agreement_by_brute_force(weighed):
+    """Every code counts for one, or for its bits among all training slices at its place."""
     rng = np.random.default_rng(0)
     train = rng.integers(0, 4, (300, 6, 50))  # 300 codes a slice: more than a byte counts
     queries = np.concatenate([train[[200, 7]], rng.integers(0, 4, (5, 6, 50))])
-    shares = np.array([[(q == t).mean() for t in train] for q in queries])
-    found = metrics.code_agreement(queries, train)
-    np.testing.assert_array_equal(found.index, shares.argmax(1))
-    np.testing.assert_allclose(found.similarity, shares.max(1))
-    assert metrics.code_agreement(queries, train).similarity[:2].tolist() == [1, 1]
-
-
-def test_code_agreement_by_bits_by_brute_force():
-    rng = np.random.default_rng(0)
-    train, queries = rng.integers(0, 4, (150, 5, 8)), rng.integers(0, 4, (6, 5, 8))
-    bits = metrics.code_bits(train, 4)
-    found = metrics.code_agreement(queries, train, bits)
+    found = metrics.code_agreement(queries, train, metrics.code_bits(train, 4) if weighed else None)
     for i, query in enumerate(queries):
-        share = (train == query).mean(0)  # of training slices with the query's code, at every place
-        worth = -np.log2((share * 150 + 0.5) / 151)
-        scores = ((train == query) * worth).sum((1, 2)) / worth.sum()
+        same = train == query
+        bits = -np.log2((same.sum(0) + 0.5) / 301) if weighed else np.ones(query.shape)
+        scores = (same * bits).sum((1, 2)) / bits.sum()
         assert found.index[i] == scores.argmax()
         assert found.similarity[i] == pytest.approx(scores.max(), rel=1e-5)
+    assert found.similarity[:2] == pytest.approx(1)
 
 
 def test_air_in_common_is_no_agreement_by_bits():

@@ -7,17 +7,15 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import command
 from skimage.io import imread, imsave
 from test_predict import data_of, write_checkpoint
 from test_slice_volumes import landmark, stored
 
-import predict
 import reconstruct
 from dataset import Placement, StudyInfo, z_score
 from modules import VQVAE2, load_model
 from reconstruct import ReconstructConfig
-from support import metrics, nifti
+from support import nifti
 from support.runtime import UserError
 
 
@@ -206,25 +204,6 @@ def test_integers_with_a_scale_come_back_in_the_file_s_units(checkpoint, tmp_pat
     np.testing.assert_allclose(found.get_fdata(), values, atol=1e-5)
 
 
-def test_scores_and_bits_are_those_of_the_slice(checkpoint, tmp_path, capsys):
-    pixels = np.random.default_rng(1).gamma(2, 100, (64, 32)).astype(np.float32)
-    nibabel.save(nibabel.Nifti1Image(pixels, np.eye(4)), tmp_path / "a.nii.gz")
-    result = use(checkpoint, [tmp_path / "a.nii.gz"], tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "scans.json").read_text()) == result
-    mean, std, _ = z_score(pixels)
-    x = torch.from_numpy((pixels - mean) / std)[None, None]
-    with torch.inference_mode():
-        y = load_model(checkpoint).model(x).reconstruction
-    found = np.asarray(nibabel.load(tmp_path / "out" / "a.nii.gz").dataobj)
-    np.testing.assert_allclose(found, y[0, 0].numpy() * std + mean, rtol=1e-4, atol=1e-2)
-    row = result["files"]["a.nii.gz"]
-    expected = metrics.ssim_report(x[0, 0].numpy(), y[0, 0].numpy())[0]
-    assert row["ssim_report"] == pytest.approx(expected, abs=1e-4)
-    assert row["bits"] == (8 * 4 + 16 * 8) * 4
-    assert row["bits_per_pixel"] == pytest.approx(row["bits"] / 2048, abs=1e-6)
-    assert "a.nii.gz" in capsys.readouterr().out
-
-
 @pytest.mark.usefixtures("identity")
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_pictures_come_back_as_pictures(checkpoint, tmp_path, dtype):
@@ -274,7 +253,7 @@ def test_planes_are_fitted_as_the_training_slices_were(checkpoint, fit, monkeypa
     np.testing.assert_allclose(seen[0][0, 0], (grid - mean) / std, atol=1e-5)
 
 
-def test_what_cannot_be_used_is_named_and_the_rest_done(checkpoint, tmp_path):
+def test_what_cannot_be_used_is_named_and_the_rest_done(checkpoint, tmp_path, capsys):
     good = nibabel.Nifti1Image(np.random.default_rng(0).random((64, 32), np.float32), np.eye(4))
     nibabel.save(good, tmp_path / "good.nii.gz")
     (tmp_path / "bad.nii.gz").write_bytes(b"no")
@@ -290,33 +269,16 @@ def test_what_cannot_be_used_is_named_and_the_rest_done(checkpoint, tmp_path):
     for name in ("bad.nii.gz", "bad.png", "red.png"):
         (tmp_path / name).unlink()
     # And not what the first run wrote.
-    assert list(use(checkpoint, [tmp_path], tmp_path / "out")["files"]) == ["good.nii.gz"]
+    result = use(checkpoint, [tmp_path], tmp_path / "out")
+    assert list(result["files"]) == ["good.nii.gz"]
+    assert json.loads((tmp_path / "out" / "scans.json").read_text()) == result
+    assert "good.nii.gz" in capsys.readouterr().out
     with pytest.raises(UserError, match="its result would replace"):
         use(checkpoint, [tmp_path / "good.nii.gz"], tmp_path)
     with pytest.raises(UserError, match=r"notes\.txt: "):
         use(checkpoint, [tmp_path / "notes.txt"], tmp_path / "out")
+    assert "wrote" not in capsys.readouterr().out
+    # A failed run leaves no table of an earlier one.
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.nii.gz"]
     with pytest.raises(FileNotFoundError, match="no such file"):
         use(checkpoint, [tmp_path / "none.nii"], tmp_path / "out")
-
-
-def test_a_failed_run_leaves_no_table_of_an_earlier_one(checkpoint, tmp_path, capsys):
-    image = nibabel.Nifti1Image(np.random.rand(64, 32).astype(np.float32), np.eye(4))
-    nibabel.save(image, tmp_path / "a.nii.gz")
-    use(checkpoint, [tmp_path / "a.nii.gz"], tmp_path / "out")
-    (tmp_path / "b.nii.gz").write_bytes(b"no")
-    capsys.readouterr()
-    with pytest.raises(UserError, match=r"b\.nii\.gz"):
-        use(checkpoint, [tmp_path / "b.nii.gz"], tmp_path / "out")
-    assert "wrote" not in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.nii.gz"]
-
-
-def test_from_the_command_line(checkpoint, tmp_path):
-    image = nibabel.Nifti1Image(np.random.rand(64, 32).astype(np.float32), np.eye(4))
-    nibabel.save(image, tmp_path / "a.nii.gz")
-    words = [tmp_path / "a.nii.gz", "--checkpoint", checkpoint, "--out", tmp_path / "out"]
-    code, out, err = command(reconstruct, *words, "--device", "cpu")
-    assert code == 0 and "a.nii.gz" in out, err
-    for script, flag in ((reconstruct, "--data"), (predict, "--plane")):  # swallowed by neither
-        code, _, err = command(script, tmp_path / "a.nii.gz", flag, "x")
-        assert code == 2 and "unrecognized arguments" in err
