@@ -3,8 +3,9 @@
     python -m benchmarks.few_patients --data keras_slices_data --patients 4 --seed 0 --out few
     python -m benchmarks.few_patients --data keras_slices_data --patients 4 --below 100 --out few
 
-Copies the train slices of so many random patients of those that have masks, and the other splits
-whole. With --below only patients numbered below that are copied; with --least, those from it on.
+Copies the train slices of so many random patients of those that have masks, or with --rest of all
+others, and the other splits whole. With --below only patients numbered below that are copied; with
+--least, those from it on.
 """
 
 import shutil
@@ -22,6 +23,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="study folder, in the layout of README")
     parser.add_argument("--patients", type=int, default=4, help="how many")
     parser.add_argument("--seed", type=int, default=0, help="which")
+    parser.add_argument("--rest", action="store_true", help="the others instead")
     parser.add_argument("--below", type=int, default=2**31, help="only patients numbered below")
     parser.add_argument("--least", type=int, default=0, help="only patients numbered from this on")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
@@ -32,7 +34,7 @@ def main() -> None:
         if name == "train":
             masked = np.flatnonzero(chosen & split.has_mask)
             few = few_patients(split, masked, args.patients, args.seed)
-            chosen &= np.isin(patients, patients[few])
+            chosen &= np.isin(patients, patients[few]) != args.rest
         for folder, start in (("keras_slices_", "case_"), ("keras_slices_seg_", "seg_")):
             to = args.out / f"{folder}{name}"
             to.mkdir(parents=True, exist_ok=True)

@@ -10,12 +10,13 @@ A layout covers the whole slice, so that a study needs no masks to have layouts.
 learns how such a slice looks.
 
 Both kinds of classes are cut from smooth fields: an organ is where its signed distance is positive,
-a region where the intensity lies between two levels. So a new layout is cut from new fields, which
-are weighed sums of those of at most eight patients' slices that are much alike. Sums of slices that
-lie as they are would be a blur. So each is first laid over one of them, and what is new gets a
-mixture of their shapes (an active appearance model of few slices: Cootes, Edwards & Taylor 2001).
-The weights of intensities vary over the slice, so its parts come from different patients, and no
-patient's slice is like the whole.
+a region where the intensity lies between two levels. So a new layout is cut from new fields, made
+of those of at most eight patients' slices that are much alike. Each is first laid over one of them,
+and what is new gets a mixture of their shapes (an active appearance model of few slices: Cootes,
+Edwards & Taylor 2001). A mixture of their intensities would be a blur, in which thin walls and
+vessels melt. So the mixture is only a draft: each place gets the tissue of the slice that is most
+like the draft there, as in texture synthesis (Kwatra et al. 2005). Its parts come from different
+patients, and no patient's slice is like the whole.
 """
 
 import math
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt, gaussian_filter, label, map_coordinates, zoom
+from scipy.special import softmax
 from skimage.registration import optical_flow_ilk
 from torch import Tensor
 
@@ -40,6 +42,8 @@ PATIENTS = 8  # that a layout is composed of, or fewer
 FEWEST = 4  # patients: organs that fewer show together are not drawn
 DEEPEST = 8.0  # cells: signed distances end here
 SPREAD, SPREAD_OF_SHAPES = 1.2, 0.7  # of the weights, see `shares`
+AROUND = 2.0  # cells: the standard deviation of the window in which slices are like a draft
+CRISP = 4.0  # 0 gives every place the mean of all slices, infinity the tissue of one
 WEIGHT = 2.0  # of an organ in what makes slices alike, beside intensities in standard deviations
 PAINT = (0.5, 1.5)  # how much brighter than tissue, from 0 to 1, organs are to the optical flow
 REACH, FARTHEST = 8, 6.0  # cells: radius of its window; it finds nothing farther away
@@ -189,6 +193,18 @@ def shares(random: np.ndarray, spread: float) -> np.ndarray:
     return 1 / n + spread * (random - random.mean(0)) / max(n - 1, 1) ** 0.5
 
 
+def mosaic(parts: np.ndarray, random: np.ndarray) -> np.ndarray:
+    """Tissue (h, w) of slices `parts` (n, h, w) that lie over each other, by random fields alike.
+
+    A mixture of all of them is the draft. In each place, the slice that is most like it there is
+    taken, or one that its random field favours.
+    """
+    draft = (shares(random, SPREAD) * parts).sum(0)
+    apart = gaussian_filter((parts - draft) ** 2, (0, AROUND, AROUND))
+    apart = (apart - apart.mean(0)) / (apart.std(0) + 1e-6)
+    return (softmax(CRISP * (random - apart), 0) * parts).sum(0)
+
+
 class Composer:
     """Draws new layouts from the training slices of a study.
 
@@ -237,13 +253,15 @@ class Composer:
         # enough others it gives neither tissue nor shape: nothing should lead back to it.
         frame, members = family[0], family[1:] if len(family) >= FEWEST else family
         shape, count = self.tissue.shape[1:], len(members)
-        # Tissue is of another mixture in every place; a shape is of one mixture in all its parts,
-        # or thin walls would break.
-        of_tissue = shares(random_fields(rng, count, shape), SPREAD)
+        # Tissue is of other slices in every place; a shape is of one mixture in all its parts, or
+        # thin walls would break.
+        of_tissue = random_fields(rng, count, shape)
         of_shape = shares(rng.normal(size=count).clip(-2, 2), SPREAD_OF_SHAPES)
         laid = [self.displacement(frame, member) for member in members]
-        parts = zip(of_tissue, members, laid, strict=True)
-        tissue = sum(weight * warped(self.tissue[member], there) for weight, member, there in parts)
+        parts = [
+            warped(self.tissue[each], there) for each, there in zip(members, laid, strict=True)
+        ]
+        tissue = mosaic(np.stack(parts), of_tissue)
         # All lie in the frame's place now. What is new lies where a mixture of theirs does, bent a
         # little, or where the organs that are given lie.
         bend = BENT * random_fields(rng, 2, shape) + rng.normal(0, MOVED, (2, 1, 1))

@@ -243,6 +243,19 @@ def test_mixtures_vary_as_their_parts_do():
     assert (weights * parts).sum(1).std() == pytest.approx(1, abs=0.08)
 
 
+def test_a_mosaic_is_as_sharp_as_its_parts_and_of_several_of_them():
+    rng = np.random.default_rng(0)
+    parts = np.sign(gaussian_filter(rng.normal(size=(7, 48, 32)), (0, 2, 2)))
+    random = layouts.random_fields(rng, 7, (48, 32))
+    new = layouts.mosaic(parts, random)
+    assert (parts.min(0) - 1e-9 <= new).all() and (new <= parts.max(0) + 1e-9).all()
+    assert np.abs(new).mean() > 0.75  # of 1; the mean of the seven has 0.3
+    nearest = gaussian_filter((parts - new) ** 2, (0, 2, 2)).argmin(0)
+    assert np.bincount(nearest.ravel(), minlength=7).max() < 0.5 * nearest.size
+    one = np.repeat(parts[:1], 7, 0)
+    assert layouts.mosaic(one, random) == pytest.approx(one[0])  # of equal slices, what they are
+
+
 @pytest.mark.parametrize("labels", [3, 0])
 def test_training_layouts_are_found_a_cell_aside_and_others_are_not(labels):
     """By organs where there are masks, and by regions where there are none."""
