@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from conftest import command
 from scipy.linalg import sqrtm
 
-from benchmarks import features, few_patients, utility
+from benchmarks import features, few_patients, twin_halves, utility
 from dataset import DataConfig, open_study
 from new_slices import organs, sample_report
 from new_slices.code_maps import Variants
@@ -155,6 +156,25 @@ def test_a_study_of_few_patients_keeps_the_others_out_of_training_alone(folders,
     people = {name: {each.patient for each in split.names} for name, split in splits.items()}
     assert len(people["train"]) == 1 and people["train"] < {4, 5} and people["test"] == {40, 41}
     assert len(splits["train"]) == 6 and splits["train"].has_mask.all()
+
+
+def test_copies_tell_which_half_a_model_learnt_and_two_of_one_half_do_not(folders, tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    flags = ["--data", folders / "study", "--patients", 2]
+    command(few_patients, *flags, "--out", a)
+    command(few_patients, *flags, "--rest", "--out", b)
+    people = [
+        {name.name[:8] for name in (half / "keras_slices_train").iterdir()} for half in (a, b)
+    ]
+    assert people[0] and people[1] and not people[0] & people[1]
+    for half in (a, b):  # models that give back what they learnt
+        copies = half / "generated" / "keras_slices_synthetic"
+        shutil.copytree(half / "keras_slices_train", copies)
+    generated = [half / "generated" for half in (a, b, a)]
+    out = tmp_path / "twin.json"
+    command(twin_halves, a, b, "--generated", *generated, "--out", out)
+    found = json.loads(out.read_text())
+    assert found["halves"]["auc"] == 1 and found["control"]["auc"] == 0.5
 
 
 def test_utility_of_slices_as_good_as_real(folders, tmp_path, monkeypatch):
