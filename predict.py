@@ -15,6 +15,7 @@ support/metrics.py states how every score is computed.
 import csv
 import io
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -77,12 +78,8 @@ def score_split(
 ) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
     """The scores of every slice, in file order, and the maps of all: "top", "bottom", "masks".
 
-    NIfTI files go into `folder`, where those of an earlier run are deleted, and nothing else is.
+    NIfTI files go into `folder`, if there is one.
     """
-    for old in folder.rglob("*.nii*") if folder else ():
-        with suppress(UserError):  # what cannot be read is none of ours
-            if nifti.read(old).header["descrip"].item() == RECONSTRUCTION.encode():
-                old.unlink()
 
     def finish(index: int, reconstruction: np.ndarray) -> dict[str, float]:
         """Score a slice in the pixels of its own file, as reconstruct.py scores that file."""
@@ -110,6 +107,18 @@ def score_split(
                 scores.append(score)
                 bar.update()
     return scores, {name: np.concatenate(batches) for name, batches in maps.items()}
+
+
+def replace_reconstructions(folder: Path, made: Path) -> None:
+    """Move what lies in `made` to `folder`; an earlier run's files there go, and nothing else."""
+    for old in folder.rglob("*.nii*"):
+        with suppress(UserError):  # what cannot be read is none of ours
+            if nifti.read(old).header["descrip"].item() == RECONSTRUCTION.encode():
+                old.unlink()
+    for new in made.rglob("*.nii*"):
+        target = folder / new.relative_to(made)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new.replace(target)
 
 
 def summary(values: np.ndarray, patients: np.ndarray) -> dict:
@@ -256,11 +265,15 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
     splits = dataset.open_trained_study(trained.study, data, config.checkpoint)
     train, test = splits["train"], splits["test"]
     patients = [f"{name.patient:03d}" for name in test.names]
-    folder = out / "reconstructions" if config.nifti else None
 
     # It is written last: while it is there, everything else in the folder is of its run.
     (out / "metrics.json").unlink(missing_ok=True)
-    scores, maps = score_split(model, test, config.batch_size, folder)
+    # The NIfTI files come into place together: a run that fails takes none of an earlier one's.
+    with tempfile.TemporaryDirectory(prefix=runtime.TEMPORARY, dir=out) as made:
+        folder = Path(made) if config.nifti else None
+        scores, maps = score_split(model, test, config.batch_size, folder)
+        if folder:
+            replace_reconstructions(out / "reconstructions", folder)
     pixels = int(test.shapes.prod(1).sum())
     result = {"n": len(test), "patients": dict(Counter(patients))}
     result |= summarise(scores, patients) | rates(model, maps, pixels)
@@ -287,7 +300,7 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
     if with_masks:
         print_masks(result["dice"], result["not_learnt"])
     page = results_page.write(out)
-    also = f", {len(test)} NIfTI files in reconstructions/" if folder else ""
+    also = f", {len(test)} NIfTI files in reconstructions/" if config.nifti else ""
     print(f"wrote {out}/: metrics.json, test_scores.csv, pictures{also}; see {page.name}")
     return result
 

@@ -267,20 +267,22 @@ def test_checkpoints_that_cannot_be_used_are_named(study, tmp_path):
         predict_with(write_checkpoint(tmp_path / "gone.pth", study, data=gone))
 
 
-def test_a_failed_run_leaves_no_scores_of_an_earlier_one_and_no_empty_folder(
+def test_a_failed_run_leaves_an_earlier_one_s_reconstructions_no_scores_and_no_empty_folder(
     study, checkpoint, tmp_path, monkeypatch
 ):
     state, at_exit = runtime.load_checkpoint(checkpoint, "vqvae2")["model"], []
     monkeypatch.setattr(runtime.atexit, "register", lambda *call: at_exit.append(call))
     broken = {name: x.fill_(1e38) if name.endswith("bias") else x for name, x in state.items()}
     path = write_checkpoint(tmp_path / "nan.pth", study, model=broken)
-    predict_with(checkpoint, out=str(tmp_path / "scores"))
+    predict_with(checkpoint, out=str(tmp_path / "scores"), nifti=True)
+    written = {file: file.read_bytes() for file in tmp_path.glob("scores/reconstructions/*")}
     for out in ("scores", "new/deep"):
-        code, _, err = command(predict, "--checkpoint", path, "--out", tmp_path / out)
+        code, _, err = command(predict, "--checkpoint", path, "--out", tmp_path / out, "--nifti")
         assert code == 2 and "case_040_week_0_slice_0.nii.gz: a slice holds NaN" in err
     for function, *args in reversed(at_exit):  # as at the end of the process
         function(*args)
     assert not (tmp_path / "scores" / "metrics.json").exists()
+    assert len(written) == 6 and all(file.read_bytes() == was for file, was in written.items())
     assert not (tmp_path / "new").exists()
 
 
