@@ -6,7 +6,7 @@
 All .nii and .nii.gz files in the folder and below are taken: subject and session are read from
 their paths. Masks are files named so (..._seg, ..._mask, ..._label, ..._SEMANTIC), beside their
 volumes or in folders such as semantic_labels_anon/ and labelsTr/; or all files under --masks DIR.
-A volume has one mask, with a label for each organ.
+A volume has one mask, of its own subject and session, with a label for each organ.
 
 Planes are found by the affine, whatever the order of the array's axes, and all volumes are turned
 the same way: rows run to the patient's right (sagittal planes: to the front), columns to the head
@@ -191,7 +191,8 @@ def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, int
         none = f"{config.masks}: no mask of the subjects in {config.volumes}"
         raise UserError(f"{none}. Fix: check --masks and its names, or tell --name-pattern.")
     if left:
-        print(f"{len(left)} masks are of none of these volumes, such as {left[0]}")
+        none = f"{len(left)} masks are not used, such as {left[0]}"
+        print(f"warning: {none}: no volume is of the same subject and session")
     subjects, sessions = (_numbers(set(labels)) for labels in zip(*volumes, strict=True))
     found = [
         Volume(subjects[key[0]], sessions[key[1]], paths[0], pairs.get(key))

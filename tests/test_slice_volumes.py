@@ -348,10 +348,13 @@ def test_other_files_are_sent_their_way(tmp_path):
         open_study(DataConfig(data=str(tmp_path), cache=str(tmp_path / "cache")))
 
 
-def test_a_mask_of_no_volume_is_said(tmp_path, capsys):
+@pytest.mark.parametrize("other", ["sub-09_ses-2", "sub-03_ses-1"])
+def test_a_mask_of_another_subject_or_session_is_not_used_and_said(tmp_path, capsys, other):
+    """Of another day, it shows organs elsewhere than its subject's only volume does."""
     for patient in (1, 2, 3):
         path = write_subject(tmp_path / "b", patient, mask_codes="RAS")
-    beside(path).rename(path.with_name("sub-09_ses-2_seg.nii.gz"))
+    beside(path).rename(path.with_name(f"{other}_seg.nii.gz"))
     run_slice(tmp_path / "b", tmp_path / "out")
     out = capsys.readouterr().out
-    assert "2 of them with a mask" in out and "1 masks are of none of these volumes" in out
+    assert "2 of them with a mask" in out and not list((tmp_path / "out").rglob("seg_003_*"))
+    assert "warning: 1 masks are not used, such as " in out and f"{other}_seg.nii.gz: no vol" in out
