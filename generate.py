@@ -378,13 +378,14 @@ def masks_of(layouts: np.ndarray, labels: int, size: tuple[int, int]) -> np.ndar
     return np.concatenate([likeliest(part).numpy() for part in parts])
 
 
-def write_layouts(album: Album, layouts: np.ndarray, labels: int, size: tuple[int, int]) -> None:
-    """Draw the first layouts (n, h, w): air black, organs grey, tissue by its class."""
-    layouts = layouts[:SHOWN]
-    masks = masks_of(layouts, labels, size)
+def write_layouts(album: Album, layouts: np.ndarray, masks: np.ndarray, labels: int) -> None:
+    """Draw the first layouts (n, h, w), with masks (n, H, W): air black, organs grey, tissue by its
+    class.
+    """
+    layouts, masks = layouts[:SHOWN], masks[:SHOWN]
     organ = (layouts > 0) & (layouts < labels)
     tissue = np.where(organ, REGIONS / 2, np.maximum(layouts - max(labels, 1) + 1, 0))
-    pixels = np.ones((size[0] // layouts.shape[1], size[1] // layouts.shape[2]))
+    pixels = np.ones(np.floor_divide(masks.shape[1:], layouts.shape[1:]))
     shown = [("", np.kron(each, pixels), mask) for each, mask in zip(tissue, masks, strict=True)]
     look = album.look | {"span": (0, REGIONS)}
     figures.slice_grid(album.out / "layouts.png", {"new layouts": shown}, 8, **look)
@@ -488,9 +489,11 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     twins, positions, layouts = plan(config, make_composer(prior, train, maps), own, test)
     album = Album(config, splits, positions, study.labels, trained.sha256)
     if layouts is not None:
-        write_layouts(album, layouts, labels, train.pixels.shape[1:])
+        most = None if config.layouts_only else SHOWN
+        masks = masks_of(layouts[:most], labels, train.pixels.shape[1:])
+        write_layouts(album, layouts, masks, labels)
     if config.layouts_only:
-        album.keep_masks(0, masks_of(layouts, labels, train.pixels.shape[1:]))
+        album.keep_masks(0, masks)
         print(f"wrote {out}/: {config.n} masks in {MASK_FOLDER}/, layouts.png and manifest.json")
         return {}
     try:
