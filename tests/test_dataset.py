@@ -225,11 +225,14 @@ def test_other_sizes_are_resized_as_skimage_does(study, config, capsys):
 
 
 def made_of(study, *shapes):
-    """A study with a volume of two slices of each of these shapes; the first two are held out."""
+    """A study with a volume of two slices of each of these shapes; the first two are held out, the
+    others are one patient's.
+    """
     for number, shape in enumerate(shapes):
         split = {0: "validate", 1: "test"}.get(number, "train")
         for plane in range(2):
-            path = study / f"keras_slices_{split}" / name_of(number + 1, plane)
+            name = name_of(min(number, 2) + 1, plane, week=number)
+            path = study / f"keras_slices_{split}" / name
             save(path, noise(10 * number + plane, shape))
     return DataConfig(data=str(study), cache=str(study.parent / "cache"))
 
@@ -240,6 +243,7 @@ GRIDS = {
     "one's own": ([(96, 112)] * 3, (96, 112)),
     "no multiples of 8": ([(90, 101)] * 3, (96, 104)),
     "of several sizes": ([(40, 48), (50, 30), (41, 47)], (56, 48)),
+    "of several sizes of a patient": ([(40, 48)] * 3 + [(41, 57)], (48, 64)),
 }
 
 

@@ -371,6 +371,10 @@ def test_a_measure_without_a_floor_of_held_out_slices_stays_in_the_table(two_org
     report = sample_report.score_realism(inputs, rows, np.random.default_rng(0))
     assert report["rows"][sample_report.SAMPLES] == {"n": 5, "plausible": 0.1, "agreement": 0.9}
     assert report["left_out"] == ["area"] and not report["unseen"]
+    kinds = (sample_report.FLOOR, sample_report.RECONSTRUCTIONS, sample_report.SAMPLES)
+    table = {name: {"kernel_distance": x} for name, x in zip(kinds, (1, 3, 7), strict=True)}
+    costs = sample_report.score_costs(dataclasses.replace(inputs, segmenter=None), {}, table, None)
+    assert costs == {"whole": {"decoder": 2, "priors": 4}}
 
 
 def own_masks(folder):
@@ -407,6 +411,10 @@ def test_layouts_of_the_user_s_own_masks(
     # The training slices with such a mask are the fourth of seven.
     assert np.concatenate([at for at, _ in given]).tolist() == [0.5] * 3
     assert "2 masks for 3 slices" in capsys.readouterr().out
+    given.clear()
+    one = {"n": 1, "layout": str(tmp_path / "a.nii.gz"), "position": 0.25}
+    generate.generate(dataclasses.replace(settings, **one), DataConfig(data=str(organs_study)))
+    assert given[0][0] == 0.25 and len(list(tmp_path.rglob("seg_*"))) == 1  # the three are gone
 
 
 def test_a_mask_that_cannot_be_used_is_named_with_its_reason(two_organs, organs_study, tmp_path):
@@ -448,7 +456,7 @@ def test_layouts_alone_are_masks_and_a_picture(two_organs, organs_study, tmp_pat
 def test_slices_for_nnunet(two_organs, organs_study, tmp_path, monkeypatch, no_report):
     """One plane a volume, which is the thickest axis; consecutive labels; the same slices."""
     monkeypatch.setattr(generate, "segmenter_of", lambda *_, **__: None)
-    settings = config(two_organs, tmp_path, n=3, batch_size=2, nnunet="Dataset501_Two")
+    settings = config(two_organs, tmp_path, n=3, batch_size=2, nnunet="Dataset501_Two", seed=2)
     generate.generate(settings, DataConfig(data=str(organs_study)))
     folder = tmp_path / "Dataset501_Two"
     about = json.loads((folder / "dataset.json").read_text())
@@ -458,6 +466,7 @@ def test_slices_for_nnunet(two_organs, organs_study, tmp_path, monkeypatch, no_r
     assert about["numTraining"] == len(images) == len(labels) == 3
     names = [path.name.replace("_0000.nii", ".nii") for path in images]
     assert names == [path.name for path in labels]
+    assert names[0] == "synthetic_2000006.nii.gz"  # slices of other seeds may lie beside it
     ours = [nibabel.load(path) for path in images + labels]
     written = (sorted((tmp_path / of).iterdir()) for of in (generate.NIFTI, generate.MASK_FOLDER))
     theirs = [nibabel.load(path) for paths in written for path in paths]

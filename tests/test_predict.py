@@ -296,8 +296,15 @@ def test_dice_of_the_decoded_masks(organs_study, tmp_path, monkeypatch, capsys):
     model(test.images(range(4)))
     changes = {"model": model.state_dict(), "data": StudyInfo.from_splits(splits).as_dict()}
     path = tmp_path / "vqvae2_best.pth"
+    # Masks of other organs than the model's are not scored.
+    others = changes | {"data": changes["data"] | {"labels": [0, 5, 8]}}
+    write_checkpoint(path, organs_study, model_config=asdict(config), **others)
+    assert "dice" not in predict_with(path, unet=False)
     write_checkpoint(path, organs_study, model_config=asdict(config), **changes)
-    alone = predict_with(path, unet=False)
+    drawn = []
+    with monkeypatch.context() as patch:
+        patch.setattr(figures, "comparison_sheet", lambda *args: drawn.append(args[1:4:2]))
+        alone = predict_with(path, unet=False)
     assert alone["dice"].keys() == {"decoded"}
     assert not (tmp_path / organs.SEGMENTER_FILE).exists()
     assert "U-Net" not in capsys.readouterr().out
@@ -313,6 +320,12 @@ def test_dice_of_the_decoded_masks(organs_study, tmp_path, monkeypatch, capsys):
     truth, images = test.masks(chosen).numpy(), test.images(chosen)
     with torch.inference_mode():
         decoded = torch.cat([model.eval()(x[None]).mask_logits.argmax(1) for x in images]).numpy()
+    (rows, masks), whole = drawn[0], test.images(range(len(test)))[:, 0].numpy()
+    for (_, original, _), (left, right) in zip(rows, masks, strict=True):
+        (index,) = np.flatnonzero((whole == original).all((1, 2)))
+        with torch.inference_mode():
+            own = model(test.images([index])).mask_logits[0].argmax(0)
+        assert np.array_equal(left, test.masks([index])[0]) and np.array_equal(right, own)
     found = {"decoded": decoded, "unet": organs.segment(net, images[:, 0].numpy())}
     patients = np.array([test.names[i].patient for i in chosen])
     for name, masks in found.items():

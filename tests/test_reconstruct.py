@@ -147,11 +147,12 @@ def test_the_decoded_mask_lies_on_the_scan_with_its_own_labels(study, tmp_path, 
     model = str(write_checkpoint(tmp_path / "vqvae2_best.pth", study, data=data))
     pixels, affine = landmark(shape=(60, 12, 30))  # padded in the grid
     image = stored(pixels, affine, codes)
+    image.set_qform(image.affine, 1)  # a viewer that reads the qform shows both alike
     nibabel.save(image, tmp_path / "case_scan.nii.gz")
     use(model, [tmp_path / "case_scan.nii.gz"], tmp_path / "out")
     mask = nibabel.load(tmp_path / "out" / "seg_scan.nii.gz")
     np.testing.assert_array_equal(mask.affine, image.affine)
-    assert mask.get_data_dtype() == np.uint16
+    assert mask.header["qform_code"] == 1 and mask.get_data_dtype() == np.uint16
     grid = np.stack(
         [np.pad(p, ((2, 2), (1, 1)), constant_values=p.min()) for p in pixels.swapaxes(0, 1)]
     )

@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import operator
+import re
 import signal
 import time
 from dataclasses import replace
@@ -95,7 +96,7 @@ def test_learning_rate_rises_then_falls():
 # ---- a run ----
 
 
-def test_a_run_leaves_what_it_promises(study, tmp_path):
+def test_a_run_leaves_what_it_promises(study, tmp_path, capsys):
     best = fit(study, tmp_path, epochs=5, keep=2)
     names = {"train_losses.txt", "val_losses.txt", "loss_plot.png", "log.jsonl", "index.html"}
     names |= {f"vqvae2_{name}.pth" for name in ("epoch_4", "epoch_5", "best", "epoch_final")}
@@ -108,6 +109,8 @@ def test_a_run_leaves_what_it_promises(study, tmp_path):
     losses = [float(line) for line in (tmp_path / "val_losses.txt").read_text().split()]
     assert losses == pytest.approx([line["val_loss"] for line in epochs], abs=1e-6)
     assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
+    shown = re.findall(r"^epoch .*, SSIM (.*?), ", capsys.readouterr().out, re.MULTILINE)
+    assert shown == [f"{1 - line['validate']['ssim']:.4f}" for line in epochs]
     lowest = min(line["validate"]["reconstruction"] for line in epochs)
     assert runtime.load_checkpoint(best, "vqvae2")["best"] == lowest
 
@@ -264,6 +267,8 @@ def test_flags_win_over_presets_and_checkpoints(study, tmp_path, monkeypatch):
     assert (one.model.K, one.model.bit_weight, one.train.slices) == (16, 0.03, 7_400)
     # What the weights were trained on, or a copy of it that another test has opened.
     assert (Path(one.data.data).name, one.data.height) == (study.name, 64)
+    with pytest.raises(FileNotFoundError, match=r"the study that .* was trained on is not there"):
+        settings("--resume", tmp_path / "vqvae2_epoch_1.pth", "--cache", tmp_path / "other")
     changes = "--preset best", "--lr 0.1", "--D 16", "--seed 1", "--height 128"
     for flag in map(str.split, changes):
         with pytest.raises(ValueError, match=f"{flag[0]}: a run that goes on keeps"):
@@ -350,6 +355,8 @@ def test_the_masks_terms_are_of_the_mask_and_of_the_coarse_one():
         output = none._replace(mask_logits=mask_logits, coarse_mask_logits=coarse)
         terms = train.losses(x, output, config, masks)
         assert (terms["coarse_mask_loss"] < 0.05) == (coarse is right)
+        of_coarse = train.mask_losses(coarse, middles(masks, (4, 2)))
+        assert terms["coarse_mask_loss"].item() == pytest.approx(sum(of_coarse.values()).item())
         of_masks = sum(terms[name] for name in terms if "mask" in name)
         added = terms["loss"] - train.losses(x, none, config)["loss"]
         assert added.item() == pytest.approx(0.3 * of_masks.item(), rel=1e-4)
