@@ -49,6 +49,7 @@ PAINT = (0.5, 1.5)  # how much brighter than tissue, from 0 to 1, organs are to 
 REACH, FARTHEST = 8, 6.0  # cells: radius of its window; it finds nothing farther away
 KNOTS = (3, 2)  # of the smooth random fields that the weights and the bending are
 BENT, MOVED = 0.7, 0.7  # cells, standard deviations
+FREELY = 1.5  # times as much where no organ's outline has to stay plausible
 
 
 def classes(labels: int) -> int:
@@ -265,6 +266,7 @@ class Composer:
         # All lie in the frame's place now. What is new lies where a mixture of theirs does, bent a
         # little, or where the organs that are given lie.
         bend = BENT * random_fields(rng, 2, shape) + rng.normal(0, MOVED, (2, 1, 1))
+        bend *= 1 if self.labels else FREELY
         if drawn is None:
             place = sum(share * there for share, there in zip(of_shape, laid, strict=True))
             source = inverse(place + bend)
