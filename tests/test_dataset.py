@@ -243,7 +243,7 @@ GRIDS = {
     "one's own": ([(96, 112)] * 3, (96, 112)),
     "no multiples of 8": ([(90, 101)] * 3, (96, 104)),
     "of several sizes": ([(40, 48), (50, 30), (41, 47)], (56, 48)),
-    "of several sizes of a patient": ([(40, 48)] * 3 + [(41, 57)], (48, 64)),
+    "of several sizes of a patient": ([(40, 48)] * 2 + [(41, 57), (40, 48)], (48, 64)),
 }
 
 
