@@ -239,10 +239,14 @@ def test_the_bottom_prior_can_learn_from_fewer_slices_than_the_top(autoencoder, 
     sure = replace(TINY, prior_dropout=0.0)
     stage = stage_of(autoencoder, tmp_path, sure, forget=0.0, bottom_every=2)
     stage.start_epoch(torch.Generator())
-    seen = []
+    stage.variant = torch.arange(14) % 2
+    seen, told, context = [], [], stage.model.bottom.context
     stage.model.register_forward_hook(lambda module, inputs, nats: seen.append((inputs, nats)))
+    stage.model.bottom.context = lambda *known: told.append(known) or context(*known)
     losses = stage.batch_losses("train", torch.tensor([3, 0, 13, 7]))
-    (top, bottom, *_), nats = seen[0]
+    (top, bottom, position, altered, _), nats = seen[0]
+    for known, whole in zip(told[0], (position, altered, top), strict=True):  # of its own slices
+        assert known.equal(whole[:2]) and not whole[:2].equal(whole[2:])
     chosen = stage.variant[[3, 0]], torch.tensor([3, 0])
     assert len(top) == 4 and bottom.equal(stage.maps["train_bottom"][chosen].long())
     for level in ("top", "bottom"):
