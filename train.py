@@ -189,7 +189,7 @@ class Autoencoder(Stage):
         # What is reported; the commitment rises while the codebook learns to be used. Where bits
         # have a price, the loss counts them: reconstructions become worse as bits are saved.
         self.best_by = "loss" if settings.model.bit_weight else "reconstruction"
-        runtime.seed_everything(config.seed)
+        torch.manual_seed(config.seed)
         self.model = VQVAE2(replace(settings.model, labels=len(labels)))
         if settings.weights:
             self.start_from(settings.weights)

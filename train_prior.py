@@ -139,7 +139,7 @@ class CodePriors(Stage):
         }
         positions = {name: split.positions for name, split in self.splits.items()}
         self.positions = {k: torch.from_numpy(v).to(self.device) for k, v in positions.items()}
-        runtime.seed_everything(config.seed)
+        torch.manual_seed(config.seed)
         self.top_shape = model.config.code_shapes(*size)[0]
         train = self.splits["train"]
         self.numbers = Variants(codes.variants, len(train), train.mirror).numbers.to(self.device)

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import platform
-import random
 import signal
 import subprocess
 import sys
@@ -254,12 +253,6 @@ def has_fast_bf16(device: torch.device, batch_size: int) -> bool:
     if device.type == "cuda":
         return batch_size >= 16 and torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 @contextmanager
