@@ -552,6 +552,7 @@ MASK_FAULTS = {  # the mask of training slice 5, what else is changed of it, and
     "no slice": (blocks(1), {"number": 77}, r"seg_004_week_0_slice_77.*without its slice"),
     "no patient": (blocks(1), {"patient": 36}, r"seg_036_week_0_slice_5.*without its slice"),
     "mirrored": (blocks(1), {"affine": AFFINE @ MIRRORED}, f"{ITS_NAME}.*turns or mirrors"),
+    "exchanged": (blocks(1), {"affine": AFFINE[:, [1, 0, 2, 3]]}, f"{ITS_NAME}.*turns or mirrors"),
     "an image": (
         np.arange(512, dtype=np.int16).reshape(SIZE),
         {},
@@ -861,7 +862,7 @@ def test_sagittal_slices_and_unclear_pairs_are_not_mirrored(tmp_path, letters, r
     assert mirror.images(x, torch.tensor([True, True])).equal(x)
 
 
-def test_mirrored_overlap_is_the_dice_of_mean_maps(tmp_path):
+def test_mirrored_overlap_is_the_dice_of_mean_maps(tmp_path, monkeypatch):
     train = sided_study(tmp_path, turned_affine("RA"), 0)
     masks = train.masks(range(len(train))).numpy()
     maps = np.stack([(masks == organ).mean(0) for organ in (1, 2, 3)])
@@ -869,3 +870,7 @@ def test_mirrored_overlap_is_the_dice_of_mean_maps(tmp_path):
         for j, other in enumerate(maps):
             dice = 2 * np.minimum(one, other).sum() / (one.sum() + other.sum())
             assert dataset.mirrored_overlap(train, -2)[i, j] == pytest.approx(dice)
+    # Each of a pair lies where the other one does; the first lies so by the second alone.
+    overlap = np.array([[0.0, 0.6, 0.1], [0.6, 0.1, 0.7], [0.1, 0.7, 0.2]])
+    monkeypatch.setattr(dataset, "mirrored_overlap", lambda *_: overlap)
+    assert dataset.Mirror.of(train).partners == ((2, 3),)

@@ -1,5 +1,6 @@
 """Sampling and its report, with models that have learnt for seconds or not at all."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -79,7 +80,7 @@ def no_report(monkeypatch):
     monkeypatch.setattr(generate, "account", lambda *_: {})
 
 
-def test_files_are_named_and_say_what_they_are(made, trained):
+def test_files_are_named_and_say_what_they_are(made, trained, tmp_path):
     out, report = made
     train = trained[3]["train"]
     names = {"grid", "overview", "layouts", "nearest", *(f"{i:04d}" for i in range(5))}
@@ -104,6 +105,12 @@ def test_files_are_named_and_say_what_they_are(made, trained):
     assert np.abs(z).max() < 20 and image.get_data_dtype() == np.float32
     kept = json.loads((out / "report.json").read_text())
     assert report == {key: kept[key] for key in report}
+    other = copy.copy(train)  # its first slice is of another size, with other voxels
+    other.shapes, other.affines = train.shapes.copy(), train.affines.copy()
+    other.shapes[0], other.affines[0] = (90, 50), 2 * np.eye(4)
+    splits = trained[3] | {"train": other}
+    album = generate.Album(config(trained, tmp_path), splits, np.zeros(5), (), "")
+    assert np.array_equal(album.affine, train.affines[1])
 
 
 def test_a_sample_depends_on_its_seed_and_not_on_batch_or_count(made, trained, tmp_path, no_report):
@@ -234,6 +241,9 @@ def test_controls_are_what_they_are_called(trained):
     # Of each bottom.
     distance = np.abs(np.array(mixed) - rows[sample_report.MIXED].images[:, None]).max((2, 3))
     assert (distance.min(1) < 1e-4).all() and (distance.argmin(1) != np.arange(5)).all()
+    scrambled = rows[sample_report.OUTSIDE].images  # all of it, as no mask shows an organ
+    assert (np.abs(scrambled - real).mean((1, 2)) > 0.1).all()
+    np.testing.assert_allclose(*(np.abs(np.fft.fft2(x)) for x in (scrambled, real)), atol=0.1)
 
 
 def test_a_position_is_asked_of_the_prior_and_of_the_real_slices(trained, tmp_path, monkeypatch):
@@ -400,6 +410,9 @@ def test_layouts_of_the_user_s_own_masks(
         return whole(self, positions, *args, layouts=layouts, **options)
 
     monkeypatch.setattr(Prior, "sample", sample)
+    with monkeypatch.context() as patch:  # each mask by the letter of its file: in turn
+        patch.setattr(generate, "read_mask", lambda path, _: path[-len("a.nii.gz")])
+        assert "".join(generate.read_masks(str(tmp_path), None, 5)) == "ababa"
     monkeypatch.setattr(generate, "segmenter_of", lambda *_, **__: None)
     settings = config(two_organs, tmp_path / "out", n=3, layout=str(tmp_path))
     generate.generate(settings, DataConfig(data=str(organs_study)))

@@ -137,6 +137,8 @@ def test_a_new_layout_is_composed_of_patients_with_the_same_organs():
         assert len(family) == layouts.PATIENTS == len(set(patients[family]))
         # Nine patients show the first organ, one the second, and the last slice is not used.
         assert not np.isin(9, patients[family]) and family.max() < 90
+        apart = np.square(composer.seen[family] - composer.seen[family[0]]).sum(1)
+        assert (np.diff(apart) >= 0).all()  # the nearest first
         if not math.isnan(position):
             assert abs(positions[family[0]] - position) < 0.15
     new = composer.draw([0.2] * 40, range(40))

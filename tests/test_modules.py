@@ -137,6 +137,10 @@ def test_the_mask_head_sees_the_width_of_a_slice_and_leaves_the_picture_alone():
     model.mask_head(vectors)[0, 1, 128, 2].backward()
     seen = vectors.grad[0].abs().sum(0) > 0
     assert seen[32].all() and seen[8:56].any(1).all()
+    vectors.grad = None  # a place tells of itself even where all around it says nothing
+    torch.nn.init.zeros_(model.mask_head.wide[-1].weight)
+    model.mask_head(vectors)[0, 1, 128, 2].backward()
+    assert vectors.grad[0, :, 32, 0].any()
     with torch.no_grad():
         for parameter in model.mask_head.parameters():
             parameter.normal_()

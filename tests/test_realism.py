@@ -168,6 +168,7 @@ def test_audit_flags_copies_and_not_the_honest():
     assert found["honest"]["flagged"] == 2 and found["copies"]["share"] == 1
     assert found["samples"]["flagged"] == pytest.approx(5, abs=2)
     assert found["samples"]["share"] > found["margin"]
+    assert sample_report.verdict(found).startswith("COPIES: ")
     assert metrics.audit(novel, honest, copies)["samples"]["share"] <= found["margin"]
     assert list(found["samples"]["percentiles"]) == ["1", "5", "25", "50", "75", "95", "99"]
 

@@ -272,6 +272,9 @@ def test_it_resumes_bit_for_bit_and_only_with_its_autoencoder(study, autoencoder
     fit_prior(autoencoder, tmp_path / "broken", epochs=2, checkpoint=checkpoint)
     final = "prior_epoch_final.pth"
     assert_same(tmp_path / "broken" / final, tmp_path / "whole" / final)
+    # From any folder, the autoencoder is looked for beside the priors.
+    settings = train_prior.make_settings({"resume": checkpoint["path"]})
+    assert settings.codes.checkpoint == str(tmp_path / "broken" / autoencoder.name)
     other = fit(study, tmp_path / "other", epochs=1, seed=5)
     with pytest.raises(ValueError, match="another autoencoder"):
         fit_prior(other, tmp_path / "broken", epochs=2, checkpoint=checkpoint)

@@ -215,6 +215,10 @@ def test_minutes_are_kept_and_the_schedule_fits_them(study, tmp_path, monkeypatc
     fit(study, tmp_path, minutes=0.05, schedule="cosine", epochs=1)
     *_, last = runtime.load_checkpoint(tmp_path / "vqvae2_epoch_final.pth", "vqvae2")["history"]
     assert 3 <= last["seconds"] < 3.5 and last["step"] > 10 and last["lr"] < 1e-3 / 50
+    final = runtime.load_checkpoint(tmp_path / "vqvae2_epoch_final.pth", "vqvae2")
+    fit(study, tmp_path, minutes=0.05, epochs=1, checkpoint=final)  # its minutes are over
+    final = runtime.load_checkpoint(tmp_path / "vqvae2_epoch_final.pth", "vqvae2")
+    assert final["step"] == last["step"]
 
 
 def test_training_begins_with_given_weights_and_codebooks(study, tmp_path):
