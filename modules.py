@@ -155,9 +155,11 @@ class VectorQuantiser(nn.Module):
         the codebook's variance, which makes lambda independent of the scale of the encoder's
         output.
         """
-        p = self.ema_count / self.ema_count.sum()
-        variance = p @ (self.codebook - p @ self.codebook).square().sum(1)
-        costs = self.codebook.square().sum(1) + variance * self.prices()
+        costs = self.codebook.square().sum(1)
+        if self.bit_weight:
+            p = self.ema_count / self.ema_count.sum()
+            variance = p @ (self.codebook - p @ self.codebook).square().sum(1)
+            costs = costs + variance * self.prices()
         rows = self.chunk if flat.device.type == "cpu" else 32 * self.chunk
         parts = (torch.addmm(costs, x, self.codebook.T, alpha=-2) for x in flat.split(rows))
         return torch.cat([part.min(1)[1] for part in parts])  # argmin takes twice as long on a CPU

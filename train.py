@@ -286,8 +286,7 @@ class Autoencoder(Stage):
         return f"SSIM {1 - record['validate']['ssim']:.4f}, {dice}{codes}"
 
     def verdict(self, record: dict) -> str:
-        # A run that goes on when all of it is done has no epoch to tell of.
-        dice = record.get("dice", {"validate": {}})["validate"].items()
+        dice = record["dice"]["validate"].items()
         if bad := [f"{label} ({x:.2f})" for label, x in dice if x is not None and x < LEARNT]:
             return f"note: the masks of these labels were not learnt (Dice): {', '.join(bad)}"
         return ""

@@ -91,12 +91,17 @@ def linear_auc(real: np.ndarray, fake: np.ndarray, groups: np.ndarray, seed: int
         kernel = x[train] @ x[train].T / x.shape[1]
         weights = np.linalg.solve(kernel + RIDGE * np.eye(len(kernel)), y[train] - y[train].mean())
         scores[held] = x[held] @ x[train].T @ weights
-    ranks = rankdata(scores)[len(real) :]
-    return float((ranks.sum() - len(fake) * (len(fake) + 1) / 2) / (len(real) * len(fake)))
+    return auc(scores[: len(real)], scores[len(real) :])
 
 
-def read_slices(folder: Path, n: int) -> np.ndarray:
-    """The first n generated slices (n, H, W) of a folder that generate.py wrote."""
+def auc(low: np.ndarray, high: np.ndarray) -> float:
+    """The chance that one of the scores `high` is above one of `low`; ties count half."""
+    ranks = rankdata(np.concatenate([low, high]))[len(low) :]
+    return float((ranks.sum() - len(high) * (len(high) + 1) / 2) / (len(low) * len(high)))
+
+
+def read_slices(folder: Path, n: int | None = None) -> np.ndarray:
+    """The first n, or all, generated slices (n, H, W) of a folder that generate.py wrote."""
     paths = generated_slices(folder)
     if len(paths) < 2:
         raise UserError(

@@ -17,41 +17,39 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.utility import generated_slices
-from dataset import DataConfig, SliceDataset, open_study, read_slice
+from benchmarks.features import auc, read_slices
+from benchmarks.utility import interval
+from dataset import DataConfig, SliceDataset, open_study
 from support import metrics, runtime
 
 DRAWS = 2000  # of patients, for the interval
 
 
-def nearness(train: SliceDataset, generated: Path) -> dict[int, float]:
-    """Of every patient: the mean of his slices' highest correlation with a generated slice."""
-    new = np.stack([read_slice(str(path))[0] for path in generated_slices(generated)])
-    own = train.images(np.arange(len(train)))[:, 0].numpy()
-    found = metrics.nearest(metrics.thumbnails(own), metrics.thumbnails(new)).similarity
+def nearness(train: SliceDataset, generated: list[np.ndarray]) -> np.ndarray:
+    """(sets, patients): the mean of a patient's slices' highest correlation with slices of a set.
+
+    `generated` are the sets, (n, H, W) each.
+    """
+    own = metrics.thumbnails(train.images(np.arange(len(train)))[:, 0].numpy())
+    found = np.stack([metrics.nearest(own, metrics.thumbnails(x)).similarity for x in generated])
     patients = np.array([name.patient for name in train.names])
-    return {patient: float(found[patients == patient].mean()) for patient in np.unique(patients)}
+    return np.stack([found[:, patients == each].mean(1) for each in np.unique(patients)], 1)
 
 
-def auc(members: np.ndarray, others: np.ndarray) -> float:
-    """The chance that a member scores higher than another patient; ties count half."""
-    above = members[:, None] - others
-    return float((above > 0).mean() + (above == 0).mean() / 2)
+def attack(near: list[np.ndarray], other: int) -> dict:
+    """How well the first set of slices against the `other` tells the first half from the second.
 
-
-def attack(halves: list[SliceDataset], own: Path, other: Path) -> dict:
-    """How well `own` against `other` generated slices tells the first half from the second."""
-    first, second = (
-        np.array([near[p] - far[p] for p in near])
-        for near, far in ((nearness(half, own), nearness(half, other)) for half in halves)
-    )
+    `near` is the `nearness` of either half.
+    """
+    first, second = (half[0] - half[other] for half in near)
     rng = np.random.default_rng(0)
     drawn = [
-        auc(rng.choice(first, len(first)), rng.choice(second, len(second))) for _ in range(DRAWS)
+        auc(high=rng.choice(first, len(first)), low=rng.choice(second, len(second)))
+        for _ in range(DRAWS)
     ]
     low, high = np.quantile(drawn, (0.025, 0.975))
     return {
-        "auc": auc(first, second),
+        "auc": auc(second, first),
         "low": low,
         "high": high,
         "patients": len(first) + len(second),
@@ -66,16 +64,15 @@ def main() -> None:
         "--out", default="benchmarks/results/twin_halves.json", help="file to write"
     )
     args = parser.parse_args()
-    a, b, again = args.generated
-    height, width = read_slice(str(generated_slices(a)[0]))[0].shape
-    halves = [
-        open_study(DataConfig(data=str(half), height=height, width=width))["train"]
+    generated = [read_slices(folder) for folder in args.generated]
+    height, width = generated[0].shape[1:]
+    near = [
+        nearness(open_study(DataConfig(str(half), height=height, width=width))["train"], generated)
         for half in args.halves
     ]
-    result = {"halves": attack(halves, a, b), "control": attack(halves, a, again)}
+    result = {"halves": attack(near, 1), "control": attack(near, 2)}
     for name, row in result.items():
-        interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
-        print(f"{name:<10} AUC {row['auc']:.3f} {interval} of {row['patients']} patients")
+        print(f"{name:<10} AUC {row['auc']:.3f}{interval(row)} of {row['patients']} patients")
     runtime.write_json(args.out, result | {"provenance": runtime.provenance()})
     print(f"wrote {args.out}")
 

@@ -618,7 +618,9 @@ def fit(stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> Pa
         where = f"stopped in epoch {progress.epoch + 1}"
         print(f"{where}; go on with: {stage.command} --resume {saved}")
         raise KeyboardInterrupt
-    if verdict := stage.verdict(progress.history[-1]):
+    # A run that goes on when all of it is done has no epoch to tell of.
+    last = progress.history[-1]
+    if "epoch" in last and (verdict := stage.verdict(last)):
         print(verdict)
     best, names = checkpoints.path("best"), ("log.jsonl", "loss_plot.png", "train_losses.txt")
     print(f"wrote {checkpoints.out}/: {best.name} (epoch {progress.best_epoch}), {saved.name},")
