@@ -47,6 +47,7 @@ class VQVAE2Config:
     bit_weight: float = option(
         0.0, "lambda, the price of a bit as a share of the codebook's variance; 0: bits are free"
     )
+    price_rise: int = option(0, "updates of the codebook over which this price rises from 0")
     # Classes of the masks that the decoder predicts too, 0 for none. The study sets it.
     labels: int = 0
 
@@ -54,7 +55,8 @@ class VQVAE2Config:
         check_number("K", self.K, least=1, most=2**16)  # code maps are stored in 16 bits
         for name in ("stride", "D", "channels", "top_channels", "residual_channels"):
             check_number(name, getattr(self, name), least=1)
-        for name in ("encoder_blocks", "top_blocks", "decoder_blocks", "bit_weight", "revive"):
+        blocks = "encoder_blocks", "top_blocks", "decoder_blocks"
+        for name in (*blocks, "bit_weight", "price_rise", "revive"):
             check_number(name, getattr(self, name), least=0)
         check_number("ema_decay", self.ema_decay, least=0, most=0.9999999)
         if self.stride % 2:
@@ -104,8 +106,10 @@ class VectorQuantiser(nn.Module):
     `revive` times the mean restarts at a vector of the current batch, and so do its moving
     averages: the old ones would pull it straight back. With a `bit_weight` above 0 the quantiser is
     entropy-constrained (Chou, Lookabaugh & Gray 1989): it takes a more distant code if that code is
-    common enough to save the bits. In `eval()` no buffer changes. All ranks hold the same codebook,
-    the one a single process would learn from their joined batch.
+    common enough to save the bits. The price rises over the first `price_rise` updates: where bits
+    cost from the start, a few codes take all and the others learn little. In `eval()` no buffer
+    changes. All ranks hold the same codebook, the one a single process would learn from their
+    joined batch.
     """
 
     # Rows of the distance matrix (rows, K) that a CPU holds at once. A GPU holds 32 times more.
@@ -113,9 +117,10 @@ class VectorQuantiser(nn.Module):
 
     epsilon = 1e-5  # of the Laplace smoothing of counts
 
-    def __init__(self, K: int, D: int, decay=0.99, revive=0.03, bit_weight=0.0):
+    def __init__(self, K: int, D: int, decay=0.99, revive=0.03, bit_weight=0.0, price_rise=0):
         super().__init__()
-        self.K, self.decay, self.revive, self.bit_weight = K, decay, revive, bit_weight
+        self.K, self.decay, self.revive = K, decay, revive
+        self.bit_weight, self.price_rise = bit_weight, price_rise
         self.register_buffer("codebook", torch.randn(K, D))  # e
         self.register_buffer("ema_count", torch.ones(K))  # N
         self.register_buffer("ema_sum", self.codebook.clone())  # m
@@ -151,15 +156,16 @@ class VectorQuantiser(nn.Module):
     def nearest(self, flat: Tensor) -> Tensor:
         """flat (N, D) -> (N,) int64: argmin_k ||z - e_k||^2 + lambda s^2 b_k.
 
-        ||z||^2 is left out because it is the same for every k. For lambda b_k see `prices`. s^2 is
-        the codebook's variance, which makes lambda independent of the scale of the encoder's
-        output.
+        ||z||^2 is left out because it is the same for every k. For lambda b_k see `prices`; lambda
+        is less while it rises. s^2 is the codebook's variance, which makes lambda independent of
+        the scale of the encoder's output.
         """
         costs = self.codebook.square().sum(1)
         if self.bit_weight:
             p = self.ema_count / self.ema_count.sum()
             variance = p @ (self.codebook - p @ self.codebook).square().sum(1)
-            costs = costs + variance * self.prices()
+            risen = ((self.updates + 1) / (self.price_rise + 1)).clamp_max(1)
+            costs = costs + risen * variance * self.prices()
         rows = self.chunk if flat.device.type == "cpu" else 32 * self.chunk
         parts = (torch.addmm(costs, x, self.codebook.T, alpha=-2) for x in flat.split(rows))
         return torch.cat([part.min(1)[1] for part in parts])  # argmin takes twice as long on a CPU
@@ -319,7 +325,8 @@ class VQVAE2(nn.Module):
         self.encoder_top = nn.Sequential(
             nn.Conv2d(C, T, 2, stride=2), *blocks(config.top_blocks, T), nn.SiLU(), Pointwise(T, D)
         )
-        quantiser = config.K, D, config.ema_decay, config.revive, config.bit_weight
+        price = config.bit_weight, config.price_rise
+        quantiser = config.K, D, config.ema_decay, config.revive, *price
         self.quantiser_top = VectorQuantiser(*quantiser)
         # Brings the top codes to the bottom level's resolution.
         self.decoder_top = nn.Sequential(

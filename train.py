@@ -43,14 +43,16 @@ SHARED_RECIPE = {
 }
 RECIPE = SHARED_RECIPE | {"mse": 0.0, "l1": 0.2, "ssim": 1.0, "flip": True}
 WIDER = {"channels": 96, "top_channels": 192, "residual_channels": 48}
+BEST = RECIPE | WIDER | {"slices": 22_000, "decoder_blocks": 4}
 # A preset is what differs from the defaults, which are the report's hyperparameters. Flags given
 # beside it win.
 PRESETS = {
     "report": {},
     "quick": RECIPE | {"slices": 2_000, "lr": 3e-3},
-    "best": RECIPE | WIDER | {"slices": 22_000, "decoder_blocks": 4},
-    # 0.72 bits per pixel in a file, instead of 0.58; 0.859 instead of 0.703 as integers.
-    "more-bits": RECIPE | WIDER | {"slices": 22_000, "decoder_blocks": 4, "K": 2048},
+    "best": BEST,
+    # For files: more codes, whose bits have a price, give a better picture in as many bytes. New
+    # slices of such codes have less texture (Results/README.md).
+    "for-files": BEST | {"K": 2048, "mse": 2.0, "bit_weight": 0.01, "price_rise": 10_000},
     # With --weights of `best`: codes that the priors store in fewer bits.
     "fewer-bits": RECIPE | {"slices": 7_400, "lr": 7e-4, "bit_weight": 0.03},
     # 0.391 and 0.195 bits per pixel instead of 0.703.

@@ -96,14 +96,17 @@ def test_nearest_code_is_the_brute_force_one():
     assert torch.equal(vq.nearest(flat), distances.argmin(1))
 
 
-def test_the_bit_weight_weighs_bits_against_distance():
-    quantiser = VectorQuantiser(12, 4, bit_weight=0.02).eval()
+@pytest.mark.parametrize("price_rise, updates, paid", [(0, 0, 1), (9, 4, 0.5), (9, 50, 1)])
+def test_the_bit_weight_weighs_bits_against_distance(price_rise, updates, paid):
+    quantiser = VectorQuantiser(12, 4, bit_weight=0.02, price_rise=price_rise).eval()
+    quantiser.updates.fill_(updates)
     quantiser.ema_count.copy_(torch.arange(1.0, 13))
     z, e = torch.randn(500, 4).double(), quantiser.codebook.double()
     p = torch.arange(1.0, 13, dtype=torch.float64) / 78
     centre = sum(p[k] * e[k] for k in range(12))
     variance = sum(p[k] * ((e[k] - centre) ** 2).sum() for k in range(12))
-    costs = [((z - e[k]) ** 2).sum(1) - 0.02 * variance * torch.log2(p[k]) for k in range(12)]
+    bit = 0.02 * paid * variance
+    costs = [((z - e[k]) ** 2).sum(1) - bit * torch.log2(p[k]) for k in range(12)]
     codes = torch.stack(costs, 1).argmin(1)
     assert torch.equal(quantiser.nearest(z.float()), codes)
     price = quantiser(z.float().mT.view(1, 4, 20, 25)).price.flatten()
