@@ -1,7 +1,7 @@
 """Train the priors over the codes of a trained autoencoder: generate.py samples from them.
 
     python train_prior.py                             # over the codes of Results/vqvae2_best.pth
-    python train_prior.py --checkpoint Results/fewer-bits/vqvae2_best.pth --out Results/fewer-bits
+    python train_prior.py --checkpoint Results/for-files/vqvae2_best.pth --out Results/for-files
     python train_prior.py --resume Results/prior_interrupted.pth  # go on where that one stopped
 
 Writes to Results/ (or --out) what train.py does, under names that begin with prior_, and codes.npz,
@@ -26,18 +26,17 @@ from support.runtime import UserError, check_number, option
 from support.trainer import Stage, TrainConfig, fit, other_lengths, settings_to_resume
 from train import SHARED_RECIPE
 
-# The bottom prior, whose codes are details of what the top places, needs fewer slices.
+# The bottom prior, whose codes are details of what the top places, needs a quarter of the slices.
 RECIPE = SHARED_RECIPE | {
     "batch_size": 4,
-    "bottom_every": 2,
+    "bottom_every": 4,
     "lr": 2e-3,
     "weight_decay": 0.05,
     "patience": 5,
 }
 PRESETS = {
-    "best": RECIPE | {"slices": 15_000, "prior_top_layers": 4, "prior_refine_blocks": 3},
-    "quick": RECIPE
-    | {"slices": 2_800, "lr": 4e-3, "bottom_every": 4, "prior_dropout": 0.0, "variants": 1},
+    "best": RECIPE | {"slices": 55_000, "prior_top_layers": 4, "prior_refine_blocks": 3},
+    "quick": RECIPE | {"slices": 2_800, "lr": 4e-3, "prior_dropout": 0.0, "variants": 1},
 }
 
 

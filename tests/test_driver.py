@@ -43,7 +43,7 @@ def test_without_data_it_makes_a_phantom_and_says_so(stages, tmp_path, monkeypat
 @pytest.mark.parametrize(
     "flags, preset, priors, slices",
     [
-        ([], "report", "best", 15_000),
+        ([], "report", "best", 55_000),
         (["--preset", "quick"], "quick", "quick", 2_800),
         (["--prior-slices", 9], "report", "best", 9),
     ],
