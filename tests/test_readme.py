@@ -31,7 +31,6 @@ SHORTER = {  # added to a command that holds the words
     "driver.py": f"{SMALL} --prior-slices 8 --n 2",
     "train.py --data": SMALL,
     "train.py --resume": "--epochs 2",
-    "train.py --weights": "--epochs 1",
     "train_prior.py": f"--epochs 1 {SMALL_PRIOR}",
     "generate.py": "--n 2",
 }
@@ -93,7 +92,7 @@ def test_every_snippet_of_the_readme_runs_as_pasted(study, tmp_path, monkeypatch
             check_the_results_of_a_whole_run(Path("Results"), study)
     expected = {"driver", "train", "train_prior", "predict", "reconstruct", "generate"}
     assert expected == set(ran) and len(ran) >= 9
-    files = ("index.html", "reconstructions", "generated/report.json", "fewer-bits/vqvae2_best.pth")
+    files = ("index.html", "reconstructions", "generated/report.json", "for-files/vqvae2_best.pth")
     for file in (f"Results/{name}" for name in files):
         assert (tmp_path / file).exists(), file
 
