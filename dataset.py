@@ -290,7 +290,7 @@ def grid_of(jobs: list[Job]) -> tuple[int, int]:
     shapes = Counter()
     for path in {job.file.name[:2]: job.file.path for job in jobs}.values():
         with suppress(UserError, OSError):  # a bad file is named when all are decoded
-            shapes[read_slice(str(path))[0].shape] += 1
+            shapes[read_slice(path)[0].shape] += 1
     if not shapes or shapes.most_common(1)[0][0] == OF_THE_REPORT:
         return OF_THE_REPORT
     return tuple(-(-max(lengths) // MULTIPLE) * MULTIPLE for lengths in zip(*shapes, strict=True))

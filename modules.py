@@ -149,7 +149,10 @@ class VectorQuantiser(nn.Module):
         return Quantised(vectors, codes.view(B, h, w), commitment, price.view(B, h, w))
 
     def prices(self) -> Tensor:
-        """(K,): lambda b_k, `bit_weight` times the bits of code k, -log2 of its moving share."""
+        """(K,): lambda b_k, `bit_weight` times the bits of code k, -log2 of its moving share.
+
+        The whole price, also while it rises for `nearest`: so the losses of all epochs compare.
+        """
         return -self.bit_weight * (self.ema_count / self.ema_count.sum()).clamp_min(1e-9).log2()
 
     @torch.no_grad()
