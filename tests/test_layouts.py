@@ -198,6 +198,10 @@ def test_tissue_is_composed_around_organs_of_one_s_own():
     around = (disc(6, 6, 5) == 1) & (drawn == 0)
     assert bright[:, theirs].mean() < 0.1 < 0.4 < bright[:, around].mean()
     assert len(np.unique(new.reshape(20, -1), axis=0)) > 1  # other tissue by other seeds
+    orders, family = [], composer.family
+    composer.family = lambda order: orders.append(order) or family(order)
+    composer.draw([0.0, 1.0], [0, 0], [drawn] * 2)
+    assert [positions[order[0]] for order in orders] == [0, 1]  # of slices that are alike
     bare = composer.draw([0.5], [0], [0 * drawn])
     assert not ((bare == 1) | (bare == 2)).any()
 

@@ -225,13 +225,14 @@ def test_each_level_starts_from_its_own_codebook(autoencoder, tmp_path, monkeypa
 
 
 def test_bits_are_per_pixel_of_the_slices_own_files(study, tmp_path):
-    """Slices of 48x20 lie in a grid of 64x32, whose padding counts nowhere."""
+    """Slices lie in a grid of 64x32, whose padding counts nowhere; each split has its own size."""
     folder = study_of(study, tmp_path / "keras_slices_data", (48, 20))
+    study_of(study / "keras_slices_validate", folder, (40, 16))
     stage = stage_of(write_checkpoint(tmp_path / "vqvae2_best.pth", folder, "pad"), tmp_path)
     stage.model.eval()
     losses = stage.batch_losses("validate", torch.arange(5))
     nats = 32 * losses["nats_top"] + 128 * losses["nats_bottom"]
-    expected = nats.item() / math.log(2) / (48 * 20)
+    expected = nats.item() / math.log(2) / (40 * 16)
     assert losses["bits_per_pixel"].item() == pytest.approx(expected, rel=1e-5)
 
 

@@ -174,7 +174,8 @@ def test_copies_tell_which_half_a_model_learnt_and_two_of_one_half_do_not(folder
     out = tmp_path / "twin.json"
     command(twin_halves, a, b, "--generated", *generated, "--out", out)
     found = json.loads(out.read_text())
-    assert found["halves"]["auc"] == 1 and found["control"]["auc"] == 0.5
+    for name, auc in (("halves", 1), ("control", 0.5)):  # and so of every draw of patients
+        assert [found[name][key] for key in ("auc", "low", "high")] == [auc] * 3
 
 
 def test_utility_of_slices_as_good_as_real(folders, tmp_path, monkeypatch):
@@ -209,7 +210,7 @@ def test_features_of_a_folder(folders, tmp_path):
     np.testing.assert_allclose(picture_features(7 * x - 3), picture_features(x), atol=1e-4)
 
 
-def test_an_appraisal_by_anatomy_sees_what_is_broken(folders):
+def test_an_appraisal_by_anatomy_sees_what_is_broken(folders, monkeypatch):
     """Slices in two pieces, or with the disc elsewhere, are less plausible; masks are compared."""
     splits = open_study(DataConfig(data=str(folders / "study"), height=64, width=32))
     train, validate = splits["train"], splits["validate"]
@@ -225,7 +226,11 @@ def test_an_appraisal_by_anatomy_sees_what_is_broken(folders):
     kinds = {"real": real, "split": split, "moved": moved}
     rows = {name: sample_report.Row(x, validate.positions) for name, x in kinds.items()}
     rows["real"] = rows["real"]._replace(masks=validate.masks(range(6)).numpy())
-    table, verdicts = sample_report.score_anatomy(inputs, rows, np.arange(len(train)))
+    compared, plausible = [], organs.plausible
+    monkeypatch.setattr(organs, "plausible", lambda *x: compared.append(x) or plausible(*x))
+    order = np.arange(len(train))[::-1]
+    table, verdicts = sample_report.score_anatomy(inputs, rows, order)
+    assert np.array_equal(compared[0][3], train.positions[order])  # of the slices measured
     broken = max(table[name]["plausible"] for name in ("split", "moved"))
     assert table["real"]["plausible"] > 0.5 > broken
     assert table["real"]["agreement"] > 0.8 and "agreement" not in table["split"]
