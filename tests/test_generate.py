@@ -122,7 +122,12 @@ def test_a_sample_depends_on_its_seed_and_not_on_batch_or_count(made, trained, t
     three, five = slices(tmp_path / "three"), slices(made[0])
     assert len(three) == 6 and three.items() <= five.items()
     generate.generate(config(trained, tmp_path / "other", n=3, seed=1))
-    assert not set(slices(tmp_path / "other").values()) & set(five.values())
+    other = slices(tmp_path / "other")
+    assert not set(other.values()) & set(five.values())
+    ours, theirs = (
+        {parse_name(x).patient for x in run if x.suffix == ".gz"} for run in (five, other)
+    )
+    assert len(theirs) == 3 and not ours & theirs  # the files of two seeds may lie in one folder
 
 
 def test_interrupted_sampling_keeps_what_is_finished(made, trained, tmp_path, monkeypatch, capsys):
@@ -161,7 +166,7 @@ def test_a_folder_of_something_else_loses_nothing(trained, tmp_path):
 def test_a_prior_that_repeats_its_training_slices_is_caught(
     trained, tmp_path, monkeypatch, split, mirrored
 ):
-    splits, copied = trained[3], split == "train"
+    splits, copied, pictures = trained[3], split == "train", {}
 
     def repeat(config, model, prior, positions, drawn, keep):
         x = splits[split].images(range(config.n))
@@ -173,14 +178,21 @@ def test_a_prior_that_repeats_its_training_slices_is_caught(
         return samples
 
     monkeypatch.setattr(generate, "sample", repeat)
-    for drawn in ("write_grid", "write_pictures", "write_layouts"):  # of no matter here
-        monkeypatch.setattr(generate, drawn, lambda *_: None)
+    monkeypatch.setattr(
+        generate.figures,
+        "slice_grid",
+        lambda path, groups, *_, **__: pictures.update({path: groups}),
+    )
     copying = generate.generate(config(trained, tmp_path))["copying"]
     for measure in ("correlation", "code agreement"):
         found = copying[measure]
         assert found["verdict"].startswith("COPIES") == copied
         share = found["samples"]["share"]
         assert share == 1 if copied else share <= found["margin"]
+    # In the picture of the nearest, a copy stands beside itself, mirrored if it is.
+    new, _ = pictures[tmp_path / "nearest.png"].values()
+    apart = max(np.abs(new[i][1] - new[i + 1][1]).max() for i in range(0, len(new), 2))
+    assert (apart < 1e-4) == copied
 
 
 def test_altered_training_slices_are_found(trained):
