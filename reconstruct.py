@@ -287,7 +287,8 @@ def reconstruct_file(
     target = Path(config.out, name)
     scan.write(target, made.planes)
     if made.labels is not None:
-        mask = target.name.removeprefix("case_").replace(".png", ".nii.gz")
+        mask = target.name.removeprefix("case_")
+        mask += "" if nifti.is_nifti(mask) else ".nii.gz"  # seg_p.png.nii.gz is a picture's
         mask, labels = target.with_name(f"seg_{mask}"), scan.back(made.labels)
         nifti.write(mask, labels, None, RECONSTRUCTION, like=scan.image.header)
     row = {"shape": list(scan.raw.shape), "plane": scan.plane, "planes": len(scan.planes)}

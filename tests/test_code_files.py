@@ -198,7 +198,7 @@ def test_a_scan_comes_back_from_its_codes_as_the_model_gives_it(models, tmp_path
         for here, there in ((name, again), (f"seg_{name}", f"seg_{again}")):
             here, there = (n.replace("seg_case_", "seg_") for n in (here, there))
             if "seg_p" in here:
-                here = there = "seg_p.nii.gz"
+                here = there = "seg_p.png.nii.gz"
             if here == "p.png":
                 np.testing.assert_array_equal(
                     *(imread(tmp_path / folder / here) for folder in ("one", "two"))

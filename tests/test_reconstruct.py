@@ -216,6 +216,18 @@ def test_pictures_come_back_as_pictures(checkpoint, tmp_path, dtype):
     np.testing.assert_array_equal(found, pixels)
 
 
+def test_a_picture_and_a_scan_of_one_name_have_a_mask_each(study, tmp_path, monkeypatch):
+    pass_through(monkeypatch, lambda x: torch.cat([0 * x, x], 1))
+    data = data_of("s", labels=[0, 7])
+    model = str(write_checkpoint(tmp_path / "vqvae2_best.pth", study, data=data))
+    imsave(tmp_path / "p.PNG", np.eye(64, 32, dtype=np.uint8), check_contrast=False)
+    nibabel.save(nibabel.Nifti1Image(np.eye(60, 30), np.eye(4)), tmp_path / "p.nii.gz")
+    use(model, [tmp_path / "p.PNG", tmp_path / "p.nii.gz"], tmp_path / "out")
+    for name, shape in (("p.PNG", (64, 32)), ("p", (60, 30))):
+        mask = nibabel.load(tmp_path / "out" / f"seg_{name}.nii.gz")
+        np.testing.assert_array_equal(mask.get_fdata(), 7 * np.eye(*shape))
+
+
 @pytest.mark.parametrize("fit", ["pad", "stretch", "auto"])
 @pytest.mark.parametrize("shape", [(320, 320), (40, 90), (256, 144), (64, 32)])
 def test_a_fit_is_undone(fit, shape):
