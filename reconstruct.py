@@ -321,6 +321,8 @@ def reconstruct(inputs: list[str], config: ReconstructConfig = ReconstructConfig
         prior = config.prior or Path(config.checkpoint).parent / "prior_best.pth"
         coder = Coder(trained, prior, config.device)
     runtime.writable_folder(out)
+    if config.save:
+        runtime.writable_folder(config.save_as("any").parent, "--save")
     (out / "scans.json").unlink(missing_ok=True)  # that of an earlier run tells nothing of this one
     rows, bad = {}, {}
     with runtime.thread_pool() as pool:

@@ -347,8 +347,10 @@ def first_of_node() -> Iterator[None]:
 # ---- whole files ----
 
 
-def writable_folder(path: Path | str) -> Path:
+def writable_folder(path: Path | str, flag: str = "--out") -> Path:
     """Make the folder `path` where there is none; OSError if nothing can be written there.
+
+    The error tells the `flag` that names another one.
 
     If this process ends without having written to it, it goes again.
     """
@@ -359,7 +361,7 @@ def writable_folder(path: Path | str) -> Path:
         tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path).cleanup()
     except OSError as error:
         why = f"{path}: cannot write there ({error.strerror})"
-        raise OSError(f"{why}. Fix: another --out.") from error
+        raise OSError(f"{why}. Fix: another {flag}.") from error
     for folder in reversed(new):  # what is registered last, the innermost, comes first
         atexit.register(remove_if_empty, folder)
     return path

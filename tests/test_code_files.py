@@ -240,6 +240,11 @@ def test_a_bad_file_of_codes_is_named_and_nothing_is_overwritten(models, tmp_pat
     with pytest.raises(UserError, match="one file for 2"):
         use(models, [tmp_path], out, save=str(code))
     assert not out.exists() and not code.exists()
+    (tmp_path / "file").write_text("in the way")
+    for place in (tmp_path / "file", tmp_path / "file" / "a.vq2"):
+        with pytest.raises(OSError, match=f"{tmp_path / 'file'}: cannot write .* another --save"):
+            use(models, [tmp_path / "a.nii.gz"], out, save=str(place))
+    assert not list(out.iterdir())
     use(models, [tmp_path / "a.nii.gz"], out, save=str(code))
     with pytest.raises(UserError, match=r"a\.VQ2: its result would replace .*a\.nii\.gz"):
         use(models, [code], tmp_path)
