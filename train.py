@@ -208,6 +208,10 @@ class Autoencoder(Stage):
         """Take the weights and codebooks of another autoencoder, of any --bit-weight."""
         start = load_model(path).model
         model = self.model.config
+        if start.config.labels != model.labels:
+            found = f"--weights {path}: it learnt masks of {start.config.labels} labels"
+            expected = f"expected {model.labels}, as in {self.splits['train'].study}"
+            raise UserError(f"{found}; {expected}. Fix: start without --weights.")
         if replace(start.config, bit_weight=model.bit_weight) != model:
             found = f"--weights {path}: a network of {start.config}; expected {model}"
             raise UserError(f"{found}. Fix: give no flags of the network.")

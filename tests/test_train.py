@@ -311,11 +311,11 @@ def test_help_shows_defaults_and_everyday_flags_first(script, words, monkeypatch
     assert everyday == sorted(everyday)
 
 
-def test_users_mistakes_exit_with_2_and_no_traceback(study, tmp_path):
+def test_users_mistakes_exit_with_2_and_no_traceback(study, organs_study, tmp_path):
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 cut off")
     (tmp_path / "file").write_text("in the way")
     fit(study, tmp_path / "run", epochs=1).rename(tmp_path / "whole.pth")
-    data, out = ["--data", study], ["--out", tmp_path]
+    data, masks, out = ["--data", study], ["--data", organs_study], ["--out", tmp_path]
     for flags, said in (
         (["--data", tmp_path / "nowhere"], "nowhere"),
         ([*data, "--resume", tmp_path / "none.pth"], "none.pth"),
@@ -324,6 +324,7 @@ def test_users_mistakes_exit_with_2_and_no_traceback(study, tmp_path):
         ([*data, *out, "--height", "250"], "multiples of 8"),
         ([*data, "--epochs", "0"], "epochs"),
         ([*data, *out, "--weights", tmp_path / "whole.pth", "--D", "16"], "D=16"),
+        ([*masks, *out, "--weights", tmp_path / "whole.pth"], "masks of 0 labels; expected 3"),
     ):
         code, _, err = command(train, *flags)
         assert code == 2 and said in err and "Traceback" not in err, flags
