@@ -279,6 +279,9 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
     result |= summarise(scores, patients) | rates(model, maps, pixels)
     result["padding"] = 1 - float(own_pixels(test, range(len(test))).mean())
     known = model.config.labels and test.labels == trained.study.labels
+    if model.config.labels and test.has_mask.any() and not known:
+        ours, theirs = (", ".join(map(str, of.labels)) for of in (test, trained.study))
+        print(f"note: masks are not scored: the study has the labels {ours}, the model {theirs}")
     if with_masks := bool(known and test.has_mask.any()):
         net = None
         if config.unet and train.has_mask.any():

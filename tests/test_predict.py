@@ -300,6 +300,8 @@ def test_dice_of_the_decoded_masks(organs_study, tmp_path, monkeypatch, capsys):
     others = changes | {"data": changes["data"] | {"labels": [0, 5, 8]}}
     write_checkpoint(path, organs_study, model_config=asdict(config), **others)
     assert "dice" not in predict_with(path, unet=False)
+    said = "masks are not scored: the study has the labels 0, 5, 9, the model 0, 5, 8"
+    assert said in capsys.readouterr().out
     write_checkpoint(path, organs_study, model_config=asdict(config), **changes)
     drawn = []
     with monkeypatch.context() as patch:
