@@ -389,6 +389,11 @@ def z_score(pixels: np.ndarray) -> tuple[np.float32, np.float32, bool]:
 def read_slice(path: str) -> tuple[np.ndarray, nifti.Image]:
     """The 2-D array of a file, in its units, and the file as it was read; UserError for others."""
     image = nifti.read(path, max_axes=2, max_pixels=LARGEST, expected=A_SLICE)
+    if len(image.shape) == 3 and 1 in image.shape[:2]:  # (H, 1, W), as ITK cuts planes
+        across = image.shape.index(1)
+        order = [*(axis for axis in range(3) if axis != across), across]
+        affine = image.affine[:, [*order, 3]]
+        image = replace(image, raw=image.raw.transpose(order), affine=affine)
     shape = image.shape
     if len(shape) < 2 or min(shape[:2]) < 2 or max(shape[2:], default=1) > 1:
         raise UserError(f"an array of shape {shape}; expected {A_SLICE}")
