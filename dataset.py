@@ -22,6 +22,7 @@ import re
 import shutil
 import tempfile
 import time
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -465,8 +466,12 @@ def _decode(
 
 def _cache_root(cache: str) -> Path:
     """The folder of the caches of all studies: `cache`, or the user's own."""
-    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vqvae2-slices")
-    return Path(cache) if cache else own
+    if cache:
+        return Path(cache)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vqvae2-slices")
+    except RuntimeError as error:  # as in a container whose user has no name
+        raise UserError("no home folder to keep decoded slices in. Fix: --cache DIR.") from error
 
 
 def _cache_folder(study: Path, jobs: list[Job], config: DataConfig) -> Path:
@@ -827,7 +832,11 @@ def open_study(config: DataConfig) -> dict[str, SliceDataset]:
         _fill_cache(cache, study, jobs, config, bad)
     else:
         print(f"decoded slices: from the cache {cache}")
-    splits = {split: SliceDataset(study, split, jobs, cache, config) for split in SPLITS}
+    try:
+        splits = {split: SliceDataset(study, split, jobs, cache, config) for split in SPLITS}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        why = f"{cache}: cannot read the decoded slices ({getattr(error, 'strerror', '') or error})"
+        raise UserError(f"{why}. Fix: delete this folder, or another --cache.") from error
     for split, slices in splits.items():
         patients = len({name.patient for name in slices.names})
         print(f"{study}: {split:<8} {len(slices):>6} slices of {patients} patients")
@@ -904,7 +913,10 @@ def find_trained_study(trained: StudyInfo, checkpoint: str, cache: str = "") -> 
     if Path(name).is_dir():
         return name
     caches = _cache_root(cache).glob(f"{glob.escape(Path(name).name)}-*/{INDEX}")
-    studies = [json.loads(path.read_text()) for path in caches]
+    studies = []
+    for path in caches:
+        with suppress(OSError, ValueError):  # another user's, or not whole
+            studies.append(json.loads(path.read_text()))
     studies = [study for study in studies if Path(study["study"]).is_dir()]
     if not studies:
         gone = f"{name}: the study that {checkpoint} was trained on is not there"

@@ -677,10 +677,32 @@ def test_a_changed_study_is_decoded_again_and_its_old_cache_goes(
         assert ("from the cache" in capsys.readouterr().out) == (height == 32)
 
 
-def test_a_cache_that_cannot_be_written_names_the_flag(config, tmp_path):
+def test_a_cache_that_cannot_be_written_names_the_flag(config, tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.raises(OSError, match="Fix: --cache DIR"):
         open_study(config)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user without a name
+    with pytest.raises(UserError, match="Fix: --cache DIR"):
+        open_study(replace(config, cache=""))
+    assert len(open_study(replace(config, cache=str(tmp_path / "mine")))["train"]) == 12
+
+
+@pytest.mark.parametrize("size", [None, 0, 100])
+@pytest.mark.parametrize("name", [dataset.PIXELS, dataset.TABLE, dataset.INDEX])
+def test_a_cache_that_cannot_be_read_is_named(config, tmp_path, name, size):
+    """Programs that clean up take single files away, and a power cut leaves short ones."""
+    trained, cache = StudyInfo.from_splits(open_study(config)), the_cache(tmp_path)
+    whole = (cache / name).read_bytes()
+    (cache / name).unlink()
+    if size is not None:
+        (cache / name).write_bytes(whole[:size])
+    with pytest.raises(UserError, match=f"{cache}: cannot read .* Fix: delete this folder"):
+        open_study(config)
+    if name == dataset.INDEX:
+        with pytest.raises(FileNotFoundError, match="Fix: --data DIR"):
+            dataset.find_trained_study(trained, "x.pth", config.cache)
 
 
 def test_who_is_slower_takes_the_slices_of_the_quicker_run(study, config, tmp_path, monkeypatch):
