@@ -128,7 +128,7 @@ class SourceFile(NamedTuple):
     name: SliceName
     path: str
     size: int
-    mtime_ns: int
+    changed_ns: int
 
 
 class Job(NamedTuple):
@@ -220,7 +220,9 @@ def scan(folder: Path, pattern: str, bad: dict[str, str], others: list[str]) -> 
         except (UserError, OSError) as error:
             bad[entry.path] = getattr(error, "strerror", None) or str(error)
             continue
-        file = SourceFile(name, entry.path, status.st_size, status.st_mtime_ns)
+        # A program may give a file the time of another one, but not when that was done.
+        changed = max(status.st_mtime_ns, status.st_ctime_ns)
+        file = SourceFile(name, entry.path, status.st_size, changed)
         # Two files of one name would be one slice, and one of the two would be lost in silence.
         if files.setdefault(name, file) is not file:
             numbers = "patient {}, week {}, slice {}".format(*name)
