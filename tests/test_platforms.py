@@ -16,7 +16,7 @@ MODULES = [
     path for folder in ("", "support", "new_slices") for path in (ROOT / folder).glob("*.py")
 ]
 WITHOUT_UNIX = """
-import builtins, os, runpy, signal, sys
+import asyncio, builtins, os, runpy, signal, sys  # from Python 3.12 on asyncio asks for os.sysconf
 
 whole_import = builtins.__import__
 def no_unix(name, *args, **options):
