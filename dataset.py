@@ -220,7 +220,7 @@ def scan(folder: Path, pattern: str, bad: dict[str, str], others: list[str]) -> 
         except (UserError, OSError) as error:
             bad[entry.path] = getattr(error, "strerror", None) or str(error)
             continue
-        # A program may give a file the time of another one, but not when that was done.
+        # Copying can set the time of modification to an old one; it cannot set that of the change.
         changed = max(status.st_mtime_ns, status.st_ctime_ns)
         file = SourceFile(name, entry.path, status.st_size, changed)
         # Two files of one name would be one slice, and one of the two would be lost in silence.

@@ -350,9 +350,8 @@ def first_of_node() -> Iterator[None]:
 def writable_folder(path: Path | str, flag: str = "--out") -> Path:
     """Make the folder `path` where there is none; OSError if nothing can be written there.
 
-    The error tells the `flag` that names another one.
-
-    If this process ends without having written to it, it goes again.
+    The error tells which `flag` names another one. If this process ends without having written to
+    the folder, it goes again.
     """
     path = Path(path)
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
