@@ -22,7 +22,6 @@ import re
 import shutil
 import tempfile
 import time
-import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -836,7 +835,7 @@ def open_study(config: DataConfig) -> dict[str, SliceDataset]:
         print(f"decoded slices: from the cache {cache}")
     try:
         splits = {split: SliceDataset(study, split, jobs, cache, config) for split in SPLITS}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except runtime.NOT_WHOLE as error:
         why = f"{cache}: cannot read the decoded slices ({getattr(error, 'strerror', '') or error})"
         raise UserError(f"{why}. Fix: delete this folder, or another --cache.") from error
     for split, slices in splits.items():
@@ -917,7 +916,7 @@ def find_trained_study(trained: StudyInfo, checkpoint: str, cache: str = "") -> 
     caches = _cache_root(cache).glob(f"{glob.escape(Path(name).name)}-*/{INDEX}")
     studies = []
     for path in caches:
-        with suppress(OSError, ValueError):  # another user's, or not whole
+        with suppress(*runtime.NOT_WHOLE):  # or another user's
             studies.append(json.loads(path.read_text()))
     studies = [study for study in studies if Path(study["study"]).is_dir()]
     if not studies:

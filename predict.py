@@ -278,15 +278,15 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
     result = {"n": len(test), "patients": dict(Counter(patients))}
     result |= summarise(scores, patients) | rates(model, maps, pixels)
     result["padding"] = 1 - float(own_pixels(test, range(len(test))).mean())
-    known = model.config.labels and test.labels == trained.study.labels
-    if model.config.labels and test.has_mask.any() and not known:
-        ours, theirs = (", ".join(map(str, of.labels)) for of in (test, trained.study))
-        print(f"note: masks are not scored: the study has the labels {ours}, the model {theirs}")
-    if with_masks := bool(known and test.has_mask.any()):
+    both_have_masks = bool(model.config.labels and test.has_mask.any())
+    if with_masks := both_have_masks and test.labels == trained.study.labels:
         net = None
         if config.unet and train.has_mask.any():
             net = organs.segmenter_of(train, beside, out, device=device)
         result |= score_masks(maps["masks"], test, net)
+    elif both_have_masks:
+        ours, theirs = (", ".join(map(str, of.labels)) for of in (test, trained.study))
+        print(f"note: masks are not scored: the study has the labels {ours}, the model {theirs}")
     study = {"study": test.study.resolve().name, "split": test.split}
     study |= {"fingerprint": test.fingerprint, "synthetic": test.synthetic}
     file = {"file": Path(config.checkpoint).name, "sha256": trained.sha256, "epoch": trained.epoch}

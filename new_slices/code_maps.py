@@ -6,7 +6,6 @@ picture and then coded. The priors are told how (`Variants.numbers`), though of 
 only that there is some. In sampling they are asked for unaltered slices.
 """
 
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,8 +146,8 @@ def extract_codes(
             with np.load(file) as saved:
                 if str(saved["key"]) == key:
                     return {name: saved[name] for name in saved.files if name != "key"}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            pass  # not there, of another autoencoder or study, or not whole
+        except runtime.NOT_WHOLE:
+            pass  # the maps are made anew
     counts = {name: variants if name == "train" else 1 for name in SPLITS}
     total = sum(counts[name] * len(splits[name]) for name in SPLITS)
     device = next(model.parameters()).device
