@@ -11,8 +11,9 @@ on purpose:
     outside scrambled        all but the organs, with the phases of its Fourier transform redrawn:
                              the texture stays, the anatomy goes
 
-A measure that sees no control is left out. A control that no measure sees is named: whether new
-slices have that fault cannot be told.
+A measure sees a control that it scores worse than the floor, by two standard errors. One that sees
+none is left out. A control that no measure sees is named: whether new slices have that fault cannot
+be told.
 
     kernel distance    KID to training slices in the features of picture_features.py
     plausible          share of slices whose organs occur together in at least 1 % of the training
@@ -23,7 +24,7 @@ slices have that fault cannot be told.
                        the floor as well: so the floor is of slices that neither has seen
     agreement          Dice of the mask that comes with a slice and the U-Net's, mean over organs;
                        `organs.judge_masks` names each organ that was not learnt
-    variety            mean pairwise MS-SSIM
+    variety            mean pairwise MS-SSIM, beside that of the slices of one patient
     copying            similarity to the nearest of all training slices and of the altered ones that
                        the priors saw, by correlation of pictures and by the codes in common, each
                        weighed by its bits in the training histogram of its place; copies are
@@ -55,6 +56,7 @@ from support import metrics, results_page
 # With --position, slices as near as this, or this many, stand beside the samples.
 NEAR, FEWEST = 0.1, 8
 MOST_PER_ROW = 96  # slices of a row of the table
+OF_A_PATIENT = 32  # pairs of slices
 MOST_REAL = 768  # training slices that anatomy is compared with
 BACKGROUND = 0.1  # share of all pixels: a class that fills more is none of the organs
 ASIDE = [(row, column) for row in (0, -1, 1) for column in (0, -1, 1)]  # cells
@@ -62,6 +64,12 @@ FLOOR, SAMPLES, RECONSTRUCTIONS = "held-out slices", "samples", "reconstructions
 BY_PLACE, HALVES, MIXED = "codes by place", "two patients' halves", "top and bottom of two"
 OUTSIDE = "outside scrambled"
 CONTROLS = (BY_PLACE, HALVES, MIXED, OUTSIDE)
+# Question of the scorecard -> the measure that answers it, the better of two values, the floor.
+MEASURES = {
+    "likeness": ("kernel_distance", min, RECONSTRUCTIONS),
+    "constraint": ("plausible", max, FLOOR),
+    "masks": ("agreement", max, RECONSTRUCTIONS),
+}
 
 BOUNDS = (
     "This limits how much these samples copy, as these measures see it. It does not guarantee "
@@ -70,13 +78,13 @@ BOUNDS = (
 WORDS = {  # of the scorecard
     "likeness": "How far the pictures lie from training slices, to a network that learnt from "
     "photographs (KID). The floor is what the decoder allows: reconstructions.",
-    "coverage": "How alike two of them are on average (MS-SSIM). Much more than the floor would "
-    "mean one slice again and again, as in the control.",
+    "coverage": "How alike two of them are on average (MS-SSIM). The control is two slices of one "
+    "patient: as alike are those of a generator that knows but one.",
     "constraint": "The share without impossible anatomy: a U-Net finds each organ in a place, a "
     "size and a shape that training slices have. It learnt from the training patients, as the "
     "generator did, and never saw those of the floor.",
     "masks": "How well the mask that comes with a slice fits its picture (Dice with the mask that "
-    "a U-Net draws). The floor is that of reconstructions.",
+    "a U-Net draws). The floor is that of reconstructions, and the control that of mixed codes.",
     "utility": "Whether a U-Net learns from them is measured apart: benchmarks/utility.py.",
     "privacy": "How many lie closer to a training slice than 99 in 100 held-out slices do; up to "
     "{:.1%} can be chance. The control is planted copies, which must be found.",
@@ -155,6 +163,7 @@ def make_rows(inputs: Inputs, rng: np.random.Generator) -> dict[str, Row]:
     ]
     halves, middle = images.copy(), images.shape[1] // 2
     halves[:, :middle] = inputs.images("train", np.array(partners))[:, :middle]
+    mixed, mixed_masks = inputs.decode(top, np.roll(bottom, 1 + n // 2, axis=0))
     by_place = [redrawn(inputs.codes[f"train_{level}"][0], n, rng) for level in LEVELS]
     known = validate.masks(chosen).numpy() if validate.labels else np.zeros(images.shape, np.uint8)
     outside = np.isin(known, not_organs(known))
@@ -168,7 +177,7 @@ def make_rows(inputs: Inputs, rng: np.random.Generator) -> dict[str, Row]:
         SAMPLES: Row(*sampled, None if samples.masks is None else samples.masks[shown]),
         BY_PLACE: Row(inputs.decode(*by_place)[0], positions),
         HALVES: Row(halves, positions),
-        MIXED: Row(inputs.decode(top, np.roll(bottom, 1 + n // 2, axis=0))[0], positions),
+        MIXED: Row(mixed, positions, mixed_masks),
         OUTSIDE: Row(np.where(outside, scrambled, images).astype(np.float32), positions),
     }
 
@@ -212,17 +221,17 @@ def score_anatomy(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tup
 
 
 def score_likeness(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tuple[dict, dict]:
-    """{row: {"kernel_distance": KID to training slices}}, and the standard error of each row's."""
+    """{row: {"kernel_distance": KID to training slices}}, and the same of its standard errors."""
     real = real[: 2 * MOST_PER_ROW]
     if min(len(real), *(len(row.images) for row in rows.values())) < 4:
-        return {name: {} for name in rows}, {}
+        return {name: {} for name in rows}, {name: {} for name in rows}
     features = picture_features(inputs.images("train", real))
     found = {
         name: metrics.kernel_distance(features, picture_features(row.images))
         for name, row in tqdm(rows.items(), desc="likeness", disable=None)
     }
-    table = {name: {"kernel_distance": distance} for name, (distance, _) in found.items()}
-    return table, {name: error for name, (_, error) in found.items()}
+    pairs = [{name: {"kernel_distance": of[i]} for name, of in found.items()} for i in (0, 1)]
+    return pairs[0], pairs[1]
 
 
 def score_costs(inputs: Inputs, rows: dict[str, Row], table: dict, real: np.ndarray) -> dict:
@@ -247,17 +256,22 @@ def score_costs(inputs: Inputs, rows: dict[str, Row], table: dict, real: np.ndar
     }
 
 
-def seen_controls(table: dict[str, dict], errors: dict[str, float]) -> dict[str, list[str]]:
-    """The controls that each measure scores worse than the floor; KID by two standard errors."""
+def seen_controls(table: dict[str, dict], errors: dict[str, dict]) -> dict[str, list[str]]:
+    """The controls that each measure scores worse than its floor, by two standard errors.
+
+    table and errors are {row: {measure: value}}; without an error, it is 0.
+    """
     seen = {}
-    for measure, floor in table[FLOOR].items():
-        sign = 1 if measure == "plausible" else -1  # of the other, less is better
-        doubt = errors if measure == "kernel_distance" else {}
+    for measure, better, floor in MEASURES.values():
+        if measure not in table[floor]:
+            continue
+        sign = 1 if better is max else -1
         seen[measure] = [
             control
             for control in CONTROLS
-            if sign * (floor - table[control][measure])
-            > 2 * math.hypot(doubt.get(FLOOR, 0), doubt.get(control, 0))
+            if measure in table[control]
+            and sign * (table[floor][measure] - table[control][measure])
+            > 2 * math.hypot(*(errors[name].get(measure, 0) for name in (floor, control)))
         ]
     return seen
 
@@ -268,10 +282,13 @@ def score_realism(inputs: Inputs, rows: dict[str, Row], rng: np.random.Generator
     """
     real = rng.permutation(near(inputs.splits["train"], inputs.position))[:MOST_REAL]
     (table, errors), verdicts = score_likeness(inputs, rows, real), {}
-    costs = score_costs(inputs, rows, table, real) if errors else {}
+    costs = score_costs(inputs, rows, table, real) if table[FLOOR] else {}
     if inputs.segmenter is not None:
         by_anatomy, verdicts = score_anatomy(inputs, rows, real)
         table = {name: by_anatomy[name] | table[name] for name in rows}
+        for name, row in rows.items():
+            share = table[name]["plausible"]
+            errors[name]["plausible"] = math.sqrt(share * (1 - share) / len(row.images))
     seen = seen_controls(table, errors)
     kept = {measure: controls for measure, controls in seen.items() if controls}
     left_out = [measure for measure in seen if measure not in kept]
@@ -282,7 +299,7 @@ def score_realism(inputs: Inputs, rows: dict[str, Row], rng: np.random.Generator
         "rows": table,
         "masks": verdicts,
         "not_learnt": organs.not_learnt(verdicts),
-        "kernel_distance_error": errors,
+        "errors": errors,
         "kernel_distance_costs": costs,
         "seen": kept,
         "unseen": [c for c in CONTROLS if not any(c in sees for sees in kept.values())],
@@ -301,7 +318,11 @@ def plain(value):
     return value
 
 
-def score_variety(inputs: Inputs) -> dict | None:
+def score_variety(inputs: Inputs, honest: np.ndarray) -> dict | None:
+    """Mean pairwise MS-SSIM of new slices, of test slices, and of those of one test patient.
+
+    The patients are those of the test slices `honest` (indices).
+    """
     # more would be the same real slices again
     m = min(len(inputs.samples.images), len(np.unique(inputs.twins)))
     if m < 2:
@@ -311,7 +332,15 @@ def score_variety(inputs: Inputs) -> dict | None:
     for name, images in (("samples", inputs.samples.images[:m]), ("real", real)):
         mean, error = metrics.mean_pairwise_ms_ssim(images, span, seed=inputs.seed)
         report[name] = {"ms_ssim": mean, "standard_error": error}
-    return report
+    patients = np.array([inputs.splits["test"].names[i].patient for i in honest])
+    own = [honest[patients == patient] for patient in np.unique(patients)]
+    alike = [
+        metrics.mean_pairwise_ms_ssim(inputs.images("test", each), span, OF_A_PATIENT)[0]
+        for each in own
+        if len(each) > 1
+    ]
+    report["one patient"] = {"ms_ssim": np.mean(alike) if alike else None}
+    return plain(report)
 
 
 # ---- copying ----
@@ -476,12 +505,22 @@ def appraise(inputs: Inputs) -> tuple[dict, dict]:
     report, rows = {"n": len(inputs.samples.images)}, make_rows(inputs, rng)
     enough = min(len(row.images) for row in rows.values()) >= 2
     report["realism"] = score_realism(inputs, rows, rng) if enough else None
-    report["variety"] = score_variety(inputs)
     honest = near(inputs.splits["test"], inputs.position)
+    report["variety"] = score_variety(inputs, honest)
     report["copying"], nearest = score_copying(inputs, rows, honest, rng)
     report["scorecard"] = scorecard(report)
     report["conclusion"] = conclusion(report)
     return report, {"rows": rows, "honest": honest, "nearest": nearest}
+
+
+def passes(new, floor, control, better: Callable) -> bool | None:
+    """Better than the floor, or nearer to it than to the control.
+
+    None if one of them is not known, or the control is as good as the floor.
+    """
+    if None in (new, floor, control) or better(control, floor) == control:
+        return None
+    return better(new, floor) == new or abs(new - floor) < abs(new - control)
 
 
 def scorecard(report: dict) -> dict[str, dict]:
@@ -502,21 +541,21 @@ def scorecard(report: dict) -> dict[str, dict]:
         numbers = {"new slices": new, "floor": floor, "control": control}
         return {**numbers, "passed": passed, "in words": words}
 
-    def beside(question: str, measure: str, best: Callable, floor: str = FLOOR) -> dict:
+    def beside(question: str) -> dict:
+        measure, best, floor = MEASURES[question]
         new, floor = (rows.get(name, {}).get(measure) for name in (SAMPLES, floor))
         sees = [rows[name].get(measure) for name in seen.get(measure, ())]
         control = best((value for value in sees if value is not None), default=None)
-        known = None not in (new, floor, control)
-        passes = known and (best(new, floor) == new or abs(new - floor) < abs(new - control))
-        return line(question, new, floor, control, passes if known else None)
+        return line(question, new, floor, control, passes(new, floor, control, best))
 
-    alike, floor = (variety.get(name, {}).get("ms_ssim") for name in ("samples", "real"))
+    kinds = ("samples", "real", "one patient")
+    alike, floor, one = (variety.get(name, {}).get("ms_ssim") for name in kinds)
     unlearnt = (report["realism"] or {}).get("not_learnt")
     card = {
-        "likeness": beside("likeness", "kernel_distance", min, RECONSTRUCTIONS),
-        "coverage": line("coverage", alike, floor, 1.0, None),
-        "constraint": beside("constraint", "plausible", max),
-        "masks": beside("masks", "agreement", max, RECONSTRUCTIONS),
+        "likeness": beside("likeness"),
+        "coverage": line("coverage", alike, floor, one, passes(alike, floor, one, min)),
+        "constraint": beside("constraint"),
+        "masks": beside("masks"),
         "utility": line("utility", None, None, None, None) | {"in words": WORDS["utility"]},
     }
     if unlearnt:

@@ -215,20 +215,23 @@ def test_altered_training_slices_are_found(trained):
 
 
 def test_which_controls_a_measure_sees():
-    """A kernel distance sees what lies beyond two standard errors; a higher share is better."""
+    """What lies beyond two standard errors of its floor; a higher share or Dice is better."""
     values = {
-        "plausible": [0.7, 0.5, 0.7, 0.1, 0.8],
-        "area": [2, 1, 2, 1, 0],
-        "kernel_distance": [0.04, 0.2, 0.06, 0.08, 0.9],
+        "plausible": [0.7, 0, 0.5, 0.69, 0.1, 0.8],
+        "kernel_distance": [0.9, 0.04, 0.2, 0.06, 0.08, 0.9],
+        "agreement": [None, 0.9, None, None, 0.8, None],
     }
-    rows = (sample_report.FLOOR, *sample_report.CONTROLS)
-    table = {row: {name: of[i] for name, of in values.items()} for i, row in enumerate(rows)}
+    rows = (sample_report.FLOOR, sample_report.RECONSTRUCTIONS, *sample_report.CONTROLS)
+    table = {row: {} for row in rows}
+    for measure, of in values.items():
+        for row, value in zip(rows, of, strict=True):
+            table[row] |= {} if value is None else {measure: value}
     by_place, _, mixed, outside = sample_report.CONTROLS
-    errors = {row: 0.01 for row in rows}  # two of a difference are 0.028
+    errors = {row: {"kernel_distance": 0.01, "plausible": 0.01} for row in rows}  # 2 * 0.0141
     assert sample_report.seen_controls(table, errors) == {
-        "plausible": [by_place, mixed],
-        "area": [],
         "kernel_distance": [by_place, mixed, outside],
+        "plausible": [by_place, mixed],
+        "agreement": [mixed],
     }
 
 
@@ -381,18 +384,23 @@ def test_agreement_is_of_each_slice_s_own_mask(two_organs, monkeypatch):
 
 def test_a_measure_without_a_floor_of_held_out_slices_stays_in_the_table(two_organs, monkeypatch):
     """Agreement: held-out slices bring no mask. What sees no control is left out, and it is not."""
-    names = (sample_report.FLOOR, sample_report.SAMPLES, *sample_report.CONTROLS)
-    table = {name: {"plausible": 0.1, "area": 5.0} for name in names}
-    table[sample_report.FLOOR] = {"plausible": 0.6, "area": 9.0}
-    table[sample_report.SAMPLES]["agreement"] = 0.9
-    monkeypatch.setattr(sample_report, "score_likeness", lambda *_: ({n: {} for n in names}, {}))
+    names = (sample_report.SAMPLES, *sample_report.CONTROLS)
+    floors = (sample_report.FLOOR, sample_report.RECONSTRUCTIONS)
+    table = {name: {"plausible": 0.0, "agreement": 0.9} for name in (*names, *floors)}
+    table[sample_report.FLOOR] = {"plausible": 0.9}
+    none = [{name: {} for name in table} for _ in range(2)]
+    monkeypatch.setattr(sample_report, "score_likeness", lambda *_: none)
     monkeypatch.setattr(sample_report, "score_anatomy", lambda *_: (table, {}))
     _, model, prior, splits = two_organs
     inputs = sample_report.Inputs(model, prior, splits, {}, None, None, None, segmenter=model)
-    rows = {name: sample_report.Row(np.zeros((5, 64, 32)), None) for name in names}
+    rows = {name: sample_report.Row(np.zeros((5, 64, 32)), None) for name in table}
     report = sample_report.score_realism(inputs, rows, np.random.default_rng(0))
-    assert report["rows"][sample_report.SAMPLES] == {"n": 5, "plausible": 0.1, "agreement": 0.9}
-    assert report["left_out"] == ["area"] and not report["unseen"]
+    assert report["rows"][sample_report.SAMPLES] == {"n": 5, "plausible": 0.0}
+    assert report["left_out"] == ["agreement"] and not report["unseen"]
+    # Two standard errors of five such slices are 0.44: what is 0.4 away is not seen.
+    table[sample_report.FLOOR]["plausible"] = 0.4
+    report = sample_report.score_realism(inputs, rows, np.random.default_rng(0))
+    assert report["unseen"] == list(sample_report.CONTROLS)
     kinds = (sample_report.FLOOR, sample_report.RECONSTRUCTIONS, sample_report.SAMPLES)
     table = {name: {"kernel_distance": x} for name, x in zip(kinds, (1, 3, 7), strict=True)}
     costs = sample_report.score_costs(dataclasses.replace(inputs, segmenter=None), {}, table, None)

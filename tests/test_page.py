@@ -160,24 +160,27 @@ def test_the_scorecard_by_hand():
     }
     by_place, halves, mixed, outside = sample_report.CONTROLS
     seen = {"kernel_distance": [by_place, halves, outside], "plausible": [by_place, mixed]}
+    seen["agreement"] = [mixed]
     table = {name: {key: each[i] for key, each in values.items()} for i, name in enumerate(names)}
     table[sample_report.RECONSTRUCTIONS] = {"agreement": 0.9, "kernel_distance": 11}
     table[sample_report.SAMPLES]["agreement"] = 0.8
+    table[mixed]["agreement"] = 0.5
 
     def audit(flagged, copies):
         counts = zip(("samples", "honest", "copies"), (flagged, 1, copies), strict=True)
         return {"margin": 0.06} | {k: {"n": 64, "flagged": n, "share": n / 64} for k, n in counts}
 
     copying = {"pictures": audit(3, 64), "codes": audit(4, 64), "layouts": audit(0, 31)}
-    variety = {"samples": {"ms_ssim": 0.16}, "real": {"ms_ssim": 0.17}}
+    variety = dict(zip(("samples", "real", "one patient"), (0.19, 0.17, 0.2), strict=True))
+    variety = {name: {"ms_ssim": value} for name, value in variety.items()}
     report = {"realism": {"rows": table, "seen": seen}, "variety": variety, "copying": copying}
     card = sample_report.scorecard(report)
     found = {question: tuple(line.values())[:4] for question, line in card.items()}
     assert found == {
         "likeness": (16, 11, 20, False),  # nearer to the control
-        "coverage": (0.16, 0.17, 1, None),
+        "coverage": (0.19, 0.17, 0.2, False),
         "constraint": (0.6, 0.7, 0.2, True),  # nearer to the floor
-        "masks": (0.8, 0.9, None, None),
+        "masks": (0.8, 0.9, 0.5, True),
         "utility": (None, None, None, None),
         "privacy, by pictures": ("3 of 64", "1 of 64", "64 of 64", True),
         "privacy, by codes": ("4 of 64", "1 of 64", "64 of 64", False),

@@ -189,10 +189,24 @@ def test_audit_s_own_rates(n, flagged):
     assert (shares >= found["margin"]).mean() >= 0.035
 
 
+def variety(images, test, patients):
+    """`score_variety` of new slices (n, h, w), and of test slices of these patients."""
+    split = SimpleNamespace(names=[SimpleNamespace(patient=patient) for patient in patients])
+    inputs = SimpleNamespace(splits={"test": split}, images=lambda _, indices: test[indices])
+    inputs.samples, inputs.twins, inputs.seed = SimpleNamespace(images=images), np.arange(4), 0
+    return sample_report.score_variety(inputs, np.arange(4))
+
+
 def test_variety_beside_slices_of_one_value_is_a_number():
     """Most test slices may be black, as those above and below a body are: their range is 1."""
     flat, noise = np.zeros((4, 32, 32)), np.random.default_rng(0).normal(size=(4, 32, 32))
-    samples, twins = SimpleNamespace(images=noise), np.arange(4)
-    inputs = SimpleNamespace(samples=samples, twins=twins, seed=0, images=lambda *_: flat)
-    found = sample_report.score_variety(inputs)
+    found = variety(noise, flat, [0, 1, 2, 3])
     assert found["real"]["ms_ssim"] == 1 and 0 <= found["samples"]["ms_ssim"] < 0.5
+    assert found["one patient"]["ms_ssim"] is None  # nobody has two slices
+
+
+def test_variety_beside_that_of_one_patient():
+    """The control pairs slices of one patient: alike here, where those of two patients are not."""
+    a, b = noise = np.random.default_rng(0).normal(size=(2, 32, 32))
+    found = variety(noise, np.stack([a, b, a, b]), [7, 9, 7, 9])
+    assert found["one patient"]["ms_ssim"] == pytest.approx(1) and found["samples"]["ms_ssim"] < 0.5
