@@ -23,10 +23,9 @@ from support.runtime import check_number, option
 PHANTOM = Path("phantom_slices_data")  # made where there is no study
 DOCUMENTED = Path(__file__).parent / "Results" / "phantom"  # the results of the run without flags
 # Priors that have seen fewer slices are unsure of much, and their less likely codes are mostly
-# wrong. So new slices are then made of likelier codes, in fewer passes.
+# wrong. So new slices are then made of likelier codes.
 FEW_SLICES = 10_000
 CAUTIOUS = {"top_temperature": 0.2, "top_spread": 4.0, "bottom_temperature": 0.2}
-CAUTIOUS |= {"top_passes": 8, "bottom_passes": 4, "guidance": 0.5}
 # What is compared with the documented run.
 SAMPLES = ("realism", "rows", "samples")
 DICE = ("dice", "decoded", "mean")

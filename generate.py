@@ -33,7 +33,7 @@ from tqdm import tqdm
 import dataset
 from dataset import DataConfig, Placement, SliceDataset, StudyInfo
 from modules import VQVAE2, Trained, load_model
-from new_slices.code_maps import Samples, Variants, decode, extract_codes
+from new_slices.code_maps import LEVELS, Samples, Variants, decode, extract_codes
 from new_slices.layouts import REGIONS, Composer, likely, middles
 from new_slices.organs import likeliest, nearest_positions, segmenter_of
 from new_slices.prior import BOTTOM_SAMPLING, TOP_SAMPLING, Prior, Sampling, load_prior
@@ -200,7 +200,8 @@ def make_composer(prior: Prior, train: SliceDataset, maps: dict) -> Composer | N
         return None
     patients = np.array([name.patient for name in train.names])
     known = maps["train_layout"][0].astype(np.int64), maps["train_tissue"]
-    return Composer(*known, train.positions, patients, maps["levels"], labels)
+    codes = [maps[f"train_{level}"][0] for level in LEVELS]
+    return Composer(*known, train.positions, patients, maps["levels"], labels, codes)
 
 
 def sample(

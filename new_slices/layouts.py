@@ -39,6 +39,7 @@ MOST = 512  # training slices that say which intensities the regions have
 DOUBT = 0.03  # the chance of a class where the layout shows it nowhere near
 NEARBY = 0.1  # the share of the training slices, nearest in position, that a layout starts from
 PATIENTS = 8  # that a layout is composed of, or fewer
+CORE = 4  # of these, that say what all should be like
 FEWEST = 4  # patients: organs that fewer show together are not drawn
 DEEPEST = 8.0  # cells: signed distances end here
 SPREAD, SPREAD_OF_SHAPES = 1.2, 0.7  # of the weights, see `shares`
@@ -142,6 +143,18 @@ def organ_dice(queries: np.ndarray, slices: np.ndarray, labels: int) -> np.ndarr
     return total / np.maximum(shown, 1)
 
 
+def code_use(maps: np.ndarray) -> np.ndarray:
+    """Codes (N, h, w) -> square roots of each slice's share of each code (N, K): Hellinger's."""
+    K, flat = int(maps.max()) + 1, maps.reshape(len(maps), -1)
+    counts = np.stack([np.bincount(each, minlength=K) for each in flat])
+    return np.sqrt(counts / flat.shape[1])
+
+
+def of_one_scale(features: np.ndarray) -> np.ndarray:
+    """Features (N, F), divided by the root of their mean squared distance from their mean."""
+    return features / max(np.sqrt(features.var(0).sum()), 1e-9)
+
+
 # ---- new layouts ---------------------------------------------------------------------------------
 
 
@@ -213,9 +226,10 @@ class Composer:
         layouts (N, h, w), tissue (N, h, w): of the training slices; those without a mask in a study
             with masks are not used.
         positions (N,), patients (N,).
+        codes: their code maps, (N, h, w) of each level.
     """
 
-    def __init__(self, layouts, tissue, positions, patients, levels, labels) -> None:
+    def __init__(self, layouts, tissue, positions, patients, levels, labels, codes=()) -> None:
         known = (layouts < classes(labels)).all((1, 2))
         self.organs = np.where(layouts < labels, layouts, 0)[known]
         self.tissue, self.positions = tissue[known].astype(np.float64), positions[known]
@@ -223,8 +237,12 @@ class Composer:
         shown = [(self.organs == organ).any((1, 2)) for organ in range(1, labels)]
         self.shown = np.stack([np.ones(len(self.organs), bool), *shown], 1)  # which organs
         organs = [WEIGHT * (self.organs == organ) for organ in range(1, labels)]
-        seen = [field[:, 1::2, 1::2] for field in (self.tissue, *organs)]
-        self.seen = np.concatenate(seen, 1).reshape(len(self.tissue), -1)  # by which they are alike
+        places = [field[:, 1::2, 1::2] for field in (self.tissue, *organs)]
+        places = np.concatenate(places, 1).reshape(len(self.tissue), -1)
+        # Slices are alike by what lies where, and by the codes they use, wherever: those tell
+        # organs and sequences apart that are as bright in the same places.
+        alike = [places, *(code_use(maps[known]) for maps in codes)]
+        self.seen = np.concatenate([of_one_scale(each) for each in alike], 1)
         # What the optical flow sees: tissue from 0 to 1, and each organ brighter by its own step.
         ends = np.quantile(self.tissue, (0.001, 0.999))
         steps = np.append(0, np.linspace(*PAINT, max(labels - 1, 0)))
@@ -305,20 +323,27 @@ class Composer:
         """The first slice of `order`, and the most alike of up to 7 other patients: indices (n,).
 
         Only slices with the same organs are alike. A set of organs that less than four patients
-        show is passed over, unless there is no other.
+        show is passed over, unless there is no other. An unusual slice is about as near to any
+        other, so what counts is the mean of it and of the three nearest.
         """
         family, enough = np.array([], int), min(FEWEST, len(np.unique(self.patients)))
         for anchor in order:
             alike = np.flatnonzero((self.shown == self.shown[anchor]).all(1))
-            apart = np.square(self.seen[alike] - self.seen[anchor]).sum(1)
-            nearest = alike[np.argsort(apart, kind="stable")]
-            _, first = np.unique(self.patients[nearest], return_index=True)
-            found = nearest[np.sort(first)][:PATIENTS]  # the nearest slice of every patient
+            found = self.nearest(anchor, alike, self.seen[anchor])
+            found = self.nearest(anchor, alike, self.seen[found[:CORE]].mean(0))
             if len(found) > len(family):
                 family = found
             if len(family) >= enough:
                 break
         return family
+
+    def nearest(self, anchor: int, alike: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """The anchor, and of up to 7 other patients the slice of `alike` most like `seen`."""
+        others = alike[self.patients[alike] != self.patients[anchor]]
+        apart = np.square(self.seen[others] - seen).sum(1)
+        others = others[np.argsort(apart, kind="stable")]
+        _, first = np.unique(self.patients[others], return_index=True)
+        return np.append(anchor, others[np.sort(first)])[:PATIENTS]
 
     def displacement(self, frame: int, member: int) -> np.ndarray:
         """Where another slice shows what the frame shows in each cell, from there: (2, h, w) cells.
