@@ -140,10 +140,9 @@ class VectorQuantiser(nn.Module):
                 self.started = True
             codes = self.nearest(flat.detach())  # (B*h*w,)
             # Before `update` moves the codebook and its counts.
-            vectors, price = F.embedding(codes, self.codebook), self.prices()[codes]
+            vectors, price = self.vectors(codes.view(B, h, w)), self.prices()[codes]
             if self.training:
                 self.update(flat.detach(), codes)
-            vectors = vectors.view(B, h, w, D).permute(0, 3, 1, 2)  # (B*h*w, D) -> (B, D, h, w)
             commitment = F.mse_loss(z, vectors)  # ||z_e(x) - sg[e]||^2
             vectors = z + (vectors - z).detach()  # straight-through: dL/dz_e = dL/dz_q
         return Quantised(vectors, codes.view(B, h, w), commitment, price.view(B, h, w))
