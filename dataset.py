@@ -25,7 +25,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
 from itertools import combinations
@@ -527,10 +527,9 @@ def _write_cache(
     work = in_parallel(partial(_decode, size=size, fit=config.fit), jobs, "decoding", "slice")
     # Arrays go into plain files: written through a memory map, a full disk ends the process with
     # a SIGBUS and without a message.
-    with (
-        _array(folder / PIXELS, "<f4", (len(jobs), *size)) as pixels_file,
-        _array(folder / MASKS, "|u1", (len(jobs) * any_masks, *size)) as masks_file,
-    ):
+    with open(folder / PIXELS, "wb") as pixels_file, open(folder / MASKS, "wb") as masks_file:
+        _begin_array(pixels_file, "<f4", (len(jobs), *size))
+        _begin_array(masks_file, "|u1", (len(jobs) * any_masks, *size))
         for job, decoded in zip(jobs, work, strict=True):
             if isinstance(decoded, str):
                 bad[job.file.path] = decoded
@@ -561,13 +560,10 @@ def _write_cache(
     write_json(folder / INDEX, where)
 
 
-@contextmanager
-def _array(path: Path, dtype: str, shape: tuple[int, ...]) -> Iterator[BinaryIO]:
-    """A .npy file of that shape, open for its data to be written."""
-    with open(path, "wb") as file:
-        header = {"descr": dtype, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_2_0(file, header)
-        yield file
+def _begin_array(file: BinaryIO, dtype: str, shape: tuple[int, ...]) -> None:
+    """Write how a .npy file begins; its data follow."""
+    header = {"descr": dtype, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_2_0(file, header)
 
 
 def _to_places(
