@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
 from support.metrics import value_range
@@ -167,8 +167,7 @@ def comparison_sheet(
                 draw_contours(axes, masks[i][j])
             draw_letters(axes, letters[i] if letters else "", 0, 0, height, width)
         shown = _show(last, differences[i], "|difference|", **span)
-    percent = FuncFormatter(lambda share, _: f"{100 * share:.3g} %")
-    bar = parts[-1].colorbar(shown, ax=last, extend="max", format=percent, pad=0.03)
+    bar = parts[-1].colorbar(shown, ax=last, extend="max", format=PercentFormatter(1), pad=0.03)
     bar.set_label("of the original's range", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     draw_legend(figure, [mask for pair in masks for mask in pair], label_values)
