@@ -146,22 +146,6 @@ def group_by_folder(files: list[File]) -> dict[tuple[str, str], list[str]]:
     return groups
 
 
-def pair(volumes: dict, masks: dict) -> dict[tuple[str, str], str]:
-    """The mask of each volume that has one, both by subject and session.
-
-    UserError for two masks of one volume: to take one of them would leave organs out in silence.
-    """
-    pairs = {}
-    for key in volumes:
-        found = masks.get(key, [])
-        if len(found) > 1:
-            fix = "Fix: one for each volume, with a label for each organ; --masks DIR is for such"
-            raise UserError(f"two masks of one volume, {found[0]} and {found[1]}. {fix}.")
-        for path in found:
-            pairs[key] = path
-    return pairs
-
-
 def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, int]]:
     """The volumes with their masks; whether they are HipMRI's; numbers for names, {"subject a": 1}.
 
@@ -185,7 +169,11 @@ def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, int
     }
     if bad := unnamed | double:
         dataset.raise_bad(config.volumes, bad, len(files))
-    pairs = pair(volumes, masks)
+    pairs = {key: masks[key][0] for key in volumes if key in masks}
+    # To take one of two masks would leave organs out in silence.
+    if two := next((masks[key] for key in pairs if len(masks[key]) > 1), None):
+        fix = "Fix: one for each volume, with a label for each organ; --masks DIR is for such"
+        raise UserError(f"two masks of one volume, {two[0]} and {two[1]}. {fix}.")
     left = [file.path for file in mask_files if file.path not in pairs.values()]
     if config.masks and not pairs:
         none = f"{config.masks}: no mask of the subjects in {config.volumes}"
