@@ -120,20 +120,13 @@ def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, Trained, Prior]
     return study, variants, trained, prior.to(device)
 
 
-def open_splits(
-    config: GenerateConfig, data: DataConfig, trained: StudyInfo
-) -> dict[str, SliceDataset]:
-    """The study at the models' size; `trained` is the record in the priors' checkpoint."""
-    splits = dataset.open_trained_study(trained, data, config.prior)
+def check_flags(config: GenerateConfig, prior: Prior, splits: dict[str, SliceDataset]) -> None:
+    """UserError for a flag that needs positions or masks, and study or priors have none."""
+    train = splits["train"]
     unknown = all(np.isnan(split.positions).all() for split in splits.values())
     if unknown and not math.isnan(config.position):
-        names = f"the names of the slices of {splits['train'].study} tell no positions"
+        names = f"the names of the slices of {train.study} tell no positions"
         raise UserError(f"--position is {config.position}, but {names}. Fix: leave it out.")
-    return splits
-
-
-def check_masks(config: GenerateConfig, prior: Prior, train: SliceDataset) -> None:
-    """UserError where a flag needs masks, and the priors or the study have none."""
     asked = [name for name in NEED_MASKS if getattr(config, name)]
     if asked and not 0 < prior.config.labels == len(train.labels):
         raise UserError(
@@ -275,7 +268,6 @@ class Album:
         self.look = {"span": self.span, "note": self.note, "label_values": labels}
         self.look["letters"] = letters.pop() if len(letters) == 1 else ""
         self.labels = np.array(labels, np.min_scalar_type(max(labels, default=0)))
-        prior = {"file": Path(config.prior).name, "sha256": runtime.sha256(config.prior)}
         self.manifest = {
             "note": f"{DESCRIPTION}. Not for diagnosis.",
             "asked": config.n,
@@ -287,7 +279,7 @@ class Album:
             f"{self.std:.6g} of the training slices; each slice is its own case, its slice number "
             "the position on a scale of 0 to 59",
             "autoencoder": {"file": Path(config.checkpoint).name, "sha256": sha256},
-            "prior": prior,
+            "prior": {"file": Path(config.prior).name, "sha256": runtime.sha256(config.prior)},
             "data": {"study": train.study.resolve().name, "synthetic": train.synthetic},
             "provenance": runtime.provenance(),
         }
@@ -472,14 +464,14 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     """Sample, write everything to the out folder, and return what report.json holds.
 
     `data` names the study and the cache; without a name it is the study of the priors. Raises as
-    `load_models` and `open_splits` do; KeyboardInterrupt after Ctrl-C or SIGTERM: what is finished
+    `load_models` and `check_flags` do; KeyboardInterrupt after Ctrl-C or SIGTERM: what is finished
     stays, and the manifest says how many.
     """
     study, variants, trained, prior = load_models(config)
     model, labels = trained.model, prior.config.labels
-    splits = open_splits(config, data, study)
+    splits = dataset.open_trained_study(study, data, config.prior)
+    check_flags(config, prior, splits)
     out, train, test = runtime.writable_folder(config.out), splits["train"], splits["test"]
-    check_masks(config, prior, train)
     own = read_masks(config.layout, study, config.n) if config.layout else None
     clear(out)
     # The slices that were there are gone from the page, even if this run is stopped.

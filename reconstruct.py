@@ -355,16 +355,13 @@ def print_table(rows: dict[str, dict]) -> None:
     """A line for each file, and their mean."""
     columns = {**SCORES, "bits_per_pixel": "bits/pixel"}
     print(f"{'file':<40}{'planes':>7}" + "".join(f"{title:>15}" for title in columns.values()))
-
-    def line(label: str, planes: int, cells: list[float]) -> None:
-        print(f"{label[-39:]:<40}{planes:>7}" + "".join(f"{cell:>#15.4g}" for cell in cells))
-
-    cells = {name: [row.get(key, math.nan) for key in columns] for name, row in rows.items()}
-    for name, row in rows.items():
-        line(name, row["planes"], cells[name])
+    planes = [row["planes"] for row in rows.values()]
+    cells = [[row.get(key, math.nan) for key in columns] for row in rows.values()]
+    lines = [*zip(rows, planes, cells, strict=True)]
     if len(rows) > 1:
-        total = sum(row["planes"] for row in rows.values())
-        line("mean of the files", total, np.mean(list(cells.values()), axis=0))
+        lines.append(("mean of the files", sum(planes), np.mean(cells, axis=0)))
+    for name, count, values in lines:
+        print(f"{name[-39:]:<40}{count:>7}" + "".join(f"{value:>#15.4g}" for value in values))
 
 
 def main() -> None:

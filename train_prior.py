@@ -167,14 +167,11 @@ class CodePriors(Stage):
     def batch_losses(self, split: str, indices: Tensor) -> dict[str, Tensor]:
         indices = runtime.to_device(indices, self.device)
         position, variant = self.positions[split][indices], torch.zeros_like(indices)
+        bottoms, generator = len(indices), torch.Generator().manual_seed(0)  # the same masks always
         if self.model.training:
             position = position.masked_fill(self.forgotten[0, indices], math.nan)
-            variant = self.variant[indices]
-            random = {"generator": None}
+            variant, generator = self.variant[indices], None
             bottoms = math.ceil(len(indices) / self.codes.bottom_every)
-        else:  # the same masks in every epoch
-            random = {"generator": torch.Generator().manual_seed(0)}
-            bottoms = len(indices)
         top = self.maps[f"{split}_top"][variant, indices].long()
         bottom = self.maps[f"{split}_bottom"][variant[:bottoms], indices[:bottoms]].long()
         layout = self.maps[f"{split}_layout"][variant, indices].long()
@@ -182,7 +179,7 @@ class CodePriors(Stage):
             forgotten = self.forgotten[1, indices, None, None]
             layout = layout.masked_fill(forgotten, self.model.config.classes)
         altered = self.numbers[variant, indices] if split == "train" else self.numbers[variant, 0]
-        nats = self.model(top, bottom, position, altered, layout, **random)
+        nats = self.model(top, bottom, position, altered, layout, generator=generator)
         nats_top, nats_bottom = nats["top"].mean(), nats["bottom"].mean()  # of a code
         codes_top, codes_bottom = top[0].numel(), bottom[0].numel()
         nats_slice = codes_top * nats_top + codes_bottom * nats_bottom
