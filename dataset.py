@@ -6,11 +6,6 @@
 3. `open_study` decodes every slice once, into a cache, and gives a `SliceDataset` for each split.
 4. There each slice lies in one grid for all (`Placement`), with mean 0 and deviation 1 (`z_score`).
 
-In your own code:
-
-    splits = dataset.open_study(dataset.DataConfig(data="keras_slices_data"))
-    loader = torch.utils.data.DataLoader(splits["train"], batch_size=16, shuffle=True)
-
 slice_volumes.py makes a study of 3-D volumes.
 """
 
