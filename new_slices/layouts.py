@@ -243,6 +243,7 @@ class Composer:
         # organs and sequences apart that are as bright in the same places.
         alike = [places, *(code_use(maps[known]) for maps in codes)]
         self.seen = np.concatenate([of_one_scale(each) for each in alike], 1)
+        self.sizes = np.square(self.seen).sum(1)
         # What the optical flow sees: tissue from 0 to 1, and each organ brighter by its own step.
         ends = np.quantile(self.tissue, (0.001, 0.999))
         steps = np.append(0, np.linspace(*PAINT, max(labels - 1, 0)))
@@ -340,8 +341,8 @@ class Composer:
     def nearest(self, anchor: int, alike: np.ndarray, seen: np.ndarray) -> np.ndarray:
         """The anchor, and of up to 7 other patients the slice of `alike` most like `seen`."""
         others = alike[self.patients[alike] != self.patients[anchor]]
-        apart = np.square(self.seen[others] - seen).sum(1)
-        others = others[np.argsort(apart, kind="stable")]
+        apart = self.sizes - 2 * self.seen @ seen  # squared distances, less what is one for all
+        others = others[np.argsort(apart[others], kind="stable")]
         _, first = np.unique(self.patients[others], return_index=True)
         return np.append(anchor, others[np.sort(first)])[:PATIENTS]
 
