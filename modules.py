@@ -387,7 +387,13 @@ class VQVAE2(nn.Module):
         return self.decoder(vectors).float(), mask_logits
 
     def decode_with_masks(self, top: Tensor, bottom: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Codes int64 in [0, K), top (B, h, w) and bottom (B, 2h, 2w) -> what `decode` gives."""
+        """Codes int64 in [0, K), top (B, h, w) and bottom (B, 2h, 2w) -> what `decode` gives.
+
+        ValueError for maps of other shapes.
+        """
+        if top.ndim != 3 or bottom.shape != (len(top), 2 * top.shape[1], 2 * top.shape[2]):
+            shapes = f"codes of {tuple(top.shape)} and {tuple(bottom.shape)}"
+            raise ValueError(f"{shapes}; expected (B, h, w) and (B, 2h, 2w)")
         decoded_top = self.decoder_top(self.quantiser_top.vectors(top))
         return self.decode(decoded_top, self.quantiser_bottom.vectors(bottom))
 

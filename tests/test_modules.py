@@ -79,6 +79,12 @@ def test_every_parameter_learns():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
+def test_code_maps_that_do_not_belong_together_are_refused():
+    codes = torch.zeros(1, 4, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"\(B, 2h, 2w\)"):
+        small_model().decode_codes(codes, codes)
+
+
 # ---- the quantiser ----
 
 
