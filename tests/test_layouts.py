@@ -139,9 +139,9 @@ def test_a_new_layout_is_composed_of_patients_with_the_same_organs():
         assert not np.isin(9, patients[family]) and family.max() < 90
         if not math.isnan(position):
             assert abs(positions[family[0]] - position) < 0.15
-    new = composer.draw([0.2] * 40, range(40))
+    new = composer.draw([0.2] * 40, range(100, 140))
     assert new.shape == (40, 24, 16) and new.dtype == np.int64
-    assert new[7:8].tolist() == composer.draw([0.2], [7]).tolist()  # whatever the others are
+    assert new[7:8].tolist() == composer.draw([0.2], [107]).tolist()  # whatever the others are
     assert not np.array_equal(new[0], new[1])
     assert not (new == 2).any() and new.max() < 3 + layouts.REGIONS
     assert (new == 0).any((1, 2)).mean() > 0.8  # air
@@ -152,7 +152,7 @@ def test_a_new_layout_is_composed_of_patients_with_the_same_organs():
     for layout in new:  # and a disc it is, a little bent
         rows, columns = np.nonzero(layout == 1)
         centred = disc((len(rows) / math.pi) ** 0.5, rows.mean(), columns.mean())
-        assert np.count_nonzero((layout == 1) != centred) < 0.6 * len(rows)
+        assert np.count_nonzero((layout == 1) != centred) < 0.5 * len(rows)
 
 
 def test_a_family_is_of_slices_that_use_the_same_codes():
