@@ -11,7 +11,7 @@ on purpose:
     outside scrambled        all but the organs, with the phases of its Fourier transform redrawn:
                              the texture stays, the anatomy goes
 
-A measure sees a control that it scores worse than the floor, by two standard errors. One that sees
+A measure sees a control that it scores worse than its floor, by two standard errors. One that sees
 none is left out. A control that no measure sees is named: whether new slices have that fault cannot
 be told.
 
@@ -230,8 +230,8 @@ def score_likeness(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tu
         name: metrics.kernel_distance(features, picture_features(row.images))
         for name, row in tqdm(rows.items(), desc="likeness", disable=None)
     }
-    pairs = [{name: {"kernel_distance": of[i]} for name, of in found.items()} for i in (0, 1)]
-    return pairs[0], pairs[1]
+    table = {name: {"kernel_distance": distance} for name, (distance, _) in found.items()}
+    return table, {name: {"kernel_distance": error} for name, (_, error) in found.items()}
 
 
 def score_costs(inputs: Inputs, rows: dict[str, Row], table: dict, real: np.ndarray) -> dict:
@@ -339,8 +339,8 @@ def score_variety(inputs: Inputs, honest: np.ndarray) -> dict | None:
         for each in own
         if len(each) > 1
     ]
-    report["one patient"] = {"ms_ssim": np.mean(alike) if alike else None}
-    return plain(report)
+    report["one patient"] = {"ms_ssim": float(np.mean(alike)) if alike else None}
+    return report
 
 
 # ---- copying ----
@@ -544,8 +544,7 @@ def scorecard(report: dict) -> dict[str, dict]:
     def beside(question: str) -> dict:
         measure, best, floor = MEASURES[question]
         new, floor = (rows.get(name, {}).get(measure) for name in (SAMPLES, floor))
-        sees = [rows[name].get(measure) for name in seen.get(measure, ())]
-        control = best((value for value in sees if value is not None), default=None)
+        control = best((rows[name][measure] for name in seen.get(measure, ())), default=None)
         return line(question, new, floor, control, passes(new, floor, control, best))
 
     kinds = ("samples", "real", "one patient")

@@ -382,8 +382,8 @@ def test_agreement_is_of_each_slice_s_own_mask(two_organs, monkeypatch):
     assert table[sample_report.SAMPLES]["agreement"] == 1
 
 
-def test_a_measure_without_a_floor_of_held_out_slices_stays_in_the_table(two_organs, monkeypatch):
-    """Agreement: held-out slices bring no mask. What sees no control is left out, and it is not."""
+def test_a_measure_that_sees_no_control_is_left_out(two_organs, monkeypatch):
+    """Agreement, as controls whose masks fit as well as those of reconstructions are not seen."""
     names = (sample_report.SAMPLES, *sample_report.CONTROLS)
     floors = (sample_report.FLOOR, sample_report.RECONSTRUCTIONS)
     table = {name: {"plausible": 0.0, "agreement": 0.9} for name in (*names, *floors)}
