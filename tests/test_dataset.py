@@ -878,6 +878,9 @@ def test_left_and_right_labels_are_found_and_exchanged_along_the_patient_s_axis(
     assert moved[0, 0].equal(images[0, 0].flip(axis)) and moved[1].equal(images[1])
     unknown = torch.full_like(masks, dataset.NO_MASK)
     assert mirror.masks(unknown, some).equal(unknown)
+    two_pairs = dataset.Mirror(partners=((1, 2), (3, 4)))
+    exchanged = two_pairs.masks(torch.arange(5).view(1, 1, 5), torch.tensor([True]))
+    assert exchanged.flatten().tolist() == [0, 2, 1, 4, 3]
 
 
 @pytest.mark.parametrize(
