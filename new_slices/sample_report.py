@@ -16,6 +16,8 @@ none is left out. A control that no measure sees is named: whether new slices ha
 be told.
 
     kernel distance    KID to training slices in the features of picture_features.py
+    coherence          how well one half of a slice tells which other half is its own, to a linear
+                       model of training slices
     plausible          share of slices whose organs occur together in at least 1 % of the training
                        slices near their position, each organ with an area, centre, pieces, holes,
                        solidity, asymmetry and roughness within the central 98 % of theirs; a small
@@ -67,6 +69,7 @@ CONTROLS = (BY_PLACE, HALVES, MIXED, OUTSIDE)
 # Question of the scorecard -> the measure that answers it, the better of two values, the floor.
 MEASURES = {
     "likeness": ("kernel_distance", min, RECONSTRUCTIONS),
+    "coherence": ("coherence", max, FLOOR),
     "constraint": ("plausible", max, FLOOR),
     "masks": ("agreement", max, RECONSTRUCTIONS),
 }
@@ -78,6 +81,8 @@ BOUNDS = (
 WORDS = {  # of the scorecard
     "likeness": "How far the pictures lie from training slices, to a network that learnt from "
     "photographs (KID). The floor is what the decoder allows: reconstructions.",
+    "coherence": "How often one half of a slice tells which other half is its own; by chance 0.5. "
+    "Two patients' halves do not belong together.",
     "coverage": "How alike two of them are on average (MS-SSIM). The control is two slices of one "
     "patient: as alike are those of a generator that knows but one.",
     "constraint": "The share without impossible anatomy: a U-Net finds each organ in a place, a "
@@ -221,17 +226,23 @@ def score_anatomy(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tup
 
 
 def score_likeness(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tuple[dict, dict]:
-    """{row: {"kernel_distance": KID to training slices}}, and the same of its standard errors."""
-    real = real[: 2 * MOST_PER_ROW]
-    if min(len(real), *(len(row.images) for row in rows.values())) < 4:
+    """{row: {measure: value}} by the whole picture, and the same of the standard errors.
+
+    `real` are the training slices (indices) that all are compared with.
+    """
+    few = real[: 2 * MOST_PER_ROW]
+    if min(len(few), *(len(row.images) for row in rows.values())) < 4:
         return {name: {} for name in rows}, {name: {} for name in rows}
-    features = picture_features(inputs.images("train", real))
-    found = {
-        name: metrics.kernel_distance(features, picture_features(row.images))
-        for name, row in tqdm(rows.items(), desc="likeness", disable=None)
-    }
-    table = {name: {"kernel_distance": distance} for name, (distance, _) in found.items()}
-    return table, {name: {"kernel_distance": error} for name, (_, error) in found.items()}
+    features, table, errors = picture_features(inputs.images("train", few)), {}, {}
+    halves = metrics.halves(inputs.images("train", real))
+    for name, row in tqdm(rows.items(), desc="likeness", disable=None):
+        found = {
+            "kernel_distance": metrics.kernel_distance(features, picture_features(row.images)),
+            "coherence": metrics.coherence(halves, metrics.halves(row.images)),
+        }
+        table[name] = {measure: value for measure, (value, _) in found.items()}
+        errors[name] = {measure: error for measure, (_, error) in found.items()}
+    return table, errors
 
 
 def score_costs(inputs: Inputs, rows: dict[str, Row], table: dict, real: np.ndarray) -> dict:
@@ -552,6 +563,7 @@ def scorecard(report: dict) -> dict[str, dict]:
     unlearnt = (report["realism"] or {}).get("not_learnt")
     card = {
         "likeness": beside("likeness"),
+        "coherence": beside("coherence"),
         "coverage": line("coverage", alike, floor, one, passes(alike, floor, one, min)),
         "constraint": beside("constraint"),
         "masks": beside("masks"),

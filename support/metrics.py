@@ -223,6 +223,46 @@ def kernel_distance(
     return estimate(*map(np.arange, sizes)), float(np.std(drawn, ddof=1))
 
 
+def halves(slices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first rows of slices (N, H, W) and the last ones: means of 8 x 8 cells of each, (N, 64).
+
+    The slices are z-scored first.
+    """
+    x = np.asarray(slices, np.float64)
+    x = (x - x.mean((1, 2), keepdims=True)) / (x.std((1, 2), keepdims=True) + 1e-6)
+    cells = F.adaptive_avg_pool2d(torch.as_tensor(x), (16, 8)).flatten(1).numpy()
+    return cells[:, :64], cells[:, 64:]
+
+
+def coherence(
+    train: tuple[np.ndarray, np.ndarray], slices: tuple[np.ndarray, np.ndarray]
+) -> tuple[float, float]:
+    """How well one half of a slice tells which other half is its own, and the standard error.
+
+    A ridge regression (Hoerl & Kennard 1970), learnt on `train`, predicts the second half from the
+    first. Returns the mean share of the other slices (at least one) whose second half correlates
+    less with the prediction than the slice's own does: 1 if halves always belong together, 1/2 if
+    they have nothing to do with each other. Both arguments are `halves`. Slices are compared with
+    those of their own set alone, so the texture that all of them share does not count.
+    """
+    centres = [half.mean(0) for half in train]
+    scales = [half.std(0) + 0.05 for half in train]
+
+    def scaled(pair: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
+        return [(half - c) / s for half, c, s in zip(pair, centres, scales, strict=True)]
+
+    (known, wanted), (first, second) = scaled(train), scaled(slices)
+    cells = known.shape[1]
+    weights = np.linalg.solve(known.T @ known + cells * np.eye(cells), known.T @ wanted)
+    first, second = (
+        x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-9) for x in (first @ weights, second)
+    )
+    likeness = first @ second.T  # correlations
+    own, others = np.diag(likeness)[:, None], len(likeness) - 1
+    shares = ((1 + np.sign(own - likeness)).sum(1) - 1) / (2 * others)  # without itself
+    return float(shares.mean()), float(shares.std() / math.sqrt(len(shares)))
+
+
 def _blur(x: Tensor) -> Tensor:
     """Gaussian means, (..., H, W) -> (..., H - 10, W - 10), by shifted sums along each axis."""
     for axis in (-2, -1):

@@ -117,7 +117,8 @@ def test_outlines_have_a_legend_of_the_values_in_the_study_s_masks(tmp_path, dra
     mask = np.zeros(SLICE.shape, np.uint8)
     mask[20:60, 20:60], mask[90:150, 30:90], mask[:9, :9] = 1, 3, figures.UNKNOWN
     rows, values = [("", SLICE, SLICE)], (0, 7, 9, 500)
-    figures.comparison_sheet(tmp_path / "c.png", rows, masks=[(mask, mask)], label_values=values)
+    pair = mask, np.where(mask == 1, 0, mask)  # the study's, and what the codes tell
+    figures.comparison_sheet(tmp_path / "c.png", rows, masks=[pair], label_values=values)
     groups = {"a": [("", SLICE, mask)], "b": [("", SLICE, None)]}
     figures.slice_grid(tmp_path / "g.png", groups, 1, (0, 1), label_values=values)
     for figure in drawn:
@@ -126,6 +127,7 @@ def test_outlines_have_a_legend_of_the_values_in_the_study_s_masks(tmp_path, dra
         assert {to_rgba(line.get_color()) for line in entries} == outlines and len(outlines) == 2
         assert [text.get_text() for text in figure.legends[0].get_texts()][1:] == ["7", "500"]
         assert_nothing_cut(figure)
+    assert len(drawn[0].axes[1].collections) == 1  # on the reconstruction
     figures.slice_grid(tmp_path / "plain.png", {"b": groups["b"]}, 1, (0, 1))
     assert not drawn[2].legends
 

@@ -157,10 +157,11 @@ def test_the_scorecard_by_hand():
     values = {
         "kernel_distance": (10, 16, 90, 20, 80, 70),
         "plausible": (0.7, 0.6, 0.1, 0.9, 0.2, 0.7),
+        "coherence": (0.95, 0.9, 0.6, 0.7, 0.95, 0.95),
     }
     by_place, halves, mixed, outside = sample_report.CONTROLS
     seen = {"kernel_distance": [by_place, halves, outside], "plausible": [by_place, mixed]}
-    seen["agreement"] = [mixed]
+    seen |= {"agreement": [mixed], "coherence": [by_place, halves]}
     table = {name: {key: each[i] for key, each in values.items()} for i, name in enumerate(names)}
     table[sample_report.RECONSTRUCTIONS] = {"agreement": 0.9, "kernel_distance": 11}
     table[sample_report.SAMPLES]["agreement"] = 0.8
@@ -178,6 +179,7 @@ def test_the_scorecard_by_hand():
     found = {question: tuple(line.values())[:4] for question, line in card.items()}
     assert found == {
         "likeness": (16, 11, 20, False),  # nearer to the control
+        "coherence": (0.9, 0.95, 0.7, True),
         "coverage": (0.19, 0.17, 0.2, False),
         "constraint": (0.6, 0.7, 0.2, True),  # nearer to the floor
         "masks": (0.8, 0.9, 0.5, True),

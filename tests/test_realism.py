@@ -53,6 +53,43 @@ def test_kernel_distance_is_unbiased_and_knows_its_error(shift, low, high):
     assert low < errors.mean() / found.std() < high
 
 
+def test_halves_are_means_of_both_sides():
+    x = np.random.default_rng(0).normal(3, 2, (2, 256, 128))
+    cells = (x - x.mean((1, 2), keepdims=True)) / x.std((1, 2), keepdims=True)
+    cells = cells.reshape(2, 16, 16, 8, 16).mean((2, 4))
+    first, second = metrics.halves(x)
+    np.testing.assert_allclose(first, cells[:, :8].reshape(2, 64), atol=1e-5)
+    np.testing.assert_allclose(second, cells[:, 8:].reshape(2, 64), atol=1e-5)
+
+
+def test_coherence_tells_halves_that_belong_together():
+    """A ridge fit by least squares, then each half among all others; and what extremes score."""
+    rng = np.random.default_rng(0)
+    link = rng.normal(size=(64, 64))
+
+    def draw(n, noise):
+        first = rng.normal(size=(n, 64))
+        return first, first @ link + noise * rng.normal(size=(n, 64))
+
+    train, slices = draw(300, 8), draw(50, 30)
+    score, error = metrics.coherence(train, slices)
+    (a, b), (c, d) = (
+        [(x - t.mean(0)) / (t.std(0) + 0.05) for x, t in zip(pair, train, strict=True)]
+        for pair in (train, slices)
+    )
+    fit = np.linalg.lstsq(np.vstack([a, 8 * np.eye(64)]), np.vstack([b, 0 * np.eye(64)]))[0]
+    guess = c @ fit
+    alike = [[x @ y / np.linalg.norm(x) / np.linalg.norm(y) for y in d] for x in guess]
+    shares = [np.mean(np.delete(alike[i], i) < alike[i][i]) for i in range(50)]
+    assert (score, error) == pytest.approx((np.mean(shares), np.std(shares) / 50**0.5))
+    assert 0.6 < score < 0.95
+    assert metrics.coherence(train, draw(50, 0))[0] == 1
+    strangers = slices[0], np.roll(slices[1], 1, 0)
+    assert metrics.coherence(train, strangers)[0] == pytest.approx(0.5, abs=3 * error)
+    flat = metrics.halves(np.ones((4, 32, 32)))
+    assert metrics.coherence(flat, flat) == (0.5, 0)
+
+
 # ---- variety ----
 
 
