@@ -59,7 +59,8 @@ def results(tmp_path):
     (folder / "generated").mkdir(parents=True)
     data = {"study": "my study & <b>", "synthetic": True}
     for prefix in ("", "prior_"):
-        lines = [{"run": RUN, "data": data}]
+        before = {"run": RUN | {"argv": ["train.py", "--before"]}, "data": data}
+        lines = [before, {"run": RUN, "data": data}]  # stopped and resumed
         for n in (1, 2):
             losses = {"train_loss": 1.5 / n, "val_loss": 0.321 / n}
             codes = {"validate": {"top": {"used": 377, "perplexity": 20.5}}}
@@ -115,7 +116,7 @@ def test_one_file_shows_the_whole_run(results):
     assert "| label 7 | – | – | – | 0.5000 | – | – | no fault |" in shown
     assert "| likeness | 56.78 | 12.34 | 98.76 | no | a & b | privacy, by correlation |" in shown
     assert "| privacy, by correlation | 0 of 3 | 1 of 120 | – | – |" in shown
-    assert "| train.py --data keras_slices_data | 2.13.0 |" in shown
+    assert "| train.py --data keras_slices_data | 2.13.0 |" in shown and "--before" not in shown
     assert "SYNTHETIC" in shown and "not a patient" in shown
     levels = [Image.open(BytesIO(base64.b64decode(source.split(",")[1]))).getpixel((9, 9))[0]
               for source in page.sources]  # fmt: skip
