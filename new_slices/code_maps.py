@@ -165,7 +165,7 @@ def extract_codes(
         for indices in torch.arange(len(split)).split(16 if device.type == "cpu" else 64):
             x = split.images(indices).to(device)
             masks = split.masks(indices) if labels else None
-            for variant in reversed(range(counts[name])):  # the slice as it is comes last
+            for variant in range(counts[name]):
                 seen = altered.images(x, variant, indices)
                 tissue = smoothed(seen, cells).cpu().numpy()
                 drawn = altered.masks(masks, variant, indices) if labels else None
@@ -173,9 +173,9 @@ def extract_codes(
                 maps[f"{name}_layout"][variant, indices] = layouts
                 for level, codes in zip(LEVELS, model.encode(seen), strict=True):
                     maps[f"{name}_{level}"][variant, indices] = codes.cpu().numpy()
+                if name == "train" and variant == 0:
+                    maps["train_tissue"][indices] = tissue
                 bar.update(len(indices))
-            if name == "train":
-                maps["train_tissue"][indices] = tissue
     bar.close()
     with runtime.atomic_path(files[-1]) as part:
         np.savez(part, key=key, **maps)

@@ -63,6 +63,9 @@ def test_codes_are_the_autoencoder_s_and_kept_for_it_alone(autoencoder, tmp_path
                 for variant, altered in enumerate((x, x.flip(2)) if name == "train" else (x,)):
                     for level, codes in zip(("top", "bottom"), model.encode(altered), strict=True):
                         assert np.array_equal(kept[f"{name}_{level}"][variant, i], codes[0])
+                if name == "train":  # of the slice as it is, without its mirror image's
+                    tissue = smoothed(x, kept["train_tissue"].shape[1:])[0]
+                    assert kept["train_tissue"][i] == pytest.approx(tissue.numpy(), abs=1e-6)
     digest = runtime.sha256(autoencoder)
     read = extract_codes(None, splits, 2, digest, tmp_path / "codes.npz")
     assert read["train_top"].shape == (2, 14, 8, 4)  # read, for no model was there
