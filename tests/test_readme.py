@@ -105,7 +105,8 @@ def test_every_snippet_of_the_readme_runs_as_pasted(study, tmp_path, monkeypatch
     assert found["reconstruction"].shape == (2, 1, 64, 32)
     assert found["made"].planes.shape == (1, 64, 32) and found["made"].labels is None
     assert np.abs(found["made"].planes - found["planes"]).mean() < np.ptp(found["planes"])
-    assert next(iter(found["loader"]))["image"].shape == (14, 1, 64, 32)
+    loader = torch.utils.data.DataLoader(found["splits"]["train"], batch_size=16)
+    assert next(iter(loader))["image"].shape == (14, 1, 64, 32)
 
 
 @pytest.mark.parametrize("script, arguments", FLAGS)
