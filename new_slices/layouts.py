@@ -49,8 +49,7 @@ WEIGHT = 2.0  # of an organ in what makes slices alike, beside intensities in st
 PAINT = (0.5, 1.5)  # how much brighter than tissue, from 0 to 1, organs are to the optical flow
 REACH, FARTHEST = 8, 6.0  # cells: radius of its window; it finds nothing farther away
 KNOTS = (3, 2)  # of the smooth random fields that the weights and the bending are
-BENT, MOVED = 0.7, 0.7  # cells, standard deviations
-FREELY = 1.5  # times as much where no organ's outline has to stay plausible
+BENT = 0.7  # the standard deviation of bends and moves, over that by which patients differ
 
 
 def classes(labels: int) -> int:
@@ -284,8 +283,9 @@ class Composer:
         tissue = mosaic(np.stack(parts), of_tissue)
         # All lie in the frame's place now. What is new lies where a mixture of theirs does, bent a
         # little, or where the organs that are given lie.
-        bend = BENT * random_fields(rng, 2, shape) + rng.normal(0, MOVED, (2, 1, 1))
-        bend *= 1 if self.labels else FREELY
+        bend = random_fields(rng, 2, shape) + rng.normal(size=(2, 1, 1))
+        # As much as these patients differ, and at least a cell: those of one differ by nothing.
+        bend *= BENT * max(1, np.std(laid, 0).mean())
         if drawn is None:
             place = sum(share * there for share, there in zip(of_shape, laid, strict=True))
             source = inverse(place + bend)
