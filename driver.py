@@ -46,24 +46,27 @@ class DriverConfig:
         check_number("prior_slices", self.prior_slices, least=-1)
 
 
+def scores_of(folder: Path) -> dict[str, tuple[float | None, float]]:
+    """Of the run in `folder`: {score: its value, None if there is none, and its standard error}."""
+    metrics = results_page.read_json(folder / "metrics.json")
+    report = results_page.read_json(folder / "generated" / "report.json")
+    scores = {".".join(key): (results_page.at(metrics, *key), 0.0) for key in SCORES}
+    for key in SCORES_OF_SAMPLES:
+        kinds = ("rows", "errors")
+        value, error = (results_page.at(report, "realism", of, "samples", key) for of in kinds)
+        scores[f"samples.{key}"] = value, error or 0.0
+    return scores
+
+
 def compare_with_documented(out: Path, documented: Path = DOCUMENTED) -> None:
     """Say whether the run in `out` has the scores of the documented one, or by how much not."""
-    differences = []
-
-    def compare(name: str, ours: float | None, theirs: float | None, error: float = 0.0) -> None:
+    expected, differences = scores_of(documented), []
+    for name, (ours, error) in scores_of(out).items():
+        theirs, its_error = expected[name]
         if None not in (ours, theirs) and f"{ours:.3g}" != f"{theirs:.3g}":
-            chance = " (chance)" if abs(ours - theirs) < 2 * error else ""
-            differences.append(f"{name} {ours:.4f} instead of {theirs:.4f}{chance}")
-
-    metrics = [results_page.read_json(folder / "metrics.json") for folder in (out, documented)]
-    for key in SCORES:
-        compare(".".join(key), *(results_page.at(scores, *key) for scores in metrics))
-    reports = [folder / "generated" / "report.json" for folder in (out, documented)]
-    reports = [results_page.at(results_page.read_json(file), "realism") for file in reports]
-    for key in SCORES_OF_SAMPLES:
-        scores = [results_page.at(report, "rows", "samples", key) for report in reports]
-        errors = [results_page.at(report, "errors", "samples", key) or 0 for report in reports]
-        compare(f"samples.{key}", *scores, error=math.hypot(*errors))
+            chance = abs(ours - theirs) < 2 * math.hypot(error, its_error)
+            difference = f"{name} {ours:.4f} instead of {theirs:.4f}"
+            differences.append(difference + " (chance)" * chance)
     print(f"compared with Results/phantom: {'; '.join(differences) or 'as documented'}")
 
 

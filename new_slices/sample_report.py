@@ -234,7 +234,10 @@ def score_likeness(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tu
     if min(len(few), *(len(row.images) for row in rows.values())) < 4:
         return {name: {} for name in rows}, {name: {} for name in rows}
     features, table, errors = picture_features(inputs.images("train", few)), {}, {}
-    halves = metrics.halves(inputs.images("train", real))
+    # A part at a time, as all of them may not fit into memory.
+    parts = torch.from_numpy(real).split(64)
+    sides = zip(*(metrics.halves(inputs.images("train", part)) for part in parts), strict=True)
+    halves = tuple(np.concatenate(side) for side in sides)
     for name, row in tqdm(rows.items(), desc="likeness", disable=None):
         found = {
             "kernel_distance": metrics.kernel_distance(features, picture_features(row.images)),
