@@ -207,26 +207,35 @@ def sample(
 ) -> Samples:
     """Sample slices at positions (n,); `keep(first, samples)` is called with every batch."""
     (top, bottom), seeds = config.sampling(), seeds_of(config)
-    passes = top.passes + bottom.passes
-    bar = tqdm(total=config.n * passes, desc="sampling", unit=" passes", disable=None)
-    parts = []
-    size = config.batch_size or (4 if next(model.parameters()).device.type == "cpu" else 256)
-    with runtime.stop_signals() as stopped, bar:
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    size, threads = config.batch_size or (4 if on_cpu else 256), torch.get_num_threads()
+    passes = config.n * (top.passes + bottom.passes)
+    bar = tqdm(total=passes, desc="sampling", unit=" passes", disable=None)
+
+    def sample_batch(first: int) -> Samples:
+        batch = slice(first, first + size)
 
         def progress() -> None:
-            bar.update(len(batch))
+            bar.update(len(seeds[batch]))
             if stopped:
                 raise KeyboardInterrupt
 
-        for first in range(0, config.n, size):
-            batch = range(first, min(first + size, config.n))
-            given = None if layouts is None else torch.from_numpy(layouts[batch])
-            own = positions[batch], seeds[batch.start : batch.stop], top, bottom
-            codes = prior.sample(*own, progress=progress, layouts=given)
-            images, masks = decode(model, *codes, given if prior.config.labels else None)
-            samples = Samples(images, *(level.cpu().numpy() for level in codes), masks)
-            keep(first, samples)
-            parts.append(samples)
+        given = None if layouts is None else torch.from_numpy(layouts[batch])
+        own = positions[batch], seeds[batch], top, bottom
+        codes = prior.sample(*own, progress=progress, layouts=given)
+        images, masks = decode(model, *codes, given if prior.config.labels else None)
+        return Samples(images, *(level.cpu().numpy() for level in codes), masks)
+
+    firsts, parts = range(0, config.n, size), []
+    with runtime.stop_signals() as stopped, bar, runtime.single_threads(threads) as pool:
+        # Two batches on a thread each take less time than one after the other on two threads.
+        batches = pool.map(sample_batch, firsts) if on_cpu else map(sample_batch, firsts)
+        try:
+            for first, samples in zip(firsts, batches, strict=True):
+                keep(first, samples)
+                parts.append(samples)
+        finally:
+            pool.shutdown(cancel_futures=True)  # or a failure would wait for all that is left
     columns = zip(*parts, strict=True)
     return Samples(*(None if each[0] is None else np.concatenate(each) for each in columns))
 
