@@ -241,7 +241,7 @@ class Composer:
         # Slices are alike by what lies where, and by the codes they use, wherever: those tell
         # organs and sequences apart that are as bright in the same places.
         alike = [places, *(code_use(maps[known]) for maps in codes)]
-        self.seen = np.concatenate([of_one_scale(each) for each in alike], 1)
+        self.seen = np.concatenate([of_one_scale(each) for each in alike], 1).astype(np.float32)
         self.sizes = np.square(self.seen).sum(1)
         # What the optical flow sees: tissue from 0 to 1, and each organ brighter by its own step.
         ends = np.quantile(self.tissue, (0.001, 0.999))
