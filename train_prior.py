@@ -36,7 +36,7 @@ RECIPE = SHARED_RECIPE | {
 }
 PRESETS = {
     "best": RECIPE | {"slices": 55_000, "prior_top_layers": 4, "prior_refine_blocks": 3},
-    "quick": RECIPE | {"slices": 2_800, "lr": 4e-3, "prior_dropout": 0.0, "variants": 1},
+    "quick": RECIPE | {"slices": 3_400, "lr": 4e-3, "prior_dropout": 0.0, "variants": 1},
 }
 
 

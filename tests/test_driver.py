@@ -44,7 +44,7 @@ def test_without_data_it_makes_a_phantom_and_says_so(stages, tmp_path, monkeypat
     "flags, preset, priors, slices",
     [
         ([], "report", "best", 55_000),
-        (["--preset", "quick"], "quick", "quick", 2_800),
+        (["--preset", "quick"], "quick", "quick", 3_400),
         (["--prior-slices", 9], "report", "best", 9),
     ],
 )
