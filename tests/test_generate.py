@@ -130,7 +130,15 @@ def test_a_sample_depends_on_its_seed_and_not_on_batch_or_count(made, trained, t
     assert len(theirs) == 3 and not ours & theirs  # the files of two seeds may lie in one folder
 
 
-def test_interrupted_sampling_keeps_what_is_finished(made, trained, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def one_by_one(monkeypatch):
+    """Batches of samples one after the other, however many threads there are."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
+
+def test_interrupted_sampling_keeps_what_is_finished(
+    made, trained, tmp_path, monkeypatch, capsys, one_by_one
+):
     # An earlier run's files must not pass for ours.
     shutil.copytree(made[0], tmp_path, dirs_exist_ok=True)
     whole, calls = Prior.sample, []
@@ -142,7 +150,6 @@ def test_interrupted_sampling_keeps_what_is_finished(made, trained, tmp_path, mo
         return whole(self, *args, progress=progress, **options)
 
     monkeypatch.setattr(Prior, "sample", interrupted)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # so that the first batch is finished
     with pytest.raises(KeyboardInterrupt):
         generate.generate(config(trained, tmp_path, batch_size=2))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
@@ -331,7 +338,7 @@ def two_organs(organs_study, tmp_path_factory):
 
 
 def test_written_masks_are_the_study_s_labels_given_codes_and_layout(
-    two_organs, organs_study, tmp_path, monkeypatch, no_report
+    two_organs, organs_study, tmp_path, monkeypatch, no_report, one_by_one
 ):
     """From the settings of the sampler to the files, in a study with two organs."""
     sampled, whole, learnt_from = [], Prior.sample, []
@@ -423,7 +430,7 @@ def own_masks(folder):
 
 
 def test_layouts_of_the_user_s_own_masks(
-    two_organs, organs_study, tmp_path, monkeypatch, no_report, capsys
+    two_organs, organs_study, tmp_path, monkeypatch, no_report, capsys, one_by_one
 ):
     mask, given = own_masks(tmp_path), []
     whole = Prior.sample
