@@ -113,12 +113,24 @@ def test_files_are_named_and_say_what_they_are(made, trained, tmp_path):
     assert np.array_equal(album.affine, train.affines[1])
 
 
-def test_a_sample_depends_on_its_seed_and_not_on_batch_or_count(made, trained, tmp_path, no_report):
+def test_a_sample_depends_on_its_seed_and_not_on_batch_count_or_threads(
+    made, trained, tmp_path, monkeypatch, no_report
+):
+    threads, whole, threads_of = [], Prior.sample, torch.get_num_threads
+
+    def sample(*args, **options):
+        threads.append(threads_of())
+        return whole(*args, **options)
+
+    monkeypatch.setattr(Prior, "sample", sample)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
     def slices(out):
         files = [*out.glob("[0-9]*.png"), *out.rglob("*.gz")]
         return {path.relative_to(out): path.read_bytes() for path in files}
 
-    generate.generate(config(trained, tmp_path / "three", n=3, batch_size=3))
+    generate.generate(config(trained, tmp_path / "three", n=3, batch_size=1))
+    assert threads == [1, 1, 1]
     three, five = slices(tmp_path / "three"), slices(made[0])
     assert len(three) == 6 and three.items() <= five.items()
     generate.generate(config(trained, tmp_path / "other", n=3, seed=1))
