@@ -31,7 +31,7 @@ def write_models(folder, study, seed: int) -> tuple[str, str]:
     config = replace(SMALL, labels=3)
     model = VQVAE2(config)
     model(torch.randn(4, 1, 64, 32))
-    data = data_of("s", labels=[0, 7, 300])
+    data = data_of("s", labels=[0, 7, 300], directions="RA", plane="axial")
     changes = {"model_config": asdict(config), "model": model.state_dict(), "data": data}
     path = write_checkpoint(folder / "vqvae2_best.pth", study, **changes)
     shape = PriorConfig(K=SMALL.K, labels=3, prior_channels=16, prior_heads=2, prior_top_layers=1)
@@ -177,7 +177,7 @@ def use(models, inputs, out, **config):
 
 
 def test_a_scan_comes_back_from_its_codes_as_the_model_gives_it(models, tmp_path):
-    pixels, affine = landmark(tilt=12, shape=(60, 30, 5))
+    pixels, affine = landmark(tilt=12, shape=(60, 30, 13))
     volume = nibabel.Nifti1Image((pixels * 9).astype(np.int16), affine)
     nibabel.save(volume, tmp_path / "case_scan.nii.gz")
     scaled = nibabel.Nifti1Image(pixels, affine)
@@ -185,11 +185,11 @@ def test_a_scan_comes_back_from_its_codes_as_the_model_gives_it(models, tmp_path
     nibabel.save(scaled, tmp_path / "scaled.nii")
     imsave(tmp_path / "p.png", (pixels[..., 2] * 9).astype(np.uint8), check_contrast=False)
     saved = tmp_path / "saved"
-    first = use(models, [tmp_path], tmp_path / "one", plane="axial", save=str(saved))["files"]
+    first = use(models, [tmp_path], tmp_path / "one", save=str(saved))["files"]
     names = {f"{name}.vq2" for name in ("case_scan.nii.gz", "p.png", "scaled.nii")}
     assert {path.name for path in saved.iterdir()} == names
     second = use(models, [saved], tmp_path / "two")["files"]
-    assert first["case_scan.nii.gz"]["planes"] == 5
+    assert first["case_scan.nii.gz"]["planes"] == 13
     for name, again in (("case_scan.nii.gz",) * 2, ("scaled.nii", "scaled.nii.gz"), ("p.png",) * 2):
         size = 8 * (saved / f"{name}.vq2").stat().st_size
         assert first[name]["bits"] == second[again]["bits"] == size

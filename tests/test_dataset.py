@@ -822,6 +822,8 @@ def test_of_studies_of_one_name_that_of_the_training_is_found(study, tmp_path, m
     for copy, info in made.items():
         info = replace(info, study="keras_slices_data")
         assert dataset.find_trained_study(info, "x.pth", cache) == str(copy)
+        splits = dataset.open_trained_study(info, DataConfig(cache=cache), "x.pth")
+        assert splits["test"].study == copy
     with pytest.raises(FileNotFoundError, match=r"x\.pth was trained on is not there"):
         dataset.find_trained_study(info, "x.pth", str(tmp_path / "empty"))
 

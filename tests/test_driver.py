@@ -49,11 +49,13 @@ def test_without_data_it_makes_a_phantom_and_says_so(stages, tmp_path, monkeypat
     ],
 )
 def test_every_stage_is_told_what_the_flags_say(study, stages, flags, preset, priors, slices):
-    code, out, err = command(driver, "--data", study, "--seed", 3, "--n", 5, "--nifti", *flags)
+    told = ("--data", study, "--seed", 3, "--n", 5, "--nifti", "--device", "cpu", "--bf16", "off")
+    code, out, err = command(driver, *told, *flags)
     assert code == 0, err
     assert out.splitlines()[-1] == "open Results/index.html"
     (first,), (scored, data), (second,), (sampled, _) = stages.values()
-    expected = train.make_settings({"preset": preset, "seed": 3, "data": str(study)})
+    given = {"seed": 3, "data": str(study), "device": "cpu", "bf16": "off"}
+    expected = train.make_settings({"preset": preset, **given})
     assert (first.train, first.model, first.loss) == (expected.train, expected.model, expected.loss)
     assert (scored.checkpoint, scored.out, scored.nifti) == ("best.pth", "Results", True)
     assert first.data.data == second.data.data == data.data == str(study)
@@ -62,6 +64,8 @@ def test_every_stage_is_told_what_the_flags_say(study, stages, flags, preset, pr
     assert second.codes.bottom_every == expected.codes.bottom_every
     assert (second.train.lr, second.train.slices) == (expected.train.lr, slices)
     assert second.train.seed == 3 and second.codes.checkpoint == "best.pth"
+    assert (second.train.device, second.train.bf16) == ("cpu", "off")
+    assert scored.device == sampled.device == "cpu"
     assert (sampled.n, sampled.seed, sampled.out) == (5, 3, str(Path("Results", "generated")))
     assert (sampled.checkpoint, sampled.prior) == ("best.pth", "prior.pth")
     cautious = driver.CAUTIOUS.items() <= vars(sampled).items()

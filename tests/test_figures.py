@@ -102,7 +102,9 @@ def test_edges_are_named_as_the_affine_tells(tmp_path, drawn, letters):
     assert nifti.directions(affine) == [letters]
     panels = {"a": [("", SLICE, None)] * 2}
     figures.slice_grid(tmp_path / "g.png", panels, 2, (0, 1), letters=letters)
-    figures.comparison_sheet(tmp_path / "c.png", [("", SLICE, SLICE)], letters=[letters])
+    each = [letters, "SS"]  # a slice has the edges of its own file
+    figures.comparison_sheet(tmp_path / "c.png", [("", SLICE, SLICE)] * 2, letters=each)
+    assert {text.get_text() for text in drawn[1].axes[3].texts} == {"S", "I"}
     for figure in drawn:
         names = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
         places = {name: place for place, name in names.items() if name in ("R", *"LAPSI")}

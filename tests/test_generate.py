@@ -174,6 +174,20 @@ def test_interrupted_sampling_keeps_what_is_finished(
     assert (tmp_path / "0001.png").read_bytes() == (made[0] / "0001.png").read_bytes()
 
 
+def test_pictures_name_what_they_show_and_begin_with_the_nearest(trained, tmp_path, monkeypatch):
+    drawn, test = {}, trained[3]["test"]
+    keep = lambda path, groups, *_, **__: drawn.update({path.name: groups})  # noqa: E731
+    monkeypatch.setattr(generate.figures, "slice_grid", keep)
+    generate.generate(config(trained, tmp_path))
+    every = test.images(range(len(test)))[:, 0].numpy()
+    for name, image, _ in drawn["grid.png"]["held-out slices"]:
+        (index,) = np.flatnonzero((every == image).all((1, 2)))
+        assert name == generate.label(test, index)
+    for group in drawn["nearest.png"].values():
+        similar = [float(title.split()[0]) for title, *_ in group[1::2]]
+        assert similar == sorted(similar, reverse=True) and len(set(similar)) > 1
+
+
 def test_a_folder_of_something_else_loses_nothing(trained, tmp_path):
     for name in ("manifest.json", "0000.png", "report.json"):
         (tmp_path / name).write_text('{"name": "years of work"}')
@@ -473,6 +487,14 @@ def test_layouts_of_the_user_s_own_masks(
 
 
 def test_a_mask_that_cannot_be_used_is_named_with_its_reason(two_organs, organs_study, tmp_path):
+    half = np.zeros((60, 60), np.uint8)
+    half[:, :30] = 5
+    nifti.write(tmp_path / "half.nii.gz", half, np.eye(4))
+    where = {"fit": "stretch", "directions": "RA", "plane": "axial"}
+    study = StudyInfo("s", 64, 32, {}, labels=(0, 5), **where)
+    found = generate.read_mask(str(tmp_path / "half.nii.gz"), study)  # placed as the study's are
+    assert (found[:, :16] == 1).all() and not found[:, 16:].any()
+    (tmp_path / "half.nii.gz").unlink()
     mask = own_masks(tmp_path)
     nifti.write(tmp_path / "c.nii.gz", np.where(mask == 9, 7, mask), np.eye(4))
     nifti.write(tmp_path / "d.nii.gz", np.stack([mask] * 3, 2), np.eye(4))
@@ -530,6 +552,9 @@ def test_slices_for_nnunet(two_organs, organs_study, tmp_path, monkeypatch, no_r
         assert np.array_equal(volume.affine[:, :2], plane.affine[:, :2])
         values = volume.get_fdata() if i < 3 else np.array([0, 5, 9])[volume.dataobj]
         assert np.allclose(values[..., 0], plane.get_fdata())
+    again = dataclasses.replace(settings, n=1)
+    generate.generate(again, DataConfig(data=str(organs_study)))  # nothing of three is left
+    assert [len(list((folder / kind).iterdir())) for kind in ("imagesTr", "labelsTr")] == [1, 1]
 
 
 WANTS_MASKS = [{"layout": "."}, {"layouts_only": True}, {"nnunet": "Dataset501_A"}]

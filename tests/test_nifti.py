@@ -247,3 +247,7 @@ def test_nifti_keeps_pixels_affine_and_bytes(tmp_path):
     nifti.write(tmp_path / "d.nii", PIXELS, np.diag([2.0, 3, 4, 1]), oriented=False)
     header = nibabel.load(tmp_path / "d.nii").header
     assert header["sform_code"] == header["qform_code"] == 0 and header.get_zooms() == (2, 3)
+    nifti.write(tmp_path / "e.nii", PIXELS, None, like=header.as_byteswapped(">"))
+    image = nibabel.load(tmp_path / "e.nii")
+    assert np.array_equal(image.get_fdata(dtype=np.float32), PIXELS)
+    assert image.header.get_zooms() == (2, 3)

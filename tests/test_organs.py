@@ -105,6 +105,17 @@ def test_plausible_slices_are_told_from_broken_ones():
     assert not together[asked < 0.04].any() and together[asked > 0.4].all()
 
 
+def test_a_rare_organ_is_compared_with_the_nearest_that_show_it():
+    """Of 1,000 slices one in 20 shows it: 128 of these are all, however far away."""
+    real, positions = np.full((1000, 1, 8), np.nan), np.linspace(0, 1, 1000)
+    real[::20] = 1.0
+    real[20] = 3.0
+    _, fine = organs.plausible(np.full((1, 1, 8), 3.0), np.array([0.9]), real, positions)
+    assert fine.all()
+    _, fine = organs.plausible(np.full((1, 1, 8), 4.0), np.array([0.9]), real, positions)
+    assert not fine.any()
+
+
 def test_kinds_of_slices_that_never_mix():
     """Two kinds of study in one: both are plausible, one with an organ of the other is not."""
     _, masks = bodies(600)

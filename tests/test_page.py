@@ -60,7 +60,8 @@ def results(tmp_path):
     data = {"study": "my study & <b>", "synthetic": True}
     for prefix in ("", "prior_"):
         before = {"run": RUN | {"argv": ["train.py", "--before"]}, "data": data}
-        lines = [before, {"run": RUN, "data": data}]  # stopped and resumed
+        run = RUN | {"argv": ["train_prior.py", "--seed", "1"]} if prefix else RUN
+        lines = [before, {"run": run, "data": data}]  # stopped and resumed
         for n in (1, 2):
             losses = {"train_loss": 1.5 / n, "val_loss": 0.321 / n}
             codes = {"validate": {"top": {"used": 377, "perplexity": 20.5}}}
@@ -85,7 +86,8 @@ def results(tmp_path):
     line = {"new slices": 56.78, "floor": 12.34, "control": 98.76, "passed": False}
     privacy = {"new slices": "0 of 3", "floor": "1 of 120", "control": None, "passed": None}
     card = {"likeness": line | {"in words": "a & b"}, "privacy, by correlation": privacy}
-    report = {"scorecard": card, "manifest": {"provenance": RUN, "note": "not a patient"}}
+    manifest = {"provenance": RUN, "note": "not a patient", "data": data}
+    report = {"scorecard": card, "conclusion": "Bad, by likeness.", "manifest": manifest}
     runtime.write_json(folder / "generated" / "report.json", report)
     for i, name in enumerate(PICTURES):
         Image.fromarray(np.full((20, 30), 20 * i, np.uint8)).save(folder / f"{name}.png")
@@ -117,7 +119,8 @@ def test_one_file_shows_the_whole_run(results):
     assert "| likeness | 56.78 | 12.34 | 98.76 | no | a & b | privacy, by correlation |" in shown
     assert "| privacy, by correlation | 0 of 3 | 1 of 120 | – | – |" in shown
     assert "| train.py --data keras_slices_data | 2.13.0 |" in shown and "--before" not in shown
-    assert "SYNTHETIC" in shown and "not a patient" in shown
+    assert "| priors | train_prior.py --seed 1 |" in shown
+    assert "SYNTHETIC" in shown and "not a patient | Bad, by likeness. |" in shown
     levels = [Image.open(BytesIO(base64.b64decode(source.split(",")[1]))).getpixel((9, 9))[0]
               for source in page.sources]  # fmt: skip
     assert levels == pytest.approx([20 * i for i in range(len(PICTURES))], abs=3)
@@ -139,6 +142,7 @@ def test_new_slices_appear_on_the_page_of_their_run(results):
     alone = (results / "generated").rename(results.parent / "samples")
     results_page.write(alone)
     assert "56.78" in read(alone).text and len(read(alone).sources) == 3
+    assert "SYNTHETIC" in read(alone).text and "my study & <b>" in read(alone).text
 
 
 def test_a_folder_with_little_or_broken_files_has_a_page(results):

@@ -60,16 +60,16 @@ def test_same_config_gives_same_bytes_and_another_seed_others(study, tmp_path):
 
 
 def test_a_phantom_is_completed_and_another_left_alone(tmp_path):
-    one = PhantomConfig(train_patients=1, validate_patients=1, test_patients=1, weeks=1, slices=1)
+    one = PhantomConfig(train_patients=1, validate_patients=1, test_patients=1, weeks=1, slices=2)
     out = write_phantom(tmp_path / "p", one)
     made = {path: path.stat().st_mtime_ns for path in out.glob("keras*/*")}
     write_phantom(out, one)
     assert made == {path: path.stat().st_mtime_ns for path in out.glob("keras*/*")}
-    next(out.glob("keras_slices_seg_test/*")).unlink()
-    assert len(contents(write_phantom(out, one))) == 6
+    max(out.glob("keras_slices_seg_test/*")).unlink()  # the last slice of a volume
+    assert len(contents(write_phantom(out, one))) == 12
     with pytest.raises(ValueError, match="not this phantom"):
         write_phantom(out, replace(one, train_patients=2))
-    assert len(contents(out)) == 6
+    assert len(contents(out)) == 12
 
 
 def test_foreign_folder_is_refused_and_left_alone(tmp_path):

@@ -138,6 +138,22 @@ def test_nifti_reconstructions_lie_on_their_originals(scored, test_split, checkp
         np.testing.assert_allclose(written.get_fdata(), units, rtol=1e-4, atol=1e-2)
 
 
+def test_slices_of_one_name_in_two_folders_are_both_written(study, tmp_path):
+    folder = shutil.copytree(study, tmp_path / "keras_slices_data")
+    test = folder / "keras_slices_test"
+    for path in sorted(test.glob("*.gz")):
+        name = dataset.parse_name(path)
+        (test / f"patient_{name.patient}").mkdir(exist_ok=True)
+        path.rename(test / f"patient_{name.patient}" / f"slice_{name.slice}.nii.gz")
+    model = write_checkpoint(tmp_path / "vqvae2_best.pth", folder)
+    given = {"checkpoint": str(model), "out": str(tmp_path / "out"), "device": "cpu"}
+    predict.predict(predict.PredictConfig(nifti=True, **given), DataConfig(data=str(folder)))
+    written, originals = tmp_path / "out" / "reconstructions", test.rglob("*.gz")
+    assert {path.relative_to(written) for path in written.rglob("*.gz")} == {
+        path.relative_to(test) for path in originals
+    }
+
+
 def study_of(study, folder, shape):
     """A copy of the study whose slices are cut down, or repeated, to `shape`."""
     for path in study.rglob("*.nii.gz"):

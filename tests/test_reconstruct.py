@@ -110,7 +110,7 @@ def test_the_plane_of_the_model_is_told_and_another_is_said(study, tmp_path, cap
     out = capsys.readouterr().out
     assert "1 volumes were cut in axial planes" in out and "learnt" not in out
     result = use(model, [tmp_path / "scan.nii.gz"], tmp_path / "out", plane="coronal")
-    assert result["files"]["scan.nii.gz"]["planes"] == 32
+    assert result["plane"] == "coronal" and result["files"]["scan.nii.gz"]["planes"] == 32
     assert "1 files are coronal, and the model has learnt axial slices" in capsys.readouterr().out
 
 
@@ -175,13 +175,15 @@ def test_types_axes_and_constant_planes(checkpoint, tmp_path, capsys):
     pixels = rng.gamma(2, 100, (64, 32, 3, 2))
     pixels[..., 1, 0] = 7  # a plane of one value is a plane like any other
     volumes = {"f8": pixels, "u1": np.clip(pixels, 0, 255).astype(np.uint8)}
+    volumes["i2"] = (pixels - 1000).astype(np.int16)  # as in CT
     volumes["f4"] = pixels.astype(np.float32)
     affine = np.array([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
     for name, volume in volumes.items():
         nibabel.save(nibabel.Nifti1Image(volume, affine), tmp_path / f"{name}.nii")
     nibabel.save(nibabel.Nifti2Image(volumes["f4"][..., 0, :1], None), tmp_path / "slice.nii.gz")
     result = use(checkpoint, [tmp_path], tmp_path / "out")
-    for name, kind in (("f8", np.float32), ("u1", np.uint8), ("f4", np.float32)):
+    kinds = {"f8": np.float32, "u1": np.uint8, "i2": np.int16, "f4": np.float32}
+    for name, kind in kinds.items():
         found = nibabel.load(tmp_path / "out" / f"{name}.nii")
         assert found.get_data_dtype() == kind
         np.testing.assert_allclose(np.asarray(found.dataobj), volumes[name], rtol=1e-4, atol=1e-3)

@@ -281,9 +281,10 @@ def test_subjects_with_names_get_numbers_that_are_kept(tmp_path):
     for label in ("ctl1", "ctl2", "pat1"):
         path = tmp_path / "b" / "labelled_scans" / f"sub-{label}_T2w.nii.gz"  # no folder of masks
         save(path, noise(1, SHAPE), RAS)
-    run_slice(tmp_path / "b", tmp_path / "out")
+    run_slice(tmp_path / "b", tmp_path / "out", seed=7)
     assert {parse_name(path).patient for path in (tmp_path / "out").rglob("case_*")} == {1, 2, 3}
     record = json.loads((tmp_path / "out" / "slices.json").read_text())
+    assert (record["count"], record["seed"]) == (4, 7)
     assert record["subject ctl2"] == 2 and record["subject pat1"] == 3
 
 
@@ -310,6 +311,15 @@ def test_masks_of_a_folder_of_their_own(tmp_path):
     pattern = r"^(?:sub-0)?(?P<patient>\d)"
     run_slice(tmp_path / "b", tmp_path / "out", name_pattern=pattern, **flags)
     assert len(list((tmp_path / "out").rglob("seg_*"))) == 36
+
+
+def test_leading_zeros_make_no_other_person(tmp_path):
+    for patient in (4, 36, 40):
+        save(tmp_path / "a" / f"Case_{patient:03d}_Week0_LFOV.nii.gz", noise(1, SHAPE), RAS)
+        mask = np.ones(SHAPE, np.uint8)
+        save(tmp_path / "a" / f"case_{patient}_week_0_seg.nii.gz", mask, RAS)
+    run_slice(tmp_path / "a", tmp_path / "out")
+    assert len(list((tmp_path / "out").rglob("seg_*"))) == 12
 
 
 def test_one_person_of_two_days_is_not_two_patients(tmp_path):

@@ -367,6 +367,13 @@ def test_the_masks_terms_are_of_the_mask_and_of_the_coarse_one():
         assert added.item() == pytest.approx(0.3 * of_masks.item(), rel=1e-4)
 
 
+def test_labels_that_were_not_learnt_are_named_by_their_dice_in_validation():
+    dice = {"train": {"7": None, "8": None, "9": None}}
+    dice["validate"] = {"7": 0.05, "8": None, "9": 0.8}
+    stage = object.__new__(train.Autoencoder)
+    assert stage.verdict({"dice": dice}).endswith("not learnt (Dice): 7 (0.05)")
+
+
 def test_slices_without_masks_give_the_mask_head_no_gradient():
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
     masks = torch.full((2, 4, 4), NO_MASK, dtype=torch.uint8)

@@ -230,6 +230,13 @@ def test_a_run_by_slices_sees_just_so_many(make, steps):
     assert rates == pytest.approx([trainer.learning_rate(run.config, n / 23) for n in shares])
 
 
+def test_the_loss_of_an_epoch_that_is_cut_short_is_a_mean_of_what_it_saw(make, tmp_path):
+    run = make(slices=23, lr=1e-9)  # the weights stay what they are
+    trainer.fit(run.stage, run.config)
+    whole, short = map(float, (tmp_path / "train_losses.txt").read_text().split())
+    assert short == pytest.approx(whole, rel=0.25)
+
+
 def test_the_dice_of_the_log_is_that_of_all_validation_slices_together(masked_study, tmp_path):
     """Slices without a mask, or without the organ, count for nothing; a reference by sets."""
     copy = shutil.copytree(masked_study, tmp_path / "study")

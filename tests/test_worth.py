@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from conftest import command
 from scipy.linalg import sqrtm
 
+import new_slices.picture_features
 from benchmarks import features, few_patients, twin_halves, utility
 from dataset import DataConfig, open_study
 from new_slices import organs, sample_report
@@ -210,6 +212,32 @@ def test_features_of_a_folder(folders, tmp_path):
     alone = picture_features(x[:1])  # they know no scale, also beside slices of another one
     for found in picture_features(np.concatenate([7 * x[:1] - 3, x]))[:2]:
         np.testing.assert_allclose(found, alone[0], atol=1e-4)
+
+
+def test_features_are_the_means_of_the_last_maps(monkeypatch):
+    maps = torch.arange(6.0).view(1, 1, 2, 3)
+    network = SimpleNamespace(extract_features=lambda x: maps.expand(len(x), 4, 2, 3))
+    monkeypatch.setattr(new_slices.picture_features, "network", lambda: network)
+    assert np.array_equal(picture_features(np.ones((3, 8, 8))), np.full((3, 4), 2.5))
+
+
+def test_what_the_priors_cost_is_told_inside_the_organs_and_around_them(monkeypatch):
+    real = np.random.default_rng(0).normal(size=(8, 64, 32)).astype(np.float32)
+    mask = np.zeros(real.shape, np.uint8)
+    mask[:, 20:26, 10:16] = 1
+    sampled = real + 9 * mask  # the organ alone is wrong
+    monkeypatch.setattr(organs, "segment", lambda _, x: mask[: len(x)])
+    features = lambda x: x.reshape(len(x), -1).astype(float)  # noqa: E731
+    monkeypatch.setattr(sample_report, "picture_features", features)
+    kinds = (sample_report.FLOOR, sample_report.RECONSTRUCTIONS, sample_report.SAMPLES)
+    rows = dict(
+        zip(kinds, [sample_report.Row(x, None) for x in (real, real, sampled)], strict=True)
+    )
+    train = SimpleNamespace(images=lambda _: torch.from_numpy(real)[:, None])
+    inputs = sample_report.Inputs(None, None, {"train": train}, {}, None, None, None, object())
+    table = {kind: {"kernel_distance": 0.0} for kind in kinds}
+    costs = sample_report.score_costs(inputs, rows, table, np.arange(8))
+    assert costs["organs"]["priors"] > 0 and costs["around organs"]["priors"] == pytest.approx(0)
 
 
 def test_an_appraisal_by_anatomy_sees_what_is_broken(folders, monkeypatch):
