@@ -99,6 +99,8 @@ def test_a_run_is_compared_with_the_documented_one(tmp_path, capsys):
     assert capsys.readouterr().out.endswith("as documented\n")
     driver.compare_with_documented(write(tmp_path / "other", 0.94, 0.5), documented)
     assert "ssim_report.mean 0.9400 instead of 0.9300\n" in capsys.readouterr().out
+    driver.compare_with_documented(write(tmp_path / "rounded", 0.931, 0.5), documented)
+    assert "ssim_report.mean 0.9310 instead of 0.9300 (chance)\n" in capsys.readouterr().out
     driver.compare_with_documented(write(tmp_path / "chance", 0.93, 0.6), documented)
     assert "samples.plausible 0.6000 instead of 0.5000 (chance)\n" in capsys.readouterr().out
     driver.compare_with_documented(write(tmp_path / "worse", 0.93, 0.3), documented)
