@@ -88,7 +88,7 @@ class GenerateConfig:
     checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder, as train.py wrote it")
     prior: str = option("Results/prior_best.pth", "its priors, as train_prior.py wrote them")
     out: str = option("Results/generated", "folder to write to")
-    batch_size: int = option(0, "slices at a time; 0: 4 on a CPU, 256 on a GPU")
+    batch_size: int = option(0, "slices at a time, on each thread; 0: 4 on a CPU, 256 on a GPU")
     device: str = option("auto", "where the models run", choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self) -> None:
@@ -228,7 +228,8 @@ def sample(
 
     firsts, parts = range(0, config.n, size), []
     with runtime.stop_signals() as stopped, bar, runtime.single_threads(threads) as pool:
-        # Two batches on a thread each take less time than one after the other on two threads.
+        # On a CPU two batches, each on its own thread, take less time than one after the other on
+        # two threads. A GPU takes one at a time.
         batches = pool.map(sample_batch, firsts) if on_cpu else map(sample_batch, firsts)
         try:
             for first, samples in zip(firsts, batches, strict=True):

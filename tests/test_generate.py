@@ -486,15 +486,17 @@ def test_layouts_of_the_user_s_own_masks(
     assert given[0][0] == 0.25 and len(list(tmp_path.rglob("seg_*"))) == 1  # the three are gone
 
 
-def test_a_mask_that_cannot_be_used_is_named_with_its_reason(two_organs, organs_study, tmp_path):
+def test_a_user_s_own_mask_is_placed_as_the_study_s_slices_are(tmp_path):
     half = np.zeros((60, 60), np.uint8)
     half[:, :30] = 5
     nifti.write(tmp_path / "half.nii.gz", half, np.eye(4))
     where = {"fit": "stretch", "directions": "RA", "plane": "axial"}
     study = StudyInfo("s", 64, 32, {}, labels=(0, 5), **where)
-    found = generate.read_mask(str(tmp_path / "half.nii.gz"), study)  # placed as the study's are
+    found = generate.read_mask(str(tmp_path / "half.nii.gz"), study)
     assert (found[:, :16] == 1).all() and not found[:, 16:].any()
-    (tmp_path / "half.nii.gz").unlink()
+
+
+def test_a_mask_that_cannot_be_used_is_named_with_its_reason(two_organs, organs_study, tmp_path):
     mask = own_masks(tmp_path)
     nifti.write(tmp_path / "c.nii.gz", np.where(mask == 9, 7, mask), np.eye(4))
     nifti.write(tmp_path / "d.nii.gz", np.stack([mask] * 3, 2), np.eye(4))

@@ -11,7 +11,6 @@ import torch
 from conftest import command
 from scipy.linalg import sqrtm
 
-import new_slices.picture_features
 from benchmarks import features, few_patients, twin_halves, utility
 from dataset import DataConfig, open_study
 from new_slices import organs, sample_report
@@ -217,7 +216,7 @@ def test_features_of_a_folder(folders, tmp_path):
 def test_features_are_the_means_of_the_last_maps(monkeypatch):
     maps = torch.arange(6.0).view(1, 1, 2, 3)
     network = SimpleNamespace(extract_features=lambda x: maps.expand(len(x), 4, 2, 3))
-    monkeypatch.setattr(new_slices.picture_features, "network", lambda: network)
+    monkeypatch.setattr("new_slices.picture_features.network", lambda: network)
     assert np.array_equal(picture_features(np.ones((3, 8, 8))), np.full((3, 4), 2.5))
 
 
@@ -229,13 +228,12 @@ def test_what_the_priors_cost_is_told_inside_the_organs_and_around_them(monkeypa
     monkeypatch.setattr(organs, "segment", lambda _, x: mask[: len(x)])
     features = lambda x: x.reshape(len(x), -1).astype(float)  # noqa: E731
     monkeypatch.setattr(sample_report, "picture_features", features)
-    kinds = (sample_report.FLOOR, sample_report.RECONSTRUCTIONS, sample_report.SAMPLES)
-    rows = dict(
-        zip(kinds, [sample_report.Row(x, None) for x in (real, real, sampled)], strict=True)
-    )
+    shown = {sample_report.FLOOR: real, sample_report.RECONSTRUCTIONS: real}
+    shown[sample_report.SAMPLES] = sampled
+    rows = {kind: sample_report.Row(images, None) for kind, images in shown.items()}
     train = SimpleNamespace(images=lambda _: torch.from_numpy(real)[:, None])
     inputs = sample_report.Inputs(None, None, {"train": train}, {}, None, None, None, object())
-    table = {kind: {"kernel_distance": 0.0} for kind in kinds}
+    table = {kind: {"kernel_distance": 0.0} for kind in shown}
     costs = sample_report.score_costs(inputs, rows, table, np.arange(8))
     assert costs["organs"]["priors"] > 0 and costs["around organs"]["priors"] == pytest.approx(0)
 
