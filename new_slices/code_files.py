@@ -139,16 +139,17 @@ class Coder:
         """
         device = self.prior.top.rows.device
         known = torch.full((1,), math.nan, device=device), self.prior.as_it_is(1)
+        tables = [getattr(self.prior, name).table() for name in LEVELS]
         maps = [np.empty((count, *getattr(self.prior, name).shape), np.uint16) for name in LEVELS]
         for plane in tqdm(range(count), desc="coding", unit=" planes", disable=None, leave=False):
             condition = None  # of the top codes: their layout is unknown
-            for name, found in zip(LEVELS, maps, strict=True):
+            for name, table, found in zip(LEVELS, tables, maps, strict=True):
                 level = getattr(self.prior, name)
                 context = level.context(*known, condition)
                 codes = torch.full((1, *level.shape), level.K, device=device)  # all are hidden
                 for at in groups(level.shape, GROUPS[name]):
                     asked = torch.from_numpy(at)[None].to(device)
-                    told = code(name, plane, at, weights=weigh(level(codes, context, asked)))
+                    told = code(name, plane, at, weights=weigh(level(codes, context, asked, table)))
                     codes[asked] = torch.from_numpy(told).to(codes)
                 found[plane] = codes[0].cpu().numpy()
                 condition = codes  # of the bottom codes

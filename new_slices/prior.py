@@ -59,7 +59,7 @@ class PriorConfig:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            least = 0 if name in ("labels", "prior_dropout", "prior_refine_blocks") else 1
+            least = 0 if name in ("labels", "prior_dropout") else 1
             check_number(name, value, least, 0.99 if name == "prior_dropout" else 2**31)
         if self.prior_channels % self.prior_heads:
             found = f"--prior-channels is {self.prior_channels}"
@@ -134,9 +134,12 @@ class Refine(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 5, padding=2, groups=channels)
         self.mlp = MLP(channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, h, w) -> (B, C, h, w)."""
-        return x + self.mlp(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+        """x (B, h, w, C) -> (B, h, w, C), or (M, C) of the M codes alone at which `at` is true."""
+        around = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if at is not None:
+            x, around = x[at], around[at]
+        return x + self.mlp(around)
 
 
 class MaskedPrior(nn.Module):
@@ -181,7 +184,7 @@ class MaskedPrior(nn.Module):
         self.norm = nn.LayerNorm(C)
         self.split = nn.Linear(C, P * P * C)  # a token -> its codes
         self.local = nn.Conv2d(C, C, 5, padding=2, groups=C)  # what neighbours say of a code
-        self.refine = nn.Sequential(*(Refine(C) for _ in range(config.prior_refine_blocks)))
+        self.refine = nn.ModuleList(Refine(C) for _ in range(config.prior_refine_blocks))
         self.head_norm, self.head = nn.LayerNorm(C), nn.Linear(C, config.K)
         self.start()
 
@@ -199,26 +202,48 @@ class MaskedPrior(nn.Module):
                 nn.init.normal_(parameter, std=std)
         nn.init.zeros_(self.head.weight)
 
-    def forward(self, codes: Tensor, context: Tensor, at: Tensor | None = None) -> Tensor:
+    def forward(
+        self, codes: Tensor, context: Tensor, at: Tensor | None = None, table: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, h, w, K) of every code of the map, hidden or not.
 
         Args:
             codes: (B, h, w) int64 in [0, K); K where a code is hidden.
             context: (B, C, grid), what `self.context` makes of all else.
             at: (B, h, w) bool, to be told the logits of these M codes alone, (M, K).
+            table: what `self.table` returns, for whoever asks more than once.
         """
         h, w = self.shape
-        embedded = self.embed(codes).permute(0, 3, 1, 2)  # (B, C, h, w)
-        x = self.dropout(self.merge(whole_patches(embedded, self.patch)) + context)
+        merged = self.merge_codes(codes, self.table() if table is None else table)
+        x = self.dropout(merged + context)
         for block in self.blocks:
             x = block(x)
         x = self.split(self.norm(x.permute(0, 2, 3, 1)))  # (B, grid, C) -> (B, grid, P*P*C)
         # Channels stay last in memory: depthwise convolutions take three fifths of the time so.
         x = x.unflatten(3, (self.patch, self.patch, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        x = x[:, :h, :w].permute(0, 3, 1, 2)
-        x = self.refine(x + self.local(embedded))  # (B, C, h, w)
-        x = x.permute(0, 2, 3, 1)
-        return self.head(self.head_norm(x if at is None else x[at]))
+        embedded = self.embed(codes).permute(0, 3, 1, 2)  # (B, C, h, w)
+        x = x[:, :h, :w] + self.local(embedded).permute(0, 2, 3, 1)  # (B, h, w, C)
+        for refine in self.refine[:-1]:
+            x = refine(x)
+        return self.head(self.head_norm(self.refine[-1](x, at)))
+
+    def table(self) -> Tensor:
+        """What each code adds to a token at each place of its patch, (places * (K + 2), C).
+
+        A convolution of embedded codes is a sum of rows of this table. It has a row more for each
+        place than there are embeddings: zeros, for places outside the map.
+        """
+        values = F.pad(self.embed.weight, (0, 0, 0, 1))
+        return (values @ self.merge.weight.flatten(2).permute(2, 1, 0)).flatten(0, 1)
+
+    def merge_codes(self, codes: Tensor, table: Tensor) -> Tensor:
+        """`self.merge` of the embedded codes (B, h, w), (B, C, grid), in a tenth of its time."""
+        P, (h, w) = self.patch, self.shape
+        padded = F.pad(codes, (1, 1 - w % -P, 1, 1 - h % -P), value=self.K + 1)
+        rows = padded.unfold(1, P + 2, P).unfold(2, P + 2, P).flatten(3)  # (B, grid, places)
+        rows = rows + (self.K + 2) * torch.arange(rows.shape[3], device=rows.device)
+        merged = F.embedding_bag(rows.flatten(0, 2), table, mode="sum") + self.merge.bias
+        return merged.view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
 
     def context(self, position: Tensor, variant: Tensor, condition: Tensor | None = None) -> Tensor:
         """What is known before any code is, (B, C, grid): places in the map, and the arguments.
@@ -421,7 +446,7 @@ def unmask(
     """
     B, N, K, T = len(generators), math.prod(level.shape), level.K, sampling.passes
     guided = sampling.guidance and known[-1] is not None
-    context = level.context(*known)
+    context, table = level.context(*known), level.table()
     unconditional = level.context(*known[:-1]) if guided else None
     device = level.rows.device
     codes = torch.full((B, N), K, device=device)
@@ -436,9 +461,9 @@ def unmask(
         hidden = codes == K
         at = hidden.view(B, *level.shape)
         # The logits (M, K) of the codes of all slices that are still hidden.
-        logits = level(codes.view(B, *level.shape), context, at).float()
+        logits = level(codes.view(B, *level.shape), context, at, table).float()
         if guided:
-            without = level(codes.view(B, *level.shape), unconditional, at).float()
+            without = level(codes.view(B, *level.shape), unconditional, at, table).float()
             logits = logits + sampling.guidance * (logits - without)
         sampled = sample_codes(logits, own_uniform()[hidden], sampling.temperature)
         log_p = logits.gather(1, sampled[:, None])[:, 0] - logits.logsumexp(1)

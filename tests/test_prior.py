@@ -199,6 +199,24 @@ def test_maps_whose_sides_are_no_multiple_of_the_patch():
     assert model.bottom(bottom, model.bottom.context(*known, top)).shape == (2, 6, 10, 5)
 
 
+@torch.inference_mode()
+def test_tokens_are_a_convolution_of_embedded_codes():
+    level = make_prior(shape=(3, 5)).double().top
+    codes = torch.randint(level.K + 1, (2, 3, 5))
+    whole = F.pad(level.embed(codes).permute(0, 3, 1, 2), (0, 1, 0, 1))
+    found = level.merge_codes(codes, level.table())
+    assert torch.allclose(found, level.merge(whole), rtol=0, atol=1e-12)
+
+
+@torch.inference_mode()
+def test_the_logits_of_some_codes_are_those_of_the_whole_map():
+    level = make_prior(shape=(3, 5)).double().top
+    codes, at = torch.randint(level.K + 1, (2, 3, 5)), torch.rand(2, 3, 5) < 0.5
+    context = level.context(torch.tensor([0.2, 0.7]), torch.zeros(2, 3).double())
+    whole, some = level(codes, context), level(codes, context, at)
+    assert torch.allclose(some, whole[at], rtol=0, atol=1e-12)
+
+
 def test_random_masks_hide_a_uniform_number_of_codes_at_uniform_places():
     generator = torch.Generator().manual_seed(0)
     masks = torch.cat([random_masks(torch.zeros(8, 2, 2), generator) for _ in range(500)])

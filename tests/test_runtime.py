@@ -228,7 +228,7 @@ OUT_OF_RANGE = {
     LossConfig: {"beta": [math.nan]},
     VQVAE2Config: {"K": [0], "D": [-1], "ema_decay": [1.0], "stride": [3]}
     | {f"{part}_blocks": [-1] for part in ("encoder", "top", "decoder")},
-    PriorConfig: {"prior_top_layers": [0], "prior_refine_blocks": [-1]},
+    PriorConfig: {"prior_top_layers": [0], "prior_refine_blocks": [0]},
     CodesConfig: {"bottom_every": [0]},
     Sampling: {"passes": [0, 10**6], "temperature": [-1], "spread": [math.inf]},
     GenerateConfig: {"n": [0], "top_temperature": [-1.0], "bottom_temperature": [math.nan]}
