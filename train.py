@@ -71,7 +71,7 @@ class LossConfig:
     mse: float = option(1.0, "weight of the mean squared error in the reconstruction term")
     l1: float = option(0.0, "weight of the mean absolute error in the reconstruction term")
     ssim: float = option(0.0, "weight of 1 - SSIM in the reconstruction term")
-    mask_weight: float = option(0.02, "weight of the losses of masks, fine and coarse")
+    mask_weight: float = option(0.02, "weight of masks' losses, fine and coarse; falls with --lr")
     flip: bool = option(False, "mirror half of all slices at random, with left and right labels")
 
     def __post_init__(self) -> None:
@@ -135,17 +135,23 @@ def study_flags(study: StudyInfo, path: str, given: dict) -> dict:
 
 
 def losses(
-    x: Tensor, output: Output, config: LossConfig, masks: Tensor | None = None
+    x: Tensor,
+    output: Output,
+    config: LossConfig,
+    masks: Tensor | None = None,
+    fall: Tensor | float = 1.0,
 ) -> dict[str, Tensor]:
     """Every loss of a batch as a scalar; "loss" is minimised, in the report's words
 
         loss = reconstruction + codebook + beta * commitment
-               [+ mask_weight * (cross-entropy + Dice loss + both of the coarse mask)]
+               [+ fall * mask_weight * (cross-entropy + Dice loss + both of the coarse mask)]
                [+ bit_weight * bits of a code, their mean, which has no gradient].
 
     The codebook term ||sg[z_e] - e||^2 has no entry: the moving averages of
     `VectorQuantiser.update` minimise it (van den Oord et al. 2017, appendix A.1). A loss has
-    the name of its weight, so "ssim" is 1 - SSIM; those of weight 0 are reported as well.
+    the name of its weight, so "ssim" is 1 - SSIM; those of weight 0 are reported as well. In
+    training the masks' weight falls with the learning rate: they shape the codes while these move
+    far, and cost no detail in the end.
     """
     y = output.reconstruction
     terms = {
@@ -163,7 +169,7 @@ def losses(
         of_masks, coarse = mask_losses(output.mask_logits, masks), output.coarse_mask_logits
         of_coarse = mask_losses(coarse, middles(masks, coarse.shape[2:]))
         of_masks["coarse_mask_loss"] = sum(of_coarse.values())
-        loss = loss + config.mask_weight * sum(of_masks.values())
+        loss = loss + fall * config.mask_weight * sum(of_masks.values())
         terms |= of_masks
     return {"loss": loss, "reconstruction": reconstruction, **terms}
 
@@ -249,7 +255,7 @@ class Autoencoder(Stage):
             self.counts[level].scatter_add_(0, codes, torch.ones_like(codes))
         if masks is not None and not self.model.training:
             self.count_masks(likeliest(output.mask_logits), masks)
-        return losses(x, output, self.loss, masks)
+        return losses(x, output, self.loss, masks, self.fall if self.model.training else 1.0)
 
     def count_masks(self, decoded: Tensor, masks: Tensor) -> None:
         """Count the pixels of each class in masks (B, H, W), where the true one is known."""

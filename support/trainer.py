@@ -123,9 +123,10 @@ class Stage:
     model: an nn.Module, on its device.
     splits: {"train": ..., "validate": ...}: `batch_losses` takes indices of their slices.
     counts: tensors that `batch_losses` has added to in this epoch; checkpoints keep them.
+    fall: the learning rate over its highest, which the loop sets before every step.
     """
 
-    prefix, best_by = "", "loss"
+    prefix, best_by, fall = "", "loss", 1.0
 
     def settings(self) -> dict:
         """What checkpoints and the log say of the stage: "model_config", "data" and more."""
@@ -398,6 +399,8 @@ class Trainer:
         """
         share, parameters, loss = runtime.share(batch), list(self.model.parameters()), None
         self.lr = learning_rate(self.config, self.pace.done())
+        # A tensor, as `torch.compile` would compile anew for every number.
+        self.stage.fall = torch.full((), self.lr / self.config.lr, device=self.device)
         for group in self.optimiser.param_groups:
             group["lr"] = self.lr
         # What is random in a step follows from the seed, the step and the rank.

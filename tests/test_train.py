@@ -365,6 +365,8 @@ def test_the_masks_terms_are_of_the_mask_and_of_the_coarse_one():
         of_masks = sum(terms[name] for name in terms if "mask" in name)
         added = terms["loss"] - train.losses(x, none, config)["loss"]
         assert added.item() == pytest.approx(0.3 * of_masks.item(), rel=1e-4)
+        half = terms["loss"] - train.losses(x, output, config, masks, fall=0.5)["loss"]
+        assert half.item() == pytest.approx(0.15 * of_masks.item(), rel=1e-4)
 
 
 def test_labels_that_were_not_learnt_are_named_by_their_dice_in_validation():

@@ -81,9 +81,13 @@ def test_muon_takes_orthogonal_steps_and_adam_does_not(make, optimiser, orthogon
             assert (0.6 < largest < 1.4) is orthogonal
 
 
-def test_the_learning_rate_follows_the_schedule_in_every_step(make):
+def test_the_learning_rate_follows_the_schedule_in_every_step(make, monkeypatch):
+    """And with it the weight of the losses of masks, but not in validation."""
     trainer = make(schedule="cosine", warmup=0.5, epochs=2, lr=0.3)
-    rates = []
+    rates, falls, losses = [], [], train.losses
+    monkeypatch.setattr(
+        train, "losses", lambda *args: falls.append(float(args[4])) or losses(*args)
+    )
     for seen in (0, 7, 13):
         trainer.progress.seen = seen
         trainer.train_step(BATCH)
@@ -91,6 +95,9 @@ def test_the_learning_rate_follows_the_schedule_in_every_step(make):
     done = [0, 0.25, 13 / 28]  # of two epochs of 14 slices
     expected = [0.3 * (d / 0.5) * (1 + math.cos(math.pi * d)) / 2 for d in done]
     assert rates == pytest.approx(expected, rel=1e-5)
+    assert falls == pytest.approx([rate / 0.3 for rate in rates], rel=1e-5)
+    trainer.validate()
+    assert falls[3:] and set(falls[3:]) == {1.0}
 
 
 NETWORK = "K D stride channels top_channels residual_channels encoder_blocks top_blocks"
