@@ -39,7 +39,7 @@ SPLITS = ("train", "validate", "test")
 STUDY_NAMES = ("keras_slices_data", "HipMRI_study_keras_slices_data")
 # The files of a cache; the arrays hold the splits one after another.
 PIXELS, MASKS, TABLE, INDEX = "pixels.npy", "masks.npy", "table.npz", "index.json"
-CACHE_VERSION = 7  # increase it when what is cached changes its meaning
+CACHE_VERSION = 8  # increase it when what is cached changes its meaning
 NO_MASK = 255  # in a mask: nothing is known of this pixel; no class has this index
 LARGEST = 2**26  # pixels of a slice
 A_SLICE = "a 2-D slice. Fix: `python slice_volumes.py` cuts volumes into slices"
@@ -47,14 +47,17 @@ FITS = ("auto", "pad", "stretch")
 OF_THE_REPORT = (256, 128)  # rows and columns of HipMRI's slices
 MULTIPLE = 8  # of a grid that follows its study: a top code covers 8x8 pixels, by default
 STANDARD_NAME = re.compile(r"(?:case|seg)_(\d+)_week_(\d+)_slice_(\d+)\.nii(?:\.gz)?", re.I)
-# How other names tell their numbers: by a word that announces one, or as public data sets do. The
-# 12 of case_12-05-2024 is no patient: the same person has another number on another day.
-NO_DATE = r"(?! \d\d?[-._]\d\d?[-._](?:19|20)\d\d | (?:19|20)\d\d[-._]\d\d?[-._]\d)"
+# The 12 of case_12-05-2024 is no patient: the same person has another number on another day.
+YEAR, MONTH = r"(?:19|20)\d\d", "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
+DATE = rf"""(?: \d\d?[-._]\d\d?[-._]{YEAR} | {YEAR}[-._]\d\d?[-._]\d | \d\d?[-.]{YEAR}
+    | \d\d?(?:-\d\d?-|\.\d\d?\.)\d\d(?!\d) | \d\d?[-._ ]?{MONTH}[-._ ]?{YEAR} )"""
+NO_DATE = rf"(?!{DATE} | \d(?:\.\d)?T(?![a-z]))"  # nor is the 3 of patient_3T_012 one
+# How other names tell their numbers: by a word that announces one, or as public data sets do.
 ANNOUNCED = {
     "patient": rf"""(?<![a-z]) sub-{NO_DATE}([a-z0-9]+)                        # BIDS
         | (?<![a-z]) (?:case|patient|pat|subject|subj|sub) [ _-]?{NO_DATE}(\d+)
         | (?<![a-z]) B(\d+)_Week                                              # HipMRI: B006_Week0
-        | BraTS\d*_(?:Training_|Validation_)?(\d+) | BraTS-[a-z]+-(\d+)
+        | BraTS\d*_(?:Training_|Validation_)?{NO_DATE}(\d+) | BraTS-[a-z]+-(\d+)
         | OAS[12]_(\d+)_MR | OAS(3\d{{4}})_MR                                   # OASIS
         | (?<!\d) \d{{3}}_S_(\d+)                                       # ADNI: site_S_subject""",
     "week": r"""(?<![a-z]) ses-([a-z0-9]+)                                     # BIDS
@@ -419,8 +422,10 @@ def read_labels(image: nifti.Image, raw: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(labels, np.int64)
 
 
-def _read_mask(path: str, of_slice: nifti.Image) -> np.ndarray:
-    """The labels (rows, columns) int64 of a mask that lies on a slice."""
+def _read_mask(path: str, of_slice: nifti.Image) -> tuple[np.ndarray, bool]:
+    """The labels (rows, columns) int64 of a mask that lies on a slice, and whether its affine says
+    that it lies elsewhere.
+    """
     image = read_slice(path)[1]
     shape = of_slice.shape[:2]
     if image.shape[:2] != shape:
@@ -428,7 +433,8 @@ def _read_mask(path: str, of_slice: nifti.Image) -> np.ndarray:
     turned = nifti.turned(image.affine, of_slice.affine, axes=2)
     if turned and image.oriented and of_slice.oriented:
         raise UserError("its affine turns or mirrors it against its slice; expected none of that")
-    return read_labels(image, image.raw.reshape(image.shape[:2]))
+    moved = image.oriented and nifti.moved(image.affine, of_slice.affine, (*shape, 1))
+    return read_labels(image, image.raw.reshape(image.shape[:2])), moved and of_slice.oriented
 
 
 def _decode(
@@ -438,19 +444,21 @@ def _decode(
 
     The slice is float32 in scanner units, the mask its labels and the place of each pixel's there.
     """
-    mask, labels, reading = None, b"", ""
+    mask, labels, moved, reading = None, b"", False, ""
     try:
         pixels, image = read_slice(job.file.path)
         pixels = nifti.finite(pixels)
         placement = Placement.make(pixels.shape, size, fit)
         if job.mask:
             reading = f"its mask {job.mask.path}: "
-            labels = placement.place(_read_mask(job.mask.path, image), nearest=True)
+            labels, moved = _read_mask(job.mask.path, image)
+            labels = placement.place(labels, nearest=True)
             mask = np.unique(labels, return_inverse=True)
     except (UserError, OSError) as error:
         return f"{reading}{error}"
     row = {"affines": image.affine, "oriented": image.oriented, "broken": image.broken}
     row |= {"disputed": image.disputed, "shapes": pixels.shape, "has_mask": mask is not None}
+    row["moved"] = moved
     pixels = np.ascontiguousarray(placement.place(pixels, fill=pixels.min()))
     row["mean"], row["std"], row["constant"] = z_score(pixels)
     row["sums"] = zlib.crc32(pixels), zlib.crc32(labels)
@@ -622,7 +630,8 @@ def _notes(jobs: list[Job], table: dict[str, np.ndarray], config: DataConfig) ->
         notes.append(f"warning: rows and columns of slices run in different directions: {listing}")
     none = "slices have an affine that is none in their header (voxel sizes alone were used)"
     two = f"slices have {nifti.DISPUTED} (the sform was taken)"
-    odd = {none: table["broken"], two: table["disputed"]}
+    far = "masks lie elsewhere than their slices by their affines (taken as they are stored)"
+    odd = {none: table["broken"], two: table["disputed"], far: table["moved"]}
     odd["slices have one value only (kept, std 1)"] = table["constant"]
     for shape in sorted(set(map(tuple, table["shapes"].tolist())) - {size}):
         share = np.prod(Placement.make(shape, size, config.fit).scaled) / np.prod(size)
@@ -895,26 +904,24 @@ class StudyInfo:
 
 
 def find_trained_study(trained: StudyInfo, checkpoint: str, cache: str = "") -> str:
-    """The study that `checkpoint` was trained on: a folder of its name here, or one in the cache.
+    """The study that `checkpoint` was trained on: one in the cache, or a folder of its name here.
 
-    A checkpoint keeps no path, as it is shared: the cache remembers where its studies lie. Of
-    several with that name, the one with the slices of the training is taken. FileNotFoundError
-    where there is none.
+    A checkpoint keeps no path, as it is shared: the cache remembers where its studies lie. One with
+    the slices of the training is taken first, whatever lies here. FileNotFoundError where there is
+    none.
     """
     name = trained.study
-    if Path(name).is_dir():
-        return name
     caches = _cache_root(cache).glob(f"{glob.escape(Path(name).name)}-*/{INDEX}")
     studies = []
     for path in caches:
         with suppress(*runtime.NOT_WHOLE):  # or another user's
             studies.append(json.loads(path.read_text()))
-    studies = [study for study in studies if Path(study["study"]).is_dir()]
-    if not studies:
-        gone = f"{name}: the study that {checkpoint} was trained on is not there"
-        raise FileNotFoundError(f"{gone}. Fix: --data DIR.")
-    same = [study.get("fingerprints") == trained.fingerprints for study in studies]
-    return studies[same.index(max(same))]["study"]
+    ours = [study for study in studies if study.get("fingerprints") == trained.fingerprints]
+    for found in (*ours, {"study": name}, *studies):
+        if Path(found["study"]).is_dir():
+            return found["study"]
+    gone = f"{name}: the study that {checkpoint} was trained on is not there"
+    raise FileNotFoundError(f"{gone}. Fix: --data DIR.")
 
 
 def open_trained_study(
@@ -933,13 +940,36 @@ def open_trained_study(
     if other := [name for name, theirs in trained.fingerprints.items() if ours[name] != theirs]:
         what = f"its {' and '.join(other)} slices are not those that {checkpoint} was trained with"
         print(f"note: {splits['train'].study}: {what}")
+    lie = StudyInfo.from_splits(splits)
+    if lie.directions and trained.directions and lie.directions != trained.directions:
+        what = f"its slices are {lie.plane} (towards {lie.directions})"
+        theirs = f"{checkpoint} learnt {trained.plane} ones (towards {trained.directions})"
+        print(f"warning: {splits['train'].study}: {what}; {theirs}")
     return splits
+
+
+def check_labels(train: SliceDataset, trained: StudyInfo, checkpoint: str) -> None:
+    """UserError where a study's masks have other labels than those that `checkpoint` learnt."""
+    if trained.labels and train.labels and train.labels != trained.labels:
+        ours, theirs = (", ".join(map(str, labels)) for labels in (train.labels, trained.labels))
+        raise UserError(
+            f"{train.study}: masks with the labels {ours}; {checkpoint} learnt {theirs}. Fix: "
+            "--data with the same labels, or without masks."
+        )
 
 
 def restore(dataset: SliceDataset, index: int, image: np.ndarray) -> np.ndarray:
     """A z-scored (height, width) image as slice `index` is in its file: (rows, columns) float32."""
     pixels = np.asarray(image, np.float64) * dataset.std[index] + dataset.mean[index]
     return dataset.placement(index).restore(pixels.astype(np.float32))
+
+
+def is_reconstruction(path: Path) -> bool:
+    """Whether a file is a reconstruction of ours, or a mask that was decoded with one."""
+    try:
+        return nifti.read(path).header["descrip"].item() == RECONSTRUCTION.encode()
+    except UserError:  # what cannot be read is none of ours
+        return False
 
 
 def save_reconstruction(

@@ -139,10 +139,11 @@ def check_flags(config: GenerateConfig, prior: Prior, splits: dict[str, SliceDat
 # ---- masks of the user's own ----
 
 
-def read_mask(path: str, study: StudyInfo) -> np.ndarray:
+def read_mask(path: str, study: StudyInfo, cells: tuple[int, int]) -> np.ndarray:
     """A mask in the model's grid, (H, W) uint8 classes; UserError for one that cannot be used.
 
-    It is turned by its affine to lie as most training slices do, then placed as they were.
+    It is turned by its affine to lie as most training slices do, then placed as they were. One
+    whose organs are too small for the `cells` of a layout (h, w) cannot be used.
     """
     image = dataset.read_slice(path)[1]
     labels = dataset.read_labels(image, image.raw.reshape(*image.shape[:2], 1))
@@ -159,17 +160,22 @@ def read_mask(path: str, study: StudyInfo) -> np.ndarray:
         raise UserError(f"labels {', '.join(map(str, unknown))}; the model knows {known}")
     classes = np.searchsorted(study.labels, labels[..., 0]).astype(np.uint8)
     size = study.height, study.width
-    return Placement.make(classes.shape, size, study.fit).place(classes, nearest=True)
+    placed = Placement.make(classes.shape, size, study.fit).place(classes, nearest=True)
+    if lost := set(np.unique(placed)).difference(np.unique(middles(placed[None], cells))):
+        small = ", ".join(str(study.labels[k]) for k in sorted(lost))
+        cell = "x".join(str(side // count) for side, count in zip(size, cells, strict=True))
+        raise UserError(f"labels {small} are smaller than a cell of a layout, {cell} pixels")
+    return placed
 
 
-def read_masks(source: str, study: StudyInfo, n: int) -> np.ndarray:
+def read_masks(source: str, study: StudyInfo, cells: tuple[int, int], n: int) -> np.ndarray:
     """The masks in a file or folder by name, over and over: (n, H, W); see `read_mask`."""
     folder = os.path.isdir(source)
     paths = [entry.path for entry in dataset.find_nifti(source, [])] if folder else [source]
     masks, bad = [], {}
     for path in paths:
         try:
-            masks.append(read_mask(path, study))
+            masks.append(read_mask(path, study, cells))
         except (UserError, OSError) as error:
             bad[path] = str(error)
     if bad or not masks:
@@ -241,14 +247,18 @@ def sample(
     return Samples(*(None if each[0] is None else np.concatenate(each) for each in columns))
 
 
-def clear(out: Path) -> None:
-    """Take away an earlier run's files: none of them may pass for one of ours."""
-    earlier = out / "manifest.json"
-    if not earlier.is_file():
-        return
-    if DESCRIPTION not in earlier.read_text(errors="replace"):
-        raise UserError(f"{earlier}: not that of generated slices. Fix: --out, another folder.")
-    for old in (path for pattern in OURS for path in out.glob(pattern)):
+def clear(out: Path, nnunet: str) -> None:
+    """Take away an earlier run's files: none of them may pass for one of ours.
+
+    UserError where such files are somebody else's: no manifest of ours lies beside them.
+    """
+    manifest, patterns = out / "manifest.json", OURS
+    patterns += (f"{nnunet}/dataset.json",) if nnunet else ()
+    earlier = [path for pattern in patterns for path in out.glob(pattern)]
+    theirs = [manifest, *earlier] if manifest.is_file() else earlier
+    if theirs and not (manifest.is_file() and DESCRIPTION in manifest.read_text(errors="replace")):
+        raise UserError(f"{theirs[0]}: not that of generated slices. Fix: --out, another folder.")
+    for old in earlier:
         old.unlink()
 
 
@@ -480,17 +490,19 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     study, variants, trained, prior = load_models(config)
     model, labels = trained.model, prior.config.labels
     splits = dataset.open_trained_study(study, data, config.prior)
+    dataset.check_labels(splits["train"], trained.study, config.checkpoint)
     check_flags(config, prior, splits)
     out, train, test = runtime.writable_folder(config.out), splits["train"], splits["test"]
-    own = read_masks(config.layout, study, config.n) if config.layout else None
-    clear(out)
+    cells = prior.bottom.shape
+    own = read_masks(config.layout, study, cells, config.n) if config.layout else None
+    clear(out, config.nnunet)
     # The slices that were there are gone from the page, even if this run is stopped.
     results_page.write(out)
     # The code maps that the priors were trained on, where they are at hand.
     files = (folder / "codes.npz" for folder in (Path(config.prior).parent, out))
     maps = extract_codes(model, splits, variants, trained.sha256, *files)
     twins, positions, layouts = plan(config, make_composer(prior, train, maps), own, test)
-    album = Album(config, splits, positions, study.labels, trained.sha256)
+    album = Album(config, splits, positions, trained.study.labels, trained.sha256)
     if layouts is not None:
         most = None if config.layouts_only else SHOWN
         masks = masks_of(layouts[:most], labels, train.pixels.shape[1:])

@@ -18,7 +18,6 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import dataset
-from dataset import NO_MASK, RECONSTRUCTION, DataConfig, SliceDataset
+from dataset import NO_MASK, DataConfig, SliceDataset
 from modules import VQVAE2, load_model
 from new_slices import organs
 from new_slices.code_maps import LEVELS, Samples
@@ -112,9 +111,8 @@ def score_split(
 def replace_reconstructions(folder: Path, made: Path) -> None:
     """Move what lies in `made` to `folder`; an earlier run's files there go, and nothing else."""
     for old in folder.rglob("*.nii*"):
-        with suppress(UserError):  # what cannot be read is none of ours
-            if nifti.read(old).header["descrip"].item() == RECONSTRUCTION.encode():
-                old.unlink()
+        if dataset.is_reconstruction(old):
+            old.unlink()
     for new in made.rglob("*.nii*"):
         target = folder / new.relative_to(made)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -174,6 +172,8 @@ def score_masks(decoded: np.ndarray, test: SliceDataset, net: Segmenter | None) 
         drawn["unet"] = np.concatenate([organs.segment(net, part) for part in images])
     for name, masks in drawn.items():
         patients, dice = organs.dice_by_patient(masks, truth, whose, len(test.labels))
+        absent = ~np.isin(np.arange(1, len(test.labels)), truth)  # no test mask shows such an organ
+        dice[:, absent] = np.nan
         columns = {"mean": organs.mean_of_known(dice)}
         columns |= {f"label_{label}": dice[:, i] for i, label in enumerate(test.labels[1:])}
         tables[name] = {}

@@ -25,6 +25,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
 from skimage.io import imread, imsave
 from tqdm import tqdm
 
+import dataset
 from dataset import RECONSTRUCTION, Placement, StudyInfo, find_nifti, raise_bad, way_in, z_score
 from modules import Trained, load_model
 from new_slices.code_files import SUFFIX, Coded, Coder, name_of
@@ -150,11 +151,19 @@ def read_png(path: str) -> nifti.Image:
     return nifti.Image(pixels, header, (1, 0), np.eye(4), oriented=False, broken=False)
 
 
-def find_files(inputs: list[str], out: Path) -> dict[str, str]:
+def mask_name(name: str) -> str:
+    """What the decoded mask of a reconstruction called `name` is called."""
+    folder, file = os.path.split(name)
+    file = file.removeprefix("case_") + ("" if nifti.is_nifti(file) else ".nii.gz")
+    return os.path.join(folder, f"seg_{file}")  # seg_p.png.nii.gz is a picture's
+
+
+def find_files(inputs: list[str], out: Path, masks: bool = False) -> dict[str, str]:
     """The path of every file to reconstruct, by its name in the folder `out`.
 
     FileNotFoundError for an input that is not there, or a folder without any; UserError for one
-    name of two files, and for a file that its own reconstruction would replace.
+    name of two files (with `masks`, of a decoded mask too), for a file that its own reconstruction
+    would replace, and for a mask that a decoded one would.
     """
     found, passed = defaultdict(list), {"masks": [], "other files": []}
     for source in inputs:
@@ -181,7 +190,14 @@ def find_files(inputs: list[str], out: Path) -> dict[str, str]:
     for kind, paths in passed.items():
         if paths:
             print(f"{len(paths)} {kind} were passed over, such as {paths[0]}")
-    for name, (path, *more) in found.items():
+    written = {name: list(paths) for name, paths in found.items()}
+    for name, paths in found.items() if masks else ():
+        written.setdefault(mask_name(name), []).extend(paths)
+        target = out / mask_name(name)
+        if target.exists() and not dataset.is_reconstruction(target):
+            fault = f"{paths[0]}: its decoded mask would replace {target}, which is none of ours"
+            raise UserError(f"{fault}. Fix: another --out.")
+    for name, (path, *more) in written.items():
         if more:
             both = f"{path} and {more[0]} would both be written as {name}"
             raise UserError(f"{both}. Fix: one at a time, with an --out each.")
@@ -287,9 +303,7 @@ def reconstruct_file(
     target = Path(config.out, name)
     scan.write(target, made.planes)
     if made.labels is not None:
-        mask = target.name.removeprefix("case_")
-        mask += "" if nifti.is_nifti(mask) else ".nii.gz"  # seg_p.png.nii.gz is a picture's
-        mask, labels = target.with_name(f"seg_{mask}"), scan.back(made.labels)
+        mask, labels = Path(config.out, mask_name(name)), scan.back(made.labels)
         nifti.write(mask, labels, None, RECONSTRUCTION, like=scan.image.header)
     row = {"shape": list(scan.raw.shape), "plane": scan.plane, "planes": len(scan.planes)}
     for key in (scores or [{}])[0]:
@@ -313,7 +327,8 @@ def reconstruct(inputs: list[str], config: ReconstructConfig = ReconstructConfig
     trained = load_model(config.checkpoint)
     trained.model.to(runtime.pick_device(config.device))
     out = Path(config.out or Path(config.checkpoint).parent / "reconstructed")
-    files, config = find_files(inputs, out), replace(config, out=str(out))
+    files = find_files(inputs, out, masks=bool(trained.model.config.labels))
+    config = replace(config, out=str(out))
     if len(files) > 1 and config.save_as("a") == config.save_as("b"):
         raise UserError(f"--save {config.save}: one file for {len(files)}. Fix: name a folder.")
     coder = None

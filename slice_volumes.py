@@ -36,6 +36,12 @@ COURSE = {"train": {*range(4, 34), 35}, "validate": {*range(36, 40)}, "test": {*
 MASK_WORDS = "seg|dseg|segmentation|masks?|labels?|labelmap|semantic|gt|roi"
 MASK_NAME = re.compile(rf"(?<![a-z])(?:{MASK_WORDS})(?![a-z])", re.I)
 MASK_FOLDER = re.compile(r"(?:semantic_labels.*|labels?|labels?t[rs]|masks?|segmentations?)", re.I)
+# What a folder is called that holds no one subject: a day, a session, a plane, a split.
+NO_SUBJECT = re.compile(
+    rf"""(?<!\d){dataset.DATE} | ^(?:ses|session|week|wk|visit|timepoint)[ _-]?[a-z0-9]+$
+    | ^(?:{"|".join(nifti.PLANES)})$ | ^images(?:Tr|Ts|Val)$""",
+    re.I | re.VERBOSE,
+)
 RECORDED = ("plane", "axis", "count", "match", "seed")  # of `SliceConfig`, in slices.json
 
 
@@ -157,6 +163,7 @@ def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, int
     masks, _ = group(mask_files, config.name_pattern)
     folders = group_by_folder(files)
     apart = all(len(Path(file.short).parts) > 1 for file in files)
+    apart = apart and not any(NO_SUBJECT.search(folder) for folder, _ in folders)
     # As scanners export them: P0001/t2_tse.nii.gz, P0002/t2_tse.nii.gz.
     if apart and len(folders) == len(files) > len(volumes):
         volumes, unnamed, masks = folders, {}, group_by_folder(mask_files)
@@ -249,9 +256,7 @@ def _read_mask(path: str, volume: nifti.Image) -> tuple[nifti.Image, np.ndarray,
         along = ornt_transform(io_orientation(image.affine), io_orientation(volume.affine))
         affine = nifti.turn_affine(image.affine, raw.shape, along)
         raw = apply_orientation(raw, along)
-        corners = np.array([[0, 0, 0, 1], [*(length - 1 for length in shape), 1]])
-        apart = np.linalg.solve(volume.affine, (affine - volume.affine) @ corners.T)[:3]
-        moved = bool(np.abs(apart).max() >= 1)
+        moved = nifti.moved(affine, volume.affine, shape)
     if raw.shape != shape:
         raise UserError(f"its shape is {raw.shape}; expected {shape}")
     return image, raw, moved

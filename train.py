@@ -116,7 +116,8 @@ def make_settings(given: dict) -> Settings:
     preset, resume, weights = (given.pop(name, "") for name in ("preset", "resume", "weights"))
     start, checkpoint = PRESETS[preset or "report"], None
     if resume:
-        flags = given | ({"preset": preset} if preset else {})
+        forbidden = {"preset": preset, "weights": weights}
+        flags = given | {name: value for name, value in forbidden.items() if value}
         saved = {name: CONFIGS[name] for name in ("train", "model", "loss")}
         checkpoint, start = settings_to_resume(resume, flags, Autoencoder.kind, saved)
         start |= study_flags(StudyInfo.from_checkpoint(checkpoint, resume), resume, given)
@@ -188,6 +189,10 @@ class Autoencoder(Stage):
             self.splits = dataset.open_study(self.data)
         size = self.splits["train"].pixels.shape[1:]
         settings.model.code_shapes(*size)  # a UserError for a grid that the network cannot halve
+        if (side := min(split.shapes.min() for split in self.splits.values())) < metrics.SMALLEST:
+            found = f"{self.splits['train'].study}: a slice with a side of {side} pixels"
+            least = f"{metrics.SMALLEST} at least, the window of SSIM"
+            raise UserError(f"{found}; expected {least}. Fix: leave such slices out.")
         train = self.splits["train"]
         if labels := train.labels:
             self.loss_names += ("mask_cross_entropy", "mask_dice_loss", "coarse_mask_loss")

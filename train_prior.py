@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset import SIZE, DataConfig, StudyInfo, open_trained_study
+from dataset import SIZE, DataConfig, StudyInfo, check_labels, open_trained_study
 from modules import load_model
 from new_slices.code_maps import MOST_VARIANTS, Variants, extract_codes
 from new_slices.prior import Prior, PriorConfig
@@ -122,6 +122,7 @@ class CodePriors(Stage):
         self.sha256, model = trained.sha256, trained.model.to(self.device)
         with runtime.first_of_node():
             self.splits = open_trained_study(trained.study, settings.data, codes.checkpoint)
+        check_labels(self.splits["train"], trained.study, codes.checkpoint)
         self.study = StudyInfo.from_splits(self.splits)
         size = trained.study.height, trained.study.width
         # Bits are counted per pixel of the slices' own files, as predict.py does.

@@ -140,7 +140,10 @@ def extract_codes(
         For new layouts, "train_tissue" (N, 2h, 2w) float32, the smoothed intensities of unaltered
         slices, and "levels", where one region ends and the next begins (layouts.py).
     """
-    key = " ".join(["4", sha256, str(variants), *(splits[name].fingerprint for name in SPLITS)])
+    train = splits["train"]
+    mirror = train.mirror.axis, train.mirror.partners  # of the variants
+    made_of = "5", sha256, variants, mirror, *(splits[name].fingerprint for name in SPLITS)
+    key = " ".join(map(str, made_of))
     for file in files:
         try:
             with np.load(file) as saved:
@@ -151,7 +154,7 @@ def extract_codes(
     counts = {name: variants if name == "train" else 1 for name in SPLITS}
     total = sum(counts[name] * len(splits[name]) for name in SPLITS)
     device = next(model.parameters()).device
-    train, labels = splits["train"], model.config.labels
+    labels = model.config.labels
     labels = labels if labels == len(train.labels) else 0
     shapes = dict(zip(LEVELS, model.config.code_shapes(*train.pixels.shape[1:]), strict=True))
     cells = shapes["layout"] = shapes["bottom"]

@@ -448,7 +448,8 @@ def layout_audit(
         moved, *distances = (layouts.warped(field, aside) for field in fields)
         return layouts.compose(moved, np.argmax(distances, 0), codes["levels"], labels)
 
-    shown = rng.permutation(np.flatnonzero(drawn.any((1, 2)) | (labels == 0)))
+    shows = drawn.any((1, 2))  # an organ, if any layout does
+    shown = rng.permutation(np.flatnonzero(shows | ~shows.any()))
     honest = codes["test_layout"][0][honest].astype(np.int64)
     copies = np.stack([copy(i) for i in shown[:MOST_PER_ROW]])
     similarity = by_organs if labels else metrics.code_agreement

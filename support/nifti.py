@@ -242,6 +242,13 @@ def turned(one: np.ndarray, other: np.ndarray, axes: int) -> bool:
     return bool((np.prod(units, axis=0).sum(axis=0) < 0.5).any())  # the cosines
 
 
+def moved(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Whether an affine puts an array of `shape` a voxel or more from where the other does."""
+    corners = np.array([[0, 0, 0, 1], [*(length - 1 for length in shape), 1]])
+    apart = np.linalg.solve(other, (one - other) @ corners.T)[:3]
+    return bool(np.abs(apart).max() >= 1)
+
+
 def directions(affines: np.ndarray) -> list[str]:
     """Where rows and columns run, of affines (N, 4, 4): "RS" is to the patient's right and head."""
     axes = affines[:, :3, :2]

@@ -96,18 +96,20 @@ def picture(path: Path, caption: str) -> str:
 # ---- what lies in the folder ----
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, *parts: str) -> dict:
+    """A file of ours; {} where there is none, or one of somebody else's, which lacks some parts."""
     try:
-        return json.loads(path.read_text())
+        tree = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return tree if isinstance(tree, dict) and all(part in tree for part in parts) else {}
 
 
 def read_log(path: Path) -> tuple[dict, list[dict]]:
     """The settings of the last run in a log, and the records of its epochs."""
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError):
+        lines = [dict(json.loads(line)) for line in path.read_text().splitlines()]
+    except (OSError, ValueError, TypeError):
         return {}, []
     runs = [line for line in lines if "epoch" not in line]
     return (runs or [{}])[-1], [line for line in lines if "epoch" in line]
@@ -215,7 +217,8 @@ def write(folder: Path | str) -> Path:
     folder = folder.parent if folder.name == "generated" else folder
     generated = folder / "generated" if (folder / "generated").is_dir() else folder
     stage_one, stage_two = (read_log(folder / name)[0] for name in ("log.jsonl", "prior_log.jsonl"))
-    metrics, report = read_json(folder / "metrics.json"), read_json(generated / "report.json")
+    metrics = read_json(folder / "metrics.json", "n", "patients", "provenance")
+    report = read_json(generated / "report.json", "manifest", "scorecard")
     manifest, card = report.get("manifest", {}), report.get("scorecard", {})
     runs = {
         "autoencoder": stage_one.get("run"),

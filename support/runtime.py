@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = timedelta(minutes=30)
 TEMPORARY = ".part-"  # how the names of temporary folders begin
 # What NumPy and json raise for a file that is not there, not whole, or of something else.
-NOT_WHOLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+NOT_WHOLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)
 # What PyTorch says, as a plain RuntimeError, where the CPU's memory does not suffice.
 NO_MEMORY = ("t allocate memory", "bad_alloc", "calculation overflowed", "not create a memory")
 

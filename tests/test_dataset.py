@@ -103,6 +103,13 @@ UNANNOUNCED = [
     "IM-0001-0034.nii",
     "0012/T2.nii.gz",
     "prostate_07_slice_3.nii.gz",
+    "case_12-05-24_z3.nii",
+    "patient-12-2024_z1.nii",
+    "case_12May2024_z1.nii",
+    "sub_12-May-2024.nii",
+    "BraTS_12-05-2024.nii",
+    "patient_3T_012_z1.nii",
+    "subject_1.5T_07_z1.nii",
 ]
 
 
@@ -518,6 +525,18 @@ def test_one_picture_in_two_splits_is_said_whatever_it_is_called(study, config, 
         assert f"{name_of(40, 1)}, which is " in out and f"{name_of(4, 3)}. Is it one" in out
 
 
+def test_a_mask_that_lies_elsewhere_by_its_affine_is_said(study, config, capsys):
+    its_slice = study / "keras_slices_train" / name_of(4, 0)
+    path = study / "keras_slices_seg_train" / name_of(4, 0).replace("case", "seg")
+    for shift, said in ((0.4, False), (100, True)):
+        save(path, np.eye(32, 16, dtype=np.uint8), AFFINE + shift * np.eye(4, k=3))
+        open_study(config)
+        words = (
+            "1 masks lie elsewhere than their slices by their affines (taken as they are stored)"
+        )
+        assert (f"{words}, such as {its_slice}" in capsys.readouterr().out) is said
+
+
 def test_a_study_without_masks_has_no_labels(config, capsys):
     train = open_study(config)["train"]
     assert train.labels == () and not train.has_mask.any()
@@ -818,14 +837,27 @@ def test_of_studies_of_one_name_that_of_the_training_is_found(study, tmp_path, m
         put(copy, noise(len(made) + 100))
         splits = open_study(DataConfig(data=str(copy), height=64, width=32, cache=cache))
         made[copy] = StudyInfo.from_splits(splits)
+    (tmp_path / "keras_slices_data").mkdir()  # of that name, but not what it was trained on
     monkeypatch.chdir(tmp_path)
     for copy, info in made.items():
         info = replace(info, study="keras_slices_data")
         assert dataset.find_trained_study(info, "x.pth", cache) == str(copy)
         splits = dataset.open_trained_study(info, DataConfig(cache=cache), "x.pth")
         assert splits["test"].study == copy
+    empty = str(tmp_path / "empty")
+    assert dataset.find_trained_study(info, "x.pth", empty) == "keras_slices_data"
+    (tmp_path / "keras_slices_data").rmdir()
     with pytest.raises(FileNotFoundError, match=r"x\.pth was trained on is not there"):
-        dataset.find_trained_study(info, "x.pth", str(tmp_path / "empty"))
+        dataset.find_trained_study(info, "x.pth", empty)
+
+
+def test_slices_of_another_plane_than_the_checkpoint_s_are_said(config, capsys):
+    info = StudyInfo.from_splits(open_study(config))
+    dataset.open_trained_study(info, config, "x.pth")
+    assert "towards" not in capsys.readouterr().out
+    other = replace(info, directions="RP", plane="axial")
+    dataset.open_trained_study(other, config, "x.pth")
+    assert "x.pth learnt axial ones (towards RP)" in capsys.readouterr().out
 
 
 # ---- mirroring ----

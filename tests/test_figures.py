@@ -111,6 +111,7 @@ def test_edges_are_named_as_the_affine_tells(tmp_path, drawn, letters):
         (x, bottom), (right, y) = (places[letter] for letter in letters)
         (x2, top), (left, y2) = (places[figures.OPPOSITE[letter]] for letter in letters)
         assert len(places) == 4 and bottom > y > top and left < x < right and (x, y) == (x2, y2)
+        assert bottom - top < 256 and right - left < 128  # on the slice
         assert figure.axes[0].get_ylim()[0] > figure.axes[0].get_ylim()[1]  # the first row on top
         assert_nothing_cut(figure)
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -20,7 +21,7 @@ from modules import VQVAE2, VQVAE2Config
 from new_slices import code_maps, organs, sample_report
 from new_slices.layouts import likely
 from new_slices.prior import Prior, PriorConfig, Sampling
-from support import nifti, runtime
+from support import figures, nifti, runtime
 
 MODEL = VQVAE2Config(K=16, D=8, channels=16, top_channels=16, residual_channels=8, decoder_blocks=1)
 PRIOR = PriorConfig(
@@ -191,8 +192,17 @@ def test_pictures_name_what_they_show_and_begin_with_the_nearest(trained, tmp_pa
 def test_a_folder_of_something_else_loses_nothing(trained, tmp_path):
     for name in ("manifest.json", "0000.png", "report.json"):
         (tmp_path / name).write_text('{"name": "years of work"}')
-    with pytest.raises(ValueError, match="not that of generated slices"):
+    with pytest.raises(ValueError, match=f"{tmp_path.name}.manifest.json: not that of"):
         generate.generate(config(trained, tmp_path))
+    (tmp_path / "manifest.json").unlink()  # without one, nothing is ours
+    with pytest.raises(ValueError, match=r"0000\.png: not that of generated slices"):
+        generate.clear(tmp_path, "")
+    (tmp_path / "raw" / "Dataset501_Real").mkdir(parents=True)
+    (tmp_path / "raw" / "Dataset501_Real" / "dataset.json").write_text("{}")
+    generate.clear(tmp_path / "raw", "Dataset502_New")
+    with pytest.raises(ValueError, match=r"dataset\.json: not that of generated slices"):
+        generate.clear(tmp_path / "raw", "Dataset501_Real")
+    (tmp_path / "manifest.json").write_text("")
     assert len(list(tmp_path.glob("*.*"))) >= 3 and "years" in (tmp_path / "0000.png").read_text()
 
 
@@ -437,6 +447,10 @@ def test_a_measure_that_sees_no_control_is_left_out(two_organs, monkeypatch):
     table[sample_report.FLOOR]["plausible"] = 0.4
     report = sample_report.score_realism(inputs, rows, np.random.default_rng(0))
     assert report["unseen"] == list(sample_report.CONTROLS)
+    table[sample_report.MIXED]["agreement"] = 0.1
+    table[sample_report.SAMPLES]["agreement"] = np.float64(np.nan)  # no mask shows an organ
+    report = sample_report.score_realism(inputs, rows, np.random.default_rng(0))
+    assert report["rows"][sample_report.SAMPLES]["agreement"] is None  # JSON knows no NaN
     kinds = (sample_report.FLOOR, sample_report.RECONSTRUCTIONS, sample_report.SAMPLES)
     table = {name: {"kernel_distance": x} for name, x in zip(kinds, (1, 3, 7), strict=True)}
     costs = sample_report.score_costs(dataclasses.replace(inputs, segmenter=None), {}, table, None)
@@ -467,8 +481,8 @@ def test_layouts_of_the_user_s_own_masks(
 
     monkeypatch.setattr(Prior, "sample", sample)
     with monkeypatch.context() as patch:  # each mask by the letter of its file: in turn
-        patch.setattr(generate, "read_mask", lambda path, _: path[-len("a.nii.gz")])
-        assert "".join(generate.read_masks(str(tmp_path), None, 5)) == "ababa"
+        patch.setattr(generate, "read_mask", lambda path, *_: path[-len("a.nii.gz")])
+        assert "".join(generate.read_masks(str(tmp_path), None, None, 5)) == "ababa"
     monkeypatch.setattr(generate, "segmenter_of", lambda *_, **__: None)
     settings = config(two_organs, tmp_path / "out", n=3, layout=str(tmp_path))
     generate.generate(settings, DataConfig(data=str(organs_study)))
@@ -492,8 +506,20 @@ def test_a_user_s_own_mask_is_placed_as_the_study_s_slices_are(tmp_path):
     nifti.write(tmp_path / "half.nii.gz", half, np.eye(4))
     where = {"fit": "stretch", "directions": "RA", "plane": "axial"}
     study = StudyInfo("s", 64, 32, {}, labels=(0, 5), **where)
-    found = generate.read_mask(str(tmp_path / "half.nii.gz"), study)
+    found = generate.read_mask(str(tmp_path / "half.nii.gz"), study, (16, 8))
     assert (found[:, :16] == 1).all() and not found[:, 16:].any()
+    nifti.write(tmp_path / "small.nii.gz", half * (np.mgrid[:60, :60].max(0) < 2), np.eye(4))
+    with pytest.raises(runtime.UserError, match=r"labels 5 are smaller than a cell .* 4x4 pixels"):
+        generate.read_mask(str(tmp_path / "small.nii.gz"), study, (16, 8))
+
+
+def test_a_study_with_other_labels_is_refused(two_organs, organs_study, tmp_path):
+    folder = shutil.copytree(organs_study, tmp_path / "keras_slices_data")
+    for path in folder.glob("keras_slices_seg_*/seg_*"):
+        mask = np.array(nifti.read(path).raw)
+        nifti.write(path, np.where(mask == 9, 7, mask), np.eye(4))
+    with pytest.raises(runtime.UserError, match=r"the labels 0, 5, 7; .* learnt 0, 5, 9. Fix: "):
+        generate.generate(config(two_organs, tmp_path / "out"), DataConfig(data=str(folder)))
 
 
 def test_a_mask_that_cannot_be_used_is_named_with_its_reason(two_organs, organs_study, tmp_path):
@@ -530,6 +556,17 @@ def test_layouts_alone_are_masks_and_a_picture(two_organs, organs_study, tmp_pat
     assert masks.shape == (9, 64, 32) and set(np.unique(masks)) == {0, 5, 9}
     assert np.array_equal(images[0].affine, two_organs[3]["train"].affines[0])
     assert (masks[:, 28:36, 12:20] == 5).mean() > 0.9  # the middle of every disc
+
+
+def test_a_picture_of_layouts_tells_air_from_the_darkest_tissue(tmp_path, monkeypatch):
+    """Of three labels: air is black, organs are grey, and regions rise from 1 to white."""
+    shown = []
+    monkeypatch.setattr(figures, "slice_grid", lambda _, groups, *__, **look: shown.append(groups))
+    layouts = np.array([[[0, 1, 2], [3, 4, 8]]])
+    album = SimpleNamespace(out=tmp_path, look={})
+    generate.write_layouts(album, layouts, np.zeros((1, 4, 6), np.uint8), 3)
+    ((_, picture, _),) = shown[0]["new layouts"]
+    assert picture[::2, ::2].tolist() == [[0, 3, 3], [1, 2, 6]]
 
 
 def test_slices_for_nnunet(two_organs, organs_study, tmp_path, monkeypatch, no_report):

@@ -319,6 +319,11 @@ def test_training_layouts_are_found_a_cell_aside_and_others_are_not(labels):
             assert (found["samples"].index == np.arange(60)).mean() > 0.95
         else:
             assert report["samples"]["share"] <= report["margin"]
+    if labels:  # all organs are smaller than a cell
+        codes["train_layout"] = np.maximum(known, labels)[None]
+        inputs.codes["train_layout"] = codes["train_layout"]
+        _, queries = sample_report.layout_audit(inputs, np.arange(200), rng)
+        assert len(queries["copies"]) == 60
 
 
 def test_masks_are_altered_as_their_slices_are():

@@ -1,6 +1,7 @@
 """The page is read back as a browser would: by its tags, its pictures and its words."""
 
 import base64
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -151,6 +152,12 @@ def test_a_folder_with_little_or_broken_files_has_a_page(results):
     results_page.write(results)
     text = read(results).text
     assert "0.9123" in text and "priors" in text and "likeness" not in text
+    others = '{"psnr": 31.2}', "[]", "null", "3", '{"patients": 3}'  # somebody else's
+    names = "metrics.json", "prior_log.jsonl", "generated/report.json"
+    for name, content in itertools.product(names, others):
+        (results / name).write_text(content)
+        results_page.write(results)
+    assert "0.9123" not in read(results).text
     (results.parent / "empty").mkdir()
     results_page.write(results.parent / "empty")
     assert "VQ-VAE-2 on empty" in read(results.parent / "empty").text

@@ -131,13 +131,15 @@ def test_changes_smoothly_by_slice_and_a_little_by_week():
         assert 0.99 > by_slice > by_week > others.max()
 
 
-def test_every_slice_has_noise_of_its_own():
-    """By patient, week and number."""
+def test_every_slice_has_noise_of_its_own(study):
+    """By patient, week and number; it is in the files."""
     noises = []
     for patient, week, number in ((4, 0, 20), (5, 0, 20), (4, 1, 20), (4, 0, 21)):
         clean, noisy, _ = Man(0, patient, week).cut(number)
         noises.append((noisy - clean)[100:150, 40:90].ravel())
     assert np.abs(np.corrcoef(noises) - np.eye(4)).max() < 0.1
+    written = nibabel.load(study / "keras_slices_train" / "case_005_week_0_slice_59.nii.gz")
+    assert np.array_equal(written.dataobj, Man(0, 5, 0).cut(59)[1])
 
 
 def test_noise_leaves_room_for_a_model():

@@ -14,6 +14,7 @@ from conftest import command
 
 import dataset
 import predict
+import train_prior
 from benchmarks import rate_distortion
 from dataset import DataConfig, StudyInfo, open_study
 from modules import VQVAE2, VQVAE2Config, load_model
@@ -319,6 +320,8 @@ def test_dice_of_the_decoded_masks(organs_study, tmp_path, monkeypatch, capsys):
     assert "dice" not in predict_with(path, unet=False)
     said = "masks are not scored: the study has the labels 0, 5, 9, the model 0, 5, 8"
     assert said in capsys.readouterr().out
+    code, _, err = command(train_prior, "--checkpoint", path, "--out", tmp_path / "priors")
+    assert code == 2 and f"with the labels 0, 5, 9; {path} learnt 0, 5, 8. Fix: " in err
     write_checkpoint(path, organs_study, model_config=asdict(config), **changes)
     drawn = []
     with monkeypatch.context() as patch:
@@ -387,6 +390,11 @@ def test_a_patient_without_an_organ_has_no_dice_of_it(organs_study, tmp_path):
     assert table["label_9"]["per_patient"] == {"040": 1.0} and table["label_9"]["mean"] == 1
     means = table["mean"]["per_patient"]
     assert means["041"] == table["label_5"]["per_patient"]["041"] < 0.8 < means["040"]
+    for path in folder.glob("keras_slices_seg_test/seg_*"):  # nobody has the organ 9 now
+        mask = np.array(nifti.read(path).raw)
+        nifti.write(path, np.where(mask == 9, 0, mask), np.eye(4))
+    test = open_study(DataConfig(data=str(folder), height=64, width=32))["test"]
+    assert "label_9" not in predict.score_masks(drawn, test, None)["dice"]["decoded"]
 
 
 def test_what_is_drawn_in_the_padding_counts_nowhere(organs_study, tmp_path):

@@ -268,6 +268,25 @@ def test_planes_are_fitted_as_the_training_slices_were(checkpoint, fit, monkeypa
     np.testing.assert_allclose(seen[0][0, 0], (grid - mean) / std, atol=1e-5)
 
 
+def test_decoded_masks_replace_neither_each_other_nor_a_true_mask(tmp_path):
+    scans, out = tmp_path / "scans", tmp_path / "out"
+    scans.mkdir()
+    for name in ("001.nii.gz", "case_001.nii.gz"):
+        nifti.write(scans / name, np.zeros((64, 32)), np.eye(4))
+    assert len(reconstruct.find_files([str(scans)], out)) == 2  # of a model without masks
+    with pytest.raises(UserError, match=r"would both be written as seg_001\.nii\.gz"):
+        reconstruct.find_files([str(scans)], out, masks=True)
+    (scans / "001.nii.gz").unlink()
+    for ours in (False, True):
+        says = reconstruct.RECONSTRUCTION if ours else "drawn by hand"
+        nifti.write(out / "seg_001.nii.gz", np.zeros((64, 32), np.uint8), np.eye(4), says)
+        if ours:
+            assert len(reconstruct.find_files([str(scans)], out, masks=True)) == 1
+            continue
+        with pytest.raises(UserError, match=r"would replace .*seg_001\.nii\.gz, which is none of"):
+            reconstruct.find_files([str(scans)], out, masks=True)
+
+
 def test_what_cannot_be_used_is_named_and_the_rest_done(checkpoint, tmp_path, capsys):
     good = nibabel.Nifti1Image(np.random.default_rng(0).random((64, 32), np.float32), np.eye(4))
     nibabel.save(good, tmp_path / "good.nii.gz")

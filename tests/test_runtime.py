@@ -303,3 +303,13 @@ def test_commands_flush_denormals_and_compute_in_float32():
         for place, value in zip(places, before, strict=True):
             place.allow_tf32 = value
     assert found == [0.0]
+
+
+def test_a_node_with_fewer_gpus_than_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(runtime.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(runtime, "pick_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")  # the third
+    said = "process 3 of a node with 2 GPUs. Fix: --nproc_per_node=2"
+    with pytest.raises(UserError, match=said), runtime.ranks("cuda"):
+        pass

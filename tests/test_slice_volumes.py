@@ -298,6 +298,11 @@ def test_a_folder_for_each_subject_tells_them_apart(tmp_path, capsys):
     run_slice(tmp_path / "export", tmp_path / "out")
     assert "told apart by their folders" in capsys.readouterr().out
     assert {parse_name(path).patient for path in (tmp_path / "out").rglob("seg_*")} == {1, 2, 3}
+    for name in ("12-05-2024", "2024-05-12", "ses-1", "week_3", "axial", "imagesTr"):
+        shutil.move(tmp_path / "export" / "P0003", tmp_path / "export" / name)
+        with pytest.raises(UserError, match="no patient in its name"):
+            run_slice(tmp_path / "export", tmp_path / "out")
+        shutil.move(tmp_path / "export" / name, tmp_path / "export" / "P0003")
 
 
 def test_masks_of_a_folder_of_their_own(tmp_path):

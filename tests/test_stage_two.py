@@ -79,6 +79,15 @@ def test_codes_are_the_autoencoder_s_and_kept_for_it_alone(autoencoder, tmp_path
         changed.fingerprint = "other"
         with pytest.raises(AttributeError):
             extract_codes(None, splits | {name: changed}, 2, digest, tmp_path / "codes.npz")
+    turned = copy.copy(splits["train"])  # its affines were corrected: it is mirrored otherwise
+    turned.mirror = replace(turned.mirror, axis=-1)
+    with pytest.raises(AttributeError):
+        extract_codes(None, splits | {"train": turned}, 2, digest, tmp_path / "codes.npz")
+    (tmp_path / "codes.npz").write_bytes(b"")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").replace(tmp_path / "codes.npz")  # somebody else's
+    with pytest.raises(AttributeError):
+        extract_codes(None, splits, 2, digest, tmp_path / "codes.npz")
 
 
 def test_variants_are_altered_as_their_numbers_say(autoencoder):
@@ -279,6 +288,7 @@ def test_it_resumes_bit_for_bit_and_only_with_its_autoencoder(study, autoencoder
     # From any folder, the autoencoder is looked for beside the priors.
     settings = train_prior.make_settings({"resume": checkpoint["path"]})
     assert settings.codes.checkpoint == str(tmp_path / "broken" / autoencoder.name)
+    assert vars(settings.prior) == checkpoint["model_config"]  # and not the preset's
     other = fit(study, tmp_path / "other", epochs=1, seed=5)
     with pytest.raises(ValueError, match="another autoencoder"):
         fit_prior(other, tmp_path / "broken", epochs=2, checkpoint=checkpoint)

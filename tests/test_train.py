@@ -17,10 +17,10 @@ import predict
 import reconstruct
 import train
 import train_prior
-from dataset import NO_MASK, DataConfig, open_study
+from dataset import NO_MASK, SPLITS, DataConfig, open_study
 from modules import VQVAE2, Output, Quantised, VQVAE2Config
 from new_slices.layouts import middles
-from support import metrics, runtime, trainer
+from support import metrics, nifti, runtime, trainer
 
 SMALL = VQVAE2Config(K=16, D=8, channels=16, top_channels=24, residual_channels=8, decoder_blocks=1)
 SHAPE_FLAGS = (
@@ -157,9 +157,9 @@ def test_best_survives_a_resume(study, tmp_path):
     assert runtime.load_checkpoint(best, "vqvae2")["epoch"] == 2
 
 
-@pytest.mark.parametrize("seen", [8, 14])
+@pytest.mark.parametrize("seen", [0, 8, 14])
 def test_a_run_by_epochs_that_was_stopped_goes_on(study, tmp_path, monkeypatch, seen):
-    """In the middle of an epoch, and after its last step."""
+    """Before the first step, in the middle of an epoch, and after its last step."""
     fit(study, tmp_path / "whole", epochs=2)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(trainer.Pace, "signalled", lambda self, _: self.progress.seen == seen)
@@ -273,10 +273,20 @@ def test_flags_win_over_presets_and_checkpoints(study, tmp_path, monkeypatch):
     assert (Path(one.data.data).name, one.data.height) == (study.name, 64)
     with pytest.raises(FileNotFoundError, match=r"the study that .* was trained on is not there"):
         settings("--resume", tmp_path / "vqvae2_epoch_1.pth", "--cache", tmp_path / "other")
-    changes = "--preset best", "--lr 0.1", "--D 16", "--seed 1", "--height 128"
+    changes = "--preset best", "--lr 0.1", "--D 16", "--seed 1", "--height 128", "--weights x.pth"
     for flag in map(str.split, changes):
         with pytest.raises(ValueError, match=f"{flag[0]}: a run that goes on keeps"):
             settings("--resume", tmp_path / "vqvae2_epoch_1.pth", *flag)
+
+
+def test_slices_too_small_for_ssim_are_refused_before_training(tmp_path):
+    for split, patient in zip(SPLITS, (4, 36, 40), strict=True):
+        path = (
+            tmp_path / "s" / f"keras_slices_{split}" / f"case_{patient:03d}_week_0_slice_0.nii.gz"
+        )
+        nifti.write(path, np.random.default_rng(patient).random((40, 10)), np.eye(4))
+    code, _, err = command(train, "--data", tmp_path / "s", "--out", tmp_path / "out")
+    assert code == 2 and "a side of 10 pixels; expected 11 at least, the window of SSIM" in err
 
 
 @pytest.mark.parametrize(
