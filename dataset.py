@@ -430,11 +430,11 @@ def _read_mask(path: str, of_slice: nifti.Image) -> tuple[np.ndarray, bool]:
     shape = of_slice.shape[:2]
     if image.shape[:2] != shape:
         raise UserError(f"its shape is {image.shape[:2]}; expected {shape}, as of its slice")
-    turned = nifti.turned(image.affine, of_slice.affine, axes=2)
-    if turned and image.oriented and of_slice.oriented:
+    told = image.oriented and of_slice.oriented
+    if told and nifti.turned(image.affine, of_slice.affine, axes=2):
         raise UserError("its affine turns or mirrors it against its slice; expected none of that")
-    moved = image.oriented and nifti.moved(image.affine, of_slice.affine, (*shape, 1))
-    return read_labels(image, image.raw.reshape(image.shape[:2])), moved and of_slice.oriented
+    moved = told and nifti.moved(image.affine, of_slice.affine, (*shape, 1))
+    return read_labels(image, image.raw.reshape(shape)), moved
 
 
 def _decode(

@@ -164,7 +164,7 @@ def read_mask(path: str, study: StudyInfo, cells: tuple[int, int]) -> np.ndarray
     if lost := set(np.unique(placed)).difference(np.unique(middles(placed[None], cells))):
         small = ", ".join(str(study.labels[k]) for k in sorted(lost))
         cell = "x".join(str(side // count) for side, count in zip(size, cells, strict=True))
-        raise UserError(f"labels {small} are smaller than a cell of a layout, {cell} pixels")
+        raise UserError(f"organs (labels {small}) smaller than a cell of a layout, {cell} pixels")
     return placed
 
 

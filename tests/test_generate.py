@@ -509,7 +509,7 @@ def test_a_user_s_own_mask_is_placed_as_the_study_s_slices_are(tmp_path):
     found = generate.read_mask(str(tmp_path / "half.nii.gz"), study, (16, 8))
     assert (found[:, :16] == 1).all() and not found[:, 16:].any()
     nifti.write(tmp_path / "small.nii.gz", half * (np.mgrid[:60, :60].max(0) < 2), np.eye(4))
-    with pytest.raises(runtime.UserError, match=r"labels 5 are smaller than a cell .* 4x4 pixels"):
+    with pytest.raises(runtime.UserError, match=r"labels 5. smaller than a cell .* 4x4 pixels"):
         generate.read_mask(str(tmp_path / "small.nii.gz"), study, (16, 8))
 
 
