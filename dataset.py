@@ -667,13 +667,15 @@ class Mirror:
         other class or itself does. Where the places of such a pair overlap by less than a half
         (Dice of their maps), they may be a pair or not, and nothing is mirrored.
         """
-        runs = set(nifti.directions(train.affines[train.oriented])) or {"RS"}
+        runs, untold = set(nifti.directions(train.affines[train.oriented])), ""
+        if not runs:
+            runs, untold = {"RS"}, "no affine tells left and right: rows are taken to run so"
         axes = {next((i - 2 for i in (0, 1) if letters[i] in "RL"), None) for letters in runs}
         axis = axes.pop() if len(axes) == 1 else None
         if axis is None:
             return cls(None, (), "slices are not mirrored: they do not all show left and right")
         if len(train.labels) < 3:  # one organ has no partner
-            return cls(axis)
+            return cls(axis, (), untold)
         overlap = mirrored_overlap(train, axis)
         nearest = overlap.argmax(1)
         pairs = [(a, int(b)) for a, b in enumerate(nearest) if a < b and nearest[b] == a]
@@ -683,7 +685,7 @@ class Mirror:
             return cls(None, (), f"{note} a right organ")
         note = f"labels {names} lie on opposite sides: mirrored slices exchange them"
         partners = tuple((a + 1, b + 1) for a, b in pairs)
-        return cls(axis, partners, note if pairs else "")
+        return cls(axis, partners, note if pairs else untold)
 
     def images(self, x: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
         """Slices x (B, ..., H, W), those mirrored where `mirrored` (B,) is True."""

@@ -283,6 +283,7 @@ class Album:
         self.mean, self.std = float(np.median(train.mean)), float(np.median(train.std))
         like = int((train.shapes == train.pixels.shape[1:]).all(1).argmax())  # one not resized
         self.affine = train.placement(like).affine(train.affines[like])
+        self.oriented = {"oriented": bool(train.oriented[like])}  # else only voxel sizes are known
         # The edges of pictures have names where all slices lie alike.
         letters = {*train.letters([like]), *test.letters(range(len(test)))}
         self.look = {"span": self.span, "note": self.note, "label_values": labels}
@@ -339,7 +340,7 @@ class Album:
             pixels = (image * self.std + self.mean).astype(np.float32)
             for file, plane in ((f"imagesTr/{name}_0000", pixels), (f"labelsTr/{name}", mask)):
                 path = self.out / self.nnunet / f"{file}.nii.gz"
-                nifti.write(path, plane[..., None], affine, DESCRIPTION)
+                nifti.write(path, plane[..., None], affine, DESCRIPTION, **self.oriented)
         labels = {f"label_{label}": k for k, label in enumerate(self.labels.tolist()) if k}
         about = {"channel_names": {"0": "MR"}, "labels": {"background": 0} | labels}
         about |= {"numTraining": self.manifest["done"], "file_ending": ".nii.gz"}
@@ -350,7 +351,7 @@ class Album:
         number = round(59 * np.nan_to_num(self.positions[i]))
         # The patient counts on from the seed: slices of two runs may lie in one folder.
         name = f"{kind}_{900 + self.seed * SEED_STEP + i:03d}_week_0_slice_{number}.nii.gz"
-        nifti.write(self.out / name, pixels, self.affine, DESCRIPTION)
+        nifti.write(self.out / name, pixels, self.affine, DESCRIPTION, **self.oriented)
 
 
 # ---- pictures, and the run as a whole ----

@@ -915,6 +915,9 @@ def test_left_and_right_labels_are_found_and_exchanged_along_the_patient_s_axis(
     two_pairs = dataset.Mirror(partners=((1, 2), (3, 4)))
     exchanged = two_pairs.masks(torch.arange(5).view(1, 1, 5), torch.tensor([True]))
     assert exchanged.flatten().tolist() == [0, 2, 1, 4, 3]
+    train.oriented[:], train.labels = False, ()
+    untold = dataset.Mirror.of(train)
+    assert untold.axis == -2 and "no affine tells left and right" in untold.note
 
 
 @pytest.mark.parametrize(

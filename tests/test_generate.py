@@ -112,6 +112,11 @@ def test_files_are_named_and_say_what_they_are(made, trained, tmp_path):
     splits = trained[3] | {"train": other}
     album = generate.Album(config(trained, tmp_path), splits, np.zeros(5), (), "")
     assert np.array_equal(album.affine, train.affines[1])
+    other.oriented = np.zeros(len(train), bool)
+    album = generate.Album(config(trained, tmp_path), splits, np.zeros(5), (), "")
+    album.write("case", 0, np.zeros((64, 32), np.float32))
+    (written,) = tmp_path.glob("case_*")
+    assert nibabel.load(written).header["sform_code"] == 0
 
 
 def test_a_sample_depends_on_its_seed_and_not_on_batch_count_or_threads(
