@@ -47,15 +47,17 @@ FITS = ("auto", "pad", "stretch")
 OF_THE_REPORT = (256, 128)  # rows and columns of HipMRI's slices
 MULTIPLE = 8  # of a grid that follows its study: a top code covers 8x8 pixels, by default
 STANDARD_NAME = re.compile(r"(?:case|seg)_(\d+)_week_(\d+)_slice_(\d+)\.nii(?:\.gz)?", re.I)
-# The 12 of case_12-05-2024 is no patient: the same person has another number on another day.
+# The 12 of case_12-05-2024 is no patient: the same person has another number on another day. Nor is
+# the 3 of patient_3T_012, a field strength.
 YEAR, MONTH = r"(?:19|20)\d\d", "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
-DATE = rf"""(?: \d\d?[-._]\d\d?[-._]{YEAR} | {YEAR}[-._]\d\d?[-._]\d | \d\d?[-.]{YEAR}
-    | \d\d?(?:-\d\d?-|\.\d\d?\.)\d\d(?!\d) | \d\d?[-._ ]?{MONTH}[-._ ]?{YEAR} )"""
-NO_DATE = rf"(?!{DATE} | \d(?:\.\d)?T(?![a-z]))"  # nor is the 3 of patient_3T_012 one
+DATE = rf"""(?: \d\d?[-._]\d\d?[-._]{YEAR} | {YEAR}[-._]\d\d?[-._]\d
+    | \d\d(?:-\d\d-|\.\d\d\.)\d\d(?!\d) | \d\d?[-._ ]?{MONTH}[-._ ]?{YEAR} )"""
+NO_DATE = rf"(?!{DATE} | \d\d?[-.]{YEAR}(?!\d))"
+NO_TESLA = r"(?!(?:1\.5|[37])T(?![a-z] | [12](?!\d)))"
 # How other names tell their numbers: by a word that announces one, or as public data sets do.
 ANNOUNCED = {
     "patient": rf"""(?<![a-z]) sub-{NO_DATE}([a-z0-9]+)                        # BIDS
-        | (?<![a-z]) (?:case|patient|pat|subject|subj|sub) [ _-]?{NO_DATE}(\d+)
+        | (?<![a-z]) (?:case|patient|pat|subject|subj|sub) [ _-]?{NO_DATE}{NO_TESLA}(\d+)
         | (?<![a-z]) B(\d+)_Week                                              # HipMRI: B006_Week0
         | BraTS\d*_(?:Training_|Validation_)?{NO_DATE}(\d+) | BraTS-[a-z]+-(\d+)
         | OAS[12]_(\d+)_MR | OAS(3\d{{4}})_MR                                   # OASIS
@@ -630,9 +632,12 @@ def _notes(jobs: list[Job], table: dict[str, np.ndarray], config: DataConfig) ->
         notes.append(f"warning: rows and columns of slices run in different directions: {listing}")
     none = "slices have an affine that is none in their header (voxel sizes alone were used)"
     two = f"slices have {nifti.DISPUTED} (the sform was taken)"
-    far = "masks lie elsewhere than their slices by their affines (taken as they are stored)"
-    odd = {none: table["broken"], two: table["disputed"], far: table["moved"]}
+    odd = {none: table["broken"], two: table["disputed"]}
     odd["slices have one value only (kept, std 1)"] = table["constant"]
+    if table["moved"].any():
+        far = f"{table['moved'].sum()} masks lie elsewhere than their slices by their affines"
+        first = jobs[table["moved"].argmax()].mask.path
+        notes.append(f"warning: {far} (taken as they are stored), such as {first}")
     for shape in sorted(set(map(tuple, table["shapes"].tolist())) - {size}):
         share = np.prod(Placement.make(shape, size, config.fit).scaled) / np.prod(size)
         what = f"slices of {shape[0]}x{shape[1]} fill {share:.0%} of the model's grid"
@@ -669,7 +674,7 @@ class Mirror:
         """
         runs, untold = set(nifti.directions(train.affines[train.oriented])), ""
         if not runs:
-            runs, untold = {"RS"}, "no affine tells left and right: rows are taken to run so"
+            runs, untold = {"RS"}, "no affine tells left and right: rows count as left-right"
         axes = {next((i - 2 for i in (0, 1) if letters[i] in "RL"), None) for letters in runs}
         axis = axes.pop() if len(axes) == 1 else None
         if axis is None:
@@ -932,7 +937,7 @@ def open_trained_study(
     """The study of `config`, else the one a checkpoint was trained on; fitted as for the training.
 
     `trained` is the record of the checkpoint at the path `checkpoint`. A line says where some of
-    the slices are not those of its study.
+    the slices are not those of its study, another where they run in other directions.
     """
     settings = {name: getattr(config, name) or getattr(trained, name) for name in CHECKPOINT_FIELDS}
     settings |= {name: getattr(trained, name) for name in SIZE}
@@ -942,9 +947,9 @@ def open_trained_study(
     if other := [name for name, theirs in trained.fingerprints.items() if ours[name] != theirs]:
         what = f"its {' and '.join(other)} slices are not those that {checkpoint} was trained with"
         print(f"note: {splits['train'].study}: {what}")
-    lie = StudyInfo.from_splits(splits)
-    if lie.directions and trained.directions and lie.directions != trained.directions:
-        what = f"its slices are {lie.plane} (towards {lie.directions})"
+    here = StudyInfo.from_splits(splits)
+    if here.directions and trained.directions and here.directions != trained.directions:
+        what = f"its slices are {here.plane} (towards {here.directions})"
         theirs = f"{checkpoint} learnt {trained.plane} ones (towards {trained.directions})"
         print(f"warning: {splits['train'].study}: {what}; {theirs}")
     return splits

@@ -161,7 +161,7 @@ def read_mask(path: str, study: StudyInfo, cells: tuple[int, int]) -> np.ndarray
     classes = np.searchsorted(study.labels, labels[..., 0]).astype(np.uint8)
     size = study.height, study.width
     placed = Placement.make(classes.shape, size, study.fit).place(classes, nearest=True)
-    if lost := set(np.unique(placed)).difference(np.unique(middles(placed[None], cells))):
+    if lost := set(np.unique(classes)) - {0, *np.unique(middles(placed[None], cells))}:
         small = ", ".join(str(study.labels[k]) for k in sorted(lost))
         cell = "x".join(str(side // count) for side, count in zip(size, cells, strict=True))
         raise UserError(f"organs (labels {small}) smaller than a cell of a layout, {cell} pixels")
@@ -250,14 +250,17 @@ def sample(
 def clear(out: Path, nnunet: str) -> None:
     """Take away an earlier run's files: none of them may pass for one of ours.
 
-    UserError where such files are somebody else's: no manifest of ours lies beside them.
+    UserError where they are somebody else's: no manifest of ours lies beside them, or the folder
+    for nnU-Net holds another data set.
     """
-    manifest, patterns = out / "manifest.json", OURS
-    patterns += (f"{nnunet}/dataset.json",) if nnunet else ()
-    earlier = [path for pattern in patterns for path in out.glob(pattern)]
-    theirs = [manifest, *earlier] if manifest.is_file() else earlier
-    if theirs and not (manifest.is_file() and DESCRIPTION in manifest.read_text(errors="replace")):
-        raise UserError(f"{theirs[0]}: not that of generated slices. Fix: --out, another folder.")
+    earlier = [path for pattern in OURS for path in out.glob(pattern)]
+    found = [*out.glob("manifest.json"), *earlier]
+    about = [path for path in found if path.name == "manifest.json"]
+    about += out.glob(f"{nnunet}/dataset.json") if nnunet else ()
+    theirs = [path for path in about if DESCRIPTION not in path.read_text(errors="replace")]
+    if theirs or (earlier and not about):
+        wrong = (theirs + earlier)[0]
+        raise UserError(f"{wrong}: not that of generated slices. Fix: --out, another folder.")
     for old in earlier:
         old.unlink()
 
@@ -283,7 +286,7 @@ class Album:
         self.mean, self.std = float(np.median(train.mean)), float(np.median(train.std))
         like = int((train.shapes == train.pixels.shape[1:]).all(1).argmax())  # one not resized
         self.affine = train.placement(like).affine(train.affines[like])
-        self.oriented = {"oriented": bool(train.oriented[like])}  # else only voxel sizes are known
+        self.oriented = bool(train.oriented[like])  # else only the voxel sizes are known
         # The edges of pictures have names where all slices lie alike.
         letters = {*train.letters([like]), *test.letters(range(len(test)))}
         self.look = {"span": self.span, "note": self.note, "label_values": labels}
@@ -340,10 +343,11 @@ class Album:
             pixels = (image * self.std + self.mean).astype(np.float32)
             for file, plane in ((f"imagesTr/{name}_0000", pixels), (f"labelsTr/{name}", mask)):
                 path = self.out / self.nnunet / f"{file}.nii.gz"
-                nifti.write(path, plane[..., None], affine, DESCRIPTION, **self.oriented)
+                nifti.write(path, plane[..., None], affine, DESCRIPTION, oriented=self.oriented)
         labels = {f"label_{label}": k for k, label in enumerate(self.labels.tolist()) if k}
         about = {"channel_names": {"0": "MR"}, "labels": {"background": 0} | labels}
         about |= {"numTraining": self.manifest["done"], "file_ending": ".nii.gz"}
+        about["description"] = DESCRIPTION
         runtime.write_json(self.out / self.nnunet / "dataset.json", about)
 
     def write(self, kind: str, i: int, pixels: np.ndarray) -> None:
@@ -351,7 +355,7 @@ class Album:
         number = round(59 * np.nan_to_num(self.positions[i]))
         # The patient counts on from the seed: slices of two runs may lie in one folder.
         name = f"{kind}_{900 + self.seed * SEED_STEP + i:03d}_week_0_slice_{number}.nii.gz"
-        nifti.write(self.out / name, pixels, self.affine, DESCRIPTION, **self.oriented)
+        nifti.write(self.out / name, pixels, self.affine, DESCRIPTION, oriented=self.oriented)
 
 
 # ---- pictures, and the run as a whole ----
@@ -503,7 +507,8 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     files = (folder / "codes.npz" for folder in (Path(config.prior).parent, out))
     maps = extract_codes(model, splits, variants, trained.sha256, *files)
     twins, positions, layouts = plan(config, make_composer(prior, train, maps), own, test)
-    album = Album(config, splits, positions, trained.study.labels, trained.sha256)
+    shown = trained.study.labels or train.labels
+    album = Album(config, splits, positions, shown, trained.sha256)
     if layouts is not None:
         most = None if config.layouts_only else SHOWN
         masks = masks_of(layouts[:most], labels, train.pixels.shape[1:])

@@ -161,9 +161,9 @@ def mask_name(name: str) -> str:
 def find_files(inputs: list[str], out: Path, masks: bool = False) -> dict[str, str]:
     """The path of every file to reconstruct, by its name in the folder `out`.
 
-    FileNotFoundError for an input that is not there, or a folder without any; UserError for one
-    name of two files (with `masks`, of a decoded mask too), for a file that its own reconstruction
-    would replace, and for a mask that a decoded one would.
+    FileNotFoundError for an input that is not there, or a folder without any. UserError where two
+    files, or with `masks` their decoded masks, would have one name; where a reconstruction would
+    replace its own file; and where a decoded mask would replace a file that is none of ours.
     """
     found, passed = defaultdict(list), {"masks": [], "other files": []}
     for source in inputs:

@@ -38,8 +38,10 @@ MASK_NAME = re.compile(rf"(?<![a-z])(?:{MASK_WORDS})(?![a-z])", re.I)
 MASK_FOLDER = re.compile(r"(?:semantic_labels.*|labels?|labels?t[rs]|masks?|segmentations?)", re.I)
 # What a folder is called that holds no one subject: a day, a session, a plane, a split.
 NO_SUBJECT = re.compile(
-    rf"""(?<!\d){dataset.DATE} | ^(?:ses|session|week|wk|visit|timepoint)[ _-]?[a-z0-9]+$
-    | ^(?:{"|".join(nifti.PLANES)})$ | ^images(?:Tr|Ts|Val)$""",
+    rf"""(?<!\d){dataset.DATE} | (?<!\d){dataset.YEAR}(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01])(?!\d)
+    | ^{dataset.YEAR}[-._]\d\d?$ | ^\d\d?[-.]{dataset.YEAR}$
+    | ^(?:ses|session|week|wk|visit|timepoint)(?:[ _-][a-z0-9]+|\d+)$
+    | ^(?:{"|".join(nifti.PLANES)}|images(?:Tr|Ts|Val)|train(?:ing)?|val|validat(?:e|ion)|test)$""",
     re.I | re.VERBOSE,
 )
 RECORDED = ("plane", "axis", "count", "match", "seed")  # of `SliceConfig`, in slices.json
@@ -163,11 +165,15 @@ def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, int
     masks, _ = group(mask_files, config.name_pattern)
     folders = group_by_folder(files)
     apart = all(len(Path(file.short).parts) > 1 for file in files)
-    apart = apart and not any(NO_SUBJECT.search(folder) for folder, _ in folders)
     # As scanners export them: P0001/t2_tse.nii.gz, P0002/t2_tse.nii.gz.
     if apart and len(folders) == len(files) > len(volumes):
-        volumes, unnamed, masks = folders, {}, group_by_folder(mask_files)
-        print(f"{config.volumes}: subjects are told apart by their folders")
+        if odd := [folder for folder, _ in folders if NO_SUBJECT.search(folder)]:
+            like = f"{odd[0]} is called like a day, a session, a plane or a split"
+            print(f"{config.volumes}: its folders are not taken for subjects, as {like}.")
+            print("Fix: if they are, --name-pattern '^(?P<patient>[^/]+)'")
+        else:
+            volumes, unnamed, masks = folders, {}, group_by_folder(mask_files)
+            print(f"{config.volumes}: subjects are told apart by their folders")
     choose = "Fix: choose one with --match '*_T2w*', or rename sessions to ses-1 and ses-2."
     double = {
         more: f"of one subject and session with {path}. {choose}"

@@ -71,7 +71,7 @@ class LossConfig:
     mse: float = option(1.0, "weight of the mean squared error in the reconstruction term")
     l1: float = option(0.0, "weight of the mean absolute error in the reconstruction term")
     ssim: float = option(0.0, "weight of 1 - SSIM in the reconstruction term")
-    mask_weight: float = option(0.02, "weight of masks' losses, fine and coarse; falls with --lr")
+    mask_weight: float = option(0.02, "weight of masks' losses; it follows the learning rate")
     flip: bool = option(False, "mirror half of all slices at random, with left and right labels")
 
     def __post_init__(self) -> None:
@@ -151,8 +151,9 @@ def losses(
     The codebook term ||sg[z_e] - e||^2 has no entry: the moving averages of
     `VectorQuantiser.update` minimise it (van den Oord et al. 2017, appendix A.1). A loss has
     the name of its weight, so "ssim" is 1 - SSIM; those of weight 0 are reported as well. In
-    training the masks' weight falls with the learning rate: they shape the codes while these move
-    far, and cost no detail in the end.
+    training the weight of masks follows the learning rate, whose share of --lr is `fall`: masks
+    shape the codes while these move far, and cost little detail in the end. In validation it does
+    not, so that epochs compare; there "loss" ends higher than in training.
     """
     y = output.reconstruction
     terms = {
@@ -189,10 +190,12 @@ class Autoencoder(Stage):
             self.splits = dataset.open_study(self.data)
         size = self.splits["train"].pixels.shape[1:]
         settings.model.code_shapes(*size)  # a UserError for a grid that the network cannot halve
-        if (side := min(split.shapes.min() for split in self.splits.values())) < metrics.SMALLEST:
-            found = f"{self.splits['train'].study}: a slice with a side of {side} pixels"
-            least = f"{metrics.SMALLEST} at least, the window of SSIM"
-            raise UserError(f"{found}; expected {least}. Fix: leave such slices out.")
+        for split in self.splits.values():
+            small = split.shapes.min(1) < metrics.SMALLEST
+            if small.any():
+                found = f"{split.paths[small.argmax()]}: {split.shapes[small.argmax()]} pixels"
+                least = f"sides of {metrics.SMALLEST} at least, the window of SSIM"
+                raise UserError(f"{found}; expected {least}. Fix: leave such slices out.")
         train = self.splits["train"]
         if labels := train.labels:
             self.loss_names += ("mask_cross_entropy", "mask_dice_loss", "coarse_mask_loss")

@@ -229,8 +229,8 @@ class MaskedPrior(nn.Module):
     def table(self) -> Tensor:
         """What each code adds to a token at each place of its patch, (places * (K + 2), C).
 
-        A convolution of embedded codes is a sum of rows of this table. It has a row more for each
-        place than there are embeddings: zeros, for places outside the map.
+        A convolution of embedded codes is a sum of rows of this table. For each place it has a row
+        for every embedding, and a last one of zeros for what lies outside the map.
         """
         values = F.pad(self.embed.weight, (0, 0, 0, 1))
         return (values @ self.merge.weight.flatten(2).permute(2, 1, 0)).flatten(0, 1)
@@ -238,7 +238,7 @@ class MaskedPrior(nn.Module):
     def merge_codes(self, codes: Tensor, table: Tensor) -> Tensor:
         """`self.merge` of the embedded codes (B, h, w), (B, C, grid), in a tenth of its time."""
         P, (h, w) = self.patch, self.shape
-        padded = F.pad(codes, (1, 1 - w % -P, 1, 1 - h % -P), value=self.K + 1)
+        padded = F.pad(codes, (1, 1 + -w % P, 1, 1 + -h % P), value=self.K + 1)
         rows = padded.unfold(1, P + 2, P).unfold(2, P + 2, P).flatten(3)  # (B, grid, places)
         rows = rows + (self.K + 2) * torch.arange(rows.shape[3], device=rows.device)
         merged = F.embedding_bag(rows.flatten(0, 2), table, mode="sum") + self.merge.bias
@@ -461,8 +461,9 @@ def unmask(
     for i in range(1, T + 1):
         hidden = codes == K
         at = hidden.view(B, *level.shape)
-        # The logits (M, K) of the codes of all slices that are still hidden.
         seen = codes.view(B, *level.shape).repeat(times)
+        # Of the codes of all slices that are still hidden: (M, K), or (2M, K) with guidance, the
+        # second half without the other map.
         logits = level(seen, context, at.repeat(times), table).float()
         if guided:
             logits, without = logits.chunk(2)

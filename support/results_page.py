@@ -34,6 +34,7 @@ IN_SHORT = {  # of report.json's "scorecard"
     "new slices without impossible anatomy": "constraint",
     "new slices too close to a training slice": "privacy, by correlation",
 }
+EPOCH = {"epoch", "step", "seconds", "train_loss", "val_loss"}  # in every epoch's line of a log
 SYNTHETIC = """<p class="warning">SYNTHETIC data: a phantom, drawn by a program. Nothing here says
 anything about MRI of people.</p>"""
 STYLE = """
@@ -97,7 +98,9 @@ def picture(path: Path, caption: str) -> str:
 
 
 def read_json(path: Path, *parts: str) -> dict:
-    """A file of ours; {} where there is none, or one of somebody else's, which lacks some parts."""
+    """What a JSON file of ours holds; {} where there is none, or where it lacks one of `parts`, as
+    somebody else's does.
+    """
     try:
         tree = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -111,8 +114,8 @@ def read_log(path: Path) -> tuple[dict, list[dict]]:
         lines = [dict(json.loads(line)) for line in path.read_text().splitlines()]
     except (OSError, ValueError, TypeError):
         return {}, []
-    runs = [line for line in lines if "epoch" not in line]
-    return (runs or [{}])[-1], [line for line in lines if "epoch" in line]
+    runs = [line for line in lines if isinstance(line.get("run"), dict)]
+    return (runs or [{}])[-1], [line for line in lines if line.keys() >= EPOCH]
 
 
 def at(tree: dict, *keys: str):

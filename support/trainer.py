@@ -123,7 +123,7 @@ class Stage:
     model: an nn.Module, on its device.
     splits: {"train": ..., "validate": ...}: `batch_losses` takes indices of their slices.
     counts: tensors that `batch_losses` has added to in this epoch; checkpoints keep them.
-    fall: the learning rate over its highest, which the loop sets before every step.
+    fall: the learning rate over --lr; the loop sets it before every step.
     """
 
     prefix, best_by, fall = "", "loss", 1.0

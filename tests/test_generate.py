@@ -207,6 +207,9 @@ def test_a_folder_of_something_else_loses_nothing(trained, tmp_path):
     generate.clear(tmp_path / "raw", "Dataset502_New")
     with pytest.raises(ValueError, match=r"dataset\.json: not that of generated slices"):
         generate.clear(tmp_path / "raw", "Dataset501_Real")
+    (tmp_path / "raw" / "manifest.json").write_text(generate.DESCRIPTION)  # of an earlier run
+    with pytest.raises(ValueError, match=r"dataset\.json: not that of generated slices"):
+        generate.clear(tmp_path / "raw", "Dataset501_Real")
     (tmp_path / "manifest.json").write_text("")
     assert len(list(tmp_path.glob("*.*"))) >= 3 and "years" in (tmp_path / "0000.png").read_text()
 

@@ -152,7 +152,7 @@ def test_a_folder_with_little_or_broken_files_has_a_page(results):
     results_page.write(results)
     text = read(results).text
     assert "0.9123" in text and "priors" in text and "likeness" not in text
-    others = '{"psnr": 31.2}', "[]", "null", "3", '{"patients": 3}'  # somebody else's
+    others = '{"psnr": 31.2}', "[]", "null", '{"epoch": 1, "run": "a"}'  # somebody else's
     names = "metrics.json", "prior_log.jsonl", "generated/report.json"
     for name, content in itertools.product(names, others):
         (results / name).write_text(content)

@@ -298,11 +298,16 @@ def test_a_folder_for_each_subject_tells_them_apart(tmp_path, capsys):
     run_slice(tmp_path / "export", tmp_path / "out")
     assert "told apart by their folders" in capsys.readouterr().out
     assert {parse_name(path).patient for path in (tmp_path / "out").rglob("seg_*")} == {1, 2, 3}
-    for name in ("12-05-2024", "2024-05-12", "ses-1", "week_3", "axial", "imagesTr"):
-        shutil.move(tmp_path / "export" / "P0003", tmp_path / "export" / name)
-        with pytest.raises(UserError, match="no patient in its name"):
-            run_slice(tmp_path / "export", tmp_path / "out")
-        shutil.move(tmp_path / "export" / name, tmp_path / "export" / "P0003")
+    days = "12-05-2024", "2024-05-12", "20240512", "2024-05", "12May2024"
+    for name in (*days, "ses-1", "week3", "axial", "imagesTr", "test"):
+        assert slice_volumes.NO_SUBJECT.search(name)
+    for name in ("P0003", "TCGA-24-2024", "Sestak", "visitor", "0012", "T1_axial_004"):
+        assert not slice_volumes.NO_SUBJECT.search(name)
+    (tmp_path / "export" / "P0003").rename(tmp_path / "export" / "ses-3")
+    with pytest.raises(UserError, match="no patient in its name"):
+        run_slice(tmp_path / "export", tmp_path / "out2")
+    assert "ses-3 is called like a day, a session" in capsys.readouterr().out
+    run_slice(tmp_path / "export", tmp_path / "out2", name_pattern="^(?P<patient>[^/]+)")
 
 
 def test_masks_of_a_folder_of_their_own(tmp_path):

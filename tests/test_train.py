@@ -286,7 +286,7 @@ def test_slices_too_small_for_ssim_are_refused_before_training(tmp_path):
         )
         nifti.write(path, np.random.default_rng(patient).random((40, 10)), np.eye(4))
     code, _, err = command(train, "--data", tmp_path / "s", "--out", tmp_path / "out")
-    assert code == 2 and "a side of 10 pixels; expected 11 at least, the window of SSIM" in err
+    assert code == 2 and "slice_0.nii.gz: [40 10] pixels; expected sides of 11 at least" in err
 
 
 @pytest.mark.parametrize(
