@@ -153,9 +153,9 @@ def read_png(path: str) -> nifti.Image:
 
 def mask_name(name: str) -> str:
     """What the decoded mask of a reconstruction called `name` is called."""
-    folder, file = os.path.split(name)
-    file = file.removeprefix("case_") + ("" if nifti.is_nifti(file) else ".nii.gz")
-    return os.path.join(folder, f"seg_{file}")  # seg_p.png.nii.gz is a picture's
+    file = os.path.basename(name).removeprefix("case_")
+    file += "" if nifti.is_nifti(file) else ".nii.gz"  # seg_p.png.nii.gz is a picture's
+    return str(Path(name).with_name(f"seg_{file}"))
 
 
 def find_files(inputs: list[str], out: Path, masks: bool = False) -> dict[str, str]:
