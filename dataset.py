@@ -943,11 +943,11 @@ def open_trained_study(
     settings |= {name: getattr(trained, name) for name in SIZE}
     settings["data"] = config.data or find_trained_study(trained, checkpoint, config.cache)
     splits = open_study(replace(config, **settings))
-    ours = {name: split.fingerprint for name, split in splits.items()}
-    if other := [name for name, theirs in trained.fingerprints.items() if ours[name] != theirs]:
+    here = StudyInfo.from_splits(splits)
+    ours, learnt = here.fingerprints, trained.fingerprints
+    if other := [name for name in learnt if ours[name] != learnt[name]]:
         what = f"its {' and '.join(other)} slices are not those that {checkpoint} was trained with"
         print(f"note: {splits['train'].study}: {what}")
-    here = StudyInfo.from_splits(splits)
     if here.directions and trained.directions and here.directions != trained.directions:
         what = f"its slices are {here.plane} (towards {here.directions})"
         theirs = f"{checkpoint} learnt {trained.plane} ones (towards {trained.directions})"

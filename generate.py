@@ -254,13 +254,10 @@ def clear(out: Path, nnunet: str) -> None:
     for nnU-Net holds another data set.
     """
     earlier = [path for pattern in OURS for path in out.glob(pattern)]
-    found = [*out.glob("manifest.json"), *earlier]
-    about = [path for path in found if path.name == "manifest.json"]
-    about += out.glob(f"{nnunet}/dataset.json") if nnunet else ()
+    about = [*out.glob("manifest.json"), *(out.glob(f"{nnunet}/dataset.json") if nnunet else ())]
     theirs = [path for path in about if DESCRIPTION not in path.read_text(errors="replace")]
-    if theirs or (earlier and not about):
-        wrong = (theirs + earlier)[0]
-        raise UserError(f"{wrong}: not that of generated slices. Fix: --out, another folder.")
+    if wrong := theirs if about else earlier:
+        raise UserError(f"{wrong[0]}: not that of generated slices. Fix: --out, another folder.")
     for old in earlier:
         old.unlink()
 

@@ -25,8 +25,16 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
 from skimage.io import imread, imsave
 from tqdm import tqdm
 
-import dataset
-from dataset import RECONSTRUCTION, Placement, StudyInfo, find_nifti, raise_bad, way_in, z_score
+from dataset import (
+    RECONSTRUCTION,
+    Placement,
+    StudyInfo,
+    find_nifti,
+    is_reconstruction,
+    raise_bad,
+    way_in,
+    z_score,
+)
 from modules import Trained, load_model
 from new_slices.code_files import SUFFIX, Coded, Coder, name_of
 from new_slices.organs import likeliest
@@ -192,9 +200,10 @@ def find_files(inputs: list[str], out: Path, masks: bool = False) -> dict[str, s
             print(f"{len(paths)} {kind} were passed over, such as {paths[0]}")
     written = {name: list(paths) for name, paths in found.items()}
     for name, paths in found.items() if masks else ():
-        written.setdefault(mask_name(name), []).extend(paths)
-        target = out / mask_name(name)
-        if target.exists() and not dataset.is_reconstruction(target):
+        mask = mask_name(name)
+        written.setdefault(mask, []).extend(paths)
+        target = out / mask
+        if target.exists() and not is_reconstruction(target):
             fault = f"{paths[0]}: its decoded mask would replace {target}, which is none of ours"
             raise UserError(f"{fault}. Fix: another --out.")
     for name, (path, *more) in written.items():

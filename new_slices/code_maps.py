@@ -154,8 +154,7 @@ def extract_codes(
     counts = {name: variants if name == "train" else 1 for name in SPLITS}
     total = sum(counts[name] * len(splits[name]) for name in SPLITS)
     device = next(model.parameters()).device
-    labels = model.config.labels
-    labels = labels if labels == len(train.labels) else 0
+    labels = model.config.labels if model.config.labels == len(train.labels) else 0
     shapes = dict(zip(LEVELS, model.config.code_shapes(*train.pixels.shape[1:]), strict=True))
     cells = shapes["layout"] = shapes["bottom"]
     maps = {"levels": tissue_levels(train, cells)}
