@@ -148,9 +148,9 @@ class Coder:
                 context = level.context(*known, condition)
                 codes = torch.full((1, *level.shape), level.K, device=device)  # all are hidden
                 for at in groups(level.shape, GROUPS[name]):
-                    asked = torch.from_numpy(at)[None].to(device)
+                    asked = torch.from_numpy(np.flatnonzero(at)).to(device)
                     told = code(name, plane, at, weights=weigh(level(codes, context, asked, table)))
-                    codes[asked] = torch.from_numpy(told).to(codes)
+                    codes.view(-1)[asked] = torch.from_numpy(told).to(codes)
                 found[plane] = codes[0].cpu().numpy()
                 condition = codes  # of the bottom codes
         return maps

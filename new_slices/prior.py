@@ -134,10 +134,10 @@ class Refine(nn.Module):
         self.mlp = MLP(channels)
 
     def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
-        """x (B, h, w, C) -> (B, h, w, C), or (M, C) of the M codes alone at which `at` is true."""
+        """x (B, h, w, C) -> (B, h, w, C), or (M, C) of the codes `at` (M,) alone, counted on."""
         around = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         if at is not None:
-            x, around = x[at], around[at]
+            x, around = (each.flatten(0, 2).index_select(0, at) for each in (x, around))
         return x + self.mlp(around)
 
 
@@ -209,7 +209,7 @@ class MaskedPrior(nn.Module):
         Args:
             codes: (B, h, w) int64 in [0, K); K where a code is hidden.
             context: (B, C, grid), what `self.context` makes of all else.
-            at: (B, h, w) bool, to be told the logits of these M codes alone, (M, K).
+            at: (M,) int64 in [0, B*h*w), to be told the logits of these codes alone, (M, K).
             table: what `self.table` returns, for whoever asks more than once.
         """
         h, w = self.shape
@@ -265,7 +265,9 @@ class MaskedPrior(nn.Module):
             unknown = self.condition.num_embeddings - 1
             condition = torch.full(shape, unknown, device=position.device)
         values = self.condition(condition).permute(0, 3, 1, 2)
-        around = self.gather(whole_patches(values, self.gather.stride[0]))
+        side = self.gather.stride[0]
+        values = F.pad(values, (0, -values.shape[3] % side, 0, -values.shape[2] % side))
+        around = self.gather(values)
         return x + F.interpolate(around, self.grid)
 
 
@@ -398,27 +400,27 @@ def bound(
     generator: torch.Generator | None,
 ) -> Tensor:
     """(B,): mean -log p over the hidden codes of each map, their number uniform in 1 .. h*w."""
-    hidden = random_masks(codes, generator)
-    logits = level(codes.masked_fill(hidden, level.K), level.context(*known)).float()
-    nats = F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none")
-    return (nats.view_as(codes) * hidden).sum((1, 2)) / hidden.sum((1, 2))
+    hidden, count = random_masks(codes, generator)
+    # The network tells of the hidden codes alone. A GPU is not waited for, as `count` is known.
+    at = hidden.flatten().nonzero_static(size=count)[:, 0]
+    logits = level(codes.masked_fill(hidden, level.K), level.context(*known), at).float()
+    nats = F.cross_entropy(logits, codes.flatten()[at], reduction="none")
+    nats = nats.new_zeros(hidden.numel()).scatter(0, at, nats).view_as(codes)
+    return nats.sum((1, 2)) / hidden.sum((1, 2))
 
 
-def whole_patches(x: Tensor, side: int) -> Tensor:
-    """x (B, C, h, w), with zeros below and at the right, to multiples of `side` along both axes."""
-    return F.pad(x, (0, -x.shape[3] % side, 0, -x.shape[2] % side))
-
-
-def random_masks(codes: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def random_masks(codes: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, int]:
     """Which codes (B, h, w) are hidden, bool: of each map 1 .. h*w, uniform, at random places.
 
-    The numbers of a batch are spread over that range (stratified), so that the loss is less noisy.
+    And how many in all. The numbers of a batch are spread over that range (stratified), so that the
+    loss is less noisy.
     """
     B, codes_of_a_map = len(codes), codes[0].numel()
-    share = (torch.arange(B, device=codes.device) + uniform((B,), codes.device, generator)) / B
+    share = (torch.arange(B) + torch.rand(B, generator=generator)) / B
     number = (share * codes_of_a_map).long() + 1  # 1 .. h*w
     rank = uniform((B, codes_of_a_map), codes.device, generator).argsort(1).argsort(1)
-    return (rank < number[:, None]).view_as(codes)
+    hidden = rank < number.to(codes.device, non_blocking=True)[:, None]
+    return hidden.view_as(codes), int(number.sum())
 
 
 def uniform(
@@ -460,11 +462,11 @@ def unmask(
     # of, and hides the rest again: the next pass sees what was kept.
     for i in range(1, T + 1):
         hidden = codes == K
-        at = hidden.view(B, *level.shape)
+        at = hidden.repeat(times[:2]).flatten().nonzero()[:, 0]
         seen = codes.view(B, *level.shape).repeat(times)
         # Of the codes of all slices that are still hidden: (M, K), or (2M, K) with guidance, the
         # second half without the other map.
-        logits = level(seen, context, at.repeat(times), table).float()
+        logits = level(seen, context, at, table).float()
         if guided:
             logits, without = logits.chunk(2)
             logits = logits + sampling.guidance * (logits - without)

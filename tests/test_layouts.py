@@ -362,7 +362,8 @@ def test_the_top_prior_sees_the_layout_and_the_bottom_prior_does_not():
     assert nats(torch.full_like(layout, model.config.classes))["top"].equal(unknown["top"])
     hidden = torch.rand(top.shape) < 0.5
     everything = model.top(top, model.top.context(position, variant, layout))
-    some = model.top(top, model.top.context(position, variant, layout), at=hidden)
+    at = hidden.flatten().nonzero()[:, 0]
+    some = model.top(top, model.top.context(position, variant, layout), at)
     assert some.allclose(everything[hidden], atol=1e-5)
 
 

@@ -213,13 +213,15 @@ def test_the_logits_of_some_codes_are_those_of_the_whole_map():
     level = make_prior(shape=(3, 5)).double().top
     codes, at = torch.randint(level.K + 1, (2, 3, 5)), torch.rand(2, 3, 5) < 0.5
     context = level.context(torch.tensor([0.2, 0.7]), torch.zeros(2, 3).double())
-    whole, some = level(codes, context), level(codes, context, at)
+    whole, some = level(codes, context), level(codes, context, at.flatten().nonzero()[:, 0])
     assert torch.allclose(some, whole[at], rtol=0, atol=1e-12)
 
 
 def test_random_masks_hide_a_uniform_number_of_codes_at_uniform_places():
     generator = torch.Generator().manual_seed(0)
-    masks = torch.cat([random_masks(torch.zeros(8, 2, 2), generator) for _ in range(500)])
+    drawn = [random_masks(torch.zeros(8, 2, 2), generator) for _ in range(500)]
+    assert all(mask.sum() == count for mask, count in drawn)
+    masks = torch.cat([mask for mask, _ in drawn])
     share = masks.sum((1, 2)).bincount(minlength=5) / 4000
     assert share[0] == 0 and share[1:].numpy() == pytest.approx([0.25] * 4, abs=0.03)
     assert masks.double().mean(0).numpy() == pytest.approx(np.full((2, 2), 0.625), abs=0.03)
