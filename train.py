@@ -51,7 +51,7 @@ PRESETS = {
     "quick": RECIPE | {"slices": 2_000, "lr": 3e-3},
     "best": BEST,
     # For files: more codes, whose bits have a price, give a better picture in as many bytes. New
-    # slices of such codes have less texture (Results/README.md).
+    # slices of such codes have less texture (Results/trials.md).
     "for-files": BEST | {"K": 2048, "mse": 2.0, "bit_weight": 0.01, "price_rise": 10_000},
     # With --weights of `best`: codes that the priors store in fewer bits.
     "fewer-bits": RECIPE | {"slices": 7_400, "lr": 7e-4, "bit_weight": 0.03},

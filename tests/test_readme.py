@@ -21,7 +21,7 @@ from test_train import SHAPE_FLAGS
 from support import runtime
 
 README = (ROOT / "README.md").read_text()
-RESULTS = (ROOT / "Results" / "README.md").read_text()
+RESULTS = "".join((ROOT / "Results" / name).read_text() for name in ("README.md", "trials.md"))
 BASH = re.findall(r"```bash\n(.*?)```", README, re.S)
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 REFERENCES = re.findall(r"`([\w.]+)` in \[([\w/]+\.py)\]\(([\w/]+\.py)\)", README)
