@@ -33,7 +33,7 @@ from tqdm import tqdm
 import dataset
 from dataset import DataConfig, Placement, SliceDataset, StudyInfo
 from modules import VQVAE2, Trained, load_model
-from new_slices.code_maps import LEVELS, Samples, Variants, decode, extract_codes
+from new_slices.code_maps import Samples, Variants, composer_of, decode, extract_codes
 from new_slices.layouts import REGIONS, Composer, likely, middles
 from new_slices.organs import likeliest, nearest_positions, segmenter_of
 from new_slices.prior import BOTTOM_SAMPLING, TOP_SAMPLING, Prior, Sampling, load_prior
@@ -51,8 +51,7 @@ DESCRIPTION = "synthetic, sampled from VQ-VAE-2 priors, not a patient"
 NIFTI, MASK_FOLDER = "keras_slices_synthetic", "keras_slices_seg_synthetic"
 NAMES = ("grid", "overview", "layouts", "nearest")
 OURS = ("[0-9]" * 4 + ".png", f"{NIFTI}/case_*.nii.gz", f"{MASK_FOLDER}/seg_*.nii.gz")
-OURS += ("Dataset[0-9]*_*/*Tr/synthetic_*.nii.gz", "report.json")
-OURS += tuple(f"{name}.png" for name in NAMES)
+OURS += ("report.json", *(f"{name}.png" for name in NAMES))
 
 
 @dataclass(frozen=True)
@@ -191,16 +190,13 @@ def seeds_of(config: GenerateConfig) -> list[int]:
     return [config.seed * SEED_STEP + i for i in range(config.n)]
 
 
-def make_composer(prior: Prior, train: SliceDataset, maps: dict) -> Composer | None:
-    """What draws new layouts. None where the study has no masks such as the priors learnt."""
-    labels = prior.config.labels
-    if labels and labels != len(train.labels):
-        print(f"{train.study}: it has no masks such as the priors learnt: sampling without layouts")
+def make_composer(model: VQVAE2, prior: Prior, train: SliceDataset, maps: dict) -> Composer | None:
+    """What draws new layouts. None where these do not show the organs that the priors learnt."""
+    labels = model.config.labels if model.config.labels == len(train.labels) else 0
+    if labels != prior.config.labels:
+        print(f"{train.study}: its masks are not what the priors learnt: sampling without layouts")
         return None
-    patients = np.array([name.patient for name in train.names])
-    known = maps["train_layout"][0].astype(np.int64), maps["train_tissue"]
-    codes = [maps[f"train_{level}"][0] for level in LEVELS]
-    return Composer(*known, train.positions, patients, maps["levels"], labels, codes)
+    return composer_of(train, maps, labels)
 
 
 def sample(
@@ -253,7 +249,8 @@ def clear(out: Path, nnunet: str) -> None:
     UserError where they are somebody else's: no manifest of ours lies beside them, or the folder
     for nnU-Net holds another data set.
     """
-    earlier = [path for pattern in OURS for path in out.glob(pattern)]
+    data_set = (f"{nnunet}/*Tr/synthetic_*.nii.gz",) if nnunet else ()
+    earlier = [path for pattern in (*OURS, *data_set) for path in out.glob(pattern)]
     about = [*out.glob("manifest.json"), *(out.glob(f"{nnunet}/dataset.json") if nnunet else ())]
     theirs = [path for path in about if DESCRIPTION not in path.read_text(errors="replace")]
     if wrong := theirs if about else earlier:
@@ -503,7 +500,7 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     # The code maps that the priors were trained on, where they are at hand.
     files = (folder / "codes.npz" for folder in (Path(config.prior).parent, out))
     maps = extract_codes(model, splits, variants, trained.sha256, *files)
-    twins, positions, layouts = plan(config, make_composer(prior, train, maps), own, test)
+    twins, positions, layouts = plan(config, make_composer(model, prior, train, maps), own, test)
     shown = trained.study.labels or train.labels
     album = Album(config, splits, positions, shown, trained.sha256)
     if layouts is not None:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dataset import SIZE, DataConfig, StudyInfo, check_labels, open_trained_study
 from modules import load_model
-from new_slices.code_maps import MOST_VARIANTS, Variants, extract_codes
+from new_slices.code_maps import MOST_VARIANTS, Variants, composer_of, extract_codes
+from new_slices.layouts import REBUILT
 from new_slices.prior import Prior, PriorConfig
 from support import results_page, runtime
 from support.runtime import UserError, check_number, option
@@ -34,8 +35,10 @@ RECIPE = SHARED_RECIPE | {
     "weight_decay": 0.05,
     "patience": 5,
 }
+# Half of the layouts that priors learn from are rebuilt as new ones are composed (layouts.py).
 PRESETS = {
-    "best": RECIPE | {"slices": 55_000, "prior_top_layers": 4, "prior_refine_blocks": 3},
+    "best": RECIPE
+    | {"slices": 55_000, "prior_top_layers": 4, "prior_refine_blocks": 3, "rebuilt": 0.5},
     "quick": RECIPE | {"slices": 3_400, "lr": 4e-3, "prior_dropout": 0.0, "variants": 1},
 }
 
@@ -47,12 +50,14 @@ class CodesConfig:
     checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder")
     variants: int = option(2, "of each slice: 1 the slice, 2 and its mirror image, 3+ and warps")
     forget: float = option(0.1, "share of positions, and of layouts, that the priors are not told")
+    rebuilt: float = option(0.0, "share of layouts whose tissue is composed as in new layouts")
     bottom_every: int = option(1, "train the bottom prior on one in n slices of a batch")
 
     def __post_init__(self) -> None:
         check_number("bottom_every", self.bottom_every, least=1)
         check_number("variants", self.variants, least=1, most=MOST_VARIANTS)
         check_number("forget", self.forget, least=0, most=1)
+        check_number("rebuilt", self.rebuilt, least=0, most=1)
 
     def saved(self) -> dict:
         """For a checkpoint, which says copies for variants, and not where the autoencoder lies."""
@@ -148,7 +153,11 @@ class CodePriors(Stage):
         shape = replace(settings.prior, K=model.config.K, labels=labels)
         self.model = Prior(shape, self.top_shape, self.numbers.shape[2]).to(self.device)
         self.model.start_from(model.quantiser_top.codebook, model.quantiser_bottom.codebook)
-        self.counts = {}
+        self.counts, self.mirror, self.rebuilt = {}, train.mirror, None
+        if codes.rebuilt:  # (REBUILT, N, 2h, 2w)
+            rebuild = composer_of(train, maps, labels).rebuild
+            made = runtime.in_parallel(rebuild, range(len(train)), "layouts", " slices")
+            self.rebuilt = torch.from_numpy(np.stack([*made], 1).astype(np.int32)).to(self.device)
 
     def settings(self) -> dict:
         return {
@@ -164,6 +173,10 @@ class CodePriors(Stage):
         variant = torch.randint(self.codes.variants, (size,), generator=generator)
         forgotten = torch.rand(2, size, generator=generator) < self.codes.forget
         self.variant, self.forgotten = variant.to(self.device), forgotten.to(self.device)
+        # Which of its rebuilt layouts a slice has; -1: its own.
+        rebuilt = torch.randint(REBUILT, (size,), generator=generator)
+        own = torch.rand(size, generator=generator) >= self.codes.rebuilt
+        self.which = rebuilt.masked_fill(own, -1).to(self.device)
 
     def batch_losses(self, split: str, indices: Tensor) -> dict[str, Tensor]:
         indices = runtime.to_device(indices, self.device)
@@ -177,6 +190,10 @@ class CodePriors(Stage):
         bottom = self.maps[f"{split}_bottom"][variant[:bottoms], indices[:bottoms]].long()
         layout = self.maps[f"{split}_layout"][variant, indices].long()
         if self.model.training:
+            if self.rebuilt is not None:
+                which = self.which[indices].masked_fill(variant > 1, -1)
+                others = self.mirror.masks(self.rebuilt[which, indices].long(), variant == 1)
+                layout = torch.where(which[:, None, None] < 0, layout, others)
             forgotten = self.forgotten[1, indices, None, None]
             layout = layout.masked_fill(forgotten, self.model.config.classes)
         altered = self.numbers[variant, indices] if split == "train" else self.numbers[variant, 0]

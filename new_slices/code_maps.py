@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dataset import SPLITS, Mirror, SliceDataset
 from modules import VQVAE2
-from new_slices.layouts import layouts_of, likely, smoothed, tissue_levels
+from new_slices.layouts import Composer, layouts_of, likely, smoothed, tissue_levels
 from new_slices.organs import likeliest
 from support import runtime
 
@@ -182,3 +182,11 @@ def extract_codes(
     with runtime.atomic_path(files[-1]) as part:
         np.savez(part, key=key, **maps)
     return maps
+
+
+def composer_of(train: SliceDataset, maps: dict[str, np.ndarray], labels: int) -> Composer:
+    """What composes layouts of a training split's slices, whose maps `extract_codes` gave."""
+    patients = np.array([name.patient for name in train.names])
+    known = maps["train_layout"][0].astype(np.int64), maps["train_tissue"]
+    codes = [maps[f"train_{level}"][0] for level in LEVELS]
+    return Composer(*known, train.positions, patients, maps["levels"], labels, codes)

@@ -16,7 +16,9 @@ and what is new gets a mixture of their shapes (an active appearance model of fe
 Edwards & Taylor 2001). A mixture of their intensities would be a blur, in which thin walls and
 vessels melt. So the mixture is only a draft: each place gets the tissue of the slice that is most
 like the draft there, as in texture synthesis (Kwatra et al. 2005). Its parts come from different
-patients, and no patient's slice is like the whole.
+patients, and no patient's slice is like the whole. A layout composed so is vaguer than that of a
+real slice, so the priors learn from training slices' layouts that are rebuilt in this way, too:
+they then draw a whole picture from it, and no loose ends.
 """
 
 import math
@@ -49,6 +51,7 @@ WEIGHT = 2.0  # of an organ in what makes slices alike, beside intensities in st
 PAINT = (0.5, 1.5)  # how much brighter than tissue, from 0 to 1, organs are to the optical flow
 REACH, FARTHEST = 8, 6.0  # cells: radius of its window; it finds nothing farther away
 KNOTS = (3, 2)  # of the smooth random fields that the weights and the bending are
+REBUILT = 4  # layouts of each training slice whose tissue is of others
 BENT = 0.7  # the standard deviation of bends and moves, over that by which patients differ
 
 
@@ -230,6 +233,7 @@ class Composer:
 
     def __init__(self, layouts, tissue, positions, patients, levels, labels, codes=()) -> None:
         known = (layouts < classes(labels)).all((1, 2))
+        self.layouts, self.known = layouts, np.flatnonzero(known)
         self.organs = np.where(layouts < labels, layouts, 0)[known]
         self.tissue, self.positions = tissue[known].astype(np.float64), positions[known]
         self.patients, self.levels, self.labels = patients[known], levels, labels
@@ -268,19 +272,12 @@ class Composer:
             family = self.family(rng.permutation(self.near(position)))
         else:
             family = self.family(self.most_alike(drawn, position))
-        # The first slice is the frame over which the others are laid, cell by cell. If there are
-        # enough others it gives neither tissue nor shape: nothing should lead back to it.
-        frame, members = family[0], family[1:] if len(family) >= FEWEST else family
-        shape, count = self.tissue.shape[1:], len(members)
+        members, laid, parts = self.lay(family)
+        shape, count, frame = self.tissue.shape[1:], len(members), family[0]
         # Tissue is of other slices in every place; a shape is of one mixture in all its parts, or
         # thin walls would break.
-        of_tissue = random_fields(rng, count, shape)
+        tissue = mosaic(parts, random_fields(rng, count, shape))
         of_shape = shares(rng.normal(size=count).clip(-2, 2), SPREAD_OF_SHAPES)
-        laid = [self.displacement(frame, member) for member in members]
-        parts = [
-            warped(self.tissue[each], there) for each, there in zip(members, laid, strict=True)
-        ]
-        tissue = mosaic(np.stack(parts), of_tissue)
         # All lie in the frame's place now. What is new lies where a mixture of theirs does, bent a
         # little, or where the organs that are given lie.
         bend = random_fields(rng, 2, shape) + rng.normal(size=(2, 1, 1))
@@ -294,6 +291,33 @@ class Composer:
             source = bend + (centre(self.organs[frame]) - centre(drawn))[:, None, None]
             organs = drawn
         return compose(warped(tissue, source), organs, self.levels, self.labels)
+
+    def rebuild(self, index: int) -> np.ndarray:
+        """Layouts (REBUILT, h, w) of training slice `index` whose tissue is of other patients'.
+
+        It is composed as that of new layouts is. The organs are the slice's own.
+        """
+        place = np.flatnonzero(self.known == index)
+        if not len(place):  # which organs it shows is unknown
+            return np.repeat(self.layouts[index][None], REBUILT, 0)
+        _, _, parts = self.lay(self.family(place))
+        rng = np.random.default_rng(index)
+        fields = [random_fields(rng, len(parts), parts.shape[1:]) for _ in range(REBUILT)]
+        made = [(mosaic(parts, each), self.organs[place[0]]) for each in fields]
+        return np.stack([compose(*each, self.levels, self.labels) for each in made])
+
+    def lay(self, family: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+        """The members of a family, how each lies over the frame (2, h, w), and their tissue there.
+
+        The first slice of the family is the frame over which the others are laid, cell by cell. If
+        there are enough others it gives neither tissue nor shape: nothing should lead back to it.
+        """
+        members = family[1:] if len(family) >= FEWEST else family
+        laid = [self.displacement(family[0], member) for member in members]
+        parts = [
+            warped(self.tissue[each], there) for each, there in zip(members, laid, strict=True)
+        ]
+        return members, laid, np.stack(parts)
 
     def mean_organs(
         self, members: np.ndarray, laid: list[np.ndarray], source: np.ndarray

@@ -19,7 +19,7 @@ from dataset import DataConfig, Mirror, open_trained_study
 from modules import load_model
 from new_slices import code_maps
 from new_slices.code_maps import Variants, extract_codes
-from new_slices.layouts import layouts_of, smoothed, tissue_levels
+from new_slices.layouts import REBUILT, layouts_of, smoothed, tissue_levels
 from new_slices.prior import Prior, PriorConfig
 from support import runtime, trainer
 
@@ -203,6 +203,45 @@ def test_new_slices_start_from_layouts_of_the_study(masked_study, tmp_path, monk
     generate.generate(config, DataConfig(data=str(bare)))
     assert "sampling without layouts" in capsys.readouterr().out
     assert given[-1] is None
+    # The priors learnt without masks, and the study has them again.
+    learnt = train_prior.Settings(
+        data=DataConfig(data=str(bare)),
+        codes=train_prior.CodesConfig(checkpoint=str(autoencoder)),
+        prior=TINY,
+        train=trainer.TrainConfig(out=str(tmp_path / "p"), epochs=1, batch_size=4, device="cpu"),
+    )
+    config = replace(config, prior=str(train_prior.train_prior(learnt)))
+    generate.generate(config, DataConfig(data=str(masked_study)))
+    assert "sampling without layouts" in capsys.readouterr().out and given[-1] is None
+
+
+def test_priors_learn_from_layouts_whose_tissue_is_of_other_patients(masked_study, tmp_path):
+    autoencoder = fit(masked_study, tmp_path / "one", epochs=1)
+    stage = stage_of(autoencoder, tmp_path, variants=4, forget=0.0, rebuilt=0.5)
+    own, made = stage.maps["train_layout"], stage.rebuilt
+    assert made.shape == (REBUILT, 14, 16, 8)
+    organs = torch.where(own[0] < 2, own[0], 0)
+    for each in made:  # organs are the slice's own, and so is what is unknown
+        assert torch.where(each < 2, each, 0)[:13].equal(organs[:13]) and (each[13] == 8).all()
+    seen, share = [], []
+    stage.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[4]))
+    for seed in range(20):
+        stage.start_epoch(torch.Generator().manual_seed(seed))
+        stage.batch_losses("train", torch.arange(14))
+        for i, layout in enumerate(seen[-1][:13]):
+            variant, which = stage.variant[i], stage.which[i]
+            as_it_is = own[variant, i].equal(layout.int())
+            if variant > 1 or which < 0:
+                assert as_it_is
+            else:
+                expected = made[which, i].flip(0) if variant else made[which, i]
+                assert expected.equal(layout.int())
+        share.append((stage.which >= 0).float().mean())
+    assert torch.stack(share).mean().item() == pytest.approx(0.5, abs=0.1)
+    seen.clear()
+    stage.model.eval()
+    stage.batch_losses("validate", torch.arange(5))
+    assert seen[0].equal(stage.maps["validate_layout"][0].long())
 
 
 def test_validation_repeats_and_agrees_with_the_likelihood(autoencoder, tmp_path):
