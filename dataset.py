@@ -29,6 +29,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from skimage.transform import resize
 
 from support import nifti, runtime
@@ -51,8 +52,9 @@ STANDARD_NAME = re.compile(r"(?:case|seg)_(\d+)_week_(\d+)_slice_(\d+)\.nii(?:\.
 # the 3 of patient_3T_012, a field strength.
 YEAR, MONTH = r"(?:19|20)\d\d", "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
 DATE = rf"""(?: \d\d?[-._]\d\d?[-._]{YEAR} | {YEAR}[-._]\d\d?[-._]\d
-    | \d\d(?:-\d\d-|\.\d\d\.)\d\d(?!\d) | \d\d?[-._ ]?{MONTH}[-._ ]?{YEAR} )"""
-NO_DATE = rf"(?!{DATE} | \d\d?[-.]{YEAR}(?!\d))"
+    | \d\d(?:-\d\d-|\.\d\d\.)\d\d(?!\d) | {YEAR}(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01])(?!\d)
+    | \d\d?[-._ ]?{MONTH}[-._ ]?(?:{YEAR}|\d\d(?!\d)) )"""
+NO_DATE = rf"(?!{DATE} | \d\d?[-.]{YEAR}(?!\d) | {YEAR}-\d\d(?!\d))"
 NO_TESLA = r"(?!(?:1\.5|[37])T(?![a-z] | [12](?!\d)))"
 # How other names tell their numbers: by a word that announces one, or as public data sets do.
 ANNOUNCED = {
@@ -68,7 +70,9 @@ ANNOUNCED = {
     "slice": r"(?<![a-z]) (?:slice|plane|sl|z) [ _-]?(\d+)",
 }
 ANNOUNCED = {key: re.compile(words, re.I | re.VERBOSE) for key, words in ANNOUNCED.items()}
-ALMOST = 0.01  # a label this near to a whole number is that number
+# A label this near to a whole number is that number; nearer where all are almost 0: they may be
+# labels that were divided by 255.
+ALMOST, ALMOST_NOTHING = 0.01, 0.001
 RECONSTRUCTION = "VQ-VAE-2 reconstruction, not for clinical use"  # in the header of every one
 NEW_NAME = (
     "Fix: rename it like case_004_week_0_slice_0.nii.gz, or tell its parts with --name-pattern, "
@@ -159,7 +163,8 @@ def name_parts(path: Path | str, pattern: str = "") -> dict[str, str]:
             if match := written.search(name):
                 parts.setdefault(key, match[match.lastindex])
     if "patient" not in parts:
-        raise UserError(f"no patient in its name. {NEW_NAME}")
+        by = f" by --name-pattern {pattern}, which a checkpoint keeps" if pattern else ""
+        raise UserError(f"no patient in its name{by}. {NEW_NAME}")
     return parts
 
 
@@ -257,6 +262,11 @@ def _scan_study(study: Path, pattern: str, bad: dict[str, str]) -> list[Job]:
         raise FileNotFoundError(f"{none} {fix} of 3-D volumes.")
     if others:
         print(f"{study}: {len(others)} other files were passed over, such as {others[0]}")
+    ours = {f"keras_slices_{kind}{split}" for kind in ("", "seg_") for split in SPLITS}
+    if odd := sorted(
+        path.name for path in study.iterdir() if path.is_dir() and path.name not in ours
+    ):
+        print(f"{study}: other folders were passed over: {', '.join(odd[:3])}")
     return jobs
 
 
@@ -416,7 +426,8 @@ def read_labels(image: nifti.Image, raw: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # Inf has no remainder, and is no label either
         if labels.dtype.kind == "f":
             whole = np.rint(labels)
-            labels = np.where(np.abs(labels - whole) <= ALMOST, whole, labels)
+            near = ALMOST if whole.any() else ALMOST_NOTHING
+            labels = np.where(np.abs(labels - whole) <= near, whole, labels)
         good = (labels >= 0) & (labels <= most) & (labels % 1 == 0)
     if not good.all():
         expected = f"expected whole numbers from 0, the background, to {most} ({kind})"
@@ -974,8 +985,11 @@ def restore(dataset: SliceDataset, index: int, image: np.ndarray) -> np.ndarray:
 def is_reconstruction(path: Path) -> bool:
     """Whether a file is a reconstruction of ours, or a mask that was decoded with one."""
     try:
+        if path.suffix.lower() == ".png":
+            with Image.open(path) as image:
+                return image.info.get("Description") == RECONSTRUCTION
         return nifti.read(path).header["descrip"].item() == RECONSTRUCTION.encode()
-    except UserError:  # what cannot be read is none of ours
+    except (UserError, OSError):  # what cannot be read is none of ours
         return False
 
 

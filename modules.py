@@ -52,7 +52,7 @@ class VQVAE2Config:
     labels: int = 0
 
     def __post_init__(self) -> None:
-        check_number("K", self.K, least=1, most=2**16)  # code maps are stored in 16 bits
+        check_number("K", self.K, least=2, most=2**16)  # code maps are stored in 16 bits
         for name in ("stride", "D", "channels", "top_channels", "residual_channels"):
             check_number(name, getattr(self, name), least=1)
         blocks = "encoder_blocks", "top_blocks", "decoder_blocks"

@@ -108,6 +108,14 @@ def score_split(
     return scores, {name: np.concatenate(batches) for name, batches in maps.items()}
 
 
+def check_reconstructions(folder: Path, test: SliceDataset) -> None:
+    """UserError where a file in `folder` that is none of ours has the name of a reconstruction."""
+    for path in test.paths:
+        target = folder / path.relative_to(test.study / f"keras_slices_{test.split}")
+        if target.exists() and not dataset.is_reconstruction(target):
+            raise UserError(f"{target}: none of our reconstructions. Fix: another --out.")
+
+
 def replace_reconstructions(folder: Path, made: Path) -> None:
     """Move what lies in `made` to `folder`; an earlier run's files there go, and nothing else."""
     for old in folder.rglob("*.nii*"):
@@ -266,6 +274,8 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
     train, test = splits["train"], splits["test"]
     patients = [f"{name.patient:03d}" for name in test.names]
 
+    if config.nifti:
+        check_reconstructions(out / "reconstructions", test)
     # It is written last: while it is there, everything else in the folder is of its run.
     (out / "metrics.json").unlink(missing_ok=True)
     # The NIfTI files come into place together: a run that fails takes none of an earlier one's.

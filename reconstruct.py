@@ -22,7 +22,9 @@ import numpy as np
 import torch
 from nibabel import Nifti1Header
 from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
-from skimage.io import imread, imsave
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from skimage.io import imread
 from tqdm import tqdm
 
 from dataset import (
@@ -112,8 +114,12 @@ class Scan:
         known = study.plane or plane
         if not self.image.oriented or (depth == 1 and not known):  # it is taken as it is stored
             ends, affine = "RAS", np.eye(4)
-        if not self.image.oriented and depth > 1:
-            self.notes.append("have no orientation in their header: cut along their last axis")
+        if not self.image.oriented:
+            how = "cut along their last axis"
+            if depth == 1:
+                ways = " and ".join(study.directions or "RS")
+                how = f"taken as they are stored, rows and columns towards {ways} of the patient"
+            self.notes.append(f"have no orientation: {how}")
         # A slice, a film of one slice or a volume of a few thick ones has few pixels along one
         # axis. Where the planes that are wanted contain that axis, it is cut across it instead.
         turnings = [nifti.turning(affine, each) for each in (ends, *nifti.PLANES.values())]
@@ -130,9 +136,11 @@ class Scan:
             limits = np.iinfo(self.raw.dtype)
             pixels = np.clip(np.round(pixels.astype(np.float64)), limits.min, limits.max)
             pixels = pixels.astype(self.raw.dtype.newbyteorder("="))
-        if not nifti.is_nifti(path.name):
+        if path.suffix.lower() == ".png":
+            about = PngInfo()
+            about.add_text("Description", RECONSTRUCTION)
             with runtime.atomic_path(path) as part:
-                imsave(part, pixels, check_contrast=False)
+                Image.fromarray(pixels).save(part, "PNG", pnginfo=about)
             return
         nifti.write(path, pixels, None, RECONSTRUCTION, like=self.image.header)
 
@@ -170,8 +178,8 @@ def find_files(inputs: list[str], out: Path, masks: bool = False) -> dict[str, s
     """The path of every file to reconstruct, by its name in the folder `out`.
 
     FileNotFoundError for an input that is not there, or a folder without any. UserError where two
-    files, or with `masks` their decoded masks, would have one name; where a reconstruction would
-    replace its own file; and where a decoded mask would replace a file that is none of ours.
+    files, or with `masks` their decoded masks, would have one name; and where a reconstruction or a
+    decoded mask would replace its own file, or one that is none of ours.
     """
     found, passed = defaultdict(list), {"masks": [], "other files": []}
     for source in inputs:
@@ -200,20 +208,18 @@ def find_files(inputs: list[str], out: Path, masks: bool = False) -> dict[str, s
             print(f"{len(paths)} {kind} were passed over, such as {paths[0]}")
     written = {name: list(paths) for name, paths in found.items()}
     for name, paths in found.items() if masks else ():
-        mask = mask_name(name)
-        written.setdefault(mask, []).extend(paths)
-        target = out / mask
-        if target.exists() and not is_reconstruction(target):
-            fault = f"{paths[0]}: its decoded mask would replace {target}, which is none of ours"
-            raise UserError(f"{fault}. Fix: another --out.")
+        written.setdefault(mask_name(name), []).extend(paths)
     for name, (path, *more) in written.items():
         if more:
             both = f"{path} and {more[0]} would both be written as {name}"
             raise UserError(f"{both}. Fix: one at a time, with an --out each.")
         target, beside = out / name, Path(path).with_name(os.path.basename(name))
         # `beside` is the file itself, or the scan beside its file of codes.
-        if target.exists() and beside.exists() and os.path.samefile(target, beside):
-            raise UserError(f"{path}: its result would replace {target}. Fix: another --out.")
+        own = target.exists() and beside.exists() and os.path.samefile(target, beside)
+        if own or (target.exists() and not is_reconstruction(target)):
+            whose = "" if own else ", which is none of ours"
+            fault = f"{path}: its result would replace {target}{whose}"
+            raise UserError(f"{fault}. Fix: another --out.")
     return {name: paths[0] for name, paths in found.items()}
 
 
@@ -293,6 +299,8 @@ def reconstruct_file(
     """
     study, data, originals = trained.study, b"", []
     if path.lower().endswith(SUFFIX):
+        if config.save:
+            raise UserError("--save is for scans, and this is a file of codes. Fix: leave it out")
         data = Path(path).read_bytes()
         image, plane, coded = coder.unpack(data)
         scan = Scan(image, study, plane)

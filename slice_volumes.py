@@ -38,9 +38,9 @@ MASK_NAME = re.compile(rf"(?<![a-z])(?:{MASK_WORDS})(?![a-z])", re.I)
 MASK_FOLDER = re.compile(r"(?:semantic_labels.*|labels?|labels?t[rs]|masks?|segmentations?)", re.I)
 # What a folder is called that holds no one subject: a day, a session, a plane, a split.
 NO_SUBJECT = re.compile(
-    rf"""(?<!\d){dataset.DATE} | (?<!\d){dataset.YEAR}(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01])(?!\d)
-    | ^{dataset.YEAR}[-._]\d\d?$ | ^\d\d?[-.]{dataset.YEAR}$
-    | ^(?:ses|session|week|wk|visit|timepoint)(?:[ _-][a-z0-9]+|\d+)$
+    rf"""(?<!\d){dataset.DATE} | ^{dataset.YEAR}[-._]\d\d?$ | ^\d\d?[-.]{dataset.YEAR}$
+    | ^(?:ses|session|week|wk|day|month|visit|timepoint|run|scan)(?:[ _-][a-z0-9]+|\d+)$
+    | ^(?:baseline|pre|post|follow[ _-]?up\d*|t[12]w?|pdw?|flair|dwi|adc|swi)$
     | ^(?:{"|".join(nifti.PLANES)}|images(?:Tr|Ts|Val)|train(?:ing)?|val|validat(?:e|ion)|test)$""",
     re.I | re.VERBOSE,
 )
@@ -166,7 +166,7 @@ def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, int
     folders = group_by_folder(files)
     apart = all(len(Path(file.short).parts) > 1 for file in files)
     # As scanners export them: P0001/t2_tse.nii.gz, P0002/t2_tse.nii.gz.
-    if apart and len(folders) == len(files) > len(volumes):
+    if apart and len(folders) == len(files) and not volumes and not config.name_pattern:
         if odd := [folder for folder, _ in folders if NO_SUBJECT.search(folder)]:
             like = f"{odd[0]} is called like a day, a session, a plane or a split"
             print(f"{config.volumes}: its folders are not taken for subjects, as {like}.")

@@ -190,6 +190,9 @@ class Autoencoder(Stage):
             self.splits = dataset.open_study(self.data)
         size = self.splits["train"].pixels.shape[1:]
         settings.model.code_shapes(*size)  # a UserError for a grid that the network cannot halve
+        if min(size) < metrics.SMALLEST:
+            grid = f"--height and --width: a grid of {size[0]}x{size[1]}"
+            raise UserError(f"{grid}; expected {metrics.SMALLEST} at least, the window of SSIM")
         for split in self.splits.values():
             small = split.shapes.min(1) < metrics.SMALLEST
             if small.any():

@@ -206,9 +206,13 @@ def depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def name_of(path: str, name: str) -> str:
-    """What comes of a file is called `name` as it is, but that of a file of codes like a scan."""
+    """What comes of a file is called `name` as it is, but that of a file of codes like a scan.
+
+    A NIfTI file whose name does not say that it is one gets such a name.
+    """
     if not name.lower().endswith(SUFFIX):
-        return name
+        known = name.lower().endswith((*nifti.SUFFIXES, ".png"))
+        return name if known else f"{name}.nii.gz"
     with open(path, "rb") as file:
         ending = KINDS.get(file.read(4), ".nii.gz")
     return re.sub(r"(\.nii|\.nii\.gz|\.png)?\.vq2$", "", name, flags=re.IGNORECASE) + ending

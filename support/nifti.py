@@ -31,6 +31,7 @@ SPARE = 4096  # bytes that may follow the array, as some programs pad their file
 # Where rows, columns and slices of a plane run: to the patient's right, front (A) or head (S).
 PLANES = {"coronal": "RSA", "axial": "RAS", "sagittal": "ASR"}
 AXES = {"R": "RL", "A": "AP", "S": "SI"}  # the two ends of each axis of the world
+MM = {1: 1000.0, 3: 0.001}  # in a unit of space, by its code in headers: metres and micrometres
 DISPUTED = "an sform and a qform that turn them differently"  # said of files, see Image.disputed
 
 
@@ -208,18 +209,21 @@ def _full(affine: np.ndarray) -> np.ndarray:
 def best_affine(header: nibabel.Nifti1Header) -> tuple[np.ndarray, bool, bool]:
     """The affine, whether the header gives its directions, and whether it names a broken one.
 
-    The sform where there is one, else the qform, else the voxel sizes alone.
+    The sform where there is one, else the qform, else the voxel sizes alone; in mm, whatever the
+    unit of the header.
     """
-    broken = False
+    broken, unit = False, MM.get(int(header["xyzt_units"]) & 7, 1)
+    to_mm = np.diag([unit, unit, unit, 1])
     for code, make in (("sform_code", nibabel.Nifti1Header.get_sform), ("qform_code", _qform)):
         if header[code] > 0:
             with np.errstate(all="ignore"):
                 affine = _full(make(header))
             if usable(affine):
-                return affine, True, broken
+                return to_mm @ affine, True, broken
             broken = True
     sizes = np.abs(np.nan_to_num(header["pixdim"][1:4].astype(float), posinf=0))
-    return np.diag([*np.where((sizes > 1e-6) & (sizes < 1e6), sizes, 1), 1.0]), False, broken
+    sizes = np.where((sizes > 1e-6) & (sizes < 1e6), sizes, 1)
+    return to_mm @ np.diag([*sizes, 1.0]), False, broken
 
 
 def turning(affine: np.ndarray, ends: str) -> np.ndarray:
@@ -288,7 +292,9 @@ def write(
     else:
         header = like.as_byteswapped("<") if like.endianness == ">" else like.copy()
     header.set_data_dtype(pixels.dtype)
+    sizes = header["pixdim"].copy()
     header.set_data_shape(pixels.shape)
+    header["pixdim"] = sizes  # of axes that the array lacks, too: of a slice, its thickness
     if like is None and affine is not None:
         header.set_qform(affine, 0, strip_shears=True)  # sets the voxel sizes too
         if oriented:

@@ -34,6 +34,7 @@ IN_SHORT = {  # of report.json's "scorecard"
     "new slices without impossible anatomy": "constraint",
     "new slices too close to a training slice": "privacy, by correlation",
 }
+OVERVIEW = "Held-out slices, their reconstructions, and new slices"
 EPOCH = {"epoch", "step", "seconds", "train_loss", "val_loss"}  # in every epoch's line of a log
 SYNTHETIC = """<p class="warning">SYNTHETIC data: a phantom, drawn by a program. Nothing here says
 anything about MRI of people.</p>"""
@@ -125,6 +126,11 @@ def at(tree: dict, *keys: str):
     return tree
 
 
+def of_these(here: set[str], sha256: str | None) -> bool:
+    """Whether an autoencoder is one of those `here`; any is where none or nothing is known."""
+    return not here or sha256 is None or sha256 in here
+
+
 # ---- the parts of the page ----
 
 
@@ -146,10 +152,10 @@ def numbers(metrics: dict, card: dict) -> str:
     return f'<ul class="numbers">{"".join(items)}</ul>'
 
 
-def training(folder: Path) -> str:
-    """A row and the curves of each stage."""
+def training(folder: Path, priors: bool) -> str:
+    """A row and the curves of each stage, with `priors` or without."""
     rows, curves = {}, ""
-    for stage, prefix in (("autoencoder", ""), ("priors", "prior_")):
+    for stage, prefix in (("autoencoder", ""), ("priors", "prior_"))[: 1 + priors]:
         _, epochs = read_log(folder / f"{prefix}log.jsonl")
         for last in epochs[-1:]:
             rows[stage] = {
@@ -222,6 +228,11 @@ def write(folder: Path | str) -> Path:
     stage_one, stage_two = (read_log(folder / name)[0] for name in ("log.jsonl", "prior_log.jsonl"))
     metrics = read_json(folder / "metrics.json", "n", "patients", "provenance")
     report = read_json(generated / "report.json", "manifest", "scorecard")
+    # What was made with another autoencoder than those that lie here is of an earlier run.
+    here = {runtime.sha256(path) for path in folder.glob("vqvae2_*.pth")}
+    metrics = metrics if of_these(here, at(metrics, "checkpoint", "sha256")) else {}
+    report = report if of_these(here, at(report, "manifest", "autoencoder", "sha256")) else {}
+    stage_two = stage_two if of_these(here, stage_two.get("autoencoder_sha256")) else {}
     manifest, card = report.get("manifest", {}), report.get("scorecard", {})
     runs = {
         "autoencoder": stage_one.get("run"),
@@ -231,7 +242,7 @@ def write(folder: Path | str) -> Path:
     }
     runs = {name: run | {"argv": " ".join(run["argv"])} for name, run in runs.items() if run}
     parts = {
-        "Training": training(folder),
+        "Training": training(folder, bool(stage_two)),
         "Test slices": test_scores(folder, metrics),
         "New slices": new_slices(generated, report),
         "Commands and versions": table("step", runs),
@@ -244,7 +255,7 @@ def write(folder: Path | str) -> Path:
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
 <body><h1>{title}</h1>{SYNTHETIC * bool(data.get("synthetic"))}
 <p><small>Not for clinical use.</small></p>{numbers(metrics, card)}
-{picture(generated / "overview.png", "Held-out slices, their reconstructions, and new slices")}
+{picture(generated / "overview.png", OVERVIEW) * bool(report)}
 {body}</body></html>
 """
     runtime.write_text(folder / NAME, page)

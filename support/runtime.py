@@ -198,7 +198,8 @@ def fill(config: type, values: dict):
 def check_number(name: str, value: float, least: float = -math.inf, most: float = 2**40) -> None:
     """UserError, which names the flag of the field `name`, unless least <= value <= most."""
     if not least <= value <= most:  # nor is NaN
-        expected = f"{least:g} to {most:.10g}" if most < 2**40 else f"{least:g} or more"
+        limited = most < 2**40 or value > most
+        expected = f"{least:g} to {most:.13g}" if limited else f"{least:g} or more"
         raise UserError(f"{flag(name)} is {value}; expected {expected}")
 
 

@@ -110,6 +110,9 @@ UNANNOUNCED = [
     "BraTS_12-05-2024.nii",
     "patient_3T_012_z1.nii",
     "subject_1.5T_07_z1.nii",
+    "patient_20240512_T2.nii",
+    "patient_12-May-24_T2.nii",
+    "patient-2024-05_z1.nii",
 ]
 NO_DATES = ["patient_12-20240101_z1", "patient-12-1-10", "sub-12", "sub_12_OCT", "case_12_T2w"]
 
@@ -516,6 +519,9 @@ def test_labels_that_are_almost_whole_are_whole(study, config):
     put_mask(study, "train", 4, 0, labels * np.float32(0.98))
     with pytest.raises(UserError, match=r"a label of [01]\.9[68]"):
         open_study(config)
+    put_mask(study, "train", 4, 0, labels / np.float32(255))  # no empty mask
+    with pytest.raises(UserError, match=r"a label of 0\.00"):
+        open_study(config)
 
 
 def test_one_picture_in_two_splits_is_said_whatever_it_is_called(study, config, capsys):
@@ -771,6 +777,9 @@ def test_capitals_folders_plain_and_other_files(study, config, capsys):
     assert len(found) == 12
     np.testing.assert_array_equal(found.pixels[2], noise(9))
     assert "1 other files were passed over" in capsys.readouterr().out
+    (study / "keras_slices_masks_train").mkdir()  # misnamed, and not a word was lost on it
+    open_study(config)
+    assert "other folders were passed over: keras_slices_masks_train" in capsys.readouterr().out
 
 
 def test_a_slice_s_own_pixels_are_those_that_no_padding_touches(study, config):

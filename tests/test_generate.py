@@ -602,6 +602,9 @@ def test_slices_for_nnunet(two_organs, organs_study, tmp_path, monkeypatch, no_r
     again = dataclasses.replace(settings, n=1)
     generate.generate(again, DataConfig(data=str(organs_study)))  # nothing of three is left
     assert [len(list((folder / kind).iterdir())) for kind in ("imagesTr", "labelsTr")] == [1, 1]
+    other = dataclasses.replace(settings, n=2, nnunet="Dataset502_More")  # the first one stays
+    generate.generate(other, DataConfig(data=str(organs_study)))
+    assert len(list((folder / "imagesTr").iterdir())) == 1
 
 
 WANTS_MASKS = [{"layout": "."}, {"layouts_only": True}, {"nnunet": "Dataset501_A"}]

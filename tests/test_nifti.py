@@ -252,3 +252,14 @@ def test_nifti_keeps_pixels_affine_and_bytes(tmp_path):
     image = nibabel.load(tmp_path / "e.nii")
     assert np.array_equal(image.get_fdata(dtype=np.float32), PIXELS)
     assert image.header.get_zooms() == (2, 3)
+
+
+@pytest.mark.parametrize(("unit", "mm"), [("micron", 0.001), ("meter", 1000.0), ("mm", 1.0)])
+def test_affines_are_in_millimetres_whatever_the_unit(tmp_path, unit, mm):
+    for codes in ((2, 0), (0, 1), (0, 0)):
+        image = nibabel.Nifti1Image(PIXELS, None)
+        image.header.set_sform(np.diag([50, 60, 80, 1]), codes[0])
+        image.header.set_qform(np.diag([50, 60, 80, 1]), codes[1])
+        image.header.set_xyzt_units(unit)
+        found = read(tmp_path, image.to_bytes()).affine
+        np.testing.assert_allclose(found, np.diag([50 * mm, 60 * mm, 80 * mm, 1]), rtol=1e-6)

@@ -146,6 +146,32 @@ def test_new_slices_appear_on_the_page_of_their_run(results):
     assert "SYNTHETIC" in read(alone).text and "my study & <b>" in read(alone).text
 
 
+def test_what_another_autoencoder_made_is_not_on_the_page(results):
+    """The phantom's run lies in Results/ when a study is trained there."""
+    (results / "vqvae2_best.pth").write_bytes(b"weights")
+    ours, other = runtime.sha256(results / "vqvae2_best.pth"), "0" * 64
+    for sha256 in (ours, other):
+        for name, keys in (
+            ("metrics.json", ("checkpoint", "sha256")),
+            ("generated/report.json", ("manifest", "autoencoder", "sha256")),
+        ):
+            tree = json.loads((results / name).read_text())
+            tree |= {"checkpoint": {}} if keys[0] == "checkpoint" else {}
+            inner = tree
+            for key in keys[:-1]:
+                inner = inner.setdefault(key, {})
+            inner[keys[-1]] = sha256
+            runtime.write_json(results / name, tree)
+        log = (results / "prior_log.jsonl").read_text().splitlines()
+        log[1] = json.dumps(json.loads(log[1]) | {"autoencoder_sha256": sha256})
+        (results / "prior_log.jsonl").write_text("\n".join(log))
+        results_page.write(results)
+        shown, sources = rows(read(results)), read(results).sources
+        assert ("0.9123" in shown) == ("Bad, by likeness" in shown) == (sha256 == ours)
+        assert ("| priors |" in shown) == (sha256 == ours)
+        assert "| autoencoder |" in shown and len(sources) == (7 if sha256 == ours else 1)
+
+
 def test_a_folder_with_little_or_broken_files_has_a_page(results):
     for name in ("log.jsonl", "generated/report.json", "comparison.png"):
         (results / name).write_text("{broken")

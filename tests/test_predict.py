@@ -212,6 +212,11 @@ def test_only_old_reconstructions_are_deleted(study, checkpoint, tmp_path):
     found = {path.name for path in folder.iterdir()}
     assert {"case_092.nii.gz", "notes.txt"} < found and len(found) == 8
     assert "case_091.nii.gz" not in found
+    theirs = next(path for path in folder.iterdir() if "week" in path.name)
+    nifti.write(theirs, pixels, np.eye(4), "my own")
+    with pytest.raises(runtime.UserError, match=rf"{theirs.name}: none of our reconstructions"):
+        predict_with(checkpoint, out=str(tmp_path), nifti=True)
+    assert np.array_equal(nifti.read(theirs).raw, pixels)
 
 
 def test_another_study_one_patient_and_synthetic(study, checkpoint, tmp_path, capsys):

@@ -285,6 +285,52 @@ def test_decoded_masks_replace_neither_each_other_nor_a_true_mask(tmp_path):
     assert len(reconstruct.find_files([str(scans)], out, masks=True)) == 1
 
 
+@pytest.mark.usefixtures("identity")
+def test_scans_of_another_patient_are_never_replaced(checkpoint, tmp_path):
+    """Scanners give every scan the same name."""
+    pixels = np.random.default_rng(0).integers(1, 99, (64, 32), dtype=np.uint8)
+    for name, write in (("t2.nii.gz", save_scan), ("t2.png", imsave)):
+        for patient in ("one", "two"):
+            (tmp_path / patient).mkdir(exist_ok=True)
+            write(tmp_path / patient / name, pixels)
+        scan = tmp_path / "one" / name
+        with pytest.raises(UserError, match=rf"replace .*two/{name}, which is none of ours"):
+            use(checkpoint, [scan], tmp_path / "two")
+        for _ in range(2):  # our own may be replaced
+            use(checkpoint, [scan], tmp_path / "out")
+
+
+def save_scan(path, pixels):
+    nibabel.save(nibabel.Nifti1Image(pixels, np.eye(4)), path)
+
+
+@pytest.mark.usefixtures("identity")
+def test_a_scan_whose_name_does_not_say_what_it_is(checkpoint, tmp_path):
+    pixels = np.random.default_rng(0).integers(1, 99, (64, 32), dtype=np.uint8)
+    save_scan(tmp_path / "scan.nii.gz", pixels)
+    for name in ("IM0001", "scan.nii.gz.1", "x.img"):
+        (tmp_path / name).write_bytes((tmp_path / "scan.nii.gz").read_bytes())
+        assert list(use(checkpoint, [tmp_path / name], tmp_path / "out")["files"]) == [
+            f"{name}.nii.gz"
+        ]
+        found = nibabel.load(tmp_path / "out" / f"{name}.nii.gz")
+        np.testing.assert_array_equal(found.dataobj, pixels)
+
+
+@pytest.mark.usefixtures("identity")
+def test_a_slice_keeps_its_thickness_and_one_without_directions_is_said(checkpoint, tmp_path):
+    image = nibabel.Nifti1Image(np.eye(64, 32, dtype=np.float32), None)
+    image.header.set_qform(np.diag([1.2, 1.4, 3.3, 1]), 1)
+    nibabel.save(image, tmp_path / "thick.nii.gz")
+    row = use(checkpoint, [tmp_path / "thick.nii.gz"], tmp_path / "out")["files"]["thick.nii.gz"]
+    made = nibabel.load(tmp_path / "out" / "thick.nii.gz").header
+    np.testing.assert_allclose(made["pixdim"][1:4], (1.2, 1.4, 3.3), rtol=1e-6)
+    assert not row["notes"]
+    imsave(tmp_path / "p.png", np.eye(64, 32, dtype=np.uint8), check_contrast=False)
+    row = use(checkpoint, [tmp_path / "p.png"], tmp_path / "out")["files"]["p.png"]
+    assert "rows and columns towards R and S" in row["notes"][0]
+
+
 def test_what_cannot_be_used_is_named_and_the_rest_done(checkpoint, tmp_path, capsys):
     good = nibabel.Nifti1Image(np.random.default_rng(0).random((64, 32), np.float32), np.eye(4))
     nibabel.save(good, tmp_path / "good.nii.gz")

@@ -226,10 +226,10 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 OUT_OF_RANGE = {
     TrainConfig: {"epochs": [0], "minutes": [-1, math.inf], "lr": [math.nan]},
     LossConfig: {"beta": [math.nan]},
-    VQVAE2Config: {"K": [0], "D": [-1], "ema_decay": [1.0], "stride": [3]}
+    VQVAE2Config: {"K": [0, 1], "D": [-1], "ema_decay": [1.0], "stride": [3]}
     | {f"{part}_blocks": [-1] for part in ("encoder", "top", "decoder")},
     PriorConfig: {"prior_top_layers": [0], "prior_refine_blocks": [0]},
-    CodesConfig: {"bottom_every": [0]},
+    CodesConfig: {"bottom_every": [0], "rebuilt": [1.1]},
     Sampling: {"passes": [0, 10**6], "temperature": [-1], "spread": [math.inf]},
     GenerateConfig: {"n": [0], "top_temperature": [-1.0], "bottom_temperature": [math.nan]}
     | {"top_passes": [0], "top_spread": [-1.0], "guidance": [-1.0], "position": [1.1, -0.1]}
@@ -244,6 +244,11 @@ EACH = [
 def test_a_setting_out_of_range_is_named(config, field, value):
     with pytest.raises(UserError, match=f"{field.split('_')[-1]}.*expected"):
         config(**{field: value})
+
+
+def test_a_number_that_is_too_large_is_told_the_largest():
+    with pytest.raises(UserError, match=r"--minutes is inf; expected 0 to 1099511627776"):
+        TrainConfig(minutes=math.inf)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])

@@ -299,7 +299,8 @@ def test_a_folder_for_each_subject_tells_them_apart(tmp_path, capsys):
     assert "told apart by their folders" in capsys.readouterr().out
     assert {parse_name(path).patient for path in (tmp_path / "out").rglob("seg_*")} == {1, 2, 3}
     days = "12-05-2024", "2024-05-12", "20240512", "2024-05", "12May2024"
-    for name in (*days, "ses-1", "week3", "axial", "imagesTr", "test"):
+    others = "day1", "run-2", "baseline", "follow-up", "T1", "FLAIR"
+    for name in (*days, *others, "ses-1", "week3", "axial", "imagesTr", "test"):
         assert slice_volumes.NO_SUBJECT.search(name)
     for name in ("P0003", "TCGA-24-2024", "Sestak", "visitor", "0012", "T1_axial_004"):
         assert not slice_volumes.NO_SUBJECT.search(name)
@@ -308,6 +309,16 @@ def test_a_folder_for_each_subject_tells_them_apart(tmp_path, capsys):
         run_slice(tmp_path / "export", tmp_path / "out2")
     assert "ses-3 is called like a day, a session" in capsys.readouterr().out
     run_slice(tmp_path / "export", tmp_path / "out2", name_pattern="^(?P<patient>[^/]+)")
+
+
+def test_a_folder_for_each_exam_makes_no_patients_where_files_are_named(tmp_path):
+    for exam, patient in enumerate((1, 1, 2, 3)):
+        write_subject(tmp_path / "v" / f"E{exam}", patient)
+    with pytest.raises(UserError, match="of one subject and session"):
+        run_slice(tmp_path / "v", tmp_path / "out")
+    pattern = r"sub-(?P<patient>\d+)"
+    with pytest.raises(UserError, match="of one subject and session"):
+        run_slice(tmp_path / "v", tmp_path / "out", name_pattern=pattern)
 
 
 def test_masks_of_a_folder_of_their_own(tmp_path):
