@@ -221,6 +221,17 @@ def mosaic(parts: np.ndarray, random: np.ndarray) -> np.ndarray:
     return (softmax(CRISP * (random - apart), 0) * parts).sum(0)
 
 
+def mean_organs(
+    organs: np.ndarray, laid: list[np.ndarray], source: np.ndarray, labels: int
+) -> np.ndarray:
+    """The mean of organs (n, h, w) that are `laid` over one frame, seen from `source`: (h, w)."""
+    distances = 0
+    for each, there in zip(organs, laid, strict=True):
+        own = signed_distances(each, labels)
+        distances = distances + np.stack([warped(field, there) for field in own]) / len(organs)
+    return np.stack([warped(field, source) for field in distances]).argmax(0)
+
+
 class Composer:
     """Draws new layouts from the training slices of a study.
 
@@ -286,17 +297,14 @@ class Composer:
         if drawn is None:
             place = sum(share * there for share, there in zip(of_shape, laid, strict=True))
             source = inverse(place + bend)
-            organs = self.mean_organs(members, laid, source)
+            organs = mean_organs(self.organs[members], laid, source, self.labels)
         else:
             source = bend + (centre(self.organs[frame]) - centre(drawn))[:, None, None]
             organs = drawn
         return compose(warped(tissue, source), organs, self.levels, self.labels)
 
     def rebuild(self, index: int) -> np.ndarray:
-        """Layouts (REBUILT, h, w) of training slice `index` whose tissue is of other patients'.
-
-        It is composed as that of new layouts is. The organs are the slice's own.
-        """
+        """Layouts (REBUILT, h, w) of training slice `index`: its organs, tissue of other patients."""
         place = np.flatnonzero(self.known == index)
         if not len(place):  # which organs it shows is unknown
             return np.repeat(self.layouts[index][None], REBUILT, 0)
@@ -318,16 +326,6 @@ class Composer:
             warped(self.tissue[each], there) for each, there in zip(members, laid, strict=True)
         ]
         return members, laid, np.stack(parts)
-
-    def mean_organs(
-        self, members: np.ndarray, laid: list[np.ndarray], source: np.ndarray
-    ) -> np.ndarray:
-        """The mean organs of slices that are `laid` over the frame, seen from `source`: (h, w)."""
-        distances = 0
-        for member, there in zip(members, laid, strict=True):
-            own = signed_distances(self.organs[member], self.labels)
-            distances = distances + np.stack([warped(each, there) for each in own]) / len(members)
-        return np.stack([warped(each, source) for each in distances]).argmax(0)
 
     def near(self, position: float) -> np.ndarray:
         """The nearest tenth in position of all slices, all of them for NaN: indices."""
