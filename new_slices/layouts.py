@@ -304,7 +304,7 @@ class Composer:
         return compose(warped(tissue, source), organs, self.levels, self.labels)
 
     def rebuild(self, index: int) -> np.ndarray:
-        """Layouts (REBUILT, h, w) of training slice `index`: its organs, tissue of other patients."""
+        """Layouts (REBUILT, h, w) of training slice `index`: its organs, others' tissue."""
         place = np.flatnonzero(self.known == index)
         if not len(place):  # which organs it shows is unknown
             return np.repeat(self.layouts[index][None], REBUILT, 0)
