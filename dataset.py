@@ -40,7 +40,7 @@ SPLITS = ("train", "validate", "test")
 STUDY_NAMES = ("keras_slices_data", "HipMRI_study_keras_slices_data")
 # The files of a cache; the arrays hold the splits one after another.
 PIXELS, MASKS, TABLE, INDEX = "pixels.npy", "masks.npy", "table.npz", "index.json"
-CACHE_VERSION = 8  # increase it when what is cached changes its meaning
+CACHE_VERSION = 9  # increase it when what is cached changes its meaning
 NO_MASK = 255  # in a mask: nothing is known of this pixel; no class has this index
 LARGEST = 2**26  # pixels of a slice
 A_SLICE = "a 2-D slice. Fix: `python slice_volumes.py` cuts volumes into slices"
@@ -50,11 +50,12 @@ MULTIPLE = 8  # of a grid that follows its study: a top code covers 8x8 pixels, 
 STANDARD_NAME = re.compile(r"(?:case|seg)_(\d+)_week_(\d+)_slice_(\d+)\.nii(?:\.gz)?", re.I)
 # The 12 of case_12-05-2024 is no patient: the same person has another number on another day. Nor is
 # the 3 of patient_3T_012, a field strength.
-YEAR, MONTH = r"(?:19|20)\d\d", "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
+YEAR, MONTH = r"(?:19|20)\d\d", "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)"
 DATE = rf"""(?: \d\d?[-._]\d\d?[-._]{YEAR} | {YEAR}[-._]\d\d?[-._]\d
     | \d\d(?:-\d\d-|\.\d\d\.)\d\d(?!\d) | {YEAR}(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01])(?!\d)
-    | \d\d?[-._ ]?{MONTH}[-._ ]?(?:{YEAR}|\d\d(?!\d)) )"""
-NO_DATE = rf"(?!{DATE} | \d\d?[-.]{YEAR}(?!\d) | {YEAR}-\d\d(?!\d))"
+    | \d\d?[-._ ]?{MONTH}[a-z]*[-._ ]?{YEAR}
+    | \d\d(?:-{MONTH}-|\.{MONTH}\.|{MONTH})\d\d(?![a-z0-9]) )"""
+NO_DATE = rf"(?!{DATE} | \d\d?[-.]{YEAR}(?!\d) | {YEAR}-(?:0[1-9]|1[0-2])(?!\d))"
 NO_TESLA = r"(?!(?:1\.5|[37])T(?![a-z] | [12](?!\d)))"
 # How other names tell their numbers: by a word that announces one, or as public data sets do.
 ANNOUNCED = {
@@ -70,8 +71,8 @@ ANNOUNCED = {
     "slice": r"(?<![a-z]) (?:slice|plane|sl|z) [ _-]?(\d+)",
 }
 ANNOUNCED = {key: re.compile(words, re.I | re.VERBOSE) for key, words in ANNOUNCED.items()}
-# A label this near to a whole number is that number; nearer where all are almost 0: they may be
-# labels that were divided by 255.
+# A label this near to a whole number is that number. Where all are near 0 they must be nearer, or
+# labels divided by 255 would be an empty mask.
 ALMOST, ALMOST_NOTHING = 0.01, 0.001
 RECONSTRUCTION = "VQ-VAE-2 reconstruction, not for clinical use"  # in the header of every one
 NEW_NAME = (
@@ -163,7 +164,7 @@ def name_parts(path: Path | str, pattern: str = "") -> dict[str, str]:
             if match := written.search(name):
                 parts.setdefault(key, match[match.lastindex])
     if "patient" not in parts:
-        by = f" by --name-pattern {pattern}, which a checkpoint keeps" if pattern else ""
+        by = f" by the --name-pattern {pattern}, given or kept by a checkpoint" if pattern else ""
         raise UserError(f"no patient in its name{by}. {NEW_NAME}")
     return parts
 
@@ -263,10 +264,9 @@ def _scan_study(study: Path, pattern: str, bad: dict[str, str]) -> list[Job]:
     if others:
         print(f"{study}: {len(others)} other files were passed over, such as {others[0]}")
     ours = {f"keras_slices_{kind}{split}" for kind in ("", "seg_") for split in SPLITS}
-    if odd := sorted(
-        path.name for path in study.iterdir() if path.is_dir() and path.name not in ours
-    ):
-        print(f"{study}: other folders were passed over: {', '.join(odd[:3])}")
+    folders = sorted(path.name for path in study.glob("[!.]*") if path.is_dir())
+    if odd := [name for name in folders if name not in ours]:
+        print(f"{study}: {len(odd)} other folders were passed over, such as {odd[0]}")
     return jobs
 
 

@@ -246,8 +246,8 @@ def sample(
 def clear(out: Path, nnunet: str) -> None:
     """Take away an earlier run's files: none of them may pass for one of ours.
 
-    UserError where they are somebody else's: no manifest of ours lies beside them, or the folder
-    for nnU-Net holds another data set.
+    Data sets for nnU-Net of other names stay. UserError where the files are somebody else's: no
+    manifest of ours lies beside them, or the folder for nnU-Net holds another data set.
     """
     data_set = (f"{nnunet}/*Tr/synthetic_*.nii.gz",) if nnunet else ()
     earlier = [path for pattern in (*OURS, *data_set) for path in out.glob(pattern)]

@@ -115,10 +115,10 @@ class Scan:
         if not self.image.oriented or (depth == 1 and not known):  # it is taken as it is stored
             ends, affine = "RAS", np.eye(4)
         if not self.image.oriented:
-            how = "cut along their last axis"
-            if depth == 1:
-                ways = " and ".join(study.directions or "RS")
-                how = f"taken as they are stored, rows and columns towards {ways} of the patient"
+            how = "cut along their last axis" if depth > 1 else "taken as they are stored"
+            if depth == 1 and study.directions:
+                ways = " and ".join(study.directions)
+                how += f", as if rows and columns ran towards {ways}, as in training slices"
             self.notes.append(f"have no orientation: {how}")
         # A slice, a film of one slice or a volume of a few thick ones has few pixels along one
         # axis. Where the planes that are wanted contain that axis, it is cut across it instead.
@@ -213,12 +213,11 @@ def find_files(inputs: list[str], out: Path, masks: bool = False) -> dict[str, s
         if more:
             both = f"{path} and {more[0]} would both be written as {name}"
             raise UserError(f"{both}. Fix: one at a time, with an --out each.")
-        target, beside = out / name, Path(path).with_name(os.path.basename(name))
-        # `beside` is the file itself, or the scan beside its file of codes.
-        own = target.exists() and beside.exists() and os.path.samefile(target, beside)
+        target = out / name
+        own = target.exists() and os.path.samefile(target, path)
         if own or (target.exists() and not is_reconstruction(target)):
-            whose = "" if own else ", which is none of ours"
-            fault = f"{path}: its result would replace {target}{whose}"
+            whose = "the file itself" if own else "which is none of ours"
+            fault = f"{path}: its result would replace {target}, {whose}"
             raise UserError(f"{fault}. Fix: another --out.")
     return {name: paths[0] for name, paths in found.items()}
 
@@ -299,8 +298,6 @@ def reconstruct_file(
     """
     study, data, originals = trained.study, b"", []
     if path.lower().endswith(SUFFIX):
-        if config.save:
-            raise UserError("--save is for scans, and this is a file of codes. Fix: leave it out")
         data = Path(path).read_bytes()
         image, plane, coded = coder.unpack(data)
         scan = Scan(image, study, plane)
@@ -349,7 +346,11 @@ def reconstruct(inputs: list[str], config: ReconstructConfig = ReconstructConfig
     if len(files) > 1 and config.save_as("a") == config.save_as("b"):
         raise UserError(f"--save {config.save}: one file for {len(files)}. Fix: name a folder.")
     coder = None
-    if config.save or any(path.lower().endswith(SUFFIX) for path in files.values()):
+    codes = [path for path in files.values() if path.lower().endswith(SUFFIX)]
+    if config.save and codes:
+        fault = f"{codes[0]}: a file of codes, and --save is for scans"
+        raise UserError(f"{fault}. Fix: leave out the one or the other.")
+    if config.save or codes:
         prior = config.prior or Path(config.checkpoint).parent / "prior_best.pth"
         coder = Coder(trained, prior, config.device)
     runtime.writable_folder(out)

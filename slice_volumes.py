@@ -36,7 +36,7 @@ COURSE = {"train": {*range(4, 34), 35}, "validate": {*range(36, 40)}, "test": {*
 MASK_WORDS = "seg|dseg|segmentation|masks?|labels?|labelmap|semantic|gt|roi"
 MASK_NAME = re.compile(rf"(?<![a-z])(?:{MASK_WORDS})(?![a-z])", re.I)
 MASK_FOLDER = re.compile(r"(?:semantic_labels.*|labels?|labels?t[rs]|masks?|segmentations?)", re.I)
-# What a folder is called that holds no one subject: a day, a session, a plane, a split.
+# What a folder of no one subject is called: a day, a session, a sequence, a plane, a split.
 NO_SUBJECT = re.compile(
     rf"""(?<!\d){dataset.DATE} | ^{dataset.YEAR}[-._]\d\d?$ | ^\d\d?[-.]{dataset.YEAR}$
     | ^(?:ses|session|week|wk|day|month|visit|timepoint|run|scan)(?:[ _-][a-z0-9]+|\d+)$
@@ -168,7 +168,7 @@ def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, int
     # As scanners export them: P0001/t2_tse.nii.gz, P0002/t2_tse.nii.gz.
     if apart and len(folders) == len(files) and not volumes and not config.name_pattern:
         if odd := [folder for folder, _ in folders if NO_SUBJECT.search(folder)]:
-            like = f"{odd[0]} is called like a day, a session, a plane or a split"
+            like = f"{odd[0]} is called like a day, a session, a sequence, a plane or a split"
             print(f"{config.volumes}: its folders are not taken for subjects, as {like}.")
             print("Fix: if they are, --name-pattern '^(?P<patient>[^/]+)'")
         else:

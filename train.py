@@ -190,15 +190,15 @@ class Autoencoder(Stage):
             self.splits = dataset.open_study(self.data)
         size = self.splits["train"].pixels.shape[1:]
         settings.model.code_shapes(*size)  # a UserError for a grid that the network cannot halve
-        if min(size) < metrics.SMALLEST:
-            grid = f"--height and --width: a grid of {size[0]}x{size[1]}"
-            raise UserError(f"{grid}; expected {metrics.SMALLEST} at least, the window of SSIM")
         for split in self.splits.values():
             small = split.shapes.min(1) < metrics.SMALLEST
             if small.any():
                 found = f"{split.paths[small.argmax()]}: {split.shapes[small.argmax()]} pixels"
                 least = f"sides of {metrics.SMALLEST} at least, the window of SSIM"
                 raise UserError(f"{found}; expected {least}. Fix: leave such slices out.")
+        if min(size) < metrics.SMALLEST:
+            grid = f"--height and --width: a grid of {size[0]}x{size[1]}"
+            raise UserError(f"{grid}; expected {metrics.SMALLEST} at least, the window of SSIM")
         train = self.splits["train"]
         if labels := train.labels:
             self.loss_names += ("mask_cross_entropy", "mask_dice_loss", "coarse_mask_loss")

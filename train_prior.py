@@ -35,7 +35,8 @@ RECIPE = SHARED_RECIPE | {
     "weight_decay": 0.05,
     "patience": 5,
 }
-# Half of the layouts that priors learn from are rebuilt as new ones are composed (layouts.py).
+# Half of the layouts that the top prior learns from are rebuilt as new ones are composed
+# (layouts.py).
 PRESETS = {
     "best": RECIPE
     | {"slices": 55_000, "prior_top_layers": 4, "prior_refine_blocks": 3, "rebuilt": 0.5},
@@ -50,7 +51,9 @@ class CodesConfig:
     checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder")
     variants: int = option(2, "of each slice: 1 the slice, 2 and its mirror image, 3+ and warps")
     forget: float = option(0.1, "share of positions, and of layouts, that the priors are not told")
-    rebuilt: float = option(0.0, "share of layouts whose tissue is composed as in new layouts")
+    rebuilt: float = option(
+        0.0, "share of layouts, but of warps, whose tissue is composed as in new layouts"
+    )
     bottom_every: int = option(1, "train the bottom prior on one in n slices of a batch")
 
     def __post_init__(self) -> None:
@@ -157,7 +160,8 @@ class CodePriors(Stage):
         if codes.rebuilt:  # (REBUILT, N, 2h, 2w)
             rebuild = composer_of(train, maps, labels).rebuild
             made = runtime.in_parallel(rebuild, range(len(train)), "layouts", " slices")
-            self.rebuilt = torch.from_numpy(np.stack([*made], 1).astype(np.int32)).to(self.device)
+            made = np.stack([layouts.astype(np.int32) for layouts in made], 1)
+            self.rebuilt = torch.from_numpy(made).to(self.device)
 
     def settings(self) -> dict:
         return {

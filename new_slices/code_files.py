@@ -206,9 +206,9 @@ def depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def name_of(path: str, name: str) -> str:
-    """What comes of a file is called `name` as it is, but that of a file of codes like a scan.
+    """What comes of a file is called `name`; of a file of codes, like its scan.
 
-    A NIfTI file whose name does not say that it is one gets such a name.
+    Of any other file without .nii or .png at the end it is called a .nii.gz.
     """
     if not name.lower().endswith(SUFFIX):
         known = name.lower().endswith((*nifti.SUFFIXES, ".png"))

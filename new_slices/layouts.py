@@ -17,8 +17,8 @@ Edwards & Taylor 2001). A mixture of their intensities would be a blur, in which
 vessels melt. So the mixture is only a draft: each place gets the tissue of the slice that is most
 like the draft there, as in texture synthesis (Kwatra et al. 2005). Its parts come from different
 patients, and no patient's slice is like the whole. A layout composed so is vaguer than that of a
-real slice, so the priors learn from training slices' layouts that are rebuilt in this way, too:
-they then draw a whole picture from it, and no loose ends.
+real slice, so the top prior learns from training slices' layouts whose tissue is composed in this
+way, too: it then draws a whole picture from it, and no loose ends.
 """
 
 import math
@@ -51,7 +51,7 @@ WEIGHT = 2.0  # of an organ in what makes slices alike, beside intensities in st
 PAINT = (0.5, 1.5)  # how much brighter than tissue, from 0 to 1, organs are to the optical flow
 REACH, FARTHEST = 8, 6.0  # cells: radius of its window; it finds nothing farther away
 KNOTS = (3, 2)  # of the smooth random fields that the weights and the bending are
-REBUILT = 4  # layouts of each training slice whose tissue is of others
+REBUILT = 4  # how often each training slice's layout is rebuilt, with tissue of others
 BENT = 0.7  # the standard deviation of bends and moves, over that by which patients differ
 
 
@@ -304,11 +304,11 @@ class Composer:
         return compose(warped(tissue, source), organs, self.levels, self.labels)
 
     def rebuild(self, index: int) -> np.ndarray:
-        """Layouts (REBUILT, h, w) of training slice `index`: its organs, others' tissue."""
+        """Layouts (REBUILT, h, w) of training slice `index`: its organs, tissue as of new ones."""
         place = np.flatnonzero(self.known == index)
         if not len(place):  # which organs it shows is unknown
             return np.repeat(self.layouts[index][None], REBUILT, 0)
-        _, _, parts = self.lay(self.family(place))
+        parts = self.lay(self.family(place))[2]
         rng = np.random.default_rng(index)
         fields = [random_fields(rng, len(parts), parts.shape[1:]) for _ in range(REBUILT)]
         made = [(mosaic(parts, each), self.organs[place[0]]) for each in fields]

@@ -409,6 +409,7 @@ def bound(
     return nats.sum((1, 2)) / hidden.sum((1, 2))
 
 
+@torch.compiler.disable  # it reads a number, which would break the compiled graph in pieces
 def random_masks(codes: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, int]:
     """Which codes (B, h, w) are hidden, bool: of each map 1 .. h*w, uniform, at random places.
 

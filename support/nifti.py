@@ -217,13 +217,12 @@ def best_affine(header: nibabel.Nifti1Header) -> tuple[np.ndarray, bool, bool]:
     for code, make in (("sform_code", nibabel.Nifti1Header.get_sform), ("qform_code", _qform)):
         if header[code] > 0:
             with np.errstate(all="ignore"):
-                affine = _full(make(header))
+                affine = _full(to_mm @ make(header))
             if usable(affine):
-                return to_mm @ affine, True, broken
+                return affine, True, broken
             broken = True
-    sizes = np.abs(np.nan_to_num(header["pixdim"][1:4].astype(float), posinf=0))
-    sizes = np.where((sizes > 1e-6) & (sizes < 1e6), sizes, 1)
-    return to_mm @ np.diag([*sizes, 1.0]), False, broken
+    sizes = unit * np.abs(np.nan_to_num(header["pixdim"][1:4].astype(float), posinf=0))
+    return np.diag([*np.where((sizes > 1e-6) & (sizes < 1e6), sizes, 1), 1.0]), False, broken
 
 
 def turning(affine: np.ndarray, ends: str) -> np.ndarray:

@@ -8,6 +8,7 @@ are in the files beside it.
 import base64
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -122,13 +123,8 @@ def read_log(path: Path) -> tuple[dict, list[dict]]:
 def at(tree: dict, *keys: str):
     """The value under a path of keys, or None where there is none."""
     for key in keys:
-        tree = (tree or {}).get(key)
+        tree = tree.get(key) if isinstance(tree, dict) else None
     return tree
-
-
-def of_these(here: set[str], sha256: str | None) -> bool:
-    """Whether an autoencoder is one of those `here`; any is where none or nothing is known."""
-    return not here or sha256 is None or sha256 in here
 
 
 # ---- the parts of the page ----
@@ -228,11 +224,23 @@ def write(folder: Path | str) -> Path:
     stage_one, stage_two = (read_log(folder / name)[0] for name in ("log.jsonl", "prior_log.jsonl"))
     metrics = read_json(folder / "metrics.json", "n", "patients", "provenance")
     report = read_json(generated / "report.json", "manifest", "scorecard")
-    # What was made with another autoencoder than those that lie here is of an earlier run.
-    here = {runtime.sha256(path) for path in folder.glob("vqvae2_*.pth")}
-    metrics = metrics if of_these(here, at(metrics, "checkpoint", "sha256")) else {}
-    report = report if of_these(here, at(report, "manifest", "autoencoder", "sha256")) else {}
-    stage_two = stage_two if of_these(here, stage_two.get("autoencoder_sha256")) else {}
+    # What was made with another autoencoder than those that lie here is of another run.
+    made_with = {
+        "test slices": at(metrics, "checkpoint", "sha256"),
+        "new slices": at(report, "manifest", "autoencoder", "sha256"),
+        "priors": at(stage_two, "autoencoder_sha256"),
+    }
+    here = set()
+    for path in folder.glob("vqvae2_*.pth"):
+        with suppress(OSError):  # a training that goes on may have deleted it
+            here.add(runtime.sha256(path))
+    others = [part for part, sha256 in made_with.items() if here and sha256 not in (None, *here)]
+    metrics = {} if "test slices" in others else metrics
+    report = {} if "new slices" in others else report
+    stage_two = {} if "priors" in others else stage_two
+    note = f"Not shown, as another autoencoder than those here made them: {', '.join(others)}."
+    if others:
+        print(f"{folder / NAME}: {note[0].lower()}{note[1:]}")
     manifest, card = report.get("manifest", {}), report.get("scorecard", {})
     runs = {
         "autoencoder": stage_one.get("run"),
@@ -254,7 +262,7 @@ def write(folder: Path | str) -> Path:
 <html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
 <body><h1>{title}</h1>{SYNTHETIC * bool(data.get("synthetic"))}
-<p><small>Not for clinical use.</small></p>{numbers(metrics, card)}
+<p><small>Not for clinical use. {note if others else ""}</small></p>{numbers(metrics, card)}
 {picture(generated / "overview.png", OVERVIEW) * bool(report)}
 {body}</body></html>
 """

@@ -188,7 +188,7 @@ def test_a_scan_comes_back_from_its_codes_as_the_model_gives_it(models, tmp_path
     first = use(models, [tmp_path], tmp_path / "one", save=str(saved))["files"]
     names = {f"{name}.vq2" for name in ("case_scan.nii.gz", "p.png", "scaled.nii")}
     assert {path.name for path in saved.iterdir()} == names
-    with pytest.raises(UserError, match=r"p\.png\.vq2: --save is for scans"):
+    with pytest.raises(UserError, match=r"\.vq2: a file of codes, and --save is for"):
         use(models, [saved], tmp_path / "two", save=str(tmp_path / "again"))
     second = use(models, [saved], tmp_path / "two")["files"]
     assert first["case_scan.nii.gz"]["planes"] == 13

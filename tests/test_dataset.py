@@ -114,7 +114,16 @@ UNANNOUNCED = [
     "patient_12-May-24_T2.nii",
     "patient-2024-05_z1.nii",
 ]
-NO_DATES = ["patient_12-20240101_z1", "patient-12-1-10", "sub-12", "sub_12_OCT", "case_12_T2w"]
+NO_DATES = [
+    "case_12_aug_01",
+    "patient_12_OCT_05",
+    "case_12_septum_01",
+    "patient_12-20240101_z1",
+    "patient-12-1-10",
+    "sub-12",
+    "sub_12_OCT",
+    "case_12_T2w",
+]
 
 
 @pytest.mark.parametrize("name", NO_DATES)
@@ -779,7 +788,10 @@ def test_capitals_folders_plain_and_other_files(study, config, capsys):
     assert "1 other files were passed over" in capsys.readouterr().out
     (study / "keras_slices_masks_train").mkdir()  # misnamed, and not a word was lost on it
     open_study(config)
-    assert "other folders were passed over: keras_slices_masks_train" in capsys.readouterr().out
+    assert (
+        "1 other folders were passed over, such as keras_slices_masks_train"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_slice_s_own_pixels_are_those_that_no_padding_touches(study, config):

@@ -1,5 +1,6 @@
 """Every path of a GPU on a stand-in (stand_in.py): devices do not mix, no step waits."""
 
+import dataclasses
 import re
 
 import pytest
@@ -114,6 +115,24 @@ def test_a_compiled_step_is_one_graph(study, tmp_path, monkeypatch):
     take_steps(trainer.Trainer(train.Autoencoder(settings), settings.train), count=4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+
+
+def test_a_compiled_step_of_the_priors_is_compiled_once(trained, tmp_path, monkeypatch):
+    """In a few graphs, as masks are drawn between them; however many codes these hide."""
+    compile, counters = torch.compile, torch._dynamo.utils.counters
+    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    settings = priors(trained[1], trained[0])
+    settings = dataclasses.replace(
+        settings, train=dataclasses.replace(settings.train, compile=True, device="cpu")
+    )
+    run = trainer.Trainer(train_prior.CodePriors(settings), settings.train)
+    take_steps(run, count=4)
+    graphs = counters["stats"]["unique_graphs"]
+    take_steps(run, count=4)
+    assert 0 < graphs == counters["stats"]["unique_graphs"] < 20
     torch._dynamo.reset()
 
 

@@ -196,14 +196,14 @@ def test_the_frame_of_a_layout_gives_it_neither_tissue_nor_shape(monkeypatch):
 
 def test_a_rebuilt_layout_has_the_organs_of_its_slice_and_tissue_of_others():
     known, tissue, positions, patients = patients_of_discs()
-    tissue = tissue + np.random.default_rng(0).normal(0, 0.5, tissue.shape)
+    tissue = tissue + np.random.default_rng(0).normal(0, 0.1, tissue.shape)
     tissue[patients == patients[3]] = 50.0  # a patient as bright as no other
     composer = layouts.Composer(known, tissue, positions, patients, LEVELS, 3)
     made = composer.rebuild(3)
     assert made.shape == (layouts.REBUILT, *known.shape[1:])
     for each in made:
         assert np.array_equal(np.where(each < 3, each, 0), np.where(known[3] < 3, known[3], 0))
-    assert (made == layouts.classes(3) - 1).mean() < 0.5  # as all of its own tissue would be
+    assert not (made == layouts.classes(3) - 1).any()  # as all of its own tissue would be
     assert len(np.unique(made.reshape(len(made), -1), axis=0)) > 1
     assert np.array_equal(made, composer.rebuild(3))
 

@@ -146,7 +146,7 @@ def test_new_slices_appear_on_the_page_of_their_run(results):
     assert "SYNTHETIC" in read(alone).text and "my study & <b>" in read(alone).text
 
 
-def test_what_another_autoencoder_made_is_not_on_the_page(results):
+def test_what_another_autoencoder_made_is_not_on_the_page(results, capsys):
     """The phantom's run lies in Results/ when a study is trained there."""
     (results / "vqvae2_best.pth").write_bytes(b"weights")
     ours, other = runtime.sha256(results / "vqvae2_best.pth"), "0" * 64
@@ -169,6 +169,8 @@ def test_what_another_autoencoder_made_is_not_on_the_page(results):
         shown, sources = rows(read(results)), read(results).sources
         assert ("0.9123" in shown) == ("Bad, by likeness" in shown) == (sha256 == ours)
         assert ("| priors |" in shown) == (sha256 == ours)
+        left = "them: test slices, new slices, priors." in shown
+        assert left == (sha256 == other) == ("not shown, as another" in capsys.readouterr().out)
         assert "| autoencoder |" in shown and len(sources) == (7 if sha256 == ours else 1)
 
 

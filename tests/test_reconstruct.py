@@ -328,7 +328,7 @@ def test_a_slice_keeps_its_thickness_and_one_without_directions_is_said(checkpoi
     assert not row["notes"]
     imsave(tmp_path / "p.png", np.eye(64, 32, dtype=np.uint8), check_contrast=False)
     row = use(checkpoint, [tmp_path / "p.png"], tmp_path / "out")["files"]["p.png"]
-    assert "rows and columns towards R and S" in row["notes"][0]
+    assert row["notes"] == ["have no orientation: taken as they are stored"]
 
 
 def test_what_cannot_be_used_is_named_and_the_rest_done(checkpoint, tmp_path, capsys):

@@ -316,9 +316,8 @@ def test_a_folder_for_each_exam_makes_no_patients_where_files_are_named(tmp_path
         write_subject(tmp_path / "v" / f"E{exam}", patient)
     with pytest.raises(UserError, match="of one subject and session"):
         run_slice(tmp_path / "v", tmp_path / "out")
-    pattern = r"sub-(?P<patient>\d+)"
-    with pytest.raises(UserError, match="of one subject and session"):
-        run_slice(tmp_path / "v", tmp_path / "out", name_pattern=pattern)
+    with pytest.raises(UserError, match=r"no patient in its name by the --name-pattern x"):
+        run_slice(tmp_path / "v", tmp_path / "out", name_pattern=r"x(?P<patient>\d+)")
 
 
 def test_masks_of_a_folder_of_their_own(tmp_path):

@@ -287,6 +287,8 @@ def test_slices_too_small_for_ssim_are_refused_before_training(tmp_path):
         nifti.write(path, np.random.default_rng(patient).random((40, 10)), np.eye(4))
     code, _, err = command(train, "--data", tmp_path / "s", "--out", tmp_path / "out")
     assert code == 2 and "slice_0.nii.gz: [40 10] pixels; expected sides of 11 at least" in err
+    for path in (tmp_path / "s").glob("*/*.nii.gz"):
+        nifti.write(path, np.random.default_rng(0).random((40, 20)), np.eye(4))
     flags = "--data", tmp_path / "s", "--out", tmp_path / "out", "--height", 40, "--width", 8
     code, _, err = command(train, *flags)
     assert code == 2 and "a grid of 40x8; expected 11 at least" in err
