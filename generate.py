@@ -33,7 +33,14 @@ from tqdm import tqdm
 import dataset
 from dataset import DataConfig, Placement, SliceDataset, StudyInfo
 from modules import VQVAE2, Trained, load_model
-from new_slices.code_maps import Samples, Variants, composer_of, decode, extract_codes
+from new_slices.code_maps import (
+    Samples,
+    Variants,
+    composer_of,
+    decode,
+    extract_codes,
+    labels_on_layouts,
+)
 from new_slices.layouts import REGIONS, Composer, likely, middles
 from new_slices.organs import likeliest, nearest_positions, segmenter_of
 from new_slices.prior import BOTTOM_SAMPLING, TOP_SAMPLING, Prior, Sampling, load_prior
@@ -192,7 +199,7 @@ def seeds_of(config: GenerateConfig) -> list[int]:
 
 def make_composer(model: VQVAE2, prior: Prior, train: SliceDataset, maps: dict) -> Composer | None:
     """What draws new layouts. None where these do not show the organs that the priors learnt."""
-    labels = model.config.labels if model.config.labels == len(train.labels) else 0
+    labels = labels_on_layouts(model, train)
     if labels != prior.config.labels:
         print(f"{train.study}: its masks are not what the priors learnt: sampling without layouts")
         return None

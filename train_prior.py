@@ -19,7 +19,13 @@ from torch import Tensor
 
 from dataset import SIZE, DataConfig, StudyInfo, check_labels, open_trained_study
 from modules import load_model
-from new_slices.code_maps import MOST_VARIANTS, Variants, composer_of, extract_codes
+from new_slices.code_maps import (
+    MOST_VARIANTS,
+    Variants,
+    composer_of,
+    extract_codes,
+    labels_on_layouts,
+)
 from new_slices.layouts import REBUILT
 from new_slices.prior import Prior, PriorConfig
 from support import results_page, runtime
@@ -151,8 +157,7 @@ class CodePriors(Stage):
         self.top_shape = model.config.code_shapes(*size)[0]
         train = self.splits["train"]
         self.numbers = Variants(codes.variants, len(train), train.mirror).numbers.to(self.device)
-        # Organs are on the layouts where the autoencoder knows these masks too.
-        labels = len(train.labels) if len(train.labels) == model.config.labels else 0
+        labels = labels_on_layouts(model, train)
         shape = replace(settings.prior, K=model.config.K, labels=labels)
         self.model = Prior(shape, self.top_shape, self.numbers.shape[2]).to(self.device)
         self.model.start_from(model.quantiser_top.codebook, model.quantiser_bottom.codebook)

@@ -125,6 +125,14 @@ class Variants:
         )
 
 
+def labels_on_layouts(model: VQVAE2, train: SliceDataset) -> int:
+    """How many labels the layouts of a training split show: its own, if the autoencoder knows them.
+
+    0 for none.
+    """
+    return len(train.labels) if len(train.labels) == model.config.labels else 0
+
+
 @torch.inference_mode()
 def extract_codes(
     model: VQVAE2, splits: dict[str, SliceDataset], variants: int, sha256: str, *files: Path
@@ -154,7 +162,7 @@ def extract_codes(
     counts = {name: variants if name == "train" else 1 for name in SPLITS}
     total = sum(counts[name] * len(splits[name]) for name in SPLITS)
     device = next(model.parameters()).device
-    labels = model.config.labels if model.config.labels == len(train.labels) else 0
+    labels = labels_on_layouts(model, train)
     shapes = dict(zip(LEVELS, model.config.code_shapes(*train.pixels.shape[1:]), strict=True))
     cells = shapes["layout"] = shapes["bottom"]
     maps = {"levels": tissue_levels(train, cells)}
