@@ -90,8 +90,8 @@ class DataConfig:
     width: int = option(0, "columns of the model's grid; 0 follows the study's slices")
     fit: str = option(
         "auto",
-        "how slices of another size come into the grid; auto leaves them as they are where it is "
-        "less than 8 larger, stretches by an eighth of the aspect ratio at most, and else pads",
+        "how slices of other sizes fill the grid; auto: as they are if it is less than 8 pixels "
+        "larger, stretched if that changes their aspect ratio by at most an eighth, else padded",
         choices=FITS,
     )
     allow_patient_overlap: bool = option(False, "let splits share a patient")
@@ -165,7 +165,8 @@ def name_parts(path: Path | str, pattern: str = "") -> dict[str, str]:
                 parts.setdefault(key, match[match.lastindex])
     if "patient" not in parts:
         by = f" by the --name-pattern {pattern}, given or kept by a checkpoint" if pattern else ""
-        raise UserError(f"no patient in its name{by}. {NEW_NAME}")
+        fix = "Fix: a --name-pattern that fits all names" if pattern else NEW_NAME
+        raise UserError(f"no patient in its name{by}. {fix}")
     return parts
 
 
@@ -177,7 +178,8 @@ def parse_name(path: Path | str, pattern: str = "") -> SliceName:
     parts = name_parts(path, pattern)
     numbers = [parts.get(key, "0") for key in SliceName._fields]
     if not all(map(str.isdecimal, numbers)):
-        raise UserError(f"{', '.join(numbers)}; expected numbers of patient, week and slice")
+        found = f"{', '.join(numbers)}; expected numbers of patient, week and slice"
+        raise UserError(f"{found}. {NEW_NAME}")
     return SliceName(*map(int, numbers))
 
 
@@ -641,7 +643,7 @@ def _notes(jobs: list[Job], table: dict[str, np.ndarray], config: DataConfig) ->
     if len(runs) > 1:
         listing = ", ".join(f"{count} {letters}" for letters, count in runs.most_common())
         notes.append(f"warning: rows and columns of slices run in different directions: {listing}")
-    none = "slices have an affine that is none in their header (voxel sizes alone were used)"
+    none = "slices have an unusable affine in their header (only the voxel sizes were used)"
     two = f"slices have {nifti.DISPUTED} (the sform was taken)"
     odd = {none: table["broken"], two: table["disputed"]}
     odd["slices have one value only (kept, std 1)"] = table["constant"]
@@ -718,13 +720,13 @@ class Mirror:
         return self.images(torch.where(where, exchanged, masks), mirrored)
 
 
-def mirrored_overlap(train: "SliceDataset", axis: int, most: int = 1000) -> np.ndarray:
+def mirrored_overlap(train: "SliceDataset", axis: int) -> np.ndarray:
     """How much each organ, mirrored, lies in the place of each: (O, O), Dice of their mean maps.
 
-    Over at most `most` training slices, evenly spread; O is the number of classes but background.
+    Over a thousand or so training slices, evenly spread; O is the number of classes but background.
     """
     masked = np.flatnonzero(train.has_mask)
-    chosen = masked[:: max(1, len(masked) // most)]
+    chosen = masked[:: max(1, len(masked) // 1000)]
     places = np.zeros((len(train.labels) - 1, *train.pixels.shape[1:]))
     for indices in np.array_split(chosen, -(-len(chosen) // 64)):
         masks = train.masks(indices).numpy()

@@ -5,7 +5,8 @@
     python driver.py --data keras_slices_data --preset best
     python driver.py --prior-slices 0            # reconstruction only
 
-Takes the flags of train.py but --resume and --weights; they are the autoencoder's. Open
+Takes the flags of train.py but --resume and --weights; those of the training are the autoencoder's,
+but --seed, --device and --bf16 hold for the priors too. Open
 Results/index.html afterwards: everything is on that page.
 """
 

@@ -9,8 +9,8 @@
 Writes to Results/generated/ (or --out): grid.png (the first samples, unselected, beside test slices
 at the same positions), overview.png (test slice | reconstruction | sample), NNNN.png,
 keras_slices_synthetic/case_*.nii.gz with their masks keras_slices_seg_synthetic/seg_*.nii.gz,
-layouts.png and manifest.json; then report.json, see new_slices/sample_report.py, and nearest.png
-(the samples that are most like a training slice, each beside it). Not for diagnosis.
+layouts.png and manifest.json; then report.json, see new_slices/sample_report.py, nearest.png (the
+samples that are most like a training slice, each beside it) and index.html. Not for diagnosis.
 
 With --layout, slices show organs where your masks do, with tissue composed around them; a mask lies
 where the training slices do that are most like it. --nnunet writes no splits: no two new slices
@@ -77,7 +77,7 @@ class GenerateConfig:
     top_passes: int = option(TOP_SAMPLING.passes, "passes over the top map; each shows more codes")
     bottom_passes: int = option(BOTTOM_SAMPLING.passes, "passes of the bottom prior")
     top_spread: float = option(
-        TOP_SAMPLING.spread, "chance in the order of showing top codes; 0: most certain first"
+        TOP_SAMPLING.spread, "randomness in which top codes are fixed first; 0: the surest"
     )
     bottom_spread: float = option(BOTTOM_SAMPLING.spread, "the same of the bottom codes")
     guidance: float = option(
@@ -261,7 +261,7 @@ def clear(out: Path, nnunet: str) -> None:
     about = [*out.glob("manifest.json"), *(out.glob(f"{nnunet}/dataset.json") if nnunet else ())]
     theirs = [path for path in about if DESCRIPTION not in path.read_text(errors="replace")]
     if wrong := theirs if about else earlier:
-        raise UserError(f"{wrong[0]}: not that of generated slices. Fix: --out, another folder.")
+        raise UserError(f"{wrong[0]}: not written by generate.py. Fix: another --out.")
     for old in earlier:
         old.unlink()
 
@@ -516,6 +516,8 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
         write_layouts(album, layouts, masks, labels)
     if config.layouts_only:
         album.keep_masks(0, masks)
+        album.manifest["done"] = config.n
+        album.write_manifest()
         print(f"wrote {out}/: {config.n} masks in {MASK_FOLDER}/, layouts.png and manifest.json")
         return {}
     try:

@@ -282,9 +282,9 @@ class MaskHead(nn.Module):
     Convolutions of rising dilation do (Yu & Koltun 2016, arXiv 1511.07122).
     """
 
-    def __init__(self, inputs: int, labels: int, stride: int, channels: int = 32):
+    def __init__(self, inputs: int, labels: int, stride: int):
         super().__init__()
-        C = channels
+        C = 32  # channels
         self.near = nn.Sequential(Pointwise(inputs, C), ResidualBlock(C, C))
         self.wide = nn.Sequential(
             nn.Conv2d(C, 2 * C, 2, stride=2),

@@ -113,7 +113,7 @@ def check_reconstructions(folder: Path, test: SliceDataset) -> None:
     for path in test.paths:
         target = folder / path.relative_to(test.study / f"keras_slices_{test.split}")
         if target.exists() and not dataset.is_reconstruction(target):
-            raise UserError(f"{target}: none of our reconstructions. Fix: another --out.")
+            raise UserError(f"{target}: not a reconstruction. Fix: another --out.")
 
 
 def replace_reconstructions(folder: Path, made: Path) -> None:
@@ -238,7 +238,7 @@ def print_scores(result: dict) -> None:
     print(f"{'':<12}" + "".join(f"{title:>16}" for title in SCORES.values()))
     line("mean", "mean")
     if result["ssim_report"]["low"] is None:
-        print("no interval: it is one over patients, and there is one patient")
+        print("no interval: it needs at least two patients")
     else:
         line("95 % from", "low")
         line("95 % to", "high")

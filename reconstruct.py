@@ -5,9 +5,10 @@
     python reconstruct.py SCAN.nii.gz --save SCAN.vq2   # also a file of its codes, under the priors
     python reconstruct.py SCAN.vq2 --out reconstructed  # the same reconstruction, from that file
 
-A reconstruction has its file's name, shape, affines and units; integer types stay, all others
-become float32. Beside it lies the mask that the codes tell, seg_NAME.nii.gz, where the model has
-learnt masks. Also written: scans.json with the scores of metrics.py and the bits of every file.
+A reconstruction has its file's name, shape, affines and units; integers without a scale stay
+integers, all others become float32. Beside it lies the mask that the codes tell, seg_NAME.nii.gz,
+where the model has learnt masks. Also written: scans.json with the scores of metrics.py and the
+bits of every file.
 """
 
 import math
@@ -216,7 +217,7 @@ def find_files(inputs: list[str], out: Path, masks: bool = False) -> dict[str, s
         target = out / name
         own = target.exists() and os.path.samefile(target, path)
         if own or (target.exists() and not is_reconstruction(target)):
-            whose = "the file itself" if own else "which is none of ours"
+            whose = "the file itself" if own else "which this program did not write"
             fault = f"{path}: its result would replace {target}, {whose}"
             raise UserError(f"{fault}. Fix: another --out.")
     return {name: paths[0] for name, paths in found.items()}
@@ -400,7 +401,9 @@ def print_table(rows: dict[str, dict]) -> None:
 def main() -> None:
     flags = runtime.parser(__doc__, ReconstructConfig)
     flags.usage = "%(prog)s FILE_OR_FOLDER ... [flags]"
-    flags.add_argument("inputs", nargs="+", help="slices, volumes, PNG pictures or folders of them")
+    flags.add_argument(
+        "inputs", nargs="+", help="slices, volumes, PNG pictures, .vq2 files or folders of them"
+    )
     args = flags.parse_args()
     reconstruct(args.inputs, runtime.fill(ReconstructConfig, vars(args)))
 

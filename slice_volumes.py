@@ -185,7 +185,7 @@ def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, int
     pairs = {key: masks[key][0] for key in volumes if key in masks}
     # To take one of two masks would leave organs out in silence.
     if two := next((masks[key] for key in pairs if len(masks[key]) > 1), None):
-        fix = "Fix: one for each volume, with a label for each organ; --masks DIR is for such"
+        fix = "Fix: merge them into one file with a label for each organ, in --masks DIR"
         raise UserError(f"two masks of one volume, {two[0]} and {two[1]}. {fix}.")
     left = [file.path for file in mask_files if file.path not in pairs.values()]
     if config.masks and not pairs:

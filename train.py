@@ -25,7 +25,7 @@ import dataset
 from dataset import NO_MASK, DataConfig, StudyInfo
 from modules import VQVAE2, Output, VQVAE2Config, load_model
 from new_slices.layouts import middles
-from new_slices.organs import likeliest, mask_losses
+from new_slices.organs import LOWEST_DICE, likeliest, mask_losses
 from support import metrics, results_page, runtime
 from support.runtime import UserError, check_number, option
 from support.trainer import Stage, TrainConfig, fit, other_lengths, settings_to_resume
@@ -59,8 +59,6 @@ PRESETS = {
     "medium-rate": RECIPE | {"epochs": 5, "K": 32},
     "low-rate": RECIPE | WIDER | {"epochs": 5, "K": 1024, "stride": 8},
 }
-
-LEARNT = 0.2  # Dice in validation: an organ with less was not learnt
 
 
 @dataclass(frozen=True)
@@ -310,7 +308,7 @@ class Autoencoder(Stage):
 
     def verdict(self, record: dict) -> str:
         dice = record["dice"]["validate"].items()
-        if bad := [f"{label} ({x:.2f})" for label, x in dice if x is not None and x < LEARNT]:
+        if bad := [f"{label} ({x:.2f})" for label, x in dice if x is not None and x < LOWEST_DICE]:
             return f"note: the masks of these labels were not learnt (Dice): {', '.join(bad)}"
         return ""
 

@@ -55,10 +55,12 @@ class CodesConfig:
     """Which autoencoder's codes the priors learn, and how."""
 
     checkpoint: str = option("Results/vqvae2_best.pth", "the autoencoder")
-    variants: int = option(2, "of each slice: 1 the slice, 2 and its mirror image, 3+ and warps")
+    variants: int = option(
+        2, "versions of each slice: 1 as it is, 2 mirrored too, 3 and more bent too"
+    )
     forget: float = option(0.1, "share of positions, and of layouts, that the priors are not told")
     rebuilt: float = option(
-        0.0, "share of layouts, but of warps, whose tissue is composed as in new layouts"
+        0.0, "share of layouts, but of bent slices, with tissue of other patients, as in new ones"
     )
     bottom_every: int = option(1, "train the bottom prior on one in n slices of a batch")
 
@@ -133,7 +135,13 @@ class CodePriors(Stage):
         codes, config = settings.codes, settings.train
         self.device = runtime.pick_device(config.device)
         trained, self.codes = load_model(codes.checkpoint), codes
-        self.sha256, model = trained.sha256, trained.model.to(self.device)
+        self.sha256, checkpoint = trained.sha256, settings.checkpoint
+        if checkpoint and checkpoint["autoencoder_sha256"] != self.sha256:
+            other = (
+                f"{checkpoint['path']}: the prior of another autoencoder than {codes.checkpoint}"
+            )
+            raise UserError(f"{other}. Fix: name its own with --checkpoint, or train again.")
+        model = trained.model.to(self.device)
         with runtime.first_of_node():
             self.splits = open_trained_study(trained.study, settings.data, codes.checkpoint)
         check_labels(self.splits["train"], trained.study, codes.checkpoint)
@@ -159,9 +167,11 @@ class CodePriors(Stage):
         self.numbers = Variants(codes.variants, len(train), train.mirror).numbers.to(self.device)
         labels = labels_on_layouts(model, train)
         shape = replace(settings.prior, K=model.config.K, labels=labels)
-        self.model = Prior(shape, self.top_shape, self.numbers.shape[2]).to(self.device)
+        self.model = Prior(shape, self.top_shape).to(self.device)
         self.model.start_from(model.quantiser_top.codebook, model.quantiser_bottom.codebook)
         self.counts, self.mirror, self.rebuilt = {}, train.mirror, None
+        if not labels:  # classes of layouts are tissue then, and no organs on two sides
+            self.mirror = replace(train.mirror, partners=())
         if codes.rebuilt:  # (REBUILT, N, 2h, 2w)
             rebuild = composer_of(train, maps, labels).rebuild
             made = runtime.in_parallel(rebuild, range(len(train)), "layouts", " slices")
@@ -226,13 +236,9 @@ class CodePriors(Stage):
 
 def train_prior(settings: Settings) -> Path:
     """Train; returns the path of the best checkpoint. Raises as `open_study` and `fit` do."""
-    codes, config, checkpoint = settings.codes, settings.train, settings.checkpoint
+    config = settings.train
     runtime.writable_folder(config.out)  # an error now, not after the training
-    stage = CodePriors(settings)
-    if checkpoint and checkpoint["autoencoder_sha256"] != stage.sha256:
-        other = f"{checkpoint['path']}: the prior of another autoencoder than {codes.checkpoint}"
-        raise UserError(f"{other}. Fix: name its own with --checkpoint, or train again.")
-    best = fit(stage, config, checkpoint)
+    best = fit(CodePriors(settings), config, settings.checkpoint)
     if runtime.rank() == 0:
         results_page.write(config.out)
     return best

@@ -1,8 +1,6 @@
 """Models to compare ours with: the report's, a single-level VQ-VAE, MONAI's (`pip install monai`).
 
-Every model maps x (B, 1, H, W) to a reconstruction of that shape and its quantiser's loss (). Every
-`through_codes` returns, for a model in `eval()`, what its codes alone decode to, and each level's
-codes (B, ...) int64 in [0, K) with their K.
+Every model maps x (B, 1, H, W) to a reconstruction of that shape and its quantiser's loss ().
 """
 
 from dataclasses import replace
@@ -13,10 +11,8 @@ from torch import Tensor, nn
 
 import train
 from dataset import DataConfig
-from modules import VQVAE2, VectorQuantiser
+from modules import VectorQuantiser
 from support.trainer import TrainConfig
-
-Decoded = tuple[Tensor, dict[str, tuple[Tensor, int]]]
 
 
 class ResidualBlock(nn.Module):
@@ -80,24 +76,11 @@ class ReportVQVAE2(nn.Module):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, 1, H, W) -> reconstruction, beta * commitment (); the EMA moves the codebook."""
+        """x (B, 1, H, W) -> reconstruction, codebook and beta * commitment losses ()."""
         h = F.relu(self.encoder(x))
         top, top_loss = self.quantiser_top(self.to_top(h))
         bottom, bottom_loss = self.quantiser_bottom(self.to_bottom(h))
         return self.decoder(torch.cat([top, bottom], 1)), top_loss + bottom_loss
-
-    def through_codes(self, x: Tensor) -> Decoded:
-        h = F.relu(self.encoder(x))
-        vectors, levels = [], {}
-        for level, convolution, quantiser in (
-            ("top", self.to_top, self.quantiser_top),
-            ("bottom", self.to_bottom, self.quantiser_bottom),
-        ):
-            z = convolution(h)
-            codes = quantiser.nearest(z)
-            vectors.append(quantiser.codebook(codes).view(z.shape))
-            levels[level] = codes, quantiser.codebook.num_embeddings
-        return self.decoder(torch.cat(vectors, 1)), levels
 
 
 class SingleLevelVQVAE(nn.Module):
@@ -142,10 +125,6 @@ class SingleLevelVQVAE(nn.Module):
         quantised = self.quantiser(self.encoder(x))
         return self.decoder(quantised.vectors), self.beta * quantised.commitment
 
-    def through_codes(self, x: Tensor) -> Decoded:
-        codes = self.quantiser(self.encoder(x)).codes
-        return self.decoder(self.quantiser.vectors(codes)), {"single": (codes, self.quantiser.K)}
-
 
 def monai_vqvae() -> nn.Module:
     """MONAI's VQVAE: 64x32 codes, K 512, 128 channels, two residual layers, 3.07 M parameters."""
@@ -165,18 +144,7 @@ def monai_vqvae() -> nn.Module:
     )
 
 
-def monai_through_codes(model: nn.Module, x: Tensor) -> Decoded:
-    codes = model.index_quantize(x)
-    return model.decode_samples(codes), {"single": (codes, model.num_embeddings)}
-
-
 def our_stage(preset: str, data: DataConfig, **settings) -> tuple[train.Autoencoder, TrainConfig]:
     """Ours as `train.py --preset` trains it, with `settings` in place of the preset's."""
     made = replace(train.make_settings({"preset": preset, **settings}), data=data)
     return train.Autoencoder(made), made.train
-
-
-def our_through_codes(model: VQVAE2, x: Tensor) -> Decoded:
-    top, bottom = model.encode(x)
-    levels = {"top": (top, model.quantiser_top.K), "bottom": (bottom, model.quantiser_bottom.K)}
-    return model.decode_codes(top, bottom), levels

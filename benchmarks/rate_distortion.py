@@ -253,9 +253,6 @@ def parse_flags():
         "--files", action="store_true", help="size of files too, a second a slice; needs --prior"
     )
     parser.add_argument("--rates", nargs="+", type=float, default=[0.2, 0.4, 0.5625, 0.703])
-    parser.add_argument(
-        "--avif-speed", type=int, default=2, help="0 is best and slowest, 6 is Pillow's own"
-    )
     parser.add_argument("--out", default="benchmarks/results", help="folder to write to")
     parser.add_argument("--batch-size", type=int, default=32, help="slices at a time")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -267,7 +264,6 @@ def parse_flags():
 
 def main() -> None:
     parser, args = parse_flags()
-    image_codecs.check()
     out, pairs = runtime.writable_folder(args.out), pair_up(args.checkpoints, args.prior)
     models, test = {}, None
     for path, name in zip(args.checkpoints, labels(args.checkpoints), strict=True):
@@ -278,7 +274,7 @@ def main() -> None:
                 f"{path}: trained at another size than {args.checkpoints[0]}; expected one size"
             )
         test, models[name] = own, score(path, pairs.get(path), own, args)
-    codecs, size = image_codecs.with_avif_speed(args.avif_speed), test.pixels.shape[1:]
+    codecs, size = dict(image_codecs.CODECS), test.pixels.shape[1:]
     points, patients = sweep(test, codecs), np.array([name.patient for name in test.names])
 
     if args.files:
@@ -300,7 +296,7 @@ def main() -> None:
         for score_name, label in DRAWN.items():
             panel = rate_panel(curves, board["models"], score_name)
             panels[label][f"{title} (n = {board['n']})"] = panel
-    print(f"\nAVIF at speed {args.avif_speed}; headers are part of each codec's bits per pixel")
+    print("\nAVIF at speed 2; headers are part of each codec's bits per pixel")
     result |= {
         "data": {"study": test.study.resolve().name, "fingerprint": test.fingerprint},
         "checkpoints": {path: runtime.sha256(path) for path in (*args.checkpoints, *args.prior)},

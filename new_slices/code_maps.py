@@ -62,14 +62,14 @@ def decode(
 
 
 class Variants:
-    """How each of `slices` training slices is altered in each of `count` variants, by the seed.
+    """How each of `slices` training slices is altered in each of `count` variants, at random.
 
     Variant 0 is the slice as it is, 1 its mirror image, and the others are random.
     """
 
-    def __init__(self, count: int, slices: int, mirror: Mirror, seed: int = 0) -> None:
+    def __init__(self, count: int, slices: int, mirror: Mirror) -> None:
         self.mirror = mirror
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         # (count, slices, NUMBERS) float32 in [-1, 1], 0 for variant 0: for the priors.
         self.numbers = torch.rand(count, slices, NUMBERS, generator=generator) * 2 - 1
         self.numbers[:, :, 0] = (self.numbers[:, :, 0] > 0).float()

@@ -37,7 +37,7 @@ from new_slices.organs import nearest_positions
 
 REGIONS = 6  # classes of tissue outside organs, by intensity
 SMOOTH = 1.0  # cells: standard deviation of the Gaussian that smooths intensities
-MOST = 512  # training slices that say which intensities the regions have
+MOST = 512  # training slices, or up to twice as many, that say which intensities the regions have
 DOUBT = 0.03  # the chance of a class where the layout shows it nowhere near
 NEARBY = 0.1  # the share of the training slices, nearest in position, that a layout starts from
 PATIENTS = 8  # that a layout is composed of, or fewer
@@ -188,7 +188,7 @@ def centre(organs: np.ndarray) -> np.ndarray:
 
 
 def warped(field: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """A field (h, w) whose every cell is taken from so many cells away, (2, h, w)."""
+    """A field (h, w), read in each cell at that cell plus an offset `there`, (2, h, w)."""
     return map_coordinates(field, np.indices(field.shape) + there, order=1, mode="nearest")
 
 
@@ -369,7 +369,7 @@ class Composer:
         return np.append(anchor, others[np.sort(first)])[:PATIENTS]
 
     def displacement(self, frame: int, member: int) -> np.ndarray:
-        """Where another slice shows what the frame shows in each cell, from there: (2, h, w) cells.
+        """How far from each cell of the frame another slice shows the same: (2, h, w), in cells.
 
         By the centres of their organs, and then by optical flow (iterative Lucas-Kanade, Le
         Besnerais & Champagnat 2005).

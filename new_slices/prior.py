@@ -134,7 +134,7 @@ class Refine(nn.Module):
         self.mlp = MLP(channels)
 
     def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
-        """x (B, h, w, C) -> (B, h, w, C), or (M, C) of the codes `at` (M,) alone, counted on."""
+        """x (B, h, w, C) -> (B, h, w, C), or (M, C) of the codes at the flat indices `at` (M,)."""
         around = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         if at is not None:
             x, around = (each.flatten(0, 2).index_select(0, at) for each in (x, around))
@@ -155,7 +155,6 @@ class MaskedPrior(nn.Module):
         config: PriorConfig,
         shape: tuple[int, int],  # height and width of the map
         layers: int,
-        numbers: int,  # that describe the variant of a slice, see `code_maps.Variants`
         condition_values: int,  # how many values the condition has
         condition_scale: float,  # its side over this map's
         condition_channels: int,  # of the embedding of a value
@@ -170,7 +169,7 @@ class MaskedPrior(nn.Module):
         self.columns = nn.Parameter(torch.zeros(C, 1, self.grid[1]))
         self.position = nn.Linear(2 * OCTAVES, C)
         self.unknown_position = nn.Parameter(torch.zeros(C))
-        self.variant = nn.Linear(numbers, C, bias=False)
+        self.variant = nn.Linear(NUMBERS, C, bias=False)
         self.anatomy = MLP(C)  # what tends to lie at this place of this slice
         # The last value stands for an unknown one.
         self.condition = nn.Embedding(condition_values + 1, condition_channels)
@@ -249,7 +248,7 @@ class MaskedPrior(nn.Module):
 
         Args:
             position: (B,) the slice's relative position in its volume, in [0, 1]; NaN for unknown.
-            variant: (B, numbers) float, how the slice was altered; zeros for a slice as it is.
+            variant: (B, NUMBERS) float, how the slice was altered; zeros for a slice as it is.
             condition: int64, of the top level a layout (B, 2h, 2w) in [0, classes], where classes
                 stands for unknown; of the bottom level top codes (B, h/2, w/2). None: unknown.
         """
@@ -274,16 +273,15 @@ class MaskedPrior(nn.Module):
 class Prior(nn.Module):
     """Both levels, for top maps of `top_shape` and bottom maps of twice its height and width."""
 
-    def __init__(self, config: PriorConfig, top_shape: tuple[int, int], numbers: int = 1):
+    def __init__(self, config: PriorConfig, top_shape: tuple[int, int]):
         super().__init__()
         h, w = top_shape
-        self.config, self.top_shape, self.numbers = config, (h, w), numbers
+        self.config, self.top_shape = config, (h, w)
         C = config.prior_channels
         self.top = MaskedPrior(
             config,
             (h, w),
             config.prior_top_layers,
-            numbers,
             condition_values=config.classes,
             condition_scale=2,
             condition_channels=min(LAYOUT_CHANNELS, C),
@@ -292,7 +290,6 @@ class Prior(nn.Module):
             config,
             (2 * h, 2 * w),
             config.prior_bottom_layers,
-            numbers,
             condition_values=config.K,
             condition_scale=0.5,
             condition_channels=C,
@@ -334,7 +331,7 @@ class Prior(nn.Module):
 
     def as_it_is(self, count: int) -> Tensor:
         """The `variant` of slices that were not altered."""
-        return self.top.rows.new_zeros(count, self.numbers)
+        return self.top.rows.new_zeros(count, NUMBERS)
 
     @torch.inference_mode()
     def sample(
@@ -388,7 +385,7 @@ def load_prior(path: Path | str, trained: Trained) -> tuple[StudyInfo, int, Prio
         )
     with runtime.reading(path, saved["revision"]):
         learnt, variants = saved["model_config"], saved["codes_config"]["copies"]
-        prior = Prior(runtime.fill(PriorConfig, learnt), tuple(saved["top_shape"]), NUMBERS)
+        prior = Prior(runtime.fill(PriorConfig, learnt), tuple(saved["top_shape"]))
         prior.load_state_dict(saved["model"])
     return study, variants, prior.eval()
 
@@ -419,17 +416,12 @@ def random_masks(codes: Tensor, generator: torch.Generator | None = None) -> tup
     B, codes_of_a_map = len(codes), codes[0].numel()
     share = (torch.arange(B) + torch.rand(B, generator=generator)) / B
     number = (share * codes_of_a_map).long() + 1  # 1 .. h*w
-    rank = uniform((B, codes_of_a_map), codes.device, generator).argsort(1).argsort(1)
+    # The same numbers on all devices for a generator of the CPU.
+    source = generator.device if generator else codes.device
+    order = torch.rand(B, codes_of_a_map, generator=generator, device=source)
+    rank = order.to(codes.device, non_blocking=True).argsort(1).argsort(1)
     hidden = rank < number.to(codes.device, non_blocking=True)[:, None]
     return hidden.view_as(codes), int(number.sum())
-
-
-def uniform(
-    shape: Sequence[int], device: torch.device, generator: torch.Generator | None
-) -> Tensor:
-    """Random numbers in [0, 1) on `device`, the same on all for a generator of the CPU."""
-    source = generator.device if generator else device
-    return torch.rand(shape, generator=generator, device=source).to(device, non_blocking=True)
 
 
 def unmask(

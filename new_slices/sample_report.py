@@ -2,8 +2,8 @@
 and copying.
 
 Models, splits and samples in; a report and the arrays for its pictures out. All that is measured
-stands beside held-out slices of the validation split (the floor) and beside controls that are wrong
-on purpose:
+stands beside what real slices score that were held out (the floor: validation slices, their
+reconstructions or test slices, as each line says) and beside controls that are wrong on purpose:
 
     codes by place           codes drawn from the training histogram of their place
     two patients' halves     one half from a training patient at that position
@@ -11,9 +11,8 @@ on purpose:
     outside scrambled        all but the organs, with the phases of its Fourier transform redrawn:
                              the texture stays, the anatomy goes
 
-A measure sees a control that it scores worse than its floor, by two standard errors. One that sees
-none is left out. A control that no measure sees is named: whether new slices have that fault cannot
-be told.
+A measure *sees* a control if it scores it worse than its floor by two standard errors. A measure
+that sees none is left out. A control that none sees is named, as new slices may have that fault.
 
     kernel distance    KID to training slices in the features of picture_features.py
     coherence          how well one half of a slice tells which other half is its own, to a linear
@@ -84,7 +83,7 @@ WORDS = {  # of the scorecard
     "coherence": "How often one half of a slice tells which other half is its own; by chance 0.5. "
     "Two patients' halves do not belong together.",
     "coverage": "How alike two of them are on average (MS-SSIM). The control is two slices of one "
-    "patient: as alike are those of a generator that knows but one.",
+    "patient, as if the generator knew no other.",
     "constraint": "The share without impossible anatomy: a U-Net finds each organ in a place, a "
     "size and a shape that training slices have. It learnt from the training patients, as the "
     "generator did, and never saw those of the floor.",
@@ -93,7 +92,7 @@ WORDS = {  # of the scorecard
     "utility": "Whether a U-Net learns from them is measured apart: benchmarks/utility.py.",
     "privacy": "How many lie closer to a training slice than 99 in 100 held-out slices do; up to "
     "{:.1%} can be chance. The control is planted copies, which must be found.",
-    "unknown": "Cannot tell: not measured, or the measure took every control for held-out slices.",
+    "unknown": "Cannot tell: not measured, or the measure sees none of the controls.",
 }
 
 

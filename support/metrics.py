@@ -16,7 +16,7 @@ The protocol of every score of predict.py and reconstruct.py:
                 brightness and contrast; it is not clamped.
     PSNR      dB; the peak is max - min of the original; at most 100, for an exact copy.
     MAE       the mean absolute error, in standard deviations of the original.
-    body      the same over the original's foreground by intensity, its holes filled: `body_mask`.
+    body      SSIM and PSNR over the original's foreground by intensity, holes filled: `body_mask`.
     one value A slice of one value has no range and no deviation; both are taken as 1, here and in
               training, so that every score stays finite and a reconstruction that is as flat
               scores best. Such slices count like any other.
@@ -196,9 +196,7 @@ def code_entropy(counts: np.ndarray) -> float:
 # ---- sets of slices: how alike, how varied, and how much of them is copied ----
 
 
-def kernel_distance(
-    a: np.ndarray, b: np.ndarray, halves: int = 100, seed: int = 0
-) -> tuple[float, float]:
+def kernel_distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """KID of features (N, F) and (M, F), at least 4 of each, and its standard error.
 
     KID is the unbiased estimate of the squared maximum mean discrepancy under the kernel
@@ -218,8 +216,8 @@ def kernel_distance(
         own = ((k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in kernels)
         return float(sum(own) - 2 * between[np.ix_(i, j)].mean())
 
-    rng, sizes = np.random.default_rng(seed), between.shape
-    drawn = [estimate(*(rng.permutation(n)[: n // 2] for n in sizes)) for _ in range(halves)]
+    rng, sizes = np.random.default_rng(0), between.shape
+    drawn = [estimate(*(rng.permutation(n)[: n // 2] for n in sizes)) for _ in range(100)]
     return estimate(*map(np.arange, sizes)), float(np.std(drawn, ddof=1))
 
 
@@ -323,15 +321,15 @@ class Nearest(NamedTuple):
     similarity: np.ndarray
 
 
-def thumbnails(slices: np.ndarray, pool: int = 2) -> np.ndarray:
-    """Slices (N, H, W) as `nearest` takes them: pool x pool means, float32 of mean 0 and norm 1.
+def thumbnails(slices: np.ndarray) -> np.ndarray:
+    """Slices (N, H, W) as `nearest` takes them: means of 2x2 pixels, float32 of mean 0 and norm 1.
 
     A slice of one value becomes zeros, which correlate with nothing. 32 KB for 256x128.
     """
     parts = []
     for start in range(0, len(slices), BATCH):
         batch = np.array(slices[start : start + BATCH], np.float64)
-        x = F.avg_pool2d(torch.as_tensor(batch), pool)
+        x = F.avg_pool2d(torch.as_tensor(batch), 2)
         x = x - x.mean((1, 2), keepdim=True)
         norm = torch.linalg.matrix_norm(x, keepdim=True)
         parts.append(torch.where(norm > 1e-6, x / norm, 0).float().numpy())

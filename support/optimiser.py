@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 # Jordan's: five iterations move singular values to 0.7 .. 1.2.
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 # AdamW takes weights with a shorter side: their matrices are too small to orthogonalise.
 SHORTEST_SIDE = 16
 
@@ -41,7 +41,7 @@ def orthogonalise(stacks: Sequence[Tensor]) -> list[Tensor]:
     return results
 
 
-def newton_schulz(gram: Tensor, iterations: int = 5) -> Tensor:
+def newton_schulz(gram: Tensor) -> Tensor:
     """Gram matrices x x^T (n, side, side) -> the factors that move x's singular values to 1."""
     a, b, c = COEFFICIENTS
 
@@ -54,7 +54,7 @@ def newton_schulz(gram: Tensor, iterations: int = 5) -> Tensor:
     norm = squared_norm.sqrt() + 1e-7
     gram = gram / norm.square()
     product = factor = polynomial(gram)
-    for _ in range(iterations - 1):
+    for _ in range(ITERATIONS - 1):
         gram = factor @ gram @ factor
         factor = polynomial(gram)
         product = factor @ product

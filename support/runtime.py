@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 FORMAT = "vqvae2-3"  # of a checkpoint; increase when its keys change meaning
 KINDS = {  # of checkpoints, and what is in them
-    "vqvae2": "an autoencoder",
-    "prior": "the priors of an autoencoder",
+    "vqvae2": "an autoencoder of train.py",
+    "prior": "the priors of train_prior.py",
     "segmenter": "a U-Net that finds organs",
 }
 ROOT = Path(__file__).resolve().parents[1]
@@ -449,16 +449,18 @@ def reading(path: Path | str, revision: str = "") -> Iterator[None]:
         raise UserError(f"{broken}. Fix: an earlier checkpoint, or train again.") from error
 
 
-def load_checkpoint(path: Path | str, *kinds: str) -> dict:
+def load_checkpoint(path: Path | str, kind: str) -> dict:
     """Read a checkpoint that `save_checkpoint` wrote, on the CPU.
 
     Its "path" is added, and the "revision" of the program that wrote it, or "". No code in the file
     is run. Every byte is compared with the sums that the file carries, so that a bit that flipped
     on the disk is found, and weights that are not finite are refused. UserError for what is
-    damaged, of another format or of none of these `kinds`; FileNotFoundError for no file.
+    damaged, of another format or of another `kind`; FileNotFoundError for no file.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint. Fix: run train.py, or name another.")
+        raise FileNotFoundError(
+            f"{path}: no such file; expected {KINDS[kind]}. Fix: train first, or name another."
+        )
     with reading(path):
         with zipfile.ZipFile(path) as archive:
             # Of a member that is marked as a folder, PyTorch reads nothing, and returns what lies
@@ -467,7 +469,7 @@ def load_checkpoint(path: Path | str, *kinds: str) -> dict:
             if damaged := archive.testzip() or " ".join(marked):
                 raise ValueError(f"{damaged} is not what was written")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        written, kind = saved["format"], str(saved["kind"])
+        written, of = saved["format"], str(saved["kind"])
         runs = [line["run"]["revision"] for line in saved.get("history", ()) if "run" in line]
         saved |= {"path": str(path), "revision": "".join(runs[-1:])}
         if not all(weights.isfinite().all() for weights in saved["model"].values()):
@@ -476,10 +478,9 @@ def load_checkpoint(path: Path | str, *kinds: str) -> dict:
         by = f"by revision {saved['revision'] or 'unknown'} of this program"
         found = f"{path}: a checkpoint of format {written}, {by}; expected {FORMAT}"
         raise UserError(f"{found}. Fix: that revision, or train again.")
-    if kind not in kinds:
-        wanted = " or ".join(KINDS[kind] for kind in kinds)
-        names = " or ".join(f"{kind}_best.pth" for kind in kinds)
-        raise UserError(f"{path}: {KINDS.get(kind, kind)}; expected {wanted}. Fix: name {names}.")
+    if of != kind:
+        found = f"{path}: {KINDS.get(of, of)}; expected {KINDS[kind]}"
+        raise UserError(f"{found}. Fix: name {kind}_best.pth.")
     return saved
 
 

@@ -51,7 +51,9 @@ class TrainConfig:
     warmup: float = option(0.0, "share of the run in which the learning rate rises from 0")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay; 0 is Adam")
     clip: float = option(0.0, "largest norm of the gradient; 0: no clipping")
-    patience: int = option(0, "stop after so many epochs with no better validation loss; 0: never")
+    patience: int = option(
+        0, "stop after so many epochs that were no better in validation; 0: never"
+    )
     seed: int = option(0, "seed of weights, order and augmentation")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     bf16: str = option(
@@ -389,7 +391,7 @@ class Trainer:
         self.epoch_began = time.monotonic() - progress.epoch_seconds
         most = self.sizes["train"]
         if config.slices and not config.minutes:
-            most = progress.seen + config.slices - self.pace.slices_seen()
+            most = config.slices - progress.epoch * self.sizes["train"]
         return order[progress.seen : most]
 
     def train_step(self, batch: Tensor) -> Tensor | None:
@@ -537,7 +539,7 @@ def check_finite(run: Trainer, loss: float, where: str) -> None:
     if not math.isfinite(loss):
         progress, last = run.progress, run.checkpoints.last_saved or "none of this run"
         found = f"the loss is {loss} at epoch {progress.epoch + 1}, step {progress.step}, {where}"
-        fix = "Fix: a lower --lr, or --clip 1"
+        fix = "Fix: a new run with a lower --lr, or with --clip 1"
         raise UserError(f"{found}. Last good checkpoint: {last}. {fix}.")
 
 

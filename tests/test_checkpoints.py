@@ -246,11 +246,13 @@ def test_load_model_opens_an_autoencoder_and_says_what_another_file_is(saved, st
     for name, value in trained.model.state_dict().items():
         assert torch.equal(value, checkpoint["model"][name])
     prior = save(checkpoint | {"kind": "prior"}, tmp_path / "prior_best.pth")
-    named = r"prior_best\.pth: the priors of an autoencoder; .* Fix: name vqvae2_best\.pth\."
+    named = r"prior_best\.pth: the priors of train_prior\.py; .* Fix: name vqvae2_best\.pth\."
     with pytest.raises(UserError, match=named):
         load_model(prior)
-    with pytest.raises(UserError, match=r"autoencoder; expected the priors.*name prior_best\.pth"):
+    with pytest.raises(
+        UserError, match=r"autoencoder of train\.py; expected the priors.*name prior_best\.pth"
+    ):
         runtime.load_checkpoint(saved, "prior")
     foreign = save(checkpoint | {"kind": "cat"}, tmp_path / "cat.pth")
-    with pytest.raises(UserError, match=r"cat\.pth: cat; expected an autoencoder or the priors"):
-        runtime.load_checkpoint(foreign, "vqvae2", "prior")
+    with pytest.raises(UserError, match=r"cat\.pth: cat; expected an autoencoder"):
+        runtime.load_checkpoint(foreign, "vqvae2")

@@ -18,7 +18,7 @@ from torch import nn
 from modules import VQVAE2, load_model
 from new_slices import code_files
 from new_slices.code_files import Coded, Coder
-from new_slices.code_maps import LEVELS, NUMBERS
+from new_slices.code_maps import LEVELS
 from new_slices.prior import Prior, PriorConfig
 from reconstruct import ReconstructConfig, reconstruct
 from support import nifti, runtime
@@ -35,7 +35,7 @@ def write_models(folder, study, seed: int) -> tuple[str, str]:
     changes = {"model_config": asdict(config), "model": model.state_dict(), "data": data}
     path = write_checkpoint(folder / "vqvae2_best.pth", study, **changes)
     shape = PriorConfig(K=SMALL.K, labels=3, prior_channels=16, prior_heads=2, prior_top_layers=1)
-    prior = Prior(shape, (8, 4), NUMBERS)
+    prior = Prior(shape, (8, 4))
     for parameter in prior.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape)
     saved = {"kind": "prior", "model_config": asdict(shape), "model": prior.state_dict()}
@@ -82,7 +82,7 @@ def bits_by_hand(prior: Prior, coded: Coded) -> float:
 
 @torch.inference_mode()
 def test_codes_come_back_and_the_file_is_as_short_as_the_probabilities(models, coder):
-    prior = Prior(coder.prior.config, (8, 4), NUMBERS).eval()
+    prior = Prior(coder.prior.config, (8, 4)).eval()
     prior.load_state_dict(torch.load(models[1])["model"])
     for count in (1, 40):
         coded, header = random_planes(count, seed=count), header_of()

@@ -94,8 +94,12 @@ def studied(study, tmp_path_factory):
     return copy, out, done
 
 
+def load(path):
+    return runtime.load_checkpoint(path, path.name.split("_")[0])
+
+
 def epochs(path):
-    history = runtime.load_checkpoint(path, "vqvae2", "prior")["history"]
+    history = load(path)["history"]
     return [record for record in history if "epoch" in record]
 
 
@@ -107,8 +111,7 @@ def assert_close(one, other):
         for split in ("train", "validate"):
             assert mine[split] == pytest.approx(theirs[split], rel=1e-5), split
         assert mine["lr"] == pytest.approx(theirs["lr"], rel=1e-9)
-    files = (runtime.load_checkpoint(path, "vqvae2", "prior") for path in (one, other))
-    one, other = (file["model"] for file in files)
+    one, other = (load(path)["model"] for path in (one, other))
     for name, value in one.items():
         said = lambda message, name=name: f"{name}: {message}"  # noqa: E731
         torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-5, msg=said)

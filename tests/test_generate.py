@@ -45,7 +45,7 @@ def trained(study, tmp_path_factory):
     """The folder of both checkpoints, the models and the study's splits."""
     torch.manual_seed(0)
     splits = open_study(DataConfig(data=str(study), height=64, width=32))
-    model, prior = VQVAE2(MODEL), Prior(PRIOR, (8, 4), code_maps.NUMBERS)
+    model, prior = VQVAE2(MODEL), Prior(PRIOR, (8, 4))
     optimiser, x = torch.optim.Adam(model.parameters(), 3e-3), splits["train"].images(range(14))
     for _ in range(60):
         output = model(x)
@@ -356,7 +356,7 @@ def test_models_that_are_not_a_pair(trained, tmp_path):
         runtime.save_checkpoint(tmp_path / "keys.pth", saved | keys)
         with pytest.raises(runtime.UserError, match=r"keys\.pth: damaged"):
             generate.generate(config(trained, tmp_path / "out", prior=str(tmp_path / "keys.pth")))
-    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no such file; expected an autoencoder"):
         generate.generate(config((tmp_path / "none",), tmp_path / "out"))
 
 
@@ -372,7 +372,7 @@ def two_organs(organs_study, tmp_path_factory):
     torch.manual_seed(0)
     splits = open_study(DataConfig(data=str(organs_study), height=64, width=32))
     model = VQVAE2(dataclasses.replace(MODEL, labels=3))
-    prior = Prior(dataclasses.replace(PRIOR, labels=3), (8, 4), code_maps.NUMBERS)
+    prior = Prior(dataclasses.replace(PRIOR, labels=3), (8, 4))
     model(splits["train"].images(range(8)))  # starts the codebooks
     with torch.no_grad():  # one that is sure of some labels, and not the ones of the layouts
         model.mask_head.last[2].weight.mul_(30)

@@ -19,7 +19,6 @@ from benchmarks import rate_distortion
 from dataset import DataConfig, StudyInfo, open_study
 from modules import VQVAE2, VQVAE2Config, load_model
 from new_slices import organs
-from new_slices.code_maps import NUMBERS
 from new_slices.prior import Prior, PriorConfig
 from reconstruct import ReconstructConfig, reconstruct
 from support import figures, metrics, nifti, runtime
@@ -241,7 +240,7 @@ def test_the_scoreboard_of_models_has_every_way_of_counting_bits(checkpoint, stu
     other = write_checkpoint(tmp_path / "other.pth", study, epoch=3)
     small = {"prior_channels": 8, "prior_heads": 1, "prior_top_layers": 1}
     config = PriorConfig(K=16, prior_bottom_layers=1, **small)
-    weights = Prior(config, (8, 4), NUMBERS).state_dict()
+    weights = Prior(config, (8, 4)).state_dict()
     prior = {"kind": "prior", "model_config": asdict(config), "model": weights, "epoch": 1}
     prior |= {"data": runtime.load_checkpoint(checkpoint, "vqvae2")["data"], "top_shape": [8, 4]}
     prior |= {"codes_config": {"copies": 2}, "autoencoder_sha256": runtime.sha256(checkpoint)}

@@ -18,7 +18,7 @@ TINY = PriorConfig(K=5, prior_channels=16, prior_heads=2, prior_top_layers=1, pr
 def make_prior(config: PriorConfig = TINY, shape: tuple[int, int] = (4, 2), seed: int = 0) -> Prior:
     """A prior with random weights everywhere, also in the heads, which start at zero."""
     torch.manual_seed(seed)
-    model = Prior(config, shape, numbers=3).eval()
+    model = Prior(config, shape).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
@@ -210,9 +210,10 @@ def test_tokens_are_a_convolution_of_embedded_codes():
 
 @torch.inference_mode()
 def test_the_logits_of_some_codes_are_those_of_the_whole_map():
-    level = make_prior(shape=(3, 5)).double().top
+    model = make_prior(shape=(3, 5)).double()
+    level = model.top
     codes, at = torch.randint(level.K + 1, (2, 3, 5)), torch.rand(2, 3, 5) < 0.5
-    context = level.context(torch.tensor([0.2, 0.7]), torch.zeros(2, 3).double())
+    context = level.context(torch.tensor([0.2, 0.7]), model.as_it_is(2))
     whole, some = level(codes, context), level(codes, context, at.flatten().nonzero()[:, 0])
     assert torch.allclose(some, whole[at], rtol=0, atol=1e-12)
 

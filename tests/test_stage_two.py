@@ -15,7 +15,7 @@ from test_train import assert_same, fit
 
 import generate
 import train_prior
-from dataset import DataConfig, Mirror, open_trained_study
+from dataset import DataConfig, Mirror, SliceDataset, open_trained_study
 from modules import load_model
 from new_slices import code_maps
 from new_slices.code_maps import Variants, extract_codes
@@ -244,12 +244,24 @@ def test_priors_learn_from_layouts_whose_tissue_is_of_other_patients(masked_stud
     assert seen[0].equal(stage.maps["validate_layout"][0].long())
 
 
+def test_tissue_has_no_sides(autoencoder, tmp_path, monkeypatch):
+    """Masks that came after the autoencoder may have partners; its layouts are tissue alone."""
+    monkeypatch.setattr(SliceDataset, "mirror", Mirror(partners=((1, 2),)))
+    stage = stage_of(autoencoder, tmp_path, forget=0.0, rebuilt=1.0)
+    seen = []
+    stage.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[4]))
+    stage.start_epoch(torch.Generator().manual_seed(0))
+    stage.batch_losses("train", torch.arange(14))
+    assert stage.variant.any()
+    for i, layout in enumerate(seen[0]):
+        made = stage.rebuilt[stage.which[i], i]
+        assert layout.equal((made.flip(0) if stage.variant[i] else made).long())
+
+
 def test_validation_repeats_and_agrees_with_the_likelihood(autoencoder, tmp_path):
     path = fit_prior(autoencoder, tmp_path)
     checkpoint = runtime.load_checkpoint(path, "prior")
-    prior = Prior(
-        PriorConfig(**checkpoint["model_config"]), checkpoint["top_shape"], code_maps.NUMBERS
-    ).eval()
+    prior = Prior(PriorConfig(**checkpoint["model_config"]), checkpoint["top_shape"]).eval()
     prior.load_state_dict(checkpoint["model"])
     model, splits = model_and_splits(autoencoder)
     validate = splits["validate"]

@@ -52,7 +52,7 @@ def tensors(value, prefix=""):
 
 
 def assert_same(one, other):
-    files = (runtime.load_checkpoint(path, "vqvae2", "prior") for path in (one, other))
+    files = (runtime.load_checkpoint(path, path.name.split("_")[0]) for path in (one, other))
     one, other = (dict(tensors(file)) for file in files)
     assert one.keys() == other.keys()
     for key, value in one.items():
