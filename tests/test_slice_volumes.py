@@ -74,13 +74,14 @@ def test_central_coronal_planes_and_masks_lie_where_the_volume_has_them(tmp_path
         assert {name.patient for name in splits[split].names} == {patient}
 
 
-def test_axis_and_count_choose_the_planes(tmp_path):
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_axis_and_count_choose_the_planes(tmp_path, axis):
     release, out = write_release(tmp_path / "a", (4, 36, 40)), tmp_path / "out"
-    run_slice(release, out, axis=2, count=2)
-    image, plane = nibabel.load(out / "keras_slices_train" / name_of(4, 1)), SHAPE[2] // 2
-    np.testing.assert_array_equal(np.asarray(image.dataobj), noise(40, SHAPE)[:, :, plane])
-    there = apply_affine(image.affine, [2, 5, 0])
-    np.testing.assert_allclose(there, apply_affine(RAS, [2, 5, plane]), atol=1e-4)
+    run_slice(release, out, axis=axis, count=2)
+    image, plane = nibabel.load(out / "keras_slices_train" / name_of(4, 1)), SHAPE[axis] // 2
+    np.testing.assert_array_equal(np.asarray(image.dataobj), noise(40, SHAPE).take(plane, axis))
+    there, where = apply_affine(image.affine, [2, 5, 0]), np.insert([2, 5], axis, plane)
+    np.testing.assert_allclose(there, apply_affine(RAS, where), atol=1e-4)
     assert len(list(out.rglob("case_*"))) == 6
 
 
