@@ -158,8 +158,10 @@ def test_a_pattern_of_one_s_own_names_patient_week_and_slice(study, config, tmp_
     splits = open_study(replace(config, name_pattern=pattern))
     assert [len(splits[split]) for split in SPLITS] == [12, 2, 2]
     info = StudyInfo.from_splits(splits)  # the checkpoint knows what its files are called
-    again = dataset.open_trained_study(info, replace(config, name_pattern=""), "x.pth")
-    assert again["train"].names == splits["train"].names
+    other = replace(info, name_pattern="Case(?P<patient>.)")  # but who tells it anew is heard
+    for told, by_user in ((info, ""), (other, pattern)):
+        again = dataset.open_trained_study(told, replace(config, name_pattern=by_user), "x.pth")
+        assert again["train"].names == splits["train"].names
 
 
 def test_slices_come_in_numerical_order_with_the_right_pixels(config):
@@ -786,6 +788,7 @@ def test_capitals_folders_plain_and_other_files(study, config, capsys):
     assert len(found) == 12
     np.testing.assert_array_equal(found.pixels[2], noise(9))
     assert "1 other files were passed over" in capsys.readouterr().out
+    (study / ".ipynb_checkpoints").mkdir()  # nobody's business
     (study / "keras_slices_masks_train").mkdir()  # misnamed, and not a word was lost on it
     open_study(config)
     assert (
