@@ -385,7 +385,7 @@ def test_written_masks_are_the_study_s_labels_given_codes_and_layout(
     two_organs, organs_study, tmp_path, monkeypatch, no_report, one_by_one
 ):
     """From the settings of the sampler to the files, in a study with two organs."""
-    sampled, whole, learnt_from = [], Prior.sample, []
+    sampled, whole, learnt_from, shown = [], Prior.sample, [], {}
 
     def sample(self, positions, seeds, top, bottom, *, layouts, **options):
         codes = whole(self, positions, seeds, top, bottom, layouts=layouts, **options)
@@ -395,6 +395,9 @@ def test_written_masks_are_the_study_s_labels_given_codes_and_layout(
     monkeypatch.setattr(Prior, "sample", sample)
     monkeypatch.setattr(
         generate, "segmenter_of", lambda split, *_, **__: learnt_from.append(split.split)
+    )
+    monkeypatch.setattr(
+        figures, "slice_grid", lambda _, groups, *__, **how: shown.update(groups | how)
     )
     settings = config(two_organs, tmp_path, batch_size=2, n=5, **LEVELS_APART)
     generate.generate(settings, DataConfig(data=str(organs_study)))
@@ -410,6 +413,13 @@ def test_written_masks_are_the_study_s_labels_given_codes_and_layout(
     written = np.stack([np.asarray(nibabel.load(path).dataobj) for path in files])
     assert set(np.unique(written)) == {0, 5, 9}
     assert np.array_equal(written, np.array([0, 5, 9])[told.argmax(1)])
+    # In the grid too, and held-out slices have there what was drawn in them.
+    in_grid = [mask for *_, mask in shown["generated, random and unselected"]]
+    assert np.array_equal(in_grid, told.argmax(1)) and list(shown["label_values"]) == [0, 5, 9]
+    test = two_organs[3]["test"]
+    every, masks = test.images(range(6))[:, 0].numpy(), test.masks(range(6)).numpy()
+    for _, image, mask in shown["held-out slices"]:
+        assert np.array_equal(mask, masks[(every == image).all((1, 2))][0])
 
 
 def test_agreement_is_of_each_slice_s_own_mask(two_organs, monkeypatch):
@@ -597,6 +607,7 @@ def test_slices_for_nnunet(two_organs, organs_study, tmp_path, monkeypatch, no_r
     for i, (volume, plane) in enumerate(zip(ours, theirs, strict=True)):
         assert volume.shape == (64, 32, 1) and np.argmax(volume.header.get_zooms()) == 2
         assert np.array_equal(volume.affine[:, :2], plane.affine[:, :2])
+        assert np.array_equal(plane.affine, np.eye(4))  # the study's, whatever nnU-Net is given
         values = volume.get_fdata() if i < 3 else np.array([0, 5, 9])[volume.dataobj]
         assert np.allclose(values[..., 0], plane.get_fdata())
     again = dataclasses.replace(settings, n=1)
