@@ -329,7 +329,7 @@ def test_dice_of_the_decoded_masks(organs_study, tmp_path, monkeypatch, capsys):
     write_checkpoint(path, organs_study, model_config=asdict(config), **changes)
     drawn = []
     with monkeypatch.context() as patch:
-        patch.setattr(figures, "comparison_sheet", lambda *args: drawn.append(args[1:4:2]))
+        patch.setattr(figures, "comparison_sheet", lambda *args: drawn.append(args[1:]))
         alone = predict_with(path, unet=False)
     assert alone["dice"].keys() == {"decoded"}
     assert not (tmp_path / organs.SEGMENTER_FILE).exists()
@@ -346,7 +346,8 @@ def test_dice_of_the_decoded_masks(organs_study, tmp_path, monkeypatch, capsys):
     truth, images = test.masks(chosen).numpy(), test.images(chosen)
     with torch.inference_mode():
         decoded = torch.cat([model.eval()(x[None]).mask_logits.argmax(1) for x in images]).numpy()
-    (rows, masks), whole = drawn[0], test.images(range(len(test)))[:, 0].numpy()
+    (rows, _, masks, _, values), whole = drawn[0], test.images(range(len(test)))[:, 0].numpy()
+    assert list(values) == [0, 5, 9]  # the legend tells the study's own
     for (_, original, _), (left, right) in zip(rows, masks, strict=True):
         (index,) = np.flatnonzero((whole == original).all((1, 2)))
         with torch.inference_mode():
