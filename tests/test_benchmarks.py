@@ -124,7 +124,7 @@ def test_a_step_of_the_best_preset_is_timed_and_its_parts_add_up(study, tmp_path
     row = json.loads((tmp_path / "step.json").read_text())["best"]["batch 1"]
     assert row["slices_per_s"] > 0 and row["gflop_per_slice"] > 0.1
     assert sum(row["shares"].values()) == pytest.approx(1, abs=0.01)
-    assert all(row["shares"][part] > 0 for part in step.PARTS)
+    assert row["shares"].keys() > set(step.PARTS) and min(row["shares"].values()) > 0
     assert "best, batch 1: slices_per_s" in out
 
 

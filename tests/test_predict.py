@@ -270,6 +270,9 @@ def test_the_scoreboard_of_models_has_every_way_of_counting_bits(checkpoint, stu
         for of in whole:
             assert of["ssim_report"] == pytest.approx(single["ssim_report"], abs=0.03)
     assert (tmp_path / "out" / "rate_distortion.png").stat().st_size > 10_000
+    # Where nothing can be written is said before the hours of work.
+    code, _, err = command(rate_distortion, "no such file", "--out", checkpoint / "x")
+    assert code == 2 and "cannot write there" in err
 
 
 def predict_with(path, **settings):
