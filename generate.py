@@ -57,7 +57,11 @@ DESCRIPTION = "synthetic, sampled from VQ-VAE-2 priors, not a patient"
 # Folders of a split, as in a study.
 NIFTI, MASK_FOLDER = "keras_slices_synthetic", "keras_slices_seg_synthetic"
 NAMES = ("grid", "overview", "layouts", "nearest")
-OURS = ("[0-9]" * 4 + ".png", f"{NIFTI}/case_*.nii.gz", f"{MASK_FOLDER}/seg_*.nii.gz")
+OURS = (
+    *("[0-9]" * n + ".png" for n in (4, 5, 6)),
+    f"{NIFTI}/case_*.nii.gz",
+    f"{MASK_FOLDER}/seg_*.nii.gz",
+)
 OURS += ("report.json", *(f"{name}.png" for name in NAMES))
 
 
@@ -103,8 +107,14 @@ class GenerateConfig:
         check_seed(self.seed)
         if self.nnunet and not NNUNET.fullmatch(self.nnunet):
             raise UserError(f"--nnunet is {self.nnunet}; expected a name such as Dataset501_Heart")
+        if self.nnunet and self.layouts_only:
+            raise UserError("--nnunet and --layouts-only: nnU-Net needs slices. Fix: one of them.")
         check_number("position", np.nan_to_num(self.position), least=0, most=1)
-        self.sampling()
+        for level in ("top", "bottom"):
+            check_number(f"{level}_passes", getattr(self, f"{level}_passes"), least=1, most=10_000)
+        for name in ("top_temperature", "bottom_temperature", "top_spread", "bottom_spread"):
+            check_number(name, getattr(self, name), least=0)
+        check_number("guidance", self.guidance, least=0)
 
     def sampling(self) -> tuple[Sampling, Sampling]:
         """How the top level is sampled, and the bottom level."""
@@ -250,18 +260,22 @@ def sample(
     return Samples(*(None if each[0] is None else np.concatenate(each) for each in columns))
 
 
-def clear(out: Path, nnunet: str) -> None:
+def clear(out: Path, nnunet: str, layout: str) -> None:
     """Take away an earlier run's files: none of them may pass for one of ours.
 
     Data sets for nnU-Net of other names stay. UserError where the files are somebody else's: no
-    manifest of ours lies beside them, or the folder for nnU-Net holds another data set.
+    manifest of ours lies beside them, or the folder for nnU-Net holds another data set. So it is
+    where the masks of --layout are among them.
     """
-    data_set = (f"{nnunet}/*Tr/synthetic_*.nii.gz",) if nnunet else ()
+    data_set = (f"{nnunet}/dataset.json", f"{nnunet}/*Tr/synthetic_*.nii.gz") if nnunet else ()
     earlier = [path for pattern in (*OURS, *data_set) for path in out.glob(pattern)]
     about = [*out.glob("manifest.json"), *(out.glob(f"{nnunet}/dataset.json") if nnunet else ())]
     theirs = [path for path in about if DESCRIPTION not in path.read_text(errors="replace")]
     if wrong := theirs if about else earlier:
         raise UserError(f"{wrong[0]}: not written by generate.py. Fix: another --out.")
+    asked = Path(layout).resolve()
+    if layout and any(asked in (path, *path.parents) for path in (x.resolve() for x in earlier)):
+        raise UserError(f"{layout}: new slices would replace these masks. Fix: another --out.")
     for old in earlier:
         old.unlink()
 
@@ -501,7 +515,7 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     out, train, test = runtime.writable_folder(config.out), splits["train"], splits["test"]
     cells = prior.bottom.shape
     own = read_masks(config.layout, study, cells, config.n) if config.layout else None
-    clear(out, config.nnunet)
+    clear(out, config.nnunet, config.layout)
     # The slices that were there are gone from the page, even if this run is stopped.
     results_page.write(out)
     # The code maps that the priors were trained on, where they are at hand.

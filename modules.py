@@ -60,7 +60,7 @@ class VQVAE2Config:
             check_number(name, getattr(self, name), least=0)
         check_number("ema_decay", self.ema_decay, least=0, most=0.9999999)
         if self.stride % 2:
-            raise UserError(f"stride is {self.stride}; expected an even number")
+            raise UserError(f"--stride is {self.stride}; expected an even number")
 
     def code_shapes(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """(h, w) of the top and of the bottom code map of a slice of height x width pixels."""

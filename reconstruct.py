@@ -193,8 +193,9 @@ def find_files(inputs: list[str], out: Path, masks: bool = False) -> dict[str, s
         paths = [entry.path for entry in find_nifti(source, others)] + others
         for path in sorted(paths):
             name = os.path.relpath(path, source)
-            if out.resolve() in Path(path).resolve().parents:
-                continue
+            folders = [folder.resolve() for folder in (Path(source), out)]
+            if folders[1] in Path(path).resolve().parents and folders[0] in folders[1].parents:
+                continue  # an earlier reconstruction
             if not name.lower().endswith((*nifti.SUFFIXES, ".png", SUFFIX)):
                 passed["other files"].append(path)
             elif is_mask(name):
@@ -319,7 +320,9 @@ def reconstruct_file(
     scan.write(target, made.planes)
     if made.labels is not None:
         mask, labels = Path(config.out, mask_name(name)), scan.back(made.labels)
-        nifti.write(mask, labels, None, RECONSTRUCTION, like=scan.image.header)
+        header = scan.image.header.copy()
+        header["cal_min"] = header["cal_max"] = 0  # the window of the scan would show masks black
+        nifti.write(mask, labels, None, RECONSTRUCTION, like=header)
     row = {"shape": list(scan.raw.shape), "plane": scan.plane, "planes": len(scan.planes)}
     for key in (scores or [{}])[0]:
         row[key] = round(np.mean([score[key] for score in scores]), 6)

@@ -17,8 +17,9 @@ Every slice keeps its place in the world. slices.json records which planes of wh
 import fnmatch
 import os
 import re
+import tempfile
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -319,8 +320,13 @@ def slice_volumes(config: SliceConfig) -> None:
     jobs = [(volume, split_of[volume.patient]) for volume in volumes]
     masks = sum(volume.mask is not None for volume in volumes)
     print(f"{len(jobs)} volumes of {len(split_of)} patients, {masks} of them with a mask; {line}")
-    work = in_parallel(partial(_slice_volume, config=config), jobs, "slicing", "volume")
-    results = dict(zip((volume.path for volume in volumes), work, strict=True))
+    # The folders come into place together: a cut that was stopped must not pass for a study.
+    with tempfile.TemporaryDirectory(prefix=runtime.TEMPORARY, dir=config.out) as made:
+        cut = partial(_slice_volume, config=replace(config, out=made))
+        work = in_parallel(cut, jobs, "slicing", "volume")
+        results = dict(zip((volume.path for volume in volumes), work, strict=True))
+        for folder in Path(made).iterdir():
+            folder.replace(Path(config.out, folder.name))
     bad = {path: result for path, result in results.items() if isinstance(result, str)}
     if cuts := [result for result in results.values() if isinstance(result, Cut)]:
         patients = {f"patient {number:03d}": name for number, name in sorted(split_of.items())}

@@ -26,7 +26,7 @@ from dataset import NO_MASK, DataConfig, StudyInfo
 from modules import VQVAE2, Output, VQVAE2Config, load_model
 from new_slices.layouts import middles
 from new_slices.organs import LOWEST_DICE, likeliest, mask_losses
-from support import metrics, results_page, runtime
+from support import metrics, runtime
 from support.runtime import UserError, check_number, option
 from support.trainer import Stage, TrainConfig, fit, other_lengths, settings_to_resume
 
@@ -177,12 +177,13 @@ def losses(
 class Autoencoder(Stage):
     """Stage one: reconstructs z-scored slices, and counts the codes of both levels."""
 
-    kind, command = "vqvae2", "python train.py"
+    kind = "vqvae2"
     loss_names = ("loss", "reconstruction", "mse", "l1", "ssim")
     loss_names += ("commitment_top", "commitment_bottom")
 
     def __init__(self, settings: Settings) -> None:
         self.data, self.loss, config = settings.data, settings.loss, settings.train
+        self.command = {"script": "train.py", "cache": self.data.cache}
         self.device = runtime.pick_device(config.device)
         with runtime.first_of_node():
             self.splits = dataset.open_study(self.data)
@@ -229,7 +230,7 @@ class Autoencoder(Stage):
             raise UserError(f"{found}; {expected}. Fix: start without --weights.")
         if replace(start.config, bit_weight=model.bit_weight) != model:
             found = f"--weights {path}: a network of {start.config}; expected {model}"
-            raise UserError(f"{found}. Fix: give no flags of the network.")
+            raise UserError(f"{found}. Fix: no flags of the network, and the preset of that one.")
         self.model.load_state_dict(start.state_dict())
 
     def settings(self) -> dict:
@@ -316,10 +317,7 @@ class Autoencoder(Stage):
 def train_autoencoder(settings: Settings) -> Path:
     """Train; returns the path of the best checkpoint. Raises as `open_study` and `fit` do."""
     runtime.writable_folder(settings.train.out)  # an error now, not after the training
-    best = fit(Autoencoder(settings), settings.train, settings.checkpoint)
-    if runtime.rank() == 0:
-        results_page.write(settings.train.out)
-    return best
+    return fit(Autoencoder(settings), settings.train, settings.checkpoint)
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from new_slices.code_maps import (
 )
 from new_slices.layouts import REBUILT
 from new_slices.prior import Prior, PriorConfig
-from support import results_page, runtime
+from support import runtime
 from support.runtime import UserError, check_number, option
 from support.trainer import Stage, TrainConfig, fit, other_lengths, settings_to_resume
 from train import SHARED_RECIPE
@@ -128,19 +128,20 @@ def make_settings(given: dict) -> Settings:
 class CodePriors(Stage):
     """Stage two: learns the code maps of every slice and its variants under one autoencoder."""
 
-    kind, prefix, command = "prior", "prior_", "python train_prior.py"
+    kind, prefix = "prior", "prior_"
     loss_names = ("loss", "nats_top", "nats_bottom", "bits_per_pixel")
 
     def __init__(self, settings: Settings) -> None:
         codes, config = settings.codes, settings.train
         self.device = runtime.pick_device(config.device)
         trained, self.codes = load_model(codes.checkpoint), codes
+        where = {"checkpoint": codes.checkpoint, "cache": settings.data.cache}
+        self.command = {"script": "train_prior.py", **where}
         self.sha256, checkpoint = trained.sha256, settings.checkpoint
         if checkpoint and checkpoint["autoencoder_sha256"] != self.sha256:
-            other = (
-                f"{checkpoint['path']}: the prior of another autoencoder than {codes.checkpoint}"
-            )
-            raise UserError(f"{other}. Fix: name its own with --checkpoint, or train again.")
+            fix = "Fix: name its own with --checkpoint, or train again"
+            other = f"{checkpoint['path']}: the prior of another autoencoder than"
+            raise UserError(f"{other} {codes.checkpoint}. {fix}.")
         model = trained.model.to(self.device)
         with runtime.first_of_node():
             self.splits = open_trained_study(trained.study, settings.data, codes.checkpoint)
@@ -238,10 +239,7 @@ def train_prior(settings: Settings) -> Path:
     """Train; returns the path of the best checkpoint. Raises as `open_study` and `fit` do."""
     config = settings.train
     runtime.writable_folder(config.out)  # an error now, not after the training
-    best = fit(CodePriors(settings), config, settings.checkpoint)
-    if runtime.rank() == 0:
-        results_page.write(config.out)
-    return best
+    return fit(CodePriors(settings), config, settings.checkpoint)
 
 
 def main() -> None:

@@ -90,7 +90,7 @@ def mask_losses(logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
     pixels = known.sum().clamp_min(1)
     cross_entropy = -(log_p.gather(1, target.unsqueeze(1)) * known).sum() / pixels
     p = log_p.exp() * known
-    truth = torch.zeros_like(p).scatter_(1, target.unsqueeze(1), 1) * known
+    truth = torch.zeros_like(p).scatter_(1, target.unsqueeze(1), 1)
     both, either = (p * truth).sum((0, 2, 3)), (p + truth).sum((0, 2, 3))
     dice = (2 * both[1:] + 1) / (either[1:] + 1)
     return {"mask_cross_entropy": cross_entropy, "mask_dice_loss": 1 - dice.mean()}

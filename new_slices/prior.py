@@ -76,11 +76,6 @@ class Sampling:
     # The change that the other map makes to the logits counts this many times more; 0 leaves it.
     guidance: float = 0.0
 
-    def __post_init__(self) -> None:
-        check_number("passes", self.passes, least=1, most=10_000)
-        for name in ("temperature", "spread", "guidance"):
-            check_number(name, getattr(self, name), least=0)
-
 
 # What gave the best slices of real MRI, with masks and without (Results/trials.md). The top codes
 # place organs; the bottom codes add detail and texture.

@@ -495,8 +495,12 @@ def score_copying(
             "honest": flat(inputs.codes_of("test", honest)),
         },
     }
-    if inputs.layouts is not None:
-        sources["layout"], queries["layout"] = layout_audit(inputs, honest, rng)
+    # Beside test slices whose organs nobody knows, or that show none, every mask would be a copy.
+    shown, labels = inputs.codes["test_layout"][0][honest], inputs.prior.config.labels
+    known = (shown < layouts.classes(labels)).all((1, 2))
+    some = known.any() and (not labels or ((shown > 0) & (shown < labels)).any())
+    if inputs.layouts is not None and some:
+        sources["layout"], queries["layout"] = layout_audit(inputs, honest[known], rng)
     reports, found = {}, {}
     for name, source in sources.items():
         found[name] = search(source, queries[name], name)

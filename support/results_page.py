@@ -8,7 +8,6 @@ are in the files beside it.
 import base64
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -216,6 +215,13 @@ def new_slices(generated: Path, report: dict) -> str:
     )
 
 
+def is_another(folder: Path, file: str | None, sha256: str | None) -> bool:
+    """Whether the autoencoder `file` of a folder, or else its best one, has not that SHA-256."""
+    here = folder / (file or "")
+    here = here if here.is_file() else folder / "vqvae2_best.pth"
+    return sha256 is not None and here.is_file() and runtime.sha256(here) != sha256
+
+
 def write(folder: Path | str) -> Path:
     """Write the page of a results folder, or of the run around a `generated` folder; its path."""
     folder = Path(folder)
@@ -224,17 +230,14 @@ def write(folder: Path | str) -> Path:
     stage_one, stage_two = (read_log(folder / name)[0] for name in ("log.jsonl", "prior_log.jsonl"))
     metrics = read_json(folder / "metrics.json", "n", "patients", "provenance")
     report = read_json(generated / "report.json", "manifest", "scorecard")
-    # What was made with another autoencoder than those that lie here is of another run.
+    # What was made with another autoencoder than the one here of that name is of another run.
+    learnt = at(stage_two, "codes_config", "checkpoint"), at(stage_two, "autoencoder_sha256")
     made_with = {
-        "test slices": at(metrics, "checkpoint", "sha256"),
-        "new slices": at(report, "manifest", "autoencoder", "sha256"),
-        "priors": at(stage_two, "autoencoder_sha256"),
+        "test slices": (at(metrics, "checkpoint", "file"), at(metrics, "checkpoint", "sha256")),
+        "new slices": [at(report, "manifest", "autoencoder", key) for key in ("file", "sha256")],
+        "priors": learnt,
     }
-    here = set()
-    for path in folder.glob("vqvae2_*.pth"):
-        with suppress(OSError):  # a training that goes on may have deleted it
-            here.add(runtime.sha256(path))
-    others = [part for part, sha256 in made_with.items() if here and sha256 not in (None, *here)]
+    others = [part for part, made in made_with.items() if is_another(folder, *made)]
     metrics = {} if "test slices" in others else metrics
     report = {} if "new slices" in others else report
     stage_two = {} if "priors" in others else stage_two

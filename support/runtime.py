@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -128,6 +129,12 @@ def user_message(error: Exception) -> str | None:
 def option(default, help: str, **metadata):
     """A dataclass field that `parser` turns into a flag with this help (and these `choices`)."""
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def command(script: str, **flags: str) -> str:
+    """The command line of a script with the `flags` that are not empty, to be copied to a shell."""
+    given = [part for name, value in flags.items() if value for part in (flag(name), value)]
+    return shlex.join(["python", script, *given])
 
 
 def flag(field: str) -> str:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from support import figures, runtime
+from support import figures, results_page, runtime
 from support.optimiser import Muon, split_parameters
 from support.runtime import UserError, option
 
@@ -119,7 +119,7 @@ class Stage:
 
     kind: what its checkpoints are called, "vqvae2" or "prior".
     prefix: of the names of its logs.
-    command: the script that trains it, "python train.py".
+    command: the script that trains it, and the flags that it needs to go on.
     loss_names: the losses that `batch_losses` returns, "loss" first.
     best_by: the loss whose validation mean chooses the best checkpoint.
     model: an nn.Module, on its device.
@@ -619,9 +619,11 @@ def fit(stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> Pa
         # Within the block that catches signals: a second Ctrl-C must not cut the writing short.
         saved = run.interrupt() if stopped else checkpoints.finish()
         write_logs(run)
+        if runtime.rank() == 0:
+            results_page.write(checkpoints.out)
     if stopped:
         where = f"stopped in epoch {progress.epoch + 1}"
-        print(f"{where}; go on with: {stage.command} --resume {saved}")
+        print(f"{where}; go on with: {runtime.command(resume=str(saved), **stage.command)}")
         raise KeyboardInterrupt
     # A run that goes on when all of it is done has no epoch to tell of.
     last = progress.history[-1]

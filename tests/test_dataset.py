@@ -357,7 +357,7 @@ def test_what_is_odd_in_slices_is_said(study, config, capsys, tmp_path):
     train = open_study(config)["train"]
     out = capsys.readouterr().out
     for line, number in (
-        ("1 slices have an affine that is none in their header", 0),
+        ("1 slices have an unusable affine in their header", 0),
         ("1 slices have an sform and a qform that turn them", 1),
         ("1 slices have one value only", 2),
     ):

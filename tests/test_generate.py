@@ -197,19 +197,19 @@ def test_pictures_name_what_they_show_and_begin_with_the_nearest(trained, tmp_pa
 def test_a_folder_of_something_else_loses_nothing(trained, tmp_path):
     for name in ("manifest.json", "0000.png", "report.json"):
         (tmp_path / name).write_text('{"name": "years of work"}')
-    with pytest.raises(ValueError, match=f"{tmp_path.name}.manifest.json: not that of"):
+    with pytest.raises(ValueError, match=f"{tmp_path.name}.manifest.json: not written by"):
         generate.generate(config(trained, tmp_path))
     (tmp_path / "manifest.json").unlink()  # without one, nothing is ours
-    with pytest.raises(ValueError, match=r"0000\.png: not that of generated slices"):
-        generate.clear(tmp_path, "")
+    with pytest.raises(ValueError, match=r"0000\.png: not written by generate"):
+        generate.clear(tmp_path, "", "")
     (tmp_path / "raw" / "Dataset501_Real").mkdir(parents=True)
     (tmp_path / "raw" / "Dataset501_Real" / "dataset.json").write_text("{}")
-    generate.clear(tmp_path / "raw", "Dataset502_New")
-    with pytest.raises(ValueError, match=r"dataset\.json: not that of generated slices"):
-        generate.clear(tmp_path / "raw", "Dataset501_Real")
+    generate.clear(tmp_path / "raw", "Dataset502_New", "")
+    with pytest.raises(ValueError, match=r"dataset\.json: not written by generate"):
+        generate.clear(tmp_path / "raw", "Dataset501_Real", "")
     (tmp_path / "raw" / "manifest.json").write_text(generate.DESCRIPTION)  # of an earlier run
-    with pytest.raises(ValueError, match=r"dataset\.json: not that of generated slices"):
-        generate.clear(tmp_path / "raw", "Dataset501_Real")
+    with pytest.raises(ValueError, match=r"dataset\.json: not written by generate"):
+        generate.clear(tmp_path / "raw", "Dataset501_Real", "")
     (tmp_path / "manifest.json").write_text("")
     assert len(list(tmp_path.glob("*.*"))) >= 3 and "years" in (tmp_path / "0000.png").read_text()
 
@@ -446,6 +446,23 @@ def test_agreement_is_of_each_slice_s_own_mask(two_organs, monkeypatch):
     assert table[sample_report.SAMPLES]["agreement"] == 1
 
 
+@pytest.mark.parametrize("value", [0, 9], ids=["nothing but air", "unknown"])
+def test_without_organs_in_test_layouts_no_mask_is_called_a_copy(two_organs, value):
+    _, model, prior, splits = two_organs
+    codes = code_maps.extract_codes(model, splits, 2, "", two_organs[0] / "audit.npz")
+    codes["test_layout"][:] = value
+    top, bottom = (codes[f"train_{level}"][0][:4] for level in code_maps.LEVELS)
+    masks = splits["train"].masks(range(4)).numpy()  # copies
+    samples = code_maps.Samples(splits["train"].images(range(4))[:, 0].numpy(), top, bottom, masks)
+    inputs = sample_report.Inputs(
+        model, prior, splits, codes, samples, np.zeros(4), np.arange(4), layouts=masks
+    )
+    rng = np.random.default_rng(0)
+    rows = {sample_report.RECONSTRUCTIONS: SimpleNamespace(images=samples.images)}
+    reports, found = sample_report.score_copying(inputs, rows, np.arange(6), rng)
+    assert reports.keys() == found.keys() == {"correlation", "code agreement"}
+
+
 def test_a_measure_that_sees_no_control_is_left_out(two_organs, monkeypatch):
     """Agreement, as controls whose masks fit as well as those of reconstructions are not seen."""
     names = (sample_report.SAMPLES, *sample_report.CONTROLS)
@@ -574,6 +591,11 @@ def test_layouts_alone_are_masks_and_a_picture(two_organs, organs_study, tmp_pat
     assert masks.shape == (9, 64, 32) and set(np.unique(masks)) == {0, 5, 9}
     assert np.array_equal(images[0].affine, two_organs[3]["train"].affines[0])
     assert (masks[:, 28:36, 12:20] == 5).mean() > 0.9  # the middle of every disc
+    assert json.loads((tmp_path / "manifest.json").read_text())["done"] == 9
+    for given in (tmp_path / generate.MASK_FOLDER, files[3]):  # perhaps corrected by hand
+        with pytest.raises(runtime.UserError, match="new slices would replace these masks"):
+            generate.generate(config(two_organs, tmp_path, n=1, layout=str(given)), data)
+    assert all(file.is_file() for file in files)
 
 
 def test_a_picture_of_layouts_tells_air_from_the_darkest_tissue(tmp_path, monkeypatch):
@@ -613,6 +635,8 @@ def test_slices_for_nnunet(two_organs, organs_study, tmp_path, monkeypatch, no_r
     again = dataclasses.replace(settings, n=1)
     generate.generate(again, DataConfig(data=str(organs_study)))  # nothing of three is left
     assert [len(list((folder / kind).iterdir())) for kind in ("imagesTr", "labelsTr")] == [1, 1]
+    with pytest.raises(runtime.UserError, match="nnU-Net needs slices"):
+        dataclasses.replace(settings, layouts_only=True)
     other = dataclasses.replace(settings, n=2, nnunet="Dataset502_More")  # the first one stays
     generate.generate(other, DataConfig(data=str(organs_study)))
     assert len(list((folder / "imagesTr").iterdir())) == 1

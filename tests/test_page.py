@@ -148,8 +148,9 @@ def test_new_slices_appear_on_the_page_of_their_run(results):
 
 def test_what_another_autoencoder_made_is_not_on_the_page(results, capsys):
     """The phantom's run lies in Results/ when a study is trained there."""
-    (results / "vqvae2_best.pth").write_bytes(b"weights")
-    ours, other = runtime.sha256(results / "vqvae2_best.pth"), "0" * 64
+    for name in ("best", "epoch_9"):  # the last epoch of that run, which was longer, lies here too
+        (results / f"vqvae2_{name}.pth").write_bytes(name.encode())
+    ours, other = (runtime.sha256(results / f"vqvae2_{name}.pth") for name in ("best", "epoch_9"))
     for sha256 in (ours, other):
         for name, keys in (
             ("metrics.json", ("checkpoint", "sha256")),

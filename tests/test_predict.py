@@ -213,9 +213,16 @@ def test_only_old_reconstructions_are_deleted(study, checkpoint, tmp_path):
     assert "case_091.nii.gz" not in found
     theirs = next(path for path in folder.iterdir() if "week" in path.name)
     nifti.write(theirs, pixels, np.eye(4), "my own")
-    with pytest.raises(runtime.UserError, match=rf"{theirs.name}: none of our reconstructions"):
+    with pytest.raises(runtime.UserError, match=rf"{theirs.name}: not a reconstruction"):
         predict_with(checkpoint, out=str(tmp_path), nifti=True)
     assert np.array_equal(nifti.read(theirs).raw, pixels)
+    theirs.unlink()
+    predict_with(checkpoint, out=str(tmp_path))  # the same model's stay
+    assert len(list(folder.iterdir())) == 7
+    scores = json.loads((tmp_path / "metrics.json").read_text())
+    runtime.write_json(tmp_path / "metrics.json", scores | {"checkpoint": {"sha256": "0" * 64}})
+    predict_with(checkpoint, out=str(tmp_path))
+    assert {path.name for path in folder.iterdir()} == {"case_092.nii.gz", "notes.txt"}
 
 
 def test_another_study_one_patient_and_synthetic(study, checkpoint, tmp_path, capsys):
@@ -281,7 +288,7 @@ def predict_with(path, **settings):
 
 def test_checkpoints_that_cannot_be_used_are_named(study, tmp_path):
     for name, changes, said in (
-        ("kind", {"kind": "prior"}, "the priors of an autoencoder; expected an autoencoder"),
+        ("kind", {"kind": "prior"}, "the priors of train_prior.py; expected an autoencoder"),
         ("shape", {"model_config": asdict(SMALL) | {"D": 4}}, r"shape\.pth: damaged, or not"),
         ("size", {"data": data_of(study, height=60)}, "60x32; expected multiples of 8"),
     ):

@@ -148,11 +148,13 @@ def test_the_decoded_mask_lies_on_the_scan_with_its_own_labels(study, tmp_path, 
     pixels, affine = landmark(shape=(60, 12, 30))  # padded in the grid
     image = stored(pixels, affine, codes)
     image.set_qform(image.affine, 1)  # a viewer that reads the qform shows both alike
+    image.header["cal_max"] = 999
     nibabel.save(image, tmp_path / "case_scan.nii.gz")
     use(model, [tmp_path / "case_scan.nii.gz"], tmp_path / "out")
     mask = nibabel.load(tmp_path / "out" / "seg_scan.nii.gz")
     np.testing.assert_array_equal(mask.affine, image.affine)
     assert mask.header["qform_code"] == 1 and mask.get_data_dtype() == np.uint16
+    assert mask.header["cal_max"] == 0  # a window for the scan shows masks black
     grid = np.stack(
         [np.pad(p, ((2, 2), (1, 1)), constant_values=p.min()) for p in pixels.swapaxes(0, 1)]
     )
@@ -279,7 +281,9 @@ def test_decoded_masks_replace_neither_each_other_nor_a_true_mask(tmp_path):
     (scans / "001.nii.gz").unlink()
     true, ours = np.zeros((64, 32), np.uint8), reconstruct.RECONSTRUCTION
     nifti.write(out / "seg_001.nii.gz", true, np.eye(4), "drawn by hand")
-    with pytest.raises(UserError, match=r"would replace .*seg_001\.nii\.gz, which is none of"):
+    with pytest.raises(
+        UserError, match=r"would replace .*seg_001\.nii\.gz, which this program did not write"
+    ):
         reconstruct.find_files([str(scans)], out, masks=True)
     nifti.write(out / "seg_001.nii.gz", true, np.eye(4), ours)  # an earlier run's may be replaced
     assert len(reconstruct.find_files([str(scans)], out, masks=True)) == 1
@@ -294,10 +298,14 @@ def test_scans_of_another_patient_are_never_replaced(checkpoint, tmp_path):
             (tmp_path / patient).mkdir(exist_ok=True)
             write(tmp_path / patient / name, pixels)
         scan = tmp_path / "one" / name
-        with pytest.raises(UserError, match=rf"replace .*two/{name}, which is none of ours"):
+        with pytest.raises(
+            UserError, match=rf"replace .*two/{name}, which this program did not write"
+        ):
             use(checkpoint, [scan], tmp_path / "two")
         for _ in range(2):  # our own may be replaced
             use(checkpoint, [scan], tmp_path / "out")
+    files = reconstruct.find_files([str(tmp_path / "one")], tmp_path, masks=False)
+    assert len(files) == 2  # a folder above the scans hides none of them
 
 
 def save_scan(path, pixels):

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from generate import GenerateConfig
 from modules import VQVAE2Config
-from new_slices.prior import PriorConfig, Sampling
+from new_slices.prior import PriorConfig
 from slice_volumes import SliceConfig
 from support import runtime
 from support.runtime import UserError
@@ -230,9 +230,9 @@ OUT_OF_RANGE = {
     | {f"{part}_blocks": [-1] for part in ("encoder", "top", "decoder")},
     PriorConfig: {"prior_top_layers": [0], "prior_refine_blocks": [0]},
     CodesConfig: {"bottom_every": [0], "rebuilt": [1.1]},
-    Sampling: {"passes": [0, 10**6], "temperature": [-1], "spread": [math.inf]},
     GenerateConfig: {"n": [0], "top_temperature": [-1.0], "bottom_temperature": [math.nan]}
-    | {"top_passes": [0], "top_spread": [-1.0], "guidance": [-1.0], "position": [1.1, -0.1]}
+    | {"top_passes": [0, 10**6], "bottom_passes": [0], "top_spread": [-1.0, math.inf]}
+    | {"guidance": [-1.0], "position": [1.1, -0.1]}
     | {"batch_size": [-1], "nnunet": ["Dataset1"]},
 }
 EACH = [
@@ -242,7 +242,7 @@ EACH = [
 
 @pytest.mark.parametrize("config, field, value", EACH)
 def test_a_setting_out_of_range_is_named(config, field, value):
-    with pytest.raises(UserError, match=f"{field.split('_')[-1]}.*expected"):
+    with pytest.raises(UserError, match=f"{runtime.flag(field)}.*expected"):
         config(**{field: value})
 
 

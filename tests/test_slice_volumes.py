@@ -123,6 +123,19 @@ def test_a_folder_that_holds_slices_is_refused(tmp_path):
     assert (np.asarray(mask.dataobj) == 1).all()
 
 
+def test_a_cut_that_was_stopped_leaves_no_study(tmp_path, monkeypatch):
+    release, cut = write_release(tmp_path / "a", (4, 5, 36, 40)), slice_volumes._slice_volume
+
+    def stopped(volume, config):
+        if cut(volume, config) and volume[0].patient == 36:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(slice_volumes, "_slice_volume", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_slice(release, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_bad_volumes_are_listed_and_the_others_done(tmp_path):
     release, out = write_release(tmp_path / "a", (4, 5, 6, 7, 8, 36, 40)), tmp_path / "out"
     (release / f"{SCHEMES['anonymous'][0].format(5, 0)}.nii.gz").write_bytes(b"no")

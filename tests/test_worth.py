@@ -66,23 +66,6 @@ def test_frechet_with_fewer_rows_than_features():
     assert features.frechet_distance(a @ turn, a @ turn) == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("k", [1, 3])
-def test_precision_and_recall_by_brute_force(k):
-    rng = np.random.default_rng(k)
-    real, fake = rng.normal(size=(25, 2)), 0.7 * rng.normal(size=(18, 2)) + 0.4
-
-    def within(points, others):
-        """The share of the points that lie in the ball of some of the others."""
-        apart = np.linalg.norm(others[:, None] - others, axis=2)
-        balls = np.sort(apart, axis=1)[:, k]  # the first is each one's own 0
-        return np.mean([(np.linalg.norm(others - p, axis=1) <= balls).any() for p in points])
-
-    expected = within(fake, real), within(real, fake)
-    assert features.precision_recall(real, fake, k) == pytest.approx(expected)
-    with pytest.raises(ValueError, match="from 1 to 24"):
-        features.precision_recall(real, fake, 25)
-
-
 def test_the_linear_test_tells_sets_apart_and_patients_not():
     """Chance for one distribution, even where rows of one patient are alike; near 1 for a shift."""
     rng = np.random.default_rng(0)
