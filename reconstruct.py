@@ -189,12 +189,11 @@ def find_files(inputs: list[str], out: Path, masks: bool = False) -> dict[str, s
         if os.path.isfile(source):  # named by the user, so taken whatever it is called
             found[name_of(source, os.path.basename(source))].append(source)
             continue
-        others: list[str] = []
+        within, others = Path(source).resolve() in out.resolve().parents, []
         paths = [entry.path for entry in find_nifti(source, others)] + others
         for path in sorted(paths):
             name = os.path.relpath(path, source)
-            folders = [folder.resolve() for folder in (Path(source), out)]
-            if folders[1] in Path(path).resolve().parents and folders[0] in folders[1].parents:
+            if within and out.resolve() in Path(path).resolve().parents:
                 continue  # an earlier reconstruction
             if not name.lower().endswith((*nifti.SUFFIXES, ".png", SUFFIX)):
                 passed["other files"].append(path)

@@ -592,8 +592,7 @@ def fit(stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> Pa
                 progress.seen += len(batch)
                 progress.step += 1
                 show_loss(run, loss, batch, bar)
-                # Once: compile the step. The first step starts the codebooks, which would break
-                # the compiled graph in two.
+                # Once: the first step starts the codebooks, which would break a compiled graph.
                 if config.compile and progress.step == first_step + 1:
                     stage.compile()
                 # After every step: does somebody want us to stop, or is the time over?
