@@ -159,7 +159,7 @@ def name_parts(path: Path | str, pattern: str = "") -> dict[str, str]:
     if pattern and (match := re.search(pattern, path)):
         parts = {key: text for key, text in match.groupdict().items() if text}
     # The file's own name comes first, then the folders above it, from the innermost one on.
-    for name in path.split("/")[::-1] * (not pattern):
+    for name in [] if pattern else path.split("/")[::-1]:
         for key, written in ANNOUNCED.items():
             if match := written.search(name):
                 parts.setdefault(key, match[match.lastindex])
@@ -573,7 +573,7 @@ def _write_cache(
     classes[: len(known)] = np.searchsorted(sorted(known), known)
     organs = len(known) > 1
     table["has_mask"] &= organs
-    np.savez(folder / TABLE, labels=sorted(known) * organs, classes=classes, **table)
+    np.savez(folder / TABLE, labels=sorted(known) if organs else [], classes=classes, **table)
     where = {"study": str(study.resolve()), "fingerprints": fingerprints, "notes": notes}
     write_json(folder / INDEX, where)
 

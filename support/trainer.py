@@ -280,7 +280,7 @@ class Checkpoints:
                 expected.append({"step": torch.Size(), **dict.fromkeys(names, parameter.shape)})
         shapes = [{name: x.shape for name, x in state[i].items()} for i in range(len(state))]
         # Before its first step an optimiser has no state.
-        if shapes != expected * bool(self.progress.step):
+        if shapes != (expected if self.progress.step else []):
             raise ValueError("an optimiser of other weights")
         # The groups stay this run's: those of the checkpoint hold another run's learning rate.
         groups = self.optimiser.state_dict()["param_groups"]
