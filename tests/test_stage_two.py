@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shlex
 import shutil
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
+from conftest import command
 from test_predict import study_of, write_checkpoint
 from test_train import assert_same, fit
 
@@ -342,6 +344,20 @@ def test_it_resumes_bit_for_bit_and_only_with_its_autoencoder(study, autoencoder
     other = fit(study, tmp_path / "other", epochs=1, seed=5)
     with pytest.raises(ValueError, match="another autoencoder"):
         fit_prior(other, tmp_path / "broken", epochs=2, checkpoint=checkpoint)
+
+
+def test_the_command_that_goes_on_with_a_stopped_run_works(
+    autoencoder, tmp_path, monkeypatch, capsys
+):
+    """Priors beside another folder's autoencoder, in a folder whose name has a space."""
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(trainer.Pace, "signalled", lambda self, _: self.progress.seen == 4)
+        fit_prior(autoencoder, tmp_path / "my priors", slices=8)
+    said = capsys.readouterr().out.split("go on with: ")[1].splitlines()[0]
+    python, script, *flags = shlex.split(said)
+    assert (python, script) == ("python", "train_prior.py")
+    code, out, err = command(train_prior, *flags)
+    assert code == 0 and "prior_epoch_final.pth" in out, err
 
 
 def test_patience_ends_a_run_that_no_longer_improves(autoencoder, tmp_path):
