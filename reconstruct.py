@@ -389,6 +389,10 @@ def reconstruct(inputs: list[str], config: ReconstructConfig = ReconstructConfig
 
 def print_table(rows: dict[str, dict]) -> None:
     """A line for each file, and their mean."""
+
+    def cell(value: float) -> str:  # a file of codes has no scores
+        return f"{'–':>15}" if math.isnan(value) else f"{value:>#15.4g}"
+
     columns = {**SCORES, "bits_per_pixel": "bits/pixel"}
     print(f"{'file':<40}{'planes':>7}" + "".join(f"{title:>15}" for title in columns.values()))
     planes = [row["planes"] for row in rows.values()]
@@ -397,7 +401,7 @@ def print_table(rows: dict[str, dict]) -> None:
     if len(rows) > 1:
         lines.append(("mean of the files", sum(planes), np.mean(cells, axis=0)))
     for name, count, values in lines:
-        print(f"{name[-39:]:<40}{count:>7}" + "".join(f"{value:>#15.4g}" for value in values))
+        print(f"{name[-39:]:<40}{count:>7}" + "".join(map(cell, values)))
 
 
 def main() -> None:

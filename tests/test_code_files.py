@@ -176,7 +176,7 @@ def use(models, inputs, out, **config):
     return reconstruct(list(map(str, inputs)), ReconstructConfig(out=str(out), **config))
 
 
-def test_a_scan_comes_back_from_its_codes_as_the_model_gives_it(models, tmp_path):
+def test_a_scan_comes_back_from_its_codes_as_the_model_gives_it(models, tmp_path, capsys):
     pixels, affine = landmark(tilt=12, shape=(60, 30, 13))
     volume = nibabel.Nifti1Image((pixels * 9).astype(np.int16), affine)
     nibabel.save(volume, tmp_path / "case_scan.nii.gz")
@@ -190,7 +190,9 @@ def test_a_scan_comes_back_from_its_codes_as_the_model_gives_it(models, tmp_path
     assert {path.name for path in saved.iterdir()} == names
     with pytest.raises(UserError, match=r"\.vq2: a file of codes, and --save is for"):
         use(models, [saved], tmp_path / "two", save=str(tmp_path / "again"))
+    capsys.readouterr()
     second = use(models, [saved], tmp_path / "two")["files"]
+    assert "nan" not in capsys.readouterr().out  # in the table: codes alone have no scores
     assert first["case_scan.nii.gz"]["planes"] == 13
     for name, again in (("case_scan.nii.gz",) * 2, ("scaled.nii", "scaled.nii.gz"), ("p.png",) * 2):
         size = 8 * (saved / f"{name}.vq2").stat().st_size
