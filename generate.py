@@ -43,7 +43,14 @@ from new_slices.code_maps import (
 )
 from new_slices.layouts import REGIONS, Composer, likely, middles
 from new_slices.organs import likeliest, nearest_positions, segmenter_of
-from new_slices.prior import BOTTOM_SAMPLING, TOP_SAMPLING, Prior, Sampling, load_prior
+from new_slices.prior import (
+    BOTTOM_SAMPLING,
+    TOP_SAMPLING,
+    Prior,
+    Sampling,
+    check_sampling,
+    load_prior,
+)
 from new_slices.sample_report import Inputs, appraise, near, plain, print_report
 from support import figures, nifti, results_page, runtime
 from support.runtime import UserError, check_number, check_seed, option
@@ -110,11 +117,7 @@ class GenerateConfig:
         if self.nnunet and self.layouts_only:
             raise UserError("--nnunet and --layouts-only: nnU-Net needs slices. Fix: one of them.")
         check_number("position", np.nan_to_num(self.position), least=0, most=1)
-        for level in ("top", "bottom"):
-            check_number(f"{level}_passes", getattr(self, f"{level}_passes"), least=1, most=10_000)
-        for name in ("top_temperature", "bottom_temperature", "top_spread", "bottom_spread"):
-            check_number(name, getattr(self, name), least=0)
-        check_number("guidance", self.guidance, least=0)
+        check_sampling(vars(self))
 
     def sampling(self) -> tuple[Sampling, Sampling]:
         """How the top level is sampled, and the bottom level."""
@@ -274,7 +277,7 @@ def clear(out: Path, nnunet: str, layout: str) -> None:
     if wrong := theirs if about else earlier:
         raise UserError(f"{wrong[0]}: not written by generate.py. Fix: another --out.")
     asked = Path(layout).resolve()
-    if layout and any(asked in (path, *path.parents) for path in (x.resolve() for x in earlier)):
+    if layout and any(old.resolve().is_relative_to(asked) for old in earlier):
         raise UserError(f"{layout}: new slices would replace these masks. Fix: another --out.")
     for old in earlier:
         old.unlink()

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +16,32 @@ SMALL = {
     "single": lambda: baselines.SingleLevelVQVAE(8),
     "report": lambda: baselines.ReportVQVAE2(8),
 }
+
+
+@torch.inference_mode()
+def test_the_stated_rates_are_those_of_the_codes():
+    """By what is counted for a small slice, as rates are per pixel."""
+    x = torch.randn(1, 1, 64, 32)
+    ours, single, report = (build().eval() for build in SMALL.values())
+    h = torch.relu(report.encoder(x))
+    levels = {
+        "ours": [(codes, ours.config.K) for codes in ours.encode(x)],
+        "single": [(single.quantiser(single.encoder(x)).codes, single.quantiser.K)],
+        "report": [
+            (quantiser.nearest(to_level(h)), quantiser.codebook.num_embeddings)
+            for quantiser, to_level in (
+                (report.quantiser_top, report.to_top),
+                (report.quantiser_bottom, report.to_bottom),
+            )
+        ],
+    }
+    if importlib.util.find_spec("monai"):
+        monai = baselines.monai_vqvae().eval()
+        levels["monai"] = [(monai.index_quantize(x), monai.num_embeddings)]
+    for name, found in levels.items():
+        assert all(codes.min() >= 0 and codes.max() < K for codes, K in found)
+        bits = sum(codes.numel() * np.log2(K) for codes, K in found)
+        assert bits / x.numel() == peers.PEERS[name].bits / (256 * 128), name
 
 
 def test_report_s_vectors_are_runs_of_pixels_of_one_channel():
