@@ -6,8 +6,8 @@
     python driver.py --prior-slices 0            # reconstruction only
 
 Takes the flags of train.py but --resume and --weights; those of the training are the autoencoder's,
-but --seed, --device and --bf16 hold for the priors too. Open
-Results/index.html afterwards: everything is on that page.
+but --seed, --device and --bf16 hold for the priors too. Open Results/index.html afterwards:
+everything is on that page.
 """
 
 import math

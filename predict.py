@@ -278,7 +278,7 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
         check_reconstructions(out / "reconstructions", test)
     # It is written last: while it is there, everything else in the folder is of its run.
     earlier = out / "metrics.json"
-    of = results_page.at(results_page.read_json(earlier), "checkpoint", "sha256")
+    made_by = results_page.at(results_page.read_json(earlier), "checkpoint", "sha256")
     if earlier.is_file():
         earlier.unlink()
         results_page.write(out)  # without its scores
@@ -286,7 +286,7 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
     with tempfile.TemporaryDirectory(prefix=runtime.TEMPORARY, dir=out) as made:
         folder = Path(made) if config.nifti else None
         scores, maps = score_split(model, test, config.batch_size, folder)
-        if folder or of not in (None, trained.sha256):
+        if folder or made_by not in (None, trained.sha256):
             replace_reconstructions(out / "reconstructions", Path(made))
     pixels = int(test.shapes.prod(1).sum())
     result = {"n": len(test), "patients": dict(Counter(patients))}

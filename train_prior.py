@@ -135,8 +135,8 @@ class CodePriors(Stage):
         codes, config = settings.codes, settings.train
         self.device = runtime.pick_device(config.device)
         trained, self.codes = load_model(codes.checkpoint), codes
-        where = {"checkpoint": codes.checkpoint, "cache": settings.data.cache}
-        self.command = {"script": "train_prior.py", **where}
+        self.command = {"script": "train_prior.py", "checkpoint": codes.checkpoint}
+        self.command["cache"] = settings.data.cache
         self.sha256, checkpoint = trained.sha256, settings.checkpoint
         if checkpoint and checkpoint["autoencoder_sha256"] != self.sha256:
             fix = "Fix: name its own with --checkpoint, or train again"

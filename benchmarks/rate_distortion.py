@@ -296,7 +296,8 @@ def main() -> None:
         for score_name, label in DRAWN.items():
             panel = rate_panel(curves, board["models"], score_name)
             panels[label][f"{title} (n = {board['n']})"] = panel
-    print("\nAVIF at speed 2; headers are part of each codec's bits per pixel")
+    speed = image_codecs.CODECS["AVIF"].settings[0]["speed"]
+    print(f"\nAVIF at speed {speed}; headers are part of each codec's bits per pixel")
     result |= {
         "data": {"study": test.study.resolve().name, "fingerprint": test.fingerprint},
         "checkpoints": {path: runtime.sha256(path) for path in (*args.checkpoints, *args.prior)},

@@ -156,7 +156,7 @@ def extract_codes(
         try:
             with np.load(file) as saved:
                 if str(saved["key"]) == key:
-                    return dict(saved)
+                    return {name: saved[name] for name in saved.files if name != "key"}
         except runtime.NOT_WHOLE:
             pass  # the maps are made anew
     counts = {name: variants if name == "train" else 1 for name in SPLITS}

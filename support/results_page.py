@@ -8,6 +8,7 @@ are in the files beside it.
 import base64
 import json
 from collections.abc import Mapping
+from functools import cache
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -119,7 +120,7 @@ def read_log(path: Path) -> tuple[dict, list[dict]]:
     return (runs or [{}])[-1], [line for line in lines if line.keys() >= EPOCH]
 
 
-def at(tree: dict, *keys: str):
+def at(tree: dict | None, *keys: str):
     """The value under a path of keys, or None where there is none."""
     for key in keys:
         tree = tree.get(key) if isinstance(tree, dict) else None
@@ -215,11 +216,19 @@ def new_slices(generated: Path, report: dict) -> str:
     )
 
 
-def is_another(folder: Path, file: str | None, sha256: str | None) -> bool:
-    """Whether the autoencoder `file` of a folder, or else its best one, has not that SHA-256."""
-    here = folder / (file or "")
-    here = here if here.is_file() else folder / "vqvae2_best.pth"
-    return sha256 is not None and here.is_file() and runtime.sha256(here) != sha256
+def made_by_others(folder: Path, made_by: dict[str, dict | None]) -> list[str]:
+    """The parts of a run that another autoencoder made than the one of a folder.
+
+    `made_by` tells the "file" and "sha256" of each part's. That of the folder has the same name, or
+    else is its best one.
+    """
+    digest, others = cache(runtime.sha256), []
+    for part, autoencoder in made_by.items():
+        here, sha256 = folder / (at(autoencoder, "file") or ""), at(autoencoder, "sha256")
+        here = here if here.is_file() else folder / "vqvae2_best.pth"
+        if sha256 is not None and here.is_file() and digest(here) != sha256:
+            others.append(part)
+    return others
 
 
 def write(folder: Path | str) -> Path:
@@ -231,13 +240,13 @@ def write(folder: Path | str) -> Path:
     metrics = read_json(folder / "metrics.json", "n", "patients", "provenance")
     report = read_json(generated / "report.json", "manifest", "scorecard")
     # What was made with another autoencoder than the one here of that name is of another run.
-    learnt = at(stage_two, "codes_config", "checkpoint"), at(stage_two, "autoencoder_sha256")
-    made_with = {
-        "test slices": (at(metrics, "checkpoint", "file"), at(metrics, "checkpoint", "sha256")),
-        "new slices": [at(report, "manifest", "autoencoder", key) for key in ("file", "sha256")],
-        "priors": learnt,
+    learnt_from = at(stage_two, "codes_config", "checkpoint")
+    made_by = {
+        "test slices": at(metrics, "checkpoint"),
+        "new slices": at(report, "manifest", "autoencoder"),
+        "priors": {"file": learnt_from, "sha256": at(stage_two, "autoencoder_sha256")},
     }
-    others = [part for part, made in made_with.items() if is_another(folder, *made)]
+    others = made_by_others(folder, made_by)
     metrics = {} if "test slices" in others else metrics
     report = {} if "new slices" in others else report
     stage_two = {} if "priors" in others else stage_two

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from test_train import SMALL
+from test_train import SMALL, load
 
 import train
 import train_prior
@@ -92,10 +92,6 @@ def studied(study, tmp_path_factory):
         timeout=600,
     )
     return copy, out, done
-
-
-def load(path):
-    return runtime.load_checkpoint(path, path.name.split("_")[0])
 
 
 def epochs(path):

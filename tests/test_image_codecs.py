@@ -14,8 +14,9 @@ SHAPE = 128, 96
 FINE = np.round(resize(camera() / 255.0, SHAPE, anti_aliasing=True) * 60_000)
 SLICE = ((FINE - FINE.mean()) / FINE.std()).astype(np.float32)
 OTHER = np.ascontiguousarray(SLICE[::-1]) * 3 + 1
-FASTER = {"speed": 8, "subsampling": "4:0:0", "max_threads": 1}  # a test needs no better
-CODECS = image_codecs.CODECS | {"AVIF": image_codecs.CODECS["AVIF"]._replace(settings=(FASTER,))}
+AVIF = image_codecs.CODECS["AVIF"]
+FASTER = {**AVIF.settings[0], "speed": 8}  # a test needs no better
+CODECS = image_codecs.CODECS | {"AVIF": AVIF._replace(settings=(FASTER,))}
 EXTENSIONS = {"JPEG": ".jpg", "JPEG 2000": ".j2k", "WebP": ".webp", "AVIF": ".avif"}
 
 

@@ -51,9 +51,13 @@ def tensors(value, prefix=""):
         yield prefix, value
 
 
+def load(path):
+    """A checkpoint of either kind, which its name tells."""
+    return runtime.load_checkpoint(path, path.name.split("_")[0])
+
+
 def assert_same(one, other):
-    files = (runtime.load_checkpoint(path, path.name.split("_")[0]) for path in (one, other))
-    one, other = (dict(tensors(file)) for file in files)
+    one, other = (dict(tensors(load(path))) for path in (one, other))
     assert one.keys() == other.keys()
     for key, value in one.items():
         equal = torch.equal if torch.is_tensor(value) else operator.eq
