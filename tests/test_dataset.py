@@ -610,6 +610,7 @@ MASK_FAULTS = {  # the mask of training slice 5, what else is changed of it, and
 @pytest.mark.parametrize("fault", MASK_FAULTS)
 def test_a_bad_mask_is_named_with_its_reason(masked, config, fault):
     labels, changes, message = MASK_FAULTS[fault]
+    open_study(config)  # the cache that it leaves hides no fault
     put_mask(masked, **{"split": "train", "patient": 4, "number": 5, "labels": labels} | changes)
     with pytest.raises(ValueError, match=f"(?s)1 of 1[67] files.*{message}"):
         open_study(config)
@@ -886,6 +887,9 @@ def test_slices_of_another_plane_than_the_checkpoint_s_are_said(config, capsys):
     other = replace(info, directions="RP", plane="axial")
     dataset.open_trained_study(other, config, "x.pth")
     assert "x.pth learnt axial ones (towards RP)" in capsys.readouterr().out
+    other = replace(info, fingerprints=info.fingerprints | {"test": "other"})
+    dataset.open_trained_study(other, config, "x.pth")
+    assert "its test slices are not those that x.pth" in capsys.readouterr().out
 
 
 # ---- mirroring ----

@@ -61,6 +61,7 @@ def test_every_stage_is_told_what_the_flags_say(study, stages, flags, preset, pr
     assert first.data.data == second.data.data == data.data == str(study)
     expected = train_prior.make_settings({"preset": priors})
     assert second.prior == expected.prior
+    assert (second.train.schedule, second.train.batch_size) == ("cosine", 4)  # the recipe
     assert second.codes.bottom_every == expected.codes.bottom_every
     assert (second.train.lr, second.train.slices) == (expected.train.lr, slices)
     assert second.train.seed == 3 and second.codes.checkpoint == "best.pth"

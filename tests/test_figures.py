@@ -81,6 +81,7 @@ def test_comparison_sheet_has_one_scale_for_all_differences(tmp_path, drawn, sha
     assert not any(one.overlaps(other) for one, other in combinations(titles, 2))
     said = {rows[0][0], "synthetic phantom, not MRI", "original", "reconstruction"}
     assert said <= texts(drawn[0])
+    assert drawn[0].axes[0].get_title() == "original"  # above it
     assert_nothing_cut(drawn[0])
 
 

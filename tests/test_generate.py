@@ -323,7 +323,8 @@ def test_a_position_is_asked_of_the_prior_and_of_the_real_slices(trained, tmp_pa
     assert asked == [1, 1, 1] and report["realism"]["rows"][sample_report.FLOOR]["n"] == 2
     assert report["realism"]["training_slices"] == 2  # the nearest, not all 14
     asked.clear()
-    for split in trained[3].values():
+    for split in trained[3].values():  # as long as one of them tells positions, they may be asked
+        generate.check_flags(config(trained, tmp_path, position=0.5), trained[2], trained[3])
         monkeypatch.setattr(split, "positions", np.full(len(split), np.nan, np.float32))
     monkeypatch.setattr("dataset.open_trained_study", lambda *_: trained[3])
     monkeypatch.setattr(generate, "account", lambda *_: {})

@@ -110,6 +110,8 @@ def test_a_coronal_t2_image_of_a_pelvis(patient):
     assert not tissues[[0, -1]].any() and tissues[:, 0].any() and tissues[:, -1].any()
     tissues = man.cut(int(np.abs(man.y).argmin()))[2]  # the plane of the femoral heads
     middle, level, femurs = int(np.abs(man.x).argmin()), int(np.abs(man.z).argmin()), []
+    wide = (tissues > 0).sum(0)
+    assert wide[level - 16] > wide[level + 37]  # the hips, and 85 mm above them
     for half in (tissues[middle:], tissues[middle::-1]):  # outwards from the midline
         # With its socket.
         femurs.append(max(regionprops(label(half == BONE)), key=lambda bone: bone.area))
@@ -117,6 +119,7 @@ def test_a_coronal_t2_image_of_a_pelvis(patient):
         # 90 mm out, 16 of its 25 mm radius.
         head = (across - 56) ** 2 + (along - level) ** 2 < 10**2
         assert (half[head] == BONE).mean() > 0.9
+        assert (half[:, 0] == BONE).any()  # the shaft leaves the picture below
     assert np.abs(np.subtract(femurs[0].centroid, femurs[1].centroid)).max() < 25
 
 

@@ -153,6 +153,10 @@ def test_slices_of_one_name_in_two_folders_are_both_written(study, tmp_path):
         {path.relative_to(folder) for path in folder.rglob("*.gz")} for folder in (written, test)
     )
     assert ours == theirs
+    theirs = next(written.rglob("*.gz"))
+    nifti.write(theirs, np.ones((4, 4), np.float32), np.eye(4), "my own")
+    with pytest.raises(runtime.UserError, match=rf"{theirs.name}: not a reconstruction"):
+        predict.predict(predict.PredictConfig(nifti=True, **given), DataConfig(data=str(folder)))
 
 
 def study_of(study, folder, shape):

@@ -169,6 +169,11 @@ def test_the_bottom_sees_the_top_the_variant_and_the_position():
     model = make_prior()
     top, bottom, position = random_maps(model, 1)
     hidden, variant = torch.full_like(bottom, TINY.K), model.as_it_is(1)
+    waves = []
+    model.bottom.position.register_forward_pre_hook(lambda module, x: waves.extend(x[0]))
+    model.bottom.context(torch.tensor([0.25]), variant, top)  # sines, then cosines, by octaves
+    expected = [0.5**0.5, 1, 0, 0, 0, 0.5**0.5, 0, -1, 1, 1]
+    assert waves[0].tolist() == pytest.approx(expected, abs=1e-5)
     logits = model.bottom(hidden, model.bottom.context(position, variant, top))
     for other in (
         (position, variant, (top + 1) % 5),

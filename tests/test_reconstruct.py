@@ -273,6 +273,8 @@ def test_planes_are_fitted_as_the_training_slices_were(checkpoint, fit, monkeypa
 def test_decoded_masks_replace_neither_each_other_nor_a_true_mask(tmp_path):
     scans, out = tmp_path / "scans", tmp_path / "out"
     scans.mkdir()
+    with pytest.raises(FileNotFoundError, match="no NIfTI files or PNG pictures"):
+        reconstruct.find_files([str(scans)], out)
     for name in ("001.nii.gz", "case_001.nii.gz"):
         nifti.write(scans / name, np.zeros((64, 32)), np.eye(4))
     assert len(reconstruct.find_files([str(scans)], out)) == 2  # of a model without masks

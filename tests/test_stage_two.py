@@ -105,6 +105,8 @@ def test_variants_are_altered_as_their_numbers_say(autoencoder):
     # Pure shading: a smooth factor whose logarithm is SHADE times the field.
     variants.fields[:, :, :2], variants.numbers[2] = 0, torch.tensor([0.0, 1, 0, 0, 0, 0, 0])
     field = Variants.smooth(x, variants.fields[2, indices, 2:])
+    corners = variants.fields[2, indices, 2, -1, -1]
+    assert field[:, 0, -1, -1].numpy() == pytest.approx(corners.numpy(), abs=1e-5)
     shaded = (x - x.amin((2, 3), keepdim=True)) * torch.exp(code_maps.SHADE * field)
     shaded = (shaded - shaded.mean((2, 3), keepdim=True)) / shaded.std((2, 3), keepdim=True)
     assert (shaded - x).abs().max() > 0.3 and 0.5 < field.std() < 1.5
@@ -249,7 +251,16 @@ def test_priors_learn_from_layouts_whose_tissue_is_of_other_patients(masked_stud
 def test_tissue_has_no_sides(autoencoder, tmp_path, monkeypatch):
     """Masks that came after the autoencoder may have partners; its layouts are tissue alone."""
     monkeypatch.setattr(SliceDataset, "mirror", Mirror(partners=((1, 2),)))
+    opened = train_prior.open_trained_study
+
+    def with_masks(*args):
+        splits = opened(*args)
+        splits["train"].labels = (0, 3, 9)
+        return splits
+
+    monkeypatch.setattr(train_prior, "open_trained_study", with_masks)
     stage = stage_of(autoencoder, tmp_path, forget=0.0, rebuilt=1.0)
+    assert stage.model.config.labels == 0
     seen = []
     stage.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[4]))
     stage.start_epoch(torch.Generator().manual_seed(0))
@@ -275,6 +286,9 @@ def test_validation_repeats_and_agrees_with_the_likelihood(autoencoder, tmp_path
     bits = nats / math.log(2) / (64 * 32)
     logged = checkpoint["history"][-1]["validate"]
     assert logged["bits_per_pixel"] == pytest.approx(bits, rel=0.03)  # other masks
+    means = {"nats_top": 3 * math.log(2), "nats_bottom": math.log(2), "bits_per_pixel": 0.5}
+    said = train_prior.CodePriors.describe(None, {"validate": means})
+    assert said == "3.00 bits a top code, 1.00 a bottom code, 0.5000 a pixel"
     again = fit_prior(autoencoder, tmp_path / "again")
     assert runtime.load_checkpoint(again, "prior")["history"][-1]["validate"] == logged
 
@@ -293,6 +307,8 @@ def test_bits_are_per_pixel_of_the_slices_own_files(study, tmp_path):
     folder = study_of(study, tmp_path / "keras_slices_data", (48, 20))
     study_of(study / "keras_slices_validate", folder, (40, 16))
     stage = stage_of(write_checkpoint(tmp_path / "vqvae2_best.pth", folder, "pad"), tmp_path)
+    ours = {name: split.fingerprint for name, split in stage.splits.items()}
+    assert stage.settings()["data"]["fingerprints"] == ours  # and not the autoencoder's
     stage.model.eval()
     losses = stage.batch_losses("validate", torch.arange(5))
     nats = 32 * losses["nats_top"] + 128 * losses["nats_bottom"]

@@ -145,6 +145,11 @@ def test_same_seed_same_weights_other_seed_others(study, tmp_path):
     assert_same(tmp_path / "a" / final, tmp_path / "b" / final)
     with pytest.raises(AssertionError):
         assert_same(tmp_path / "a" / final, tmp_path / "c" / final)
+    data, loss = DataConfig(data=str(study), height=64, width=32), train.LossConfig()
+    configs = [trainer.TrainConfig(device="cpu", seed=seed) for seed in (1, 2)]
+    stages = [train.Autoencoder(train.Settings(data, config, SMALL, loss)) for config in configs]
+    one, other = (stage.model.encoder_bottom.parameters() for stage in stages)  # before a step
+    assert not next(one).equal(next(other))
 
 
 def test_best_survives_a_resume(study, tmp_path):
