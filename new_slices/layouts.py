@@ -19,6 +19,9 @@ like the draft there, as in texture synthesis (Kwatra et al. 2005). Its parts co
 patients, and no patient's slice is like the whole. A layout composed so is vaguer than that of a
 real slice, so the top prior learns from training slices' layouts whose tissue is composed in this
 way, too: it then draws a whole picture from it, and no loose ends.
+
+What is composed of few patients can still come close to a slice of one of them. So a layout is
+drawn again that is closer to a training slice than most are to any slice of another patient.
 """
 
 import math
@@ -51,6 +54,9 @@ WEIGHT = 2.0  # of an organ in what makes slices alike, beside intensities in st
 PAINT = (0.5, 1.5)  # how much brighter than tissue, from 0 to 1, organs are to the optical flow
 REACH, FARTHEST = 8, 6.0  # cells: radius of its window; it finds nothing farther away
 KNOTS = (3, 2)  # of the smooth random fields that the weights and the bending are
+CLOSEST = 0.95  # this share of training slices is farther than a new layout may be, see `closest`
+REFERENCES = 256  # training slices, or up to twice as many, that say so
+DRAWS = 8  # at most, until a layout is far enough
 REBUILT = 4  # how often each training slice's layout is rebuilt, with tissue of others
 BENT = 0.7  # the standard deviation of bends and moves, over that by which patients differ
 
@@ -143,6 +149,18 @@ def organ_dice(queries: np.ndarray, slices: np.ndarray, labels: int) -> np.ndarr
         total = total + 2 * (a @ b.T) / np.maximum(sizes, 1)
         shown = shown + (sizes > 0)
     return total / np.maximum(shown, 1)
+
+
+def likeness(queries: np.ndarray, slices: np.ndarray, labels: int) -> np.ndarray:
+    """How alike layouts (N, h, w) and (M, h, w) are, from 0 to 1: (2, N, M).
+
+    First the share of equal cells, then the mean Dice of organs, 0 without masks.
+    """
+    equal = np.zeros((len(queries), len(slices)))
+    for each in range(classes(labels)):
+        a, b = ((x == each).reshape(len(x), -1).astype(np.float32) for x in (queries, slices))
+        equal += a @ b.T
+    return np.stack([equal / queries[0].size, organ_dice(queries, slices, labels)])
 
 
 def code_use(maps: np.ndarray) -> np.ndarray:
@@ -273,16 +291,50 @@ class Composer:
         organs are most like them, whatever their position, and moved to where these lie. Where
         organs of the composed slices stick out, they become tissue of their intensity.
         """
-        drawn = [None] * len(seeds) if drawn is None else drawn
-        return np.stack([self.draw_one(*each) for each in zip(at, seeds, drawn, strict=True)])
+        if drawn is not None:
+            given = zip(at, seeds, drawn, strict=True)
+            return np.stack([self.draw_one(*each) for each in given])
+        made = np.stack([self.draw_one(*each) for each in zip(at, seeds, strict=True)])
+        again, closest = np.arange(len(made)), self.closest()
+        for more in range(1, DRAWS):
+            again = again[self.too_close(made[again], closest)]
+            if not len(again):
+                break
+            made[again] = [self.draw_one(at[i], seeds[i], again=more) for i in again]
+        return made
 
-    def draw_one(self, position: float, seed: int, drawn: np.ndarray | None = None) -> np.ndarray:
-        """One of them, (h, w)."""
+    def closest(self) -> np.ndarray:
+        """How alike a new layout and a training slice may be, (2,) as in `likeness`.
+
+        As alike as 19 in 20 training slices and the most similar one of another patient, or less.
+        """
+        slices, labels = self.layouts[self.known], self.labels
+        some = np.arange(len(slices))[:: max(1, len(slices) // REFERENCES)]
+        alike = likeness(slices[some], slices, labels)
+        alike[:, self.patients[some][:, None] == self.patients] = 0
+        # Slices without an organ are like no other by organs, and those of one patient like none.
+        found = [each[each > 0] for each in alike.max(2)]
+        return np.array([np.quantile(each, CLOSEST) if len(each) else 1 for each in found])
+
+    def too_close(self, made: np.ndarray, closest: np.ndarray) -> np.ndarray:
+        """Which layouts (n, h, w) are more like a training slice than `closest` allows: (n,)."""
+        parts = np.array_split(made, -(-len(made) // 256))  # memory
+        slices = self.layouts[self.known]
+        alike = [likeness(part, slices, self.labels).max(2) for part in parts]
+        return (np.concatenate(alike, 1) > closest[:, None]).any(0)
+
+    def draw_one(
+        self, position: float, seed: int, drawn: np.ndarray | None = None, again: int = 0
+    ) -> np.ndarray:
+        """One of them, (h, w). Drawn `again`, it starts from a slice that is like the first one."""
         rng = np.random.default_rng(seed)
         if drawn is None:
             family = self.family(rng.permutation(self.near(position)))
         else:
             family = self.family(self.most_alike(drawn, position))
+        if again:
+            rng = np.random.default_rng((seed, again))
+            family = self.family(rng.permutation(self.near_alike(position, family[0])))
         members, laid, parts = self.lay(family)
         shape, count, frame = self.tissue.shape[1:], len(members), family[0]
         # Tissue is of other slices in every place; a shape is of one mixture in all its parts, or
@@ -331,6 +383,15 @@ class Composer:
         """The nearest tenth in position of all slices, all of them for NaN: indices."""
         order = nearest_positions(position, self.positions)
         return order if np.isnan(position) else order[: max(PATIENTS, round(NEARBY * len(order)))]
+
+    def near_alike(self, position: float, slice_: int) -> np.ndarray:
+        """The quarter of `near` that is most like a slice: indices.
+
+        With any slice of `near` instead, those that are like many others would become rare.
+        """
+        near = self.near(position)
+        apart = self.sizes[near] - 2 * self.seen[near] @ self.seen[slice_]
+        return near[np.argsort(apart, kind="stable")][: max(PATIENTS, len(near) // 4)]
 
     def most_alike(self, organs: np.ndarray, position: float = math.nan) -> np.ndarray:
         """All slices, those first whose organs are most like `organs` (h, w): indices.

@@ -128,7 +128,8 @@ def patients_of_discs(count: int = 9):
     return known, tissue, positions, np.append(np.repeat(np.arange(count + 1), 10), 0)
 
 
-def test_a_new_layout_is_composed_of_patients_with_the_same_organs():
+def test_a_new_layout_is_composed_of_patients_with_the_same_organs(monkeypatch):
+    monkeypatch.setattr(layouts, "DRAWS", 1)
     known, tissue, positions, patients = patients_of_discs()
     composer = layouts.Composer(known, tissue, positions, patients, LEVELS, 3)
     rng = np.random.default_rng(0)
@@ -189,9 +190,51 @@ def test_the_frame_of_a_layout_gives_it_neither_tissue_nor_shape(monkeypatch):
     monkeypatch.setattr(
         composer, "displacement", lambda *pair: laid.append(pair) or displacement(composer, *pair)
     )
-    composer.draw([0.2], [0])
+    composer.draw_one(0.2, 0)
     ((frame, *members),) = families
     assert laid == [(frame, member) for member in members] and len(members) == 7
+
+
+def test_a_layout_too_close_to_a_training_slice_is_drawn_again(monkeypatch):
+    """Closer than 95 in 100 training slices are to another patient's, found by brute force."""
+    known, tissue, positions, patients = patients_of_discs()
+    rng = np.random.default_rng(0)
+    known = np.where(rng.random(known.shape) < 0.1 + 0.02 * patients[:, None, None], 5, known)
+    known[-1] = PriorConfig(labels=3).classes
+    composer = layouts.Composer(known, tissue, positions, patients, LEVELS, 3)
+    slices, whose = known[:-1], patients[:-1]
+    equal = np.array([[(a == b).mean() for b in slices] for a in slices])
+    pairs = np.stack([equal, layouts.organ_dice(slices, slices, 3)])
+    np.testing.assert_allclose(layouts.likeness(slices, slices, 3), pairs)
+    nearest = np.where(whose[:, None] == whose, 0, pairs).max(2)
+    expected = np.quantile(nearest[0], 0.95), np.quantile(nearest[1, :90], 0.95)
+    np.testing.assert_allclose(composer.closest(), expected)
+    assert expected[0] < 0.9 and expected[1] < 1
+
+    asked, far = [], np.zeros_like(slices[0])
+    another = np.where(slices[12] == 1, 1, far)  # its disc alone: alike by organs, not by cells
+
+    def draw_one(self, position, seed, drawn=None, again=0):
+        asked.append((seed, again))
+        return [slices[12], another, far, far][again] if seed == 1 else far
+
+    monkeypatch.setattr(layouts.Composer, "draw_one", draw_one)
+    assert not composer.draw([0.2] * 3, [0, 1, 2]).any()
+    assert asked == [(0, 0), (1, 0), (2, 0), (1, 1), (1, 2)]
+    monkeypatch.setattr(layouts.Composer, "draw_one", lambda *_, again=0: slices[12])
+    assert np.array_equal(composer.draw([0.2], [0])[0], slices[12])  # in the end, as it is
+
+
+def test_a_layout_drawn_again_starts_from_a_slice_that_is_like_the_first_one(monkeypatch):
+    composer = layouts.Composer(*patients_of_discs(), LEVELS, 3)
+    orders, family = [], composer.family
+    monkeypatch.setattr(composer, "family", lambda order: orders.append(order) or family(order))
+    first, again = composer.draw_one(math.nan, 0), composer.draw_one(math.nan, 0, again=2)
+    assert np.array_equal(orders[0], orders[1]) and not np.array_equal(first, again)
+    frame = family(orders[0])[0]
+    apart = ((composer.seen - composer.seen[frame]) ** 2).sum(1)
+    assert sorted(orders[2]) == sorted(np.argsort(apart, kind="stable")[: 100 // 4])
+    assert list(orders[2]) != sorted(orders[2])
 
 
 def test_a_rebuilt_layout_has_the_organs_of_its_slice_and_tissue_of_others():
