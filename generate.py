@@ -28,6 +28,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import dataset
@@ -41,7 +42,7 @@ from new_slices.code_maps import (
     extract_codes,
     labels_on_layouts,
 )
-from new_slices.layouts import REGIONS, Composer, likely, middles
+from new_slices.layouts import REGIONS, Composer, middles
 from new_slices.organs import likeliest, nearest_positions, segmenter_of
 from new_slices.prior import (
     BOTTOM_SAMPLING,
@@ -408,10 +409,11 @@ def write_grid(album: Album, test: SliceDataset, samples: Samples, twins: np.nda
     figures.slice_grid(album.out / "grid.png", groups, min(8, len(shown)), **album.look)
 
 
-def masks_of(layouts: np.ndarray, labels: int, size: tuple[int, int]) -> np.ndarray:
-    """The masks (n, *size) of the organs in layouts (n, h, w), uint8 classes."""
-    parts = (likely(part, max(labels, 1), *size) for part in torch.from_numpy(layouts).split(16))
-    return np.concatenate([likeliest(part).numpy() for part in parts])
+def masks_of(shapes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Signed distances (n, labels, h, w) of a layout's classes -> masks (n, *size) uint8."""
+    how = {"size": size, "mode": "bilinear", "align_corners": False}
+    parts = torch.from_numpy(shapes).split(16)
+    return np.concatenate([likeliest(F.interpolate(part, **how)).numpy() for part in parts])
 
 
 def write_layouts(album: Album, layouts: np.ndarray, masks: np.ndarray, labels: int) -> None:
@@ -487,8 +489,8 @@ def choose_twins(config: GenerateConfig, test: SliceDataset) -> tuple[np.ndarray
 
 def plan(
     config: GenerateConfig, composer: Composer | None, own: np.ndarray | None, test: SliceDataset
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """The test slice beside each sample, its position, and its layout (n, h, w) if it has one.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """The test slice beside each sample, its position, and what `Composer.draw` gives, if it can.
 
     A mask of the user's `own` (n, H, W) lies where the training slice does whose organs are most
     like its own, unless a position is asked for.
@@ -499,8 +501,10 @@ def plan(
         alike = composer.positions[[composer.most_alike(each)[0] for each in drawn]]
         positions = alike if math.isnan(config.position) else positions
         twins = np.array([nearest_positions(each, test.positions)[0] for each in positions])
-    layouts = None if composer is None else composer.draw(positions, seeds_of(config), drawn)
-    return twins, positions, layouts
+    made = None, None
+    if composer is not None:
+        made = composer.draw(positions, seeds_of(config), drawn)
+    return twins, positions, *made
 
 
 def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
@@ -524,12 +528,13 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     # The code maps that the priors were trained on, where they are at hand.
     files = (folder / "codes.npz" for folder in (Path(config.prior).parent, out))
     maps = extract_codes(model, splits, variants, trained.sha256, *files)
-    twins, positions, layouts = plan(config, make_composer(model, prior, train, maps), own, test)
+    composer = make_composer(model, prior, train, maps)
+    twins, positions, layouts, shapes = plan(config, composer, own, test)
     shown = trained.study.labels or train.labels
     album = Album(config, splits, positions, shown, trained.sha256)
     if layouts is not None:
         most = None if config.layouts_only else SHOWN
-        masks = masks_of(layouts[:most], labels, train.pixels.shape[1:])
+        masks = masks_of(shapes[:most], train.pixels.shape[1:])
         write_layouts(album, layouts, masks, labels)
     if config.layouts_only:
         album.keep_masks(0, masks)

@@ -48,6 +48,7 @@ CORE = 4  # of these, that say what all should be like
 FEWEST = 4  # patients: organs that fewer show together are not drawn
 DEEPEST = 8.0  # cells: signed distances end here
 SPREAD, SPREAD_OF_SHAPES = 1.2, 0.7  # of the weights, see `shares`
+DETAIL = 2.0  # cells: what is finer is of one slice, see `mean_shape`
 AROUND = 2.0  # cells: the standard deviation of the window in which slices are like a draft
 CRISP = 4.0  # 0 gives every place the mean of all slices, infinity the tissue of one
 WEIGHT = 2.0  # of an organ in what makes slices alike, beside intensities in standard deviations
@@ -239,19 +240,24 @@ def mosaic(parts: np.ndarray, random: np.ndarray) -> np.ndarray:
     return (softmax(CRISP * (random - apart), 0) * parts).sum(0)
 
 
-def mean_organs(
-    organs: np.ndarray, laid: list[np.ndarray], source: np.ndarray, labels: int
+def mean_shape(
+    organs: np.ndarray, laid: list[np.ndarray], source: np.ndarray, labels: int, whose: int
 ) -> np.ndarray:
-    """The mean of organs (n, h, w) that are `laid` over one frame, seen from `source`: (h, w)."""
-    distances = 0
-    for each, there in zip(organs, laid, strict=True):
-        own = signed_distances(each, labels)
-        distances = distances + np.stack([warped(field, there) for field in own]) / len(organs)
-    return np.stack([warped(field, source) for field in distances]).argmax(0)
+    """The mean of organs (n, h, w) that are `laid` over one frame, seen from `source`.
+
+    Returns signed distances (labels, h, w). A mean is smoother than all that it is of, so it gets
+    the fine detail of one of them.
+    """
+    distances = [
+        np.stack([warped(field, there) for field in signed_distances(each, labels)])
+        for each, there in zip(organs, laid, strict=True)
+    ]
+    detail = distances[whose] - gaussian_filter(distances[whose], (0, DETAIL, DETAIL))
+    return np.stack([warped(field, source) for field in np.mean(distances, 0) + detail])
 
 
-class Composer:
-    """Draws new layouts from the training slices of a study.
+class Slices:
+    """The training slices of a study: which are alike, and what is too much like one of them.
 
     Args:
         layouts (N, h, w), tissue (N, h, w): of the training slices; those without a mask in a study
@@ -281,103 +287,6 @@ class Composer:
         steps = np.append(0, np.linspace(*PAINT, max(labels - 1, 0)))
         self.painted = np.interp(self.tissue, ends, (0, 1)) + steps[self.organs]
         self.painted = self.painted.astype(np.float32)
-
-    def draw(
-        self, at: Sequence[float], seeds: Sequence[int], drawn: Sequence[np.ndarray] | None = None
-    ) -> np.ndarray:
-        """New layouts (n, h, w) int64 at positions `at` (n,), NaN for any, each by its own seed.
-
-        `drawn` (n, h, w) are organs of the user's own: tissue is then composed of the slices whose
-        organs are most like them, whatever their position, and moved to where these lie. Where
-        organs of the composed slices stick out, they become tissue of their intensity.
-        """
-        if drawn is not None:
-            given = zip(at, seeds, drawn, strict=True)
-            return np.stack([self.draw_one(*each) for each in given])
-        made = np.stack([self.draw_one(*each) for each in zip(at, seeds, strict=True)])
-        again, closest = np.arange(len(made)), self.closest()
-        for more in range(1, DRAWS):
-            again = again[self.too_close(made[again], closest)]
-            if not len(again):
-                break
-            made[again] = [self.draw_one(at[i], seeds[i], again=more) for i in again]
-        return made
-
-    def closest(self) -> np.ndarray:
-        """How alike a new layout and a training slice may be, (2,) as in `likeness`.
-
-        As alike as 19 in 20 training slices and the most similar one of another patient, or less.
-        """
-        slices, labels = self.layouts[self.known], self.labels
-        some = np.arange(len(slices))[:: max(1, len(slices) // REFERENCES)]
-        alike = likeness(slices[some], slices, labels)
-        alike[:, self.patients[some][:, None] == self.patients] = 0
-        # Slices without an organ are like no other by organs, and those of one patient like none.
-        found = [each[each > 0] for each in alike.max(2)]
-        return np.array([np.quantile(each, CLOSEST) if len(each) else 1 for each in found])
-
-    def too_close(self, made: np.ndarray, closest: np.ndarray) -> np.ndarray:
-        """Which layouts (n, h, w) are more like a training slice than `closest` allows: (n,)."""
-        parts = np.array_split(made, -(-len(made) // 256))  # memory
-        slices = self.layouts[self.known]
-        alike = [likeness(part, slices, self.labels).max(2) for part in parts]
-        return (np.concatenate(alike, 1) > closest[:, None]).any(0)
-
-    def draw_one(
-        self, position: float, seed: int, drawn: np.ndarray | None = None, again: int = 0
-    ) -> np.ndarray:
-        """One of them, (h, w). Drawn `again`, it starts from a slice that is like the first one."""
-        rng = np.random.default_rng(seed)
-        if drawn is None:
-            family = self.family(rng.permutation(self.near(position)))
-        else:
-            family = self.family(self.most_alike(drawn, position))
-        if again:
-            rng = np.random.default_rng((seed, again))
-            family = self.family(rng.permutation(self.near_alike(position, family[0])))
-        members, laid, parts = self.lay(family)
-        shape, count, frame = self.tissue.shape[1:], len(members), family[0]
-        # Tissue is of other slices in every place; a shape is of one mixture in all its parts, or
-        # thin walls would break.
-        tissue = mosaic(parts, random_fields(rng, count, shape))
-        of_shape = shares(rng.normal(size=count).clip(-2, 2), SPREAD_OF_SHAPES)
-        # All lie in the frame's place now. What is new lies where a mixture of theirs does, bent a
-        # little, or where the organs that are given lie.
-        bend = random_fields(rng, 2, shape) + rng.normal(size=(2, 1, 1))
-        # As much as these patients differ, and at least a cell: those of one differ by nothing.
-        bend *= BENT * max(1, np.std(laid, 0).mean())
-        if drawn is None:
-            place = sum(share * there for share, there in zip(of_shape, laid, strict=True))
-            source = inverse(place + bend)
-            organs = mean_organs(self.organs[members], laid, source, self.labels)
-        else:
-            source = bend + (centre(self.organs[frame]) - centre(drawn))[:, None, None]
-            organs = drawn
-        return compose(warped(tissue, source), organs, self.levels, self.labels)
-
-    def rebuild(self, index: int) -> np.ndarray:
-        """Layouts (REBUILT, h, w) of training slice `index`: its organs, tissue as of new ones."""
-        place = np.flatnonzero(self.known == index)
-        if not len(place):  # which organs it shows is unknown
-            return np.repeat(self.layouts[index][None], REBUILT, 0)
-        parts = self.lay(self.family(place))[2]
-        rng = np.random.default_rng(index)
-        fields = [random_fields(rng, len(parts), parts.shape[1:]) for _ in range(REBUILT)]
-        made = [(mosaic(parts, each), self.organs[place[0]]) for each in fields]
-        return np.stack([compose(*each, self.levels, self.labels) for each in made])
-
-    def lay(self, family: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
-        """The members of a family, how each lies over the frame (2, h, w), and their tissue there.
-
-        The first slice of the family is the frame over which the others are laid, cell by cell. If
-        there are enough others it gives neither tissue nor shape: nothing should lead back to it.
-        """
-        members = family[1:] if len(family) >= FEWEST else family
-        laid = [self.displacement(family[0], member) for member in members]
-        parts = [
-            warped(self.tissue[each], there) for each, there in zip(members, laid, strict=True)
-        ]
-        return members, laid, np.stack(parts)
 
     def near(self, position: float) -> np.ndarray:
         """The nearest tenth in position of all slices, all of them for NaN: indices."""
@@ -428,6 +337,113 @@ class Composer:
         others = others[np.argsort(apart[others], kind="stable")]
         _, first = np.unique(self.patients[others], return_index=True)
         return np.append(anchor, others[np.sort(first)])[:PATIENTS]
+
+    def closest(self) -> np.ndarray:
+        """How alike a new layout and a training slice may be, (2,) as in `likeness`.
+
+        As alike as 19 in 20 training slices and the most similar one of another patient, or less.
+        """
+        slices, labels = self.layouts[self.known], self.labels
+        some = np.arange(len(slices))[:: max(1, len(slices) // REFERENCES)]
+        alike = likeness(slices[some], slices, labels)
+        alike[:, self.patients[some][:, None] == self.patients] = 0
+        # Slices without an organ are like no other by organs, and those of one patient like none.
+        found = [each[each > 0] for each in alike.max(2)]
+        return np.array([np.quantile(each, CLOSEST) if len(each) else 1 for each in found])
+
+    def too_close(self, made: np.ndarray, closest: np.ndarray) -> np.ndarray:
+        """Which layouts (n, h, w) are more like a training slice than `closest` allows: (n,)."""
+        parts = np.array_split(made, -(-len(made) // 256))  # memory
+        slices = self.layouts[self.known]
+        alike = [likeness(part, slices, self.labels).max(2) for part in parts]
+        return (np.concatenate(alike, 1) > closest[:, None]).any(0)
+
+
+class Composer(Slices):
+    """Draws new layouts from the training slices of a study."""
+
+    def draw(
+        self, at: Sequence[float], seeds: Sequence[int], drawn: Sequence[np.ndarray] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """New layouts (n, h, w) int64 at positions `at` (n,), NaN for any, each by its own seed;
+        and the signed distances (n, labels, h, w) float32 of which their organs are the highest.
+
+        `drawn` (n, h, w) are organs of the user's own: tissue is then composed of the slices whose
+        organs are most like them, whatever their position, and moved to where these lie. Where
+        organs of the composed slices stick out, they become tissue of their intensity.
+        """
+        own = [None] * len(seeds) if drawn is None else drawn
+        made = [self.draw_one(*each) for each in zip(at, seeds, own, strict=True)]
+        again, closest = np.arange(len(made)), self.closest()
+        for more in range(1, DRAWS):
+            layouts = np.stack([made[i][0] for i in again])
+            again = again[self.too_close(layouts, closest)]
+            if drawn is not None or not len(again):
+                break
+            for i in again:
+                made[i] = self.draw_one(at[i], seeds[i], again=more)
+        return tuple(np.stack(each) for each in zip(*made, strict=True))
+
+    def draw_one(
+        self, position: float, seed: int, drawn: np.ndarray | None = None, again: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """One of them, (h, w) and (labels, h, w).
+
+        Drawn `again`, it starts from a slice that is like the one it started from first.
+        """
+        rng = np.random.default_rng(seed)
+        if drawn is None:
+            family = self.family(rng.permutation(self.near(position)))
+        else:
+            family = self.family(self.most_alike(drawn, position))
+        if again:
+            rng = np.random.default_rng((seed, again))
+            family = self.family(rng.permutation(self.near_alike(position, family[0])))
+        members, laid, parts = self.lay(family)
+        cells, count, frame = self.tissue.shape[1:], len(members), family[0]
+        # Tissue is of other slices in every place; a shape is of one mixture in all its parts, or
+        # thin walls would break.
+        tissue = mosaic(parts, random_fields(rng, count, cells))
+        of_shape = shares(rng.normal(size=count).clip(-2, 2), SPREAD_OF_SHAPES)
+        # All lie in the frame's place now. What is new lies where a mixture of theirs does, bent a
+        # little, or where the organs that are given lie.
+        bend = random_fields(rng, 2, cells) + rng.normal(size=(2, 1, 1))
+        # As much as these patients differ, and at least a cell: those of one differ by nothing.
+        bend *= BENT * max(1, np.std(laid, 0).mean())
+        if drawn is None:
+            place = sum(share * there for share, there in zip(of_shape, laid, strict=True))
+            source = inverse(place + bend)
+            whose = rng.integers(count)
+            shape = mean_shape(self.organs[members], laid, source, self.labels, whose)
+        else:
+            source = bend + (centre(self.organs[frame]) - centre(drawn))[:, None, None]
+            shape = signed_distances(drawn, self.labels)
+        layout = compose(warped(tissue, source), shape.argmax(0), self.levels, self.labels)
+        return layout, shape.astype(np.float32)
+
+    def rebuild(self, index: int) -> np.ndarray:
+        """Layouts (REBUILT, h, w) of training slice `index`: its organs, tissue as of new ones."""
+        place = np.flatnonzero(self.known == index)
+        if not len(place):  # which organs it shows is unknown
+            return np.repeat(self.layouts[index][None], REBUILT, 0)
+        parts = self.lay(self.family(place))[2]
+        rng = np.random.default_rng(index)
+        fields = [random_fields(rng, len(parts), parts.shape[1:]) for _ in range(REBUILT)]
+        made = [(mosaic(parts, each), self.organs[place[0]]) for each in fields]
+        return np.stack([compose(*each, self.levels, self.labels) for each in made])
+
+    def lay(self, family: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+        """The members of a family, how each lies over the frame (2, h, w), and their tissue there.
+
+        The first slice of the family is the frame over which the others are laid, cell by cell. If
+        there are enough others it gives neither tissue nor shape: nothing should lead back to it.
+        """
+        members = family[1:] if len(family) >= FEWEST else family
+        laid = [self.displacement(family[0], member) for member in members]
+        parts = [
+            warped(self.tissue[each], there) for each, there in zip(members, laid, strict=True)
+        ]
+        return members, laid, np.stack(parts)
 
     def displacement(self, frame: int, member: int) -> np.ndarray:
         """How far from each cell of the frame another slice shows the same: (2, h, w), in cells.

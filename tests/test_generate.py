@@ -599,6 +599,15 @@ def test_layouts_alone_are_masks_and_a_picture(two_organs, organs_study, tmp_pat
     assert all(file.is_file() for file in files)
 
 
+def test_masks_of_layouts_are_as_round_as_their_shapes():
+    """The signed distances of a disc whose edge lies between the cells give back the disc."""
+    rows, columns = np.mgrid[:64, :64]
+    disc = np.hypot(rows - 31.5, columns - 33.1) < 13.3
+    inside = 13.3 / 4 - np.hypot(*(np.mgrid[:16, :16] - np.array([30, 31.6])[:, None, None] / 4))
+    (mask,) = generate.masks_of(np.stack([-inside, inside])[None], (64, 64))
+    assert np.count_nonzero(mask != disc) < 0.02 * disc.sum()
+
+
 def test_a_picture_of_layouts_tells_air_from_the_darkest_tissue(tmp_path, monkeypatch):
     """Of three labels: air is black, organs are grey, and regions rise from 1 to white."""
     shown = []

@@ -140,9 +140,10 @@ def test_a_new_layout_is_composed_of_patients_with_the_same_organs(monkeypatch):
         assert not np.isin(9, patients[family]) and family.max() < 90
         if not math.isnan(position):
             assert abs(positions[family[0]] - position) < 0.15
-    new = composer.draw([0.2] * 40, range(100, 140))
+    new, shapes = composer.draw([0.2] * 40, range(100, 140))
     assert new.shape == (40, 24, 16) and new.dtype == np.int64
-    assert new[7:8].tolist() == composer.draw([0.2], [107]).tolist()  # whatever the others are
+    assert np.array_equal(shapes.argmax(1), np.where(new < 3, new, 0))
+    assert new[7:8].tolist() == composer.draw([0.2], [107])[0].tolist()  # whatever the others are
     assert not np.array_equal(new[0], new[1])
     assert not (new == 2).any() and new.max() < 3 + layouts.REGIONS
     assert (new == 0).any((1, 2)).mean() > 0.8  # air
@@ -195,6 +196,21 @@ def test_the_frame_of_a_layout_gives_it_neither_tissue_nor_shape(monkeypatch):
     assert laid == [(frame, member) for member in members] and len(members) == 7
 
 
+def test_a_mean_shape_has_the_detail_of_one_of_its_slices():
+    """Slices that lie two cells aside and one above, seen from there: worked out where they lie."""
+    organs = np.stack([disc(3), disc(4), disc(3.5, 13), disc(5)])
+    fields = np.stack([layouts.signed_distances(each, 2) for each in organs])
+    aside = np.stack([np.full(ROWS.shape, 2.0), np.full(ROWS.shape, -1.0)])
+    moved = [np.roll(each, (-2, 1), (0, 1)) for each in organs]
+    for whose in (0, 2):
+        expected = fields.mean(0) + fields[whose] - gaussian_filter(fields[whose], (0, 2, 2))
+        made = layouts.mean_shape(np.stack(moved), [-aside] * 4, 0 * aside, 2, whose)
+        inner = (slice(None), slice(4, -4), slice(4, -4))  # from outside the slice nothing is seen
+        np.testing.assert_allclose(made[inner], expected[inner], atol=0.05)
+        here = layouts.mean_shape(organs, [0 * aside] * 4, 0 * aside, 2, whose)
+        np.testing.assert_allclose(here, expected)
+
+
 def test_a_layout_too_close_to_a_training_slice_is_drawn_again(monkeypatch):
     """Closer than 95 in 100 training slices are to another patient's, found by brute force."""
     known, tissue, positions, patients = patients_of_discs()
@@ -216,20 +232,20 @@ def test_a_layout_too_close_to_a_training_slice_is_drawn_again(monkeypatch):
 
     def draw_one(self, position, seed, drawn=None, again=0):
         asked.append((seed, again))
-        return [slices[12], another, far, far][again] if seed == 1 else far
+        return ([slices[12], another, far, far][again] if seed == 1 else far), far
 
     monkeypatch.setattr(layouts.Composer, "draw_one", draw_one)
-    assert not composer.draw([0.2] * 3, [0, 1, 2]).any()
+    assert not composer.draw([0.2] * 3, [0, 1, 2])[0].any()
     assert asked == [(0, 0), (1, 0), (2, 0), (1, 1), (1, 2)]
-    monkeypatch.setattr(layouts.Composer, "draw_one", lambda *_, again=0: slices[12])
-    assert np.array_equal(composer.draw([0.2], [0])[0], slices[12])  # in the end, as it is
+    monkeypatch.setattr(layouts.Composer, "draw_one", lambda *_, again=0: (slices[12], far))
+    assert np.array_equal(composer.draw([0.2], [0])[0][0], slices[12])  # in the end, as it is
 
 
 def test_a_layout_drawn_again_starts_from_a_slice_that_is_like_the_first_one(monkeypatch):
     composer = layouts.Composer(*patients_of_discs(), LEVELS, 3)
     orders, family = [], composer.family
     monkeypatch.setattr(composer, "family", lambda order: orders.append(order) or family(order))
-    first, again = composer.draw_one(math.nan, 0), composer.draw_one(math.nan, 0, again=2)
+    first, again = (composer.draw_one(math.nan, 0, again=more)[0] for more in (0, 2))
     assert np.array_equal(orders[0], orders[1]) and not np.array_equal(first, again)
     frame = family(orders[0])[0]
     apart = ((composer.seen - composer.seen[frame]) ** 2).sum(1)
@@ -272,7 +288,7 @@ def test_tissue_is_composed_around_organs_of_one_s_own():
     drawn = disc(4, 6, 5)
     order = composer.most_alike(drawn)
     assert (known[order[:90]] == 1).any((1, 2)).all() and order[-10:].min() >= 90
-    new = composer.draw([0.5] * 20, range(20), [drawn] * 20)
+    new, _ = composer.draw([0.5] * 20, range(20), [drawn] * 20)
     assert np.array_equal(np.where(new < 3, new, 0) == 1, drawn[None].repeat(20, 0) == 1)
     assert not (new == 2).any()
     bright, theirs = new > 3 + 3, disc(3, 15, 9) == 1  # where discs of the training slices lie
@@ -283,18 +299,18 @@ def test_tissue_is_composed_around_organs_of_one_s_own():
     composer.family = lambda order: orders.append(order) or family(order)
     composer.draw([0.0, 1.0], [0, 0], [drawn] * 2)
     assert [positions[order[0]] for order in orders] == [0, 1]  # of slices that are alike
-    bare = composer.draw([0.5], [0], [0 * drawn])
+    bare, _ = composer.draw([0.5], [0], [0 * drawn])
     assert not ((bare == 1) | (bare == 2)).any()
 
 
 def test_with_one_patient_or_without_masks_there_are_layouts_too():
     known, tissue, positions, patients = patients_of_discs(1)
     one = known[:10], tissue[:10], positions[:10], patients[:10]
-    new = layouts.Composer(*one, LEVELS, 3).draw([0.5, math.nan], [0, 1])
+    new, _ = layouts.Composer(*one, LEVELS, 3).draw([0.5, math.nan], [0, 1])
     assert set(np.unique(new)) <= set(range(9)) and (new == 1).any((1, 2)).all()
     bare = np.stack([layouts.compose(each, 0 * disc(1), LEVELS, 0) for each in tissue])
     composer = layouts.Composer(bare, tissue, positions, patients, LEVELS, 0)
-    new = composer.draw([0.1] * 3, range(3))
+    new, _ = composer.draw([0.1] * 3, range(3))
     assert set(np.unique(new)) <= set(range(7)) and (new[:, 8:16] > 0).all()
 
 
