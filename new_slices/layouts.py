@@ -55,8 +55,8 @@ WEIGHT = 2.0  # of an organ in what makes slices alike, beside intensities in st
 PAINT = (0.5, 1.5)  # how much brighter than tissue, from 0 to 1, organs are to the optical flow
 REACH, FARTHEST = 8, 6.0  # cells: radius of its window; it finds nothing farther away
 KNOTS = (3, 2)  # of the smooth random fields that the weights and the bending are
-CLOSEST = 0.95  # this share of training slices is farther than a new layout may be, see `closest`
-REFERENCES = 256  # training slices, or up to twice as many, that say so
+CLOSEST = 0.95  # share of the training slices, see `closest`
+REFERENCES = 256  # of them, or up to twice as many, that say how close a new layout may come
 DRAWS = 8  # at most, until a layout is far enough
 REBUILT = 4  # how often each training slice's layout is rebuilt, with tissue of others
 BENT = 0.7  # the standard deviation of bends and moves, over that by which patients differ
@@ -257,7 +257,7 @@ def mean_shape(
 
 
 class Slices:
-    """The training slices of a study: which are alike, and what is too much like one of them.
+    """The training slices of a study: which of them are alike, and what comes too close to them.
 
     Args:
         layouts (N, h, w), tissue (N, h, w): of the training slices; those without a mask in a study
@@ -341,7 +341,7 @@ class Slices:
     def closest(self) -> np.ndarray:
         """How alike a new layout and a training slice may be, (2,) as in `likeness`.
 
-        As alike as 19 in 20 training slices and the most similar one of another patient, or less.
+        In 95 of 100 training slices, the most similar one of another patient is less alike.
         """
         slices, labels = self.layouts[self.known], self.labels
         some = np.arange(len(slices))[:: max(1, len(slices) // REFERENCES)]
@@ -374,22 +374,22 @@ class Composer(Slices):
         """
         own = [None] * len(seeds) if drawn is None else drawn
         made = [self.draw_one(*each) for each in zip(at, seeds, own, strict=True)]
-        again, closest = np.arange(len(made)), self.closest()
-        for more in range(1, DRAWS):
-            layouts = np.stack([made[i][0] for i in again])
-            again = again[self.too_close(layouts, closest)]
-            if drawn is not None or not len(again):
+        # What comes too close to a training slice is drawn again; the user's own stays as it is.
+        close, closest = np.arange(len(made)), self.closest()
+        for again in range(1, DRAWS if drawn is None else 1):
+            close = close[self.too_close(np.stack([made[i][0] for i in close]), closest)]
+            if not len(close):
                 break
-            for i in again:
-                made[i] = self.draw_one(at[i], seeds[i], again=more)
+            for i in close:
+                made[i] = self.draw_one(at[i], seeds[i], again=again)
         return tuple(np.stack(each) for each in zip(*made, strict=True))
 
     def draw_one(
         self, position: float, seed: int, drawn: np.ndarray | None = None, again: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """One of them, (h, w) and (labels, h, w).
+        """One layout (h, w) and its signed distances (labels, h, w).
 
-        Drawn `again`, it starts from a slice that is like the one it started from first.
+        Drawn `again`, it starts from a slice that is like the one it started from at first.
         """
         rng = np.random.default_rng(seed)
         if drawn is None:
