@@ -95,14 +95,27 @@ def test_a_run_is_compared_with_the_documented_one(tmp_path, capsys):
         runtime.write_json(folder / "generated" / "report.json", report)
         return folder
 
-    documented = write(tmp_path / "documented", 0.93, 0.5)
-    driver.compare_with_documented(write(tmp_path / "same", 0.9301, 0.5), documented)
+    expected = driver.scores_of(write(tmp_path / "documented", 0.93, 0.5))
+    driver.compare_with_documented(write(tmp_path / "same", 0.9301, 0.5), expected)
     assert capsys.readouterr().out.endswith("as documented\n")
-    driver.compare_with_documented(write(tmp_path / "other", 0.94, 0.5), documented)
+    driver.compare_with_documented(write(tmp_path / "other", 0.94, 0.5), expected)
     assert "ssim_report.mean 0.9400 instead of 0.9300\n" in capsys.readouterr().out
-    driver.compare_with_documented(write(tmp_path / "rounded", 0.931, 0.5), documented)
+    driver.compare_with_documented(write(tmp_path / "rounded", 0.931, 0.5), expected)
     assert "ssim_report.mean 0.9310 instead of 0.9300 (chance)\n" in capsys.readouterr().out
-    driver.compare_with_documented(write(tmp_path / "chance", 0.93, 0.6), documented)
+    driver.compare_with_documented(write(tmp_path / "chance", 0.93, 0.6), expected)
     assert "samples.plausible 0.6000 instead of 0.5000 (chance)\n" in capsys.readouterr().out
-    driver.compare_with_documented(write(tmp_path / "worse", 0.93, 0.3), documented)
+    driver.compare_with_documented(write(tmp_path / "worse", 0.93, 0.3), expected)
     assert "samples.plausible 0.3000 instead of 0.5000\n" in capsys.readouterr().out
+
+
+def test_a_run_into_the_documented_folder_is_compared_with_what_was_there(stages, monkeypatch):
+    def score(ssim):
+        runtime.write_json(Path("Results", "metrics.json"), {"ssim_report": {"mean": ssim}})
+
+    Path("Results").mkdir()
+    score(0.93)
+    monkeypatch.setattr(driver, "DOCUMENTED", Path("Results"))
+    monkeypatch.setattr(driver.phantom, "write_phantom", lambda where: where)
+    monkeypatch.setattr(driver.predict, "predict", lambda *_: score(0.95))
+    _, out, _ = command(driver)
+    assert "ssim_report.mean 0.9500 instead of 0.9300\n" in out
