@@ -409,10 +409,10 @@ def write_grid(album: Album, test: SliceDataset, samples: Samples, twins: np.nda
     figures.slice_grid(album.out / "grid.png", groups, min(8, len(shown)), **album.look)
 
 
-def masks_of(shapes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Signed distances (n, labels, h, w) of a layout's classes -> masks (n, *size) uint8."""
+def masks_of(shapes: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Signed distances (labels, h, w) of background and organs, of n slices -> masks (n, *size)."""
     how = {"size": size, "mode": "bilinear", "align_corners": False}
-    parts = torch.from_numpy(shapes).split(16)
+    parts = (torch.from_numpy(np.stack(shapes[i : i + 16])) for i in range(0, len(shapes), 16))
     return np.concatenate([likeliest(F.interpolate(part, **how)).numpy() for part in parts])
 
 
@@ -489,8 +489,9 @@ def choose_twins(config: GenerateConfig, test: SliceDataset) -> tuple[np.ndarray
 
 def plan(
     config: GenerateConfig, composer: Composer | None, own: np.ndarray | None, test: SliceDataset
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """The test slice beside each sample, its position, and what `Composer.draw` gives, if it can.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, Sequence[np.ndarray] | None]:
+    """The test slice beside each sample, its position, its layout (n, h, w) and the signed
+    distances of its organs, None and None without a composer.
 
     A mask of the user's `own` (n, H, W) lies where the training slice does whose organs are most
     like its own, unless a position is asked for.

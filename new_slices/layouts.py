@@ -13,15 +13,16 @@ Both kinds of classes are cut from smooth fields: an organ is where its signed d
 a region where the intensity lies between two levels. So a new layout is cut from new fields, made
 of those of at most eight patients' slices that are much alike. Each is first laid over one of them,
 and what is new gets a mixture of their shapes (an active appearance model of few slices: Cootes,
-Edwards & Taylor 2001). A mixture of their intensities would be a blur, in which thin walls and
-vessels melt. So the mixture is only a draft: each place gets the tissue of the slice that is most
-like the draft there, as in texture synthesis (Kwatra et al. 2005). Its parts come from different
-patients, and no patient's slice is like the whole. A layout composed so is vaguer than that of a
-real slice, so the top prior learns from training slices' layouts whose tissue is composed in this
-way, too: it then draws a whole picture from it, and no loose ends.
+Edwards & Taylor 2001), with the fine detail of one of them. A mixture of their intensities would be
+a blur, in which thin walls and vessels melt. So the mixture is only a draft: each place gets the
+tissue of the slice that is most like the draft there, as in texture synthesis (Kwatra et al. 2005).
+Its parts come from different patients, and no patient's slice is like the whole. A layout composed
+so is vaguer than that of a real slice, so the top prior learns from training slices' layouts whose
+tissue is composed in this way, too: it then draws a whole picture from it, and no loose ends.
 
 What is composed of few patients can still come close to a slice of one of them. So a layout is
-drawn again that is closer to a training slice than most are to any slice of another patient.
+drawn again that is closer to a training slice than 95 in 100 of these are to any slice of another
+patient.
 """
 
 import math
@@ -152,13 +153,13 @@ def organ_dice(queries: np.ndarray, slices: np.ndarray, labels: int) -> np.ndarr
     return total / np.maximum(shown, 1)
 
 
-def likeness(queries: np.ndarray, slices: np.ndarray, labels: int) -> np.ndarray:
+def similarities(queries: np.ndarray, slices: np.ndarray, labels: int) -> np.ndarray:
     """How alike layouts (N, h, w) and (M, h, w) are, from 0 to 1: (2, N, M).
 
     First the share of equal cells, then the mean Dice of organs, 0 without masks.
     """
     equal = np.zeros((len(queries), len(slices)))
-    for each in range(classes(labels)):
+    for each in np.unique(queries):
         a, b = ((x == each).reshape(len(x), -1).astype(np.float32) for x in (queries, slices))
         equal += a @ b.T
     return np.stack([equal / queries[0].size, organ_dice(queries, slices, labels)])
@@ -246,14 +247,15 @@ def mean_shape(
     """The mean of organs (n, h, w) that are `laid` over one frame, seen from `source`.
 
     Returns signed distances (labels, h, w). A mean is smoother than all that it is of, so it gets
-    the fine detail of one of them.
+    the fine detail of the one at `whose`.
     """
     distances = [
         np.stack([warped(field, there) for field in signed_distances(each, labels)])
         for each, there in zip(organs, laid, strict=True)
     ]
     detail = distances[whose] - gaussian_filter(distances[whose], (0, DETAIL, DETAIL))
-    return np.stack([warped(field, source) for field in np.mean(distances, 0) + detail])
+    mean = np.mean(distances, 0) + (len(organs) > 1) * detail  # of one it is its own
+    return np.stack([warped(field, source) for field in mean])
 
 
 class Slices:
@@ -294,9 +296,9 @@ class Slices:
         return order if np.isnan(position) else order[: max(PATIENTS, round(NEARBY * len(order)))]
 
     def near_alike(self, position: float, slice_: int) -> np.ndarray:
-        """The quarter of `near` that is most like a slice: indices.
+        """The quarter of `near`, at least 8, that is most like a slice: indices.
 
-        With any slice of `near` instead, those that are like many others would become rare.
+        With any slice of `near` instead, kinds of slices that often come too close would be rare.
         """
         near = self.near(position)
         apart = self.sizes[near] - 2 * self.seen[near] @ self.seen[slice_]
@@ -339,13 +341,13 @@ class Slices:
         return np.append(anchor, others[np.sort(first)])[:PATIENTS]
 
     def closest(self) -> np.ndarray:
-        """How alike a new layout and a training slice may be, (2,) as in `likeness`.
+        """How alike a new layout and a training slice may be, (2,) as in `similarities`.
 
         In 95 of 100 training slices, the most similar one of another patient is less alike.
         """
         slices, labels = self.layouts[self.known], self.labels
         some = np.arange(len(slices))[:: max(1, len(slices) // REFERENCES)]
-        alike = likeness(slices[some], slices, labels)
+        alike = similarities(slices[some], slices, labels)
         alike[:, self.patients[some][:, None] == self.patients] = 0
         # Slices without an organ are like no other by organs, and those of one patient like none.
         found = [each[each > 0] for each in alike.max(2)]
@@ -355,7 +357,7 @@ class Slices:
         """Which layouts (n, h, w) are more like a training slice than `closest` allows: (n,)."""
         parts = np.array_split(made, -(-len(made) // 256))  # memory
         slices = self.layouts[self.known]
-        alike = [likeness(part, slices, self.labels).max(2) for part in parts]
+        alike = [similarities(part, slices, self.labels).max(2) for part in parts]
         return (np.concatenate(alike, 1) > closest[:, None]).any(0)
 
 
@@ -363,39 +365,40 @@ class Composer(Slices):
     """Draws new layouts from the training slices of a study."""
 
     def draw(
-        self, at: Sequence[float], seeds: Sequence[int], drawn: Sequence[np.ndarray] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """New layouts (n, h, w) int64 at positions `at` (n,), NaN for any, each by its own seed;
-        and the signed distances (n, labels, h, w) float32 of which their organs are the highest.
+        self, at: Sequence[float], seeds: Sequence[int], own: Sequence[np.ndarray] | None = None
+    ) -> tuple[np.ndarray, Sequence[np.ndarray]]:
+        """New layouts (n, h, w) int64 at positions `at` (n,), NaN for any, each by its own seed.
 
-        `drawn` (n, h, w) are organs of the user's own: tissue is then composed of the slices whose
+        Also n signed distances (labels, h, w) float32: the highest says which organ a cell shows.
+        `own` (n, h, w) are organs of the user's own: tissue is then composed of the slices whose
         organs are most like them, whatever their position, and moved to where these lie. Where
         organs of the composed slices stick out, they become tissue of their intensity.
         """
-        own = [None] * len(seeds) if drawn is None else drawn
-        made = [self.draw_one(*each) for each in zip(at, seeds, own, strict=True)]
-        # What comes too close to a training slice is drawn again; the user's own stays as it is.
-        close, closest = np.arange(len(made)), self.closest()
-        for again in range(1, DRAWS if drawn is None else 1):
-            close = close[self.too_close(np.stack([made[i][0] for i in close]), closest)]
-            if not len(close):
-                break
-            for i in close:
-                made[i] = self.draw_one(at[i], seeds[i], again=again)
-        return tuple(np.stack(each) for each in zip(*made, strict=True))
+        given = [None] * len(seeds) if own is None else own
+        made = [self.draw_one(*each) for each in zip(at, seeds, given, strict=True)]
+        if own is None:  # the user's own stay as they are
+            close, closest = np.arange(len(made)), self.closest()
+            for again in range(1, DRAWS):
+                close = close[self.too_close(np.stack([made[i][0] for i in close]), closest)]
+                if not len(close):
+                    break
+                for i in close:
+                    made[i] = self.draw_one(at[i], seeds[i], again=again)
+        layouts, shapes = zip(*made, strict=True)
+        return np.stack(layouts), shapes
 
     def draw_one(
-        self, position: float, seed: int, drawn: np.ndarray | None = None, again: int = 0
+        self, position: float, seed: int, own: np.ndarray | None = None, again: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
         """One layout (h, w) and its signed distances (labels, h, w).
 
         Drawn `again`, it starts from a slice that is like the one it started from at first.
         """
         rng = np.random.default_rng(seed)
-        if drawn is None:
+        if own is None:
             family = self.family(rng.permutation(self.near(position)))
         else:
-            family = self.family(self.most_alike(drawn, position))
+            family = self.family(self.most_alike(own, position))
         if again:
             rng = np.random.default_rng((seed, again))
             family = self.family(rng.permutation(self.near_alike(position, family[0])))
@@ -410,14 +413,14 @@ class Composer(Slices):
         bend = random_fields(rng, 2, cells) + rng.normal(size=(2, 1, 1))
         # As much as these patients differ, and at least a cell: those of one differ by nothing.
         bend *= BENT * max(1, np.std(laid, 0).mean())
-        if drawn is None:
+        if own is None:
             place = sum(share * there for share, there in zip(of_shape, laid, strict=True))
             source = inverse(place + bend)
             whose = rng.integers(count)
             shape = mean_shape(self.organs[members], laid, source, self.labels, whose)
         else:
-            source = bend + (centre(self.organs[frame]) - centre(drawn))[:, None, None]
-            shape = signed_distances(drawn, self.labels)
+            source = bend + (centre(self.organs[frame]) - centre(own))[:, None, None]
+            shape = signed_distances(own, self.labels)
         layout = compose(warped(tissue, source), shape.argmax(0), self.levels, self.labels)
         return layout, shape.astype(np.float32)
 

@@ -584,15 +584,15 @@ def test_a_mask_that_cannot_be_used_is_named_with_its_reason(two_organs, organs_
 def test_layouts_alone_are_masks_and_a_picture(two_organs, organs_study, tmp_path, monkeypatch):
     monkeypatch.setattr(Prior, "sample", None)  # nothing is sampled
     data = DataConfig(data=str(organs_study))
-    generate.generate(config(two_organs, tmp_path, n=9, layouts_only=True), data)
+    generate.generate(config(two_organs, tmp_path, n=33, layouts_only=True), data)
     assert not (tmp_path / generate.NIFTI).exists() and (tmp_path / "layouts.png").is_file()
     files = sorted((tmp_path / generate.MASK_FOLDER).iterdir())
     images = [nibabel.load(file) for file in files]
     masks = np.stack([np.asarray(image.dataobj) for image in images])
-    assert masks.shape == (9, 64, 32) and set(np.unique(masks)) == {0, 5, 9}
+    assert masks.shape == (33, 64, 32) and set(np.unique(masks)) == {0, 5, 9}
     assert np.array_equal(images[0].affine, two_organs[3]["train"].affines[0])
     assert (masks[:, 28:36, 12:20] == 5).mean() > 0.9  # the middle of every disc
-    assert json.loads((tmp_path / "manifest.json").read_text())["done"] == 9
+    assert json.loads((tmp_path / "manifest.json").read_text())["done"] == 33
     for given in (tmp_path / generate.MASK_FOLDER, files[3]):  # perhaps corrected by hand
         with pytest.raises(runtime.UserError, match="new slices would replace these masks"):
             generate.generate(config(two_organs, tmp_path, n=1, layout=str(given)), data)
