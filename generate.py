@@ -502,10 +502,9 @@ def plan(
         alike = composer.positions[[composer.most_alike(each)[0] for each in drawn]]
         positions = alike if math.isnan(config.position) else positions
         twins = np.array([nearest_positions(each, test.positions)[0] for each in positions])
-    made = None, None
-    if composer is not None:
-        made = composer.draw(positions, seeds_of(config), drawn)
-    return twins, positions, *made
+    if composer is None:
+        return twins, positions, None, None
+    return twins, positions, *composer.draw(positions, seeds_of(config), drawn)
 
 
 def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:

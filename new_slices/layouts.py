@@ -142,11 +142,16 @@ def likely(layouts: Tensor, labels: int, height: int, width: int) -> Tensor:
     return (shown + DOUBT).log()
 
 
+def cells_of(layouts: np.ndarray, kind: int) -> np.ndarray:
+    """Layouts (N, h, w) -> (N, h * w) float32: 1 in the cells of one class, else 0."""
+    return (layouts == kind).reshape(len(layouts), -1).astype(np.float32)
+
+
 def organ_dice(queries: np.ndarray, slices: np.ndarray, labels: int) -> np.ndarray:
     """Mean Dice (N, M) of the organs that either of layouts (N, h, w), (M, h, w) shows; else 0."""
     total = shown = np.zeros((len(queries), len(slices)))
     for organ in range(1, labels):
-        a, b = ((x == organ).reshape(len(x), -1).astype(np.float32) for x in (queries, slices))
+        a, b = cells_of(queries, organ), cells_of(slices, organ)
         sizes = a.sum(1)[:, None] + b.sum(1)
         total = total + 2 * (a @ b.T) / np.maximum(sizes, 1)
         shown = shown + (sizes > 0)
@@ -160,8 +165,7 @@ def similarities(queries: np.ndarray, slices: np.ndarray, labels: int) -> np.nda
     """
     equal = np.zeros((len(queries), len(slices)))
     for each in np.unique(queries):
-        a, b = ((x == each).reshape(len(x), -1).astype(np.float32) for x in (queries, slices))
-        equal += a @ b.T
+        equal += cells_of(queries, each) @ cells_of(slices, each).T
     return np.stack([equal / queries[0].size, organ_dice(queries, slices, labels)])
 
 
@@ -253,8 +257,9 @@ def mean_shape(
         np.stack([warped(field, there) for field in signed_distances(each, labels)])
         for each, there in zip(organs, laid, strict=True)
     ]
-    detail = distances[whose] - gaussian_filter(distances[whose], (0, DETAIL, DETAIL))
-    mean = np.mean(distances, 0) + (len(organs) > 1) * detail  # of one it is its own
+    mean = np.mean(distances, 0)
+    if len(organs) > 1:  # the mean of one slice has its detail
+        mean += distances[whose] - gaussian_filter(distances[whose], (0, DETAIL, DETAIL))
     return np.stack([warped(field, source) for field in mean])
 
 
@@ -301,8 +306,7 @@ class Slices:
         With any slice of `near` instead, kinds of slices that often come too close would be rare.
         """
         near = self.near(position)
-        apart = self.sizes[near] - 2 * self.seen[near] @ self.seen[slice_]
-        return near[np.argsort(apart, kind="stable")][: max(PATIENTS, len(near) // 4)]
+        return self.by_distance(near, self.seen[slice_])[: max(PATIENTS, len(near) // 4)]
 
     def most_alike(self, organs: np.ndarray, position: float = math.nan) -> np.ndarray:
         """All slices, those first whose organs are most like `organs` (h, w): indices.
@@ -334,11 +338,14 @@ class Slices:
 
     def nearest(self, anchor: int, alike: np.ndarray, seen: np.ndarray) -> np.ndarray:
         """The anchor, and of up to 7 other patients the slice of `alike` most like `seen`."""
-        others = alike[self.patients[alike] != self.patients[anchor]]
-        apart = self.sizes - 2 * self.seen @ seen  # squared distances, less what is one for all
-        others = others[np.argsort(apart[others], kind="stable")]
+        others = self.by_distance(alike[self.patients[alike] != self.patients[anchor]], seen)
         _, first = np.unique(self.patients[others], return_index=True)
         return np.append(anchor, others[np.sort(first)])[:PATIENTS]
+
+    def by_distance(self, slices: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """The indices `slices`, those first whose slices are most like `seen`."""
+        apart = self.sizes - 2 * self.seen @ seen  # squared distances, less what is one for all
+        return slices[np.argsort(apart[slices], kind="stable")]
 
     def closest(self) -> np.ndarray:
         """How alike a new layout and a training slice may be, (2,) as in `similarities`.

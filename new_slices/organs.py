@@ -245,7 +245,7 @@ def judge_masks(
     Returns {"label_7": {"dice", "pieces", "holes", "roughness", "faults"}}: Dice over all slices,
     None where no reference shows the organ; means {"masks", "real"} of measurements, None where no
     mask shows it; and `faults`, a list of sentences. An organ with faults was not learnt: its Dice
-    is below 0.1, or the median of its pieces or roughness is far outside what real masks have.
+    is below 0.2, or the median of its pieces or roughness is far outside what real masks have.
     """
     _, dice = dice_by_patient(masks, reference, np.zeros(len(masks)), len(labels))
     measured = {"masks": measure(masks, len(labels)), "real": measure(real, len(labels))}
