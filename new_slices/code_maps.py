@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dataset import SPLITS, Mirror, SliceDataset
 from modules import VQVAE2
-from new_slices.layouts import Composer, layouts_of, likely, smoothed, tissue_levels
+from new_slices.layouts import Composer, depths_of, layouts_of, likely, smoothed, tissue_levels
 from new_slices.organs import likeliest
 from support import runtime
 
@@ -145,12 +145,13 @@ def extract_codes(
     Returns:
         "train_top" (variants, N, h, w), "train_bottom" and "train_layout" (variants, N, 2h, 2w),
         "validate_top" (1, N, h, w), ... uint16. Layouts show organs if the autoencoder knows them.
-        For new layouts, "train_tissue" (N, 2h, 2w) float32, the smoothed intensities of unaltered
-        slices, and "levels", where one region ends and the next begins (layouts.py).
+        For new layouts, of unaltered slices "train_tissue" (N, 2h, 2w) float32, the smoothed
+        intensities, and "train_depths" (N, labels, 2h, 2w) int8, the signed distances of organs;
+        and "levels", where one region ends and the next begins (layouts.py).
     """
     train = splits["train"]
     mirror = train.mirror.axis, train.mirror.partners  # of the variants
-    made_of = "5", sha256, variants, mirror, *(splits[name].fingerprint for name in SPLITS)
+    made_of = "6", sha256, variants, mirror, *(splits[name].fingerprint for name in SPLITS)
     key = " ".join(map(str, made_of))
     for file in files:
         try:
@@ -167,6 +168,7 @@ def extract_codes(
     cells = shapes["layout"] = shapes["bottom"]
     maps = {"levels": tissue_levels(train, cells)}
     maps["train_tissue"] = np.empty((len(train), *cells), np.float32)
+    maps["train_depths"] = np.zeros((len(train), max(labels, 1), *cells), np.int8)
     bar = tqdm(total=total, desc="codes", unit=" slices", disable=None)
     for name, split in splits.items():
         altered = Variants(counts[name], len(split), train.mirror)
@@ -185,6 +187,8 @@ def extract_codes(
                     maps[f"{name}_{level}"][variant, indices] = codes.cpu().numpy()
                 if name == "train" and variant == 0:
                     maps["train_tissue"][indices] = tissue
+                    if labels:
+                        maps["train_depths"][indices] = depths_of(drawn, labels, cells)
                 bar.update(len(indices))
     bar.close()
     with runtime.atomic_path(files[-1]) as part:
@@ -195,6 +199,6 @@ def extract_codes(
 def composer_of(train: SliceDataset, maps: dict[str, np.ndarray], labels: int) -> Composer:
     """What composes layouts of a training split's slices, whose maps `extract_codes` gave."""
     patients = np.array([name.patient for name in train.names])
-    known = maps["train_layout"][0].astype(np.int64), maps["train_tissue"]
+    known = maps["train_layout"][0].astype(np.int64), maps["train_tissue"], maps["train_depths"]
     codes = [maps[f"train_{level}"][0] for level in LEVELS]
     return Composer(*known, train.positions, patients, maps["levels"], labels, codes)

@@ -31,13 +31,21 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import distance_transform_edt, gaussian_filter, label, map_coordinates, zoom
+from scipy.ndimage import (
+    binary_erosion,
+    distance_transform_edt,
+    gaussian_filter,
+    label,
+    map_coordinates,
+    zoom,
+)
 from scipy.special import softmax
 from skimage.registration import optical_flow_ilk
 from torch import Tensor
 
 from dataset import NO_MASK, SliceDataset
 from new_slices.organs import nearest_positions
+from support import runtime
 
 REGIONS = 6  # classes of tissue outside organs, by intensity
 SMOOTH = 1.0  # cells: standard deviation of the Gaussian that smooths intensities
@@ -48,6 +56,7 @@ PATIENTS = 8  # that a layout is composed of, or fewer
 CORE = 4  # of these, that say what all should be like
 FEWEST = 4  # patients: organs that fewer show together are not drawn
 DEEPEST = 8.0  # cells: signed distances end here
+DEPTHS = 15  # steps a cell, in which those of training slices are kept, as int8
 SPREAD, SPREAD_OF_SHAPES = 1.2, 0.7  # of the weights, see `shares`
 DETAIL = 2.0  # cells: what is finer is of one slice, see `mean_shape`
 AROUND = 2.0  # cells: the standard deviation of the window in which slices are like a draft
@@ -60,7 +69,7 @@ CLOSEST = 0.95  # share of the training slices, see `closest`
 REFERENCES = 256  # of them, or up to twice as many, that say how close a new layout may come
 DRAWS = 8  # at most, until a layout is far enough
 REBUILT = 4  # how often each training slice's layout is rebuilt, with tissue of others
-BENT = 0.7  # the standard deviation of bends and moves, over that by which patients differ
+BENT = 0.35  # the standard deviation of bends and moves, over that by which patients differ
 
 
 def classes(labels: int) -> int:
@@ -184,17 +193,30 @@ def of_one_scale(features: np.ndarray) -> np.ndarray:
 # ---- new layouts ---------------------------------------------------------------------------------
 
 
-def signed_distances(organs: np.ndarray, labels: int) -> np.ndarray:
-    """How many cells deep inside each class every cell lies: (labels, h, w), -8 to 8.
+def signed_distances(mask: np.ndarray, labels: int, shape: tuple[int, int]) -> np.ndarray:
+    """How many cells deep inside each class the middle of every cell lies: (labels, h, w), -8 to 8.
 
-    The background is a class too: where walls are thin, an organ's own distance says little.
+    `mask` (H, W) has a whole number of pixels in each of the cells (h, w). The background is a
+    class too: where walls are thin, an organ's own distance says little.
     """
-    distances = np.full((max(labels, 1), *organs.shape), -DEEPEST)
+    distances = np.full((max(labels, 1), *shape), -DEEPEST)
+    parts = len(mask) // shape[0]
     for organ, distance in enumerate(distances):
-        inside = organs == organ
+        inside = mask == organ
         if inside.any():
-            distance[:] = distance_transform_edt(inside) - distance_transform_edt(~inside)
+            # To the pixels along its edge, which lies half a pixel farther out.
+            edge = inside & ~binary_erosion(inside, border_value=1)
+            apart = distance_transform_edt(~edge)
+            deep = np.where(inside, 0.5 + apart, 0.5 - apart) / parts
+            distance[:] = deep.reshape(shape[0], parts, shape[1], parts).mean((1, 3))
     return distances.clip(-DEEPEST, DEEPEST)
+
+
+def depths_of(masks: Tensor, labels: int, shape: tuple[int, int]) -> np.ndarray:
+    """Masks (B, H, W) uint8 -> signed distances in steps of 1 / DEPTHS, (B, labels, h, w) int8."""
+    with runtime.thread_pool() as pool:
+        found = list(pool.map(lambda mask: signed_distances(mask, labels, shape), masks.numpy()))
+    return (DEPTHS * np.stack(found)).round().astype(np.int8)
 
 
 def random_fields(rng: np.random.Generator, count: int, shape: tuple[int, int]) -> np.ndarray:
@@ -246,20 +268,18 @@ def mosaic(parts: np.ndarray, random: np.ndarray) -> np.ndarray:
 
 
 def mean_shape(
-    organs: np.ndarray, laid: list[np.ndarray], source: np.ndarray, labels: int, whose: int
+    distances: np.ndarray, laid: list[np.ndarray], source: np.ndarray, whose: int
 ) -> np.ndarray:
-    """The mean of organs (n, h, w) that are `laid` over one frame, seen from `source`.
+    """The mean of signed distances (n, labels, h, w) `laid` over one frame, seen from `source`.
 
     Returns signed distances (labels, h, w). A mean is smoother than all that it is of, so it gets
     the fine detail of the one at `whose`.
     """
-    distances = [
-        np.stack([warped(field, there) for field in signed_distances(each, labels)])
-        for each, there in zip(organs, laid, strict=True)
-    ]
-    mean = np.mean(distances, 0)
-    if len(organs) > 1:  # the mean of one slice has its detail
-        mean += distances[whose] - gaussian_filter(distances[whose], (0, DETAIL, DETAIL))
+    pairs = zip(distances, laid, strict=True)
+    over = [np.stack([warped(field, there) for field in each]) for each, there in pairs]
+    mean = np.mean(over, 0)
+    if len(over) > 1:  # the mean of one slice has its detail
+        mean += over[whose] - gaussian_filter(over[whose], (0, DETAIL, DETAIL))
     return np.stack([warped(field, source) for field in mean])
 
 
@@ -269,15 +289,19 @@ class Slices:
     Args:
         layouts (N, h, w), tissue (N, h, w): of the training slices; those without a mask in a study
             with masks are not used.
+        depths: signed distances of their organs, (N, labels, h, w), in steps of 1 / `DEPTHS`.
         positions (N,), patients (N,).
         codes: their code maps, (N, h, w) of each level.
     """
 
-    def __init__(self, layouts, tissue, positions, patients, levels, labels, codes=()) -> None:
+    def __init__(
+        self, layouts, tissue, depths, positions, patients, levels, labels, codes=()
+    ) -> None:
         known = (layouts < classes(labels)).all((1, 2))
         self.layouts, self.known = layouts, np.flatnonzero(known)
         self.organs = np.where(layouts < labels, layouts, 0)[known]
-        self.tissue, self.positions = tissue[known].astype(np.float64), positions[known]
+        self.tissue, self.depths = tissue[known].astype(np.float64), depths[known]
+        self.positions = positions[known]
         self.patients, self.levels, self.labels = patients[known], levels, labels
         shown = [(self.organs == organ).any((1, 2)) for organ in range(1, labels)]
         self.shown = np.stack([np.ones(len(self.organs), bool), *shown], 1)  # which organs
@@ -424,10 +448,10 @@ class Composer(Slices):
             place = sum(share * there for share, there in zip(of_shape, laid, strict=True))
             source = inverse(place + bend)
             whose = rng.integers(count)
-            shape = mean_shape(self.organs[members], laid, source, self.labels, whose)
+            shape = mean_shape(self.depths[members] / DEPTHS, laid, source, whose)
         else:
             source = bend + (centre(self.organs[frame]) - centre(own))[:, None, None]
-            shape = signed_distances(own, self.labels)
+            shape = signed_distances(own, self.labels, cells)
         layout = compose(warped(tissue, source), shape.argmax(0), self.levels, self.labels)
         return layout, shape.astype(np.float32)
 

@@ -28,7 +28,7 @@ that sees none is left out. A control that none sees is named, as new slices may
     variety            mean pairwise MS-SSIM, beside that of the slices of one patient
     copying            similarity to the nearest of all training slices and of the altered ones that
                        the priors saw, by correlation of pictures and by the codes in common, each
-                       weighed by its bits in the training histogram of its place; copies are
+                       weighed by what it says where the one above is known, in bits; copies are
                        training slices decoded from their own codes, half of the bottom ones
                        redrawn. By layout: mean Dice of the organs with those of the nearest
                        training layout, or of one that is a cell aside; without masks, the share of
@@ -430,7 +430,7 @@ def layout_audit(
     In place of variants, each training layout is moved by up to a cell to all sides.
     """
     labels, codes, samples = inputs.prior.config.labels, inputs.codes, inputs.samples
-    known, tissue = codes["train_layout"][0].astype(np.int64), codes["train_tissue"]
+    known, depths = codes["train_layout"][0].astype(np.int64), codes["train_depths"]
     drawn, cells = np.where(known < labels, known, 0), known.shape[1:]
     # Where there are masks, these are what is given away.
     new = layouts.middles(torch.tensor(samples.masks), cells).numpy() if labels else inputs.layouts
@@ -443,7 +443,7 @@ def layout_audit(
 
     def copy(i: int) -> np.ndarray:
         aside = rng.uniform(-1.5, 1.5, (2, 1, 1))
-        fields = tissue[i], *layouts.signed_distances(drawn[i], labels)
+        fields = codes["train_tissue"][i], *depths[i].astype(float)
         moved, *distances = (layouts.warped(field, aside) for field in fields)
         return layouts.compose(moved, np.argmax(distances, 0), codes["levels"], labels)
 
@@ -469,14 +469,21 @@ def score_copying(
         altered = (variants.images(train.images(part), variant, part)[:, 0] for part in parts)
         return np.concatenate([metrics.thumbnails(part.numpy()) for part in altered])
 
-    def flat(maps: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate([x.reshape(len(x), -1) for x in maps], 1).astype(np.uint16)
+    def flat(maps: list[np.ndarray], kind: type = np.uint16) -> np.ndarray:
+        return np.concatenate([x.reshape(len(x), -1) for x in maps], 1).astype(kind)
 
     everything = [flat(inputs.codes_of("train", np.arange(len(train)), v)) for v in range(count)]
-    bits = metrics.code_bits(np.concatenate(everything), inputs.model.config.K)
+    levels = [np.concatenate(inputs.codes[f"train_{level}"]) for level in LEVELS]
+    bits = [metrics.code_bits(maps, inputs.model.config.K) for maps in levels]
 
     def in_common(queries: np.ndarray, slices: np.ndarray) -> metrics.Nearest:
-        return metrics.code_agreement(queries, slices, bits)
+        parts = np.split(queries, [levels[0][0].size], 1)
+        maps = [part.reshape(-1, *of[0].shape) for part, of in zip(parts, levels, strict=True)]
+        worth = [
+            table[metrics.above(each, len(table) - 1), each]
+            for each, table in zip(maps, bits, strict=True)
+        ]
+        return metrics.code_agreement(queries, slices, flat(worth, np.float32))
 
     coded = Source(train, lambda variant, i: everything[variant][i], in_common, count)
     pictured = Source(train, pictures, metrics.nearest, count)

@@ -79,16 +79,31 @@ def test_an_organ_is_the_class_in_the_middle_of_each_cell():
 
 def test_signed_distances_by_brute_force():
     organs = np.random.default_rng(0).integers(0, 3, (6, 5))
-    found = layouts.signed_distances(organs, 4)
+    found = layouts.signed_distances(organs, 4, (6, 5))
     places = np.argwhere(np.ones_like(organs))
     for organ in range(3):
+        own = [place for place in places if organs[tuple(place)] == organ]
+        others = [place for place in places if organs[tuple(place)] != organ]
+        edge = [a for a in own if any(np.abs(a - b).sum() == 1 for b in others)]
         for place in places:
-            inside = organs[tuple(place)] == organ
-            others = places[(organs[tuple(places.T)] == organ) != inside]
-            nearest = np.linalg.norm(others - place, axis=1).min()
-            assert found[organ][tuple(place)] == pytest.approx(nearest if inside else -nearest)
+            apart = np.linalg.norm(edge - place, axis=1).min()
+            deep = 0.5 + apart if organs[tuple(place)] == organ else 0.5 - apart
+            assert found[organ][tuple(place)] == pytest.approx(deep)
     assert (found[3] == -layouts.DEEPEST).all()  # it is nowhere
-    assert layouts.signed_distances(organs, 0).shape == (1, 6, 5)
+    assert layouts.signed_distances(organs, 0, (6, 5)).shape == (1, 6, 5)
+
+
+def test_signed_distances_know_where_in_a_cell_an_organ_ends():
+    """A disc in pixels, four to a cell: to an eighth of a cell what its radius says."""
+    rows, columns = np.mgrid[:96, :64]
+    for radius in (21, 22, 23, 24):
+        mask = (np.hypot(rows - 47.5, columns - 31.5) < radius).astype(np.uint8)
+        inside = layouts.signed_distances(mask, 2, (24, 16))[1]
+        expected = radius / 4 - np.hypot(ROWS - 11.5, COLUMNS - 7.5)
+        near = np.abs(expected) < 3
+        np.testing.assert_allclose(inside[near], expected[near], atol=1 / 8)
+        kept = layouts.depths_of(torch.from_numpy(mask)[None], 2, (24, 16))[0, 1]
+        assert kept.dtype == np.int8 and np.abs(kept / layouts.DEPTHS - inside).max() < 1 / 29
 
 
 def test_a_mask_is_drawn_from_its_codes_and_its_layout(monkeypatch):
@@ -113,6 +128,13 @@ def test_a_mask_is_drawn_from_its_codes_and_its_layout(monkeypatch):
     torch.testing.assert_close(p.sum(1), torch.ones(1, 96, 64))
 
 
+def composer_of(known, tissue, positions, patients, labels=3, codes=()) -> layouts.Composer:
+    organs = torch.from_numpy(np.where(known < labels, known, 0))
+    depths = layouts.depths_of(organs, labels, organs.shape[1:])
+    where = positions, patients, LEVELS, labels, codes
+    return layouts.Composer(known, tissue, depths, *where)
+
+
 def patients_of_discs(count: int = 9):
     """The layouts of a study of `count` patients with a disc each, ten slices of one size a
     patient, in a grey body; of a last one with another organ; and of a slice without a mask.
@@ -131,7 +153,7 @@ def patients_of_discs(count: int = 9):
 def test_a_new_layout_is_composed_of_patients_with_the_same_organs(monkeypatch):
     monkeypatch.setattr(layouts, "DRAWS", 1)
     known, tissue, positions, patients = patients_of_discs()
-    composer = layouts.Composer(known, tissue, positions, patients, LEVELS, 3)
+    composer = composer_of(known, tissue, positions, patients)
     rng = np.random.default_rng(0)
     for position in (0.0, 0.5, math.nan):
         family = composer.family(rng.permutation(composer.near(position)))
@@ -162,7 +184,7 @@ def test_a_family_is_of_slices_that_use_the_same_codes():
     known, tissue, positions, patients = patients_of_discs()
     rng = np.random.default_rng(0)
     maps = rng.integers(0, 3, (len(known), 6, 4)) + 3 * (patients % 2)[:, None, None]
-    composer = layouts.Composer(known, tissue, positions, patients, LEVELS, 3, [maps])
+    composer = composer_of(known, tissue, positions, patients, codes=[maps])
     use = np.stack([[(each == code).mean() ** 0.5 for code in range(6)] for each in maps[:100]])
     np.testing.assert_allclose(layouts.code_use(maps[:100]), use)
     seen, frame = composer.seen, 7
@@ -182,7 +204,7 @@ def test_a_family_is_of_slices_that_use_the_same_codes():
 
 
 def test_the_frame_of_a_layout_gives_it_neither_tissue_nor_shape(monkeypatch):
-    composer = layouts.Composer(*patients_of_discs(), LEVELS, 3)
+    composer = composer_of(*patients_of_discs())
     families, laid = [], []
     family, displacement = layouts.Composer.family, layouts.Composer.displacement
     monkeypatch.setattr(
@@ -199,15 +221,19 @@ def test_the_frame_of_a_layout_gives_it_neither_tissue_nor_shape(monkeypatch):
 def test_a_mean_shape_has_the_detail_of_one_of_its_slices():
     """Slices that lie two cells aside and one above, seen from there: worked out where they lie."""
     organs = np.stack([disc(3), disc(4), disc(3.5, 13), disc(5)])
-    fields = np.stack([layouts.signed_distances(each, 2) for each in organs])
+
+    def distances(slices):
+        return np.stack([layouts.signed_distances(each, 2, each.shape) for each in slices])
+
+    fields = distances(organs)
     aside = np.stack([np.full(ROWS.shape, 2.0), np.full(ROWS.shape, -1.0)])
-    moved = [np.roll(each, (-2, 1), (0, 1)) for each in organs]
+    moved = distances([np.roll(each, (-2, 1), (0, 1)) for each in organs])
     for whose in (0, 2):
         expected = fields.mean(0) + fields[whose] - gaussian_filter(fields[whose], (0, 2, 2))
-        made = layouts.mean_shape(np.stack(moved), [-aside] * 4, 0 * aside, 2, whose)
-        inner = (slice(None), slice(4, -4), slice(4, -4))  # from outside the slice nothing is seen
+        made = layouts.mean_shape(moved, [-aside] * 4, 0 * aside, whose)
+        inner = (slice(None), slice(6, -6), slice(4, -4))  # from outside the slice nothing is seen
         np.testing.assert_allclose(made[inner], expected[inner], atol=0.05)
-        here = layouts.mean_shape(organs, [0 * aside] * 4, 0 * aside, 2, whose)
+        here = layouts.mean_shape(fields, [0 * aside] * 4, 0 * aside, whose)
         np.testing.assert_allclose(here, expected)
 
 
@@ -219,7 +245,7 @@ def test_a_layout_too_close_to_a_training_slice_is_drawn_again(monkeypatch):
     known[70:90][known[70:90] == 1] = 5  # without an organ
     known[-1] = PriorConfig(labels=3).classes
     monkeypatch.setattr(layouts, "REFERENCES", 40)  # every other slice
-    composer = layouts.Composer(known, tissue, positions, patients, LEVELS, 3)
+    composer = composer_of(known, tissue, positions, patients)
     slices, whose = known[:-1], patients[:-1]
     equal = np.array([[(a == b).mean() for b in slices] for a in slices])
     pairs = np.stack([equal, layouts.organ_dice(slices, slices, 3)])
@@ -249,7 +275,7 @@ def test_a_layout_too_close_to_a_training_slice_is_drawn_again(monkeypatch):
 
 def test_a_layout_drawn_again_starts_from_a_slice_that_is_like_the_first_one(monkeypatch):
     """Near the same position, in another order each time, and with another slice's fine detail."""
-    composer = layouts.Composer(*patients_of_discs(), LEVELS, 3)
+    composer = composer_of(*patients_of_discs())
     orders, family, details, shape = [], composer.family, set(), layouts.mean_shape
     monkeypatch.setattr(composer, "family", lambda order: orders.append(order) or family(order))
     monkeypatch.setattr(layouts, "mean_shape", lambda *of: details.add(int(of[-1])) or shape(*of))
@@ -271,7 +297,7 @@ def test_a_rebuilt_layout_has_the_organs_of_its_slice_and_tissue_of_others():
     known, tissue, positions, patients = patients_of_discs()
     tissue = tissue + np.random.default_rng(0).normal(0, 0.1, tissue.shape)
     tissue[patients == patients[3]] = 50.0  # a patient as bright as no other
-    composer = layouts.Composer(known, tissue, positions, patients, LEVELS, 3)
+    composer = composer_of(known, tissue, positions, patients)
     made = composer.rebuild(3)
     assert made.shape == (layouts.REBUILT, *known.shape[1:])
     for each in made:
@@ -298,7 +324,7 @@ def test_tissue_is_composed_around_organs_of_one_s_own():
     """Slices with the same organs, moved to where these lie; nothing of their own organs stays."""
     known, tissue, positions, patients = patients_of_discs()
     tissue = tissue + 1.0 * (known == 1)  # the first organ is bright
-    composer = layouts.Composer(known, tissue, positions, patients, LEVELS, 3)
+    composer = composer_of(known, tissue, positions, patients)
     drawn = disc(4, 6, 5)
     order = composer.most_alike(drawn)
     assert (known[order[:90]] == 1).any((1, 2)).all() and order[-10:].min() >= 90
@@ -320,10 +346,10 @@ def test_tissue_is_composed_around_organs_of_one_s_own():
 def test_with_one_patient_or_without_masks_there_are_layouts_too():
     known, tissue, positions, patients = patients_of_discs(1)
     one = known[:10], tissue[:10], positions[:10], patients[:10]
-    new, _ = layouts.Composer(*one, LEVELS, 3).draw([0.5, math.nan], [0, 1])
+    new, _ = composer_of(*one).draw([0.5, math.nan], [0, 1])
     assert set(np.unique(new)) <= set(range(9)) and (new == 1).any((1, 2)).all()
     bare = np.stack([layouts.compose(each, 0 * disc(1), LEVELS, 0) for each in tissue])
-    composer = layouts.Composer(bare, tissue, positions, patients, LEVELS, 0)
+    composer = composer_of(bare, tissue, positions, patients, 0)
     new, _ = composer.draw([0.1] * 3, range(3))
     assert set(np.unique(new)) <= set(range(7)) and (new[:, 8:16] > 0).all()
 
@@ -336,7 +362,7 @@ def test_a_slice_is_laid_over_another():
     tissue = np.stack([gaussian_filter(1.0 * each, 1.5) for each in organs])
     apart = np.abs(tissue[1] - tissue[0]).mean()
     for known, labels in ((np.ones_like(organs), 0), (organs, 2)):
-        composer = layouts.Composer(known, tissue, np.zeros(2), np.arange(2), LEVELS, labels)
+        composer = composer_of(known, tissue, np.zeros(2), np.arange(2), labels)
         laid = layouts.warped(tissue[1], composer.displacement(0, 1))
         assert np.abs(laid - tissue[0]).mean() < 0.4 * apart
         assert np.abs(composer.displacement(0, 0)).max() < 1e-3
@@ -386,7 +412,9 @@ def test_training_layouts_are_found_a_cell_aside_and_others_are_not(labels):
         return fields, np.stack([layouts.compose(*pair, LEVELS, labels) for pair in pairs])
 
     (tissue, known), (_, honest), (_, fresh) = slices(60), slices(200), slices(60)
+    organs = torch.from_numpy(np.where(known < labels, known, 0))
     codes = {"train_layout": known[None], "train_tissue": tissue, "test_layout": honest[None]}
+    codes["train_depths"] = layouts.depths_of(organs, labels, (24, 16))
     prior = SimpleNamespace(config=SimpleNamespace(labels=labels))
     train = MagicMock()
     train.__len__.return_value = 60

@@ -68,6 +68,7 @@ def test_codes_are_the_autoencoder_s_and_kept_for_it_alone(autoencoder, tmp_path
                 if name == "train":  # of the slice as it is, without its mirror image's
                     tissue = smoothed(x, kept["train_tissue"].shape[1:])[0]
                     assert kept["train_tissue"][i] == pytest.approx(tissue.numpy(), abs=1e-6)
+                    assert not kept["train_depths"][i].any()  # without masks
     digest = runtime.sha256(autoencoder)
     read = extract_codes(None, splits, 2, digest, tmp_path / "codes.npz")
     assert read["train_top"].shape == (2, 14, 8, 4)  # read, for no model was there
