@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results/sampling.json", help="file to write")
     args = parser.parse_args()
     device, shape = runtime.pick_device(args.device), VQVAE2Config().code_shapes(256, 128)[0]
-    prior = Prior(runtime.fill(PriorConfig, vars(args)), shape).to(device)
+    prior = Prior(runtime.fill(PriorConfig, vars(args)), shape).to(device).eval()
     rows = {}
     for n in args.batch_size:
         seconds = []

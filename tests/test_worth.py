@@ -13,6 +13,7 @@ from scipy.linalg import sqrtm
 
 from benchmarks import features, few_patients, twin_halves, utility
 from dataset import DataConfig, open_study
+from modules import VQVAE2, VQVAE2Config
 from new_slices import organs, sample_report
 from new_slices.code_maps import Variants
 from new_slices.picture_features import picture_features
@@ -182,17 +183,33 @@ def test_utility_of_slices_as_good_as_real(folders, tmp_path, monkeypatch):
 
 
 @needs_efficientnet
-def test_features_of_a_folder(folders, tmp_path):
+def test_features_of_a_folder(folders, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model, seen = VQVAE2(VQVAE2Config(K=16, channels=8, top_channels=8)).eval(), []
+    monkeypatch.setattr(features, "load_model", {"ours.pth": SimpleNamespace(model=model)}.get)
+    see = lambda x: (seen.append(x), picture_features(x))[1]  # noqa: E731
+    monkeypatch.setattr(features, "picture_features", see)
     flags = ["--data", folders / "study", "--out", tmp_path / "features.json"]
-    command(features, folders / "generated", *flags)
+    command(features, folders / "generated", *flags, "--checkpoint", "ours.pth")
     rows = json.loads((tmp_path / "features.json").read_text())["rows"]
-    assert [row["n"] for row in rows.values()] == [6, 6] and "validation slices" in rows
+    assert [row["n"] for row in rows.values()] == [6, 6, 6] and "validation slices" in rows
+    with torch.inference_mode():
+        made = torch.cat([model(x[None, None]).reconstruction for x in torch.from_numpy(seen[1])])
+    splits = open_study(DataConfig(data=str(folders / "study"), height=64, width=32))
+    test, x = splits["test"], splits["test"].images(range(18))[:, 0].numpy()
+    assert np.array_equal(seen[1], splits["validate"].images(range(6))[:, 0])
+    people = [test.names[(x == each).all((1, 2)).tolist().index(True)].patient for each in seen[0]]
+    both = map(picture_features, (seen[0], made[:, 0].numpy()))
+    expected = features.compare(*both, np.array(people))
+    assert rows["reconstructions"] == pytest.approx(expected, rel=1e-3)
+    shutil.copytree(folders / "generated", tmp_path / "one")
+    for path in sorted((tmp_path / "one" / "keras_slices_synthetic").iterdir())[1:]:
+        path.unlink()
+    assert "one slice; expected at least 2" in command(features, tmp_path / "one")[2]
     for row in rows.values():
         assert np.isfinite(list(row.values())).all() and 0 <= row["auc"] <= 1
-    test = open_study(DataConfig(data=str(folders / "study"), height=64, width=32))["test"]
-    x = test.images(range(3))[:, 0].numpy()
     alone = picture_features(x[:1])  # they know no scale, also beside slices of another one
-    for found in picture_features(np.concatenate([7 * x[:1] - 3, x]))[:2]:
+    for found in picture_features(np.concatenate([7 * x[:1] - 3, x[:3]]))[:2]:
         np.testing.assert_allclose(found, alone[0], atol=1e-4)
 
 
