@@ -430,7 +430,7 @@ def layout_audit(
     In place of variants, each training layout is moved by up to a cell to all sides.
     """
     labels, codes, samples = inputs.prior.config.labels, inputs.codes, inputs.samples
-    known, depths = codes["train_layout"][0].astype(np.int64), codes["train_depths"]
+    known, tissue = codes["train_layout"][0].astype(np.int64), codes["train_tissue"]
     drawn, cells = np.where(known < labels, known, 0), known.shape[1:]
     # Where there are masks, these are what is given away.
     new = layouts.middles(torch.tensor(samples.masks), cells).numpy() if labels else inputs.layouts
@@ -443,7 +443,7 @@ def layout_audit(
 
     def copy(i: int) -> np.ndarray:
         aside = rng.uniform(-1.5, 1.5, (2, 1, 1))
-        fields = codes["train_tissue"][i], *depths[i].astype(float)
+        fields = tissue[i], *layouts.signed_distances(drawn[i], labels, cells)
         moved, *distances = (layouts.warped(field, aside) for field in fields)
         return layouts.compose(moved, np.argmax(distances, 0), codes["levels"], labels)
 

@@ -412,9 +412,7 @@ def test_training_layouts_are_found_a_cell_aside_and_others_are_not(labels):
         return fields, np.stack([layouts.compose(*pair, LEVELS, labels) for pair in pairs])
 
     (tissue, known), (_, honest), (_, fresh) = slices(60), slices(200), slices(60)
-    organs = torch.from_numpy(np.where(known < labels, known, 0))
     codes = {"train_layout": known[None], "train_tissue": tissue, "test_layout": honest[None]}
-    codes["train_depths"] = layouts.depths_of(organs, labels, (24, 16))
     prior = SimpleNamespace(config=SimpleNamespace(labels=labels))
     train = MagicMock()
     train.__len__.return_value = 60
