@@ -214,6 +214,8 @@ def test_a_run_into_the_folder_of_another_says_so(saved, study, tmp_path, capsys
     assert capsys.readouterr().out.count(note) == 1
     resume(saved, tmp_path)  # goes on from a checkpoint of another run
     assert capsys.readouterr().out.count(note) == 1
+    fit(shutil.copytree(study, tmp_path / "another"), tmp_path, epochs=1, seed=6)
+    assert capsys.readouterr().out.count(note) == 1  # on what was learnt there, not here
 
 
 def test_an_interrupted_checkpoint_goes_when_its_run_has_finished(saved, study, tmp_path):

@@ -192,7 +192,10 @@ def test_a_scan_comes_back_from_its_codes_as_the_model_gives_it(models, tmp_path
         use(models, [saved], tmp_path / "two", save=str(tmp_path / "again"))
     capsys.readouterr()
     second = use(models, [saved], tmp_path / "two")["files"]
-    assert "nan" not in capsys.readouterr().out  # in the table: codes alone have no scores
+    *rows, mean = [line.split() for line in capsys.readouterr().out.splitlines() if "–" in line]
+    # In the table: codes alone have no scores, but bits.
+    assert len(rows) == 3 and all(row[2:5] == ["–"] * 3 and float(row[5]) > 0 for row in rows)
+    assert mean[:5] == ["mean", "of", "the", "files", str(sum(int(row[1]) for row in rows))]
     assert first["case_scan.nii.gz"]["planes"] == 13
     for name, again in (("case_scan.nii.gz",) * 2, ("scaled.nii", "scaled.nii.gz"), ("p.png",) * 2):
         size = 8 * (saved / f"{name}.vq2").stat().st_size

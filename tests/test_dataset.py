@@ -547,6 +547,13 @@ def test_one_picture_in_two_splits_is_said_whatever_it_is_called(study, config, 
         out = capsys.readouterr().out
         assert "warning: 2 slices are also in another split, such as " in out
         assert f"{name_of(40, 1)}, which is " in out and f"{name_of(4, 3)}. Is it one" in out
+    # Pictures of one checksum, or one mean, or one deviation, are not one picture yet.
+    jobs = [dataset.Job(split, None, None) for split in SPLITS]
+    table = {"constant": [False] * 3, "sums": np.zeros((3, 2)), "mean": [0, 0, 1], "std": [1, 2, 1]}
+    for _ in range(3):
+        assert not dataset._notes_on_copies(jobs, table)
+        table["mean"], table["std"], sums = table["sums"][:, 0], table["mean"], table["std"]
+        table["sums"] = np.stack([sums, sums], 1)
 
 
 def test_a_mask_that_lies_elsewhere_by_its_affine_is_said(study, config, capsys):

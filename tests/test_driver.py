@@ -1,14 +1,19 @@
 """What driver.py tells each stage of the story; test_readme.py runs them all."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from conftest import command
 
 import driver
+import generate
 import train
 import train_prior
 from support import phantom, runtime
+
+PATHS = ("checkpoint", "prior", "out")
 
 
 @pytest.fixture
@@ -106,6 +111,27 @@ def test_a_run_is_compared_with_the_documented_one(tmp_path, capsys):
     assert "samples.plausible 0.6000 instead of 0.5000 (chance)\n" in capsys.readouterr().out
     driver.compare_with_documented(write(tmp_path / "worse", 0.93, 0.3), expected)
     assert "samples.plausible 0.3000 instead of 0.5000\n" in capsys.readouterr().out
+
+
+def test_the_documented_run_had_the_settings_of_today():
+    """What a run without flags does is what Results/phantom shows: no default has changed."""
+    done = driver.DOCUMENTED
+    logs = ((done / name).read_text() for name in ("log.jsonl", "prior_log.jsonl"))
+    one, two = (json.loads(log.splitlines()[0]) for log in logs)
+    manifest = json.loads((done / "generated" / "manifest.json").read_text())
+    first, second = (script.make_settings({"preset": "quick"}) for script in (train, train_prior))
+    drawn = asdict(generate.GenerateConfig(**driver.CAUTIOUS)) | {"position": None}
+    kept = {"out": "phantom"}, {"labels": 6}  # where it lies, and what its study told
+    for found, settings, of_the_run in (
+        (one["train"], asdict(first.train), kept[0]),
+        (one["model_config"], asdict(first.model), kept[1]),
+        (one["loss_config"], asdict(first.loss), {}),
+        (two["train"], asdict(second.train), kept[0]),
+        (two["model_config"], asdict(second.prior), kept[1]),
+        (two["codes_config"], second.codes.saved(), {}),
+        (manifest["settings"], drawn, {n: manifest["settings"][n] for n in PATHS}),
+    ):
+        assert found == settings | of_the_run
 
 
 def test_a_run_into_the_documented_folder_is_compared_with_what_was_there(stages, monkeypatch):

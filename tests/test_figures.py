@@ -127,7 +127,8 @@ def test_outlines_have_a_legend_of_the_values_in_the_study_s_masks(tmp_path, dra
     figures.slice_grid(tmp_path / "g.png", groups, 1, (0, 1), label_values=values)
     for figure in drawn:
         outlines = {tuple(lines.get_edgecolor()[0]) for lines in figure.axes[0].collections}
-        _, *entries = figure.legends[0].get_lines()
+        heading, *entries = figure.legends[0].get_lines()
+        assert heading.get_color() == "none"  # a word beside the lines, and no line
         assert {to_rgba(line.get_color()) for line in entries} == outlines and len(outlines) == 2
         assert [text.get_text() for text in figure.legends[0].get_texts()][1:] == ["7", "500"]
         assert_nothing_cut(figure)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel
@@ -104,6 +105,11 @@ def test_files_are_named_and_say_what_they_are(made, trained, tmp_path):
     assert f"mean {mean:.6g} and standard deviation {std:.6g}" in manifest["nifti"]
     z = (image.get_fdata() - mean) / std
     assert np.abs(z).max() < 20 and image.get_data_dtype() == np.float32
+    # Black and white are what they are in the middle one of the test slices.
+    every = trained[3]["test"].images(range(6)).flatten(1)
+    black, white = (np.median(ends) for ends in (every.amin(1), every.amax(1)))
+    grey = 255 * np.clip((z - black) / (white - black), 0, 1)
+    assert np.abs(np.asarray(Image.open(out / "0000.png")) - grey).max() < 0.51
     kept = json.loads((out / "report.json").read_text())
     assert report == {key: kept[key] for key in report}
     other = copy.copy(train)  # its first slice is of another size, with other voxels
@@ -111,9 +117,11 @@ def test_files_are_named_and_say_what_they_are(made, trained, tmp_path):
     other.shapes[0], other.affines[0] = (90, 50), 2 * np.eye(4)
     splits = trained[3] | {"train": other}
     album = generate.Album(config(trained, tmp_path), splits, np.zeros(5), (), "")
-    assert np.array_equal(album.affine, train.affines[1])
+    assert np.array_equal(album.affine, train.affines[1]) and album.look["letters"] == "RA"
+    assert json.loads((tmp_path / "manifest.json").read_text())["done"] == 0  # nothing yet
     other.oriented = np.zeros(len(train), bool)
     album = generate.Album(config(trained, tmp_path), splits, np.zeros(5), (), "")
+    assert album.look["letters"] == ""  # those of test slices are not those of the new ones
     album.write("case", 0, np.zeros((64, 32), np.float32))
     (written,) = tmp_path.glob("case_*")
     assert nibabel.load(written).header["sform_code"] == 0
@@ -596,6 +604,9 @@ def test_layouts_alone_are_masks_and_a_picture(two_organs, organs_study, tmp_pat
     for given in (tmp_path / generate.MASK_FOLDER, files[3]):  # perhaps corrected by hand
         with pytest.raises(runtime.UserError, match="new slices would replace these masks"):
             generate.generate(config(two_organs, tmp_path, n=1, layout=str(given)), data)
+    monkeypatch.chdir(tmp_path)  # by whatever path
+    with pytest.raises(runtime.UserError, match="new slices would replace these masks"):
+        generate.clear(Path(), "", str(tmp_path / generate.MASK_FOLDER))
     assert all(file.is_file() for file in files)
 
 

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import pytest
@@ -84,9 +85,11 @@ def test_every_parameter_learns():
 
 
 def test_code_maps_that_do_not_belong_together_are_refused():
-    codes = torch.zeros(1, 4, 2, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"\(B, 2h, 2w\)"):
-        small_model().decode_codes(codes, codes)
+    codes, model = torch.zeros(1, 4, 2, dtype=torch.int64), small_model()
+    for wrong in ((1, 4, 4), (1, 8, 2), (2, 8, 4)):
+        said = rf"of {re.escape(f'(1, 4, 2) and {wrong}')}; expected \(B, h, w\) and \(B, 2h, 2w\)"
+        with pytest.raises(ValueError, match=said):
+            model.decode_codes(codes, codes.new_zeros(wrong))
 
 
 # ---- the quantiser ----

@@ -114,6 +114,11 @@ def test_a_rare_organ_is_compared_with_the_nearest_that_show_it():
     assert fine.all()
     _, fine = organs.plausible(np.full((1, 1, 8), 4.0), np.array([0.9]), real, positions)
     assert not fine.any()
+    # Of 500 others the highest and the lowest one in 100 say nothing.
+    real, positions = np.tile(np.arange(500.0)[:, None, None], (1, 1, 8)), np.full(500, np.nan)
+    measured = np.tile(np.array([3.0, 4, 494, 495])[:, None, None], (1, 1, 8))
+    _, fine = organs.plausible(measured, np.full(4, np.nan), real, positions)
+    assert fine[:, 0].tolist() == [False, True, True, False]
 
 
 def test_kinds_of_slices_that_never_mix():
@@ -276,12 +281,32 @@ def test_a_segmenter_learns_from_mirrored_slices_with_their_masks(monkeypatch):
         return 100 * (masks > 0).float()[:, None], masks
 
     organs.train_segmenter(pairs, 16, 3, Mirror(-2, ((1, 2),)), steps=6)
+    assert [len(batch) for batch in images] == [8] * 6
     images, masks = torch.cat(images), torch.cat(masks)
     middle = (images.amax((2, 3), keepdim=True) + images.amin((2, 3), keepdim=True)) / 2
     assert torch.equal(images[:, 0] > middle[:, 0], masks > 0)
     assert (masks[:, :32] < 2).all() and (masks[:, 32:] != 1).all()
     rows = (masks == 1).sum(2).argmax(1)
     assert len(set(rows.tolist())) == 2  # some are mirrored and some are not
+
+
+def test_every_step_follows_the_gradient_of_its_own_batch(monkeypatch):
+    """Here it is always one a pixel; the rate rises for a fifth of the steps, and falls to 0."""
+    seen, step = [], torch.optim.AdamW.step
+
+    def look(self):
+        group = self.param_groups[0]  # of which the last weight is the bias of the logits
+        seen.append((group["params"][-1].grad.unique().item(), group["lr"]))
+        step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", look)
+    monkeypatch.setattr(organs, "mask_losses", lambda logits, _: {"loss": logits.sum()})
+    pairs = lambda i: (torch.randn(8, 1, 32, 16), torch.zeros(8, 32, 16))  # noqa: E731
+    organs.train_segmenter(pairs, 8, 2, Mirror(), steps=20)
+    gradients, rates = zip(*seen, strict=True)
+    assert gradients == (8 * 32 * 16 / 4**2,) * 20  # of each pixel of a block
+    assert np.argmax(rates) in (3, 4) and max(rates) == pytest.approx(1e-2, rel=0.02)
+    assert rates[0] == pytest.approx(1e-2 / 25) and rates[-1] < 1e-4
 
 
 def test_a_folder_that_may_only_be_read_costs_nothing(tmp_path, monkeypatch, capsys):

@@ -210,7 +210,7 @@ def test_the_scorecard_by_hand():
 
     def audit(flagged, copies):
         counts = zip(("samples", "honest", "copies"), (flagged, 1, copies), strict=True)
-        return {"margin": 0.06} | {k: {"n": 64, "flagged": n, "share": n / 64} for k, n in counts}
+        return {"margin": 3 / 64} | {k: {"n": 64, "flagged": n, "share": n / 64} for k, n in counts}
 
     copying = {"pictures": audit(3, 64), "codes": audit(4, 64), "layouts": audit(0, 31)}
     variety = dict(zip(("samples", "real", "one patient"), (0.19, 0.17, 0.2), strict=True))
@@ -225,11 +225,11 @@ def test_the_scorecard_by_hand():
         "constraint": (0.6, 0.7, 0.2, True),  # nearer to the floor
         "masks": (0.8, 0.9, 0.5, True),
         "utility": (None, None, None, None),
-        "privacy, by pictures": ("3 of 64", "1 of 64", "64 of 64", True),
+        "privacy, by pictures": ("3 of 64", "1 of 64", "64 of 64", True),  # by chance
         "privacy, by codes": ("4 of 64", "1 of 64", "64 of 64", False),
         "privacy, by layouts": ("0 of 64", "1 of 64", "31 of 64", None),
     }
-    assert "6.0%" in card["privacy, by codes"]["in words"]
+    assert "4.7%" in card["privacy, by codes"]["in words"]
     card = sample_report.scorecard({"realism": None, "variety": None, "copying": {}})
     assert all(line["passed"] is None for line in card.values())
     assert card["likeness"]["in words"].startswith("Cannot tell")

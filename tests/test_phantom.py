@@ -123,6 +123,22 @@ def test_a_coronal_t2_image_of_a_pelvis(patient):
     assert np.abs(np.subtract(femurs[0].centroid, femurs[1].centroid)).max() < 25
 
 
+UNIT, CLEAN = 507.2397, [-142.19, -145.93, 2.58, -159.71, 46.00, -121.14, -305.97]
+TISSUES = [2586, 2879, 1766, 1230, 786, 1603, 1589]
+
+
+def test_the_phantom_is_the_one_that_all_results_are_of():
+    """In seven planes of a man, weighed by a wave: who changes the pictures changes VERSION."""
+    rows, columns = np.mgrid[:256, :128]
+    wave, man, found = np.sin(rows / 9 + columns / 7), Man(0, 4, 0), []
+    for number in (3, 12, 20, 28, 35, 44, 54):
+        clean, _, tissues = man.cut(number)
+        found += [(clean / man.unit * wave).sum(), (tissues * wave).sum()]
+    assert phantom.VERSION == 2 and man.unit == pytest.approx(UNIT)
+    assert found[::2] == pytest.approx(CLEAN, abs=0.03)
+    assert found[1::2] == pytest.approx(TISSUES, abs=6)  # a pixel at an edge may round otherwise
+
+
 def test_changes_smoothly_by_slice_and_a_little_by_week():
     volumes = itertools.product(PATIENTS, (0, 1))
     clean = {(p, w): [Man(0, p, w).cut(n)[0].ravel() for n in (28, 29)] for p, w in volumes}

@@ -223,6 +223,9 @@ def test_only_old_reconstructions_are_deleted(study, checkpoint, tmp_path):
     theirs.unlink()
     predict_with(checkpoint, out=str(tmp_path))  # the same model's stay
     assert len(list(folder.iterdir())) == 7
+    (tmp_path / "metrics.json").unlink()
+    predict_with(checkpoint, out=str(tmp_path))  # and those of which nobody knows whose they are
+    assert len(list(folder.iterdir())) == 7
     scores = json.loads((tmp_path / "metrics.json").read_text())
     runtime.write_json(tmp_path / "metrics.json", scores | {"checkpoint": {"sha256": "0" * 64}})
     predict_with(checkpoint, out=str(tmp_path))

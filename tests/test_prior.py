@@ -196,6 +196,22 @@ def test_every_code_sees_every_other():
         assert changed.all()
 
 
+@torch.inference_mode()
+def test_a_block_attends_as_pytorch_does():
+    """A convolution, PyTorch's own attention with several heads, an MLP; each adds to its input."""
+    block, C = make_prior().top.blocks[0], 16
+    x = torch.randn(2, C, 4, 3)
+    attention = torch.nn.MultiheadAttention(C, 2, batch_first=True)
+    names = zip(("in_proj_", "out_proj."), (block.qkv, block.out), strict=True)
+    weights = {f"{name}{key}": of for name, part in names for key, of in part.state_dict().items()}
+    attention.load_state_dict(weights)
+    tokens = (x + block.conv(x)).flatten(2).mT
+    seen = block.norm(tokens)
+    tokens = tokens + attention(seen, seen, seen)[0]
+    expected = (tokens + block.mlp(tokens)).mT.view(2, C, 4, 3)
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_maps_whose_sides_are_no_multiple_of_the_patch():
     model = make_prior(shape=(3, 5))
     top, bottom, position = random_maps(model, 2)

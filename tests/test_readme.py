@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT
 from test_train import SHAPE_FLAGS
 
+import train
 from support import runtime
 
 README = (ROOT / "README.md").read_text()
@@ -137,6 +138,27 @@ def test_every_script_is_named_and_every_link_leads_somewhere():
     for text, folder in ((README, ROOT), (RESULTS, ROOT / "Results")):
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
             assert (folder / link).exists() or link == "phantom/index.html", link
+
+
+RATES = {"report": 3e-4, "quick": 3e-3, "fewer-bits": 7e-4}  # of learning; all others 1.5e-3
+RECIPE = (True, "muon", 1, "cosine")  # of all but `report`
+
+
+@pytest.mark.parametrize("name", train.PRESETS)
+def test_a_preset_is_what_the_readme_says(name):
+    """The table's slices, of 1,281 in an epoch, and bits; what "the model" says of losses."""
+    rows = re.findall(r"^\| \**`([\w-]+)`\**[^|]*\| ([\d,]+) \|[^|]*\| ([\d.]+)", README, re.M)
+    table = {preset: (int(slices.replace(",", "")), bits) for preset, slices, bits in rows}
+    assert table.keys() == train.PRESETS.keys() - {"medium-rate", "low-rate"}
+    settings = train.make_settings({"preset": name})
+    run, loss, rate = settings.train, settings.loss, settings.model.bits_per_pixel(256, 128)
+    bits = {"medium-rate": "0.391", "low-rate": "0.195"}.get(name) or table[name][1]
+    assert f"{rate:.3f}" == bits and run.lr == RATES.get(name, 1.5e-3)
+    assert (run.slices or run.epochs * 1281) == table.get(name, (5 * 1281,))[0]
+    weights = {"report": (1, 0, 0), "for-files": (2, 0.2, 1)}.get(name, (0, 0.2, 1))
+    assert (loss.mse, loss.l1, loss.ssim) == weights
+    recipe = (loss.flip, run.optimiser, run.batch_size, run.schedule)
+    assert recipe == ((False, "adam", 16, "constant") if name == "report" else RECIPE)
 
 
 def test_the_readme_is_one_page():

@@ -176,6 +176,16 @@ def test_the_bits_of_a_code_by_brute_force():
     assert (over[:, 0] == K).all() and np.array_equal(over[:, 1:], maps[:, :-1])
 
 
+def test_codes_by_place_are_of_any_map_and_each_of_another():
+    codes = np.arange(12, dtype=np.uint16).reshape(3, 2, 2)
+    made = sample_report.redrawn(codes, 3000, np.random.default_rng(0))
+    assert made.shape == (3000, 2, 2) and made.dtype == np.int64
+    for place in np.ndindex(2, 2):
+        found, counts = np.unique(made[:, *place], return_counts=True)
+        assert found.tolist() == codes[:, *place].tolist() and counts.min() > 900
+    assert len(np.unique(made.reshape(3000, 4), axis=0)) == 3**4
+
+
 def test_air_in_common_is_no_agreement_by_bits():
     """Three quarters of every slice hold one code, and of a few slices, and all queries, another
     one that is rare elsewhere: in the rest only a copy agrees.
@@ -257,6 +267,7 @@ def test_variety_beside_slices_of_one_value_is_a_number():
     found = variety(noise, flat, [0, 1, 2, 3])
     assert found["real"]["ms_ssim"] == 1 and 0 <= found["samples"]["ms_ssim"] < 0.5
     assert found["one patient"]["ms_ssim"] is None  # nobody has two slices
+    assert variety(noise[:1], flat, [0, 1, 2, 3]) is None  # nor is one slice varied
 
 
 def test_variety_beside_that_of_one_patient():

@@ -1,6 +1,7 @@
 """Tiny volumes cut into slices; nibabel is the reference for where a plane lies."""
 
 import json
+import re
 import shutil
 from collections import Counter
 
@@ -276,6 +277,11 @@ def test_no_split_is_empty_and_the_course_s_is_for_hipmri(tmp_path, capsys):
     assert all(any((tmp_path / "out" / f"keras_slices_{split}").iterdir()) for split in SPLITS)
     run_slice(write_release(tmp_path / "release", range(4, 8)), tmp_path / "other")
     assert "random split" in capsys.readouterr().out
+    release = write_release(tmp_path / "course", (4, 36, 40))
+    save(release / "more" / "Case_041_Week0_LFOV.nii.gz", noise(1, SHAPE), RAS)  # one more of it
+    run_slice(release, tmp_path / "split")
+    counted = "4 volumes of 4 patients, 3 of them with a mask; split by patient as in the course"
+    assert counted in capsys.readouterr().out
 
 
 def test_clashes_are_shown_before_anything_is_written(tmp_path):
@@ -321,8 +327,12 @@ def test_a_folder_for_each_subject_tells_them_apart(tmp_path, capsys):
     (tmp_path / "export" / "P0003").rename(tmp_path / "export" / "ses-3")
     with pytest.raises(UserError, match="no patient in its name"):
         run_slice(tmp_path / "export", tmp_path / "out2")
-    assert "ses-3 is called like a day, a session" in capsys.readouterr().out
-    run_slice(tmp_path / "export", tmp_path / "out2", name_pattern="^(?P<patient>[^/]+)")
+    said = capsys.readouterr().out
+    assert "ses-3 is called like a day, a session" in said
+    (pattern,) = re.findall("Fix: if they are, --name-pattern '(.+)'", said)
+    run_slice(tmp_path / "export", tmp_path / "out2", name_pattern=pattern)
+    record = json.loads((tmp_path / "out2" / "slices.json").read_text())
+    assert {record[f"subject {name}"] for name in ("P0001", "P0002", "ses-3")} == {1, 2, 3}
 
 
 def test_a_folder_for_each_exam_makes_no_patients_where_files_are_named(tmp_path):

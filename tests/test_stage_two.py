@@ -83,9 +83,10 @@ def test_codes_are_the_autoencoder_s_and_kept_for_it_alone(autoencoder, tmp_path
         with pytest.raises(AttributeError):
             extract_codes(None, splits | {name: changed}, 2, digest, tmp_path / "codes.npz")
     turned = copy.copy(splits["train"])  # its affines were corrected: it is mirrored otherwise
-    turned.mirror = replace(turned.mirror, axis=-1)
-    with pytest.raises(AttributeError):
-        extract_codes(None, splits | {"train": turned}, 2, digest, tmp_path / "codes.npz")
+    for changed in ({"axis": -1}, {"partners": ((1, 2),)}):
+        turned.mirror = replace(splits["train"].mirror, **changed)
+        with pytest.raises(AttributeError):
+            extract_codes(None, splits | {"train": turned}, 2, digest, tmp_path / "codes.npz")
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "array.npy").replace(tmp_path / "codes.npz")  # somebody else's
     with pytest.raises(AttributeError):

@@ -237,6 +237,14 @@ def test_a_run_by_slices_sees_just_so_many(make, steps):
     assert rates == pytest.approx([trainer.learning_rate(run.config, n / 23) for n in shares])
 
 
+def test_the_bar_counts_the_slices_of_the_whole_run(make):
+    for total, lengths in ((28, {"epochs": 2}), (23, {"slices": 23}), (None, {"minutes": 1})):
+        run = make(**lengths)
+        run.progress.epoch, run.progress.seen = 1, 4
+        with trainer.progress_bar(run) as bar:
+            assert (bar.total, bar.n) == (total, 18)
+
+
 def test_the_loss_of_an_epoch_that_is_cut_short_is_a_mean_of_what_it_saw(make, tmp_path):
     run = make(slices=23, lr=1e-9)  # the weights stay what they are
     trainer.fit(run.stage, run.config)
