@@ -196,6 +196,7 @@ def test_a_scan_comes_back_from_its_codes_as_the_model_gives_it(models, tmp_path
     # In the table: codes alone have no scores, but bits.
     assert len(rows) == 3 and all(row[2:5] == ["–"] * 3 and float(row[5]) > 0 for row in rows)
     assert mean[:5] == ["mean", "of", "the", "files", str(sum(int(row[1]) for row in rows))]
+    assert float(mean[-1]) == pytest.approx(np.mean([float(row[5]) for row in rows]), rel=1e-3)
     assert first["case_scan.nii.gz"]["planes"] == 13
     for name, again in (("case_scan.nii.gz",) * 2, ("scaled.nii", "scaled.nii.gz"), ("p.png",) * 2):
         size = 8 * (saved / f"{name}.vq2").stat().st_size

@@ -130,7 +130,8 @@ def test_outlines_have_a_legend_of_the_values_in_the_study_s_masks(tmp_path, dra
         heading, *entries = figure.legends[0].get_lines()
         assert heading.get_color() == "none"  # a word beside the lines, and no line
         assert {to_rgba(line.get_color()) for line in entries} == outlines and len(outlines) == 2
-        assert [text.get_text() for text in figure.legends[0].get_texts()][1:] == ["7", "500"]
+        said = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert said == ["labels:", "7", "500"]
         assert_nothing_cut(figure)
     assert len(drawn[0].axes[1].collections) == 1  # on the reconstruction
     figures.slice_grid(tmp_path / "plain.png", {"b": groups["b"]}, 1, (0, 1))

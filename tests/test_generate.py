@@ -119,9 +119,12 @@ def test_files_are_named_and_say_what_they_are(made, trained, tmp_path):
     album = generate.Album(config(trained, tmp_path), splits, np.zeros(5), (), "")
     assert np.array_equal(album.affine, train.affines[1]) and album.look["letters"] == "RA"
     assert json.loads((tmp_path / "manifest.json").read_text())["done"] == 0  # nothing yet
+    assert "synthetic" not in album.look["note"]
+    other.affines, other.synthetic = train.affines[:, :, [1, 0, 2, 3]], True
+    album = generate.Album(config(trained, tmp_path), splits, np.zeros(5), (), "")
+    assert album.look["letters"] == "" and "synthetic phantom" in album.look["note"]
     other.oriented = np.zeros(len(train), bool)
     album = generate.Album(config(trained, tmp_path), splits, np.zeros(5), (), "")
-    assert album.look["letters"] == ""  # those of test slices are not those of the new ones
     album.write("case", 0, np.zeros((64, 32), np.float32))
     (written,) = tmp_path.glob("case_*")
     assert nibabel.load(written).header["sform_code"] == 0

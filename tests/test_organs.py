@@ -288,6 +288,15 @@ def test_a_segmenter_learns_from_mirrored_slices_with_their_masks(monkeypatch):
     assert (masks[:, :32] < 2).all() and (masks[:, 32:] != 1).all()
     rows = (masks == 1).sum(2).argmax(1)
     assert len(set(rows.tolist())) == 2  # some are mirrored and some are not
+    # Every slice has a gain, an offset and a noise of its own.
+    shown, dark = (masks > 0).numpy(), images[:, 0].numpy()
+    dark, bright = ([x[at == kind] for x, at in zip(dark, shown, strict=True)] for kind in (0, 1))
+    offsets, noises = (np.array([of(x) for x in dark]) for of in (np.mean, np.std))
+    gains = np.array([x.mean() for x in bright]) / 100
+    for found, mean, deviation in ((gains, 1, 0.2), (offsets, 0, 0.2), (noises, 0.05, 0.029)):
+        assert found.mean() == pytest.approx(mean, abs=0.6 * deviation)
+        assert found.std() == pytest.approx(deviation, rel=0.35)
+    assert abs(np.corrcoef(gains, offsets)[0, 1]) < 0.5 and noises.max() < 0.105
 
 
 def test_every_step_follows_the_gradient_of_its_own_batch(monkeypatch):

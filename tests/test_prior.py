@@ -198,8 +198,12 @@ def test_every_code_sees_every_other():
 
 @torch.inference_mode()
 def test_a_block_attends_as_pytorch_does():
-    """A convolution, PyTorch's own attention with several heads, an MLP; each adds to its input."""
-    block, C = make_prior().top.blocks[0], 16
+    """A convolution, PyTorch's own attention with several heads, an MLP; each adds to its input.
+
+    So does the MLP that refines single codes.
+    """
+    model, C = make_prior(), 16
+    block = model.top.blocks[0]
     x = torch.randn(2, C, 4, 3)
     attention = torch.nn.MultiheadAttention(C, 2, batch_first=True)
     names = zip(("in_proj_", "out_proj."), (block.qkv, block.out), strict=True)
@@ -210,6 +214,12 @@ def test_a_block_attends_as_pytorch_does():
     tokens = tokens + attention(seen, seen, seen)[0]
     expected = (tokens + block.mlp(tokens)).mT.view(2, C, 4, 3)
     torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
+    refine, hidden = model.top.refine[0], block.mlp
+    channels_last = x.permute(0, 2, 3, 1)
+    around = refine.conv(x).permute(0, 2, 3, 1)
+    torch.testing.assert_close(refine(channels_last), channels_last + refine.mlp(around))
+    between = F.gelu(hidden.up(hidden.norm(tokens)))
+    torch.testing.assert_close(hidden(tokens), hidden.down(between))
 
 
 def test_maps_whose_sides_are_no_multiple_of_the_patch():
@@ -296,6 +306,9 @@ def test_branches_start_small_and_a_codebook_starts_the_embeddings():
     assert torch.corrcoef(torch.stack(apart))[0, 1] > 0.99
     assert embedded.std().item() == pytest.approx(0.02, rel=1e-4)
     assert model.bottom.condition.weight[:-1].equal(embedded)
+    for level in (model.top, model.bottom):  # at the output too; about the mean of a codebook
+        assert level.head.weight.equal(level.embed.weight[:64])
+        assert level.head.weight.mean(0).abs().max() < 1e-6
 
 
 def test_bad_arguments_say_what_was_expected():

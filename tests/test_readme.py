@@ -19,6 +19,7 @@ from conftest import ROOT
 from test_train import SHAPE_FLAGS
 
 import train
+import train_prior
 from support import runtime
 
 README = (ROOT / "README.md").read_text()
@@ -159,6 +160,22 @@ def test_a_preset_is_what_the_readme_says(name):
     assert (loss.mse, loss.l1, loss.ssim) == weights
     recipe = (loss.flip, run.optimiser, run.batch_size, run.schedule)
     assert recipe == ((False, "adam", 16, "constant") if name == "report" else RECIPE)
+    # What no table says, but the results were made with.
+    net, wide = settings.model, name in ("best", "for-files", "low-rate")
+    channels = net.channels, net.top_channels, net.residual_channels
+    assert channels == ((96, 192, 48) if wide else (64, 128, 32))
+    assert net.decoder_blocks == (4 if name in ("best", "for-files") else 3)
+    prices = {"for-files": (0.01, 10_000), "fewer-bits": (0.03, 0)}
+    assert (net.bit_weight, net.price_rise) == prices.get(name, (0, 0))
+
+
+def test_the_best_priors_are_what_the_readme_says():
+    """As in "half of the layouts ... are composed so", and in train_prior.py's own comments."""
+    best = train_prior.make_settings({"preset": "best"})
+    codes, run, shape = best.codes, best.train, best.prior
+    assert (codes.rebuilt, codes.bottom_every, codes.variants, codes.forget) == (0.5, 4, 2, 0.1)
+    assert (run.slices, run.lr, run.weight_decay, run.patience) == (55_000, 2e-3, 0.05, 5)
+    assert (shape.prior_top_layers, shape.prior_refine_blocks, shape.prior_dropout) == (4, 3, 0.1)
 
 
 def test_the_readme_is_one_page():

@@ -237,9 +237,13 @@ def test_a_run_by_slices_sees_just_so_many(make, steps):
     assert rates == pytest.approx([trainer.learning_rate(run.config, n / 23) for n in shares])
 
 
-def test_the_bar_counts_the_slices_of_the_whole_run(make):
+def test_a_run_says_how_long_it_is_and_its_bar_counts_all_of_it(make):
     for total, lengths in ((28, {"epochs": 2}), (23, {"slices": 23}), (None, {"minutes": 1})):
-        run = make(**lengths)
+        run = make(bf16="off", **lengths)
+        millions = sum(weights.numel() for weights in run.model.parameters()) / 1e6
+        length = f"{total} slices" if total else "1 minutes"
+        said = f"training {millions:.2f} M parameters on cpu in float32: {length}; the train split"
+        assert trainer.first_line(run) == f"{said} has 14"
         run.progress.epoch, run.progress.seen = 1, 4
         with trainer.progress_bar(run) as bar:
             assert (bar.total, bar.n) == (total, 18)
