@@ -125,6 +125,31 @@ def test_variants_are_altered_as_their_numbers_say(autoencoder):
     assert variants.images(x, 2, indices).numpy() == pytest.approx(x.flip(2).numpy(), abs=1e-4)
 
 
+def test_a_slice_is_shifted_turned_stretched_and_bent_as_far_as_is_said():
+    """A slice of row numbers, then of column numbers: each pixel tells where its value was."""
+    rows, columns = np.mgrid[:64, :48] - np.array([31.5, 23.5])[:, None, None]
+    variants, one = Variants(3, 400, Mirror()), torch.tensor([0])
+
+    def moved(numbers, indices=one):
+        variants.numbers[2] = torch.tensor([0.0, 1, *numbers])
+        x = torch.tensor(np.stack([rows, columns])[:, None]).float().repeat(1, len(indices), 1, 1)
+        found = [variants.moved(each[:, None], 2, indices, "bilinear")[:, 0].numpy() for each in x]
+        return np.stack(found)[:, :, 20:44, 16:32]  # not what comes from beyond the edges
+
+    inner = rows[20:44, 16:32], columns[20:44, 16:32]
+    bends = moved([0] * 5, torch.arange(400)) - np.stack(inner)[:, None]
+    spread = variants.fields[2, :, :2, 2].std().item()  # of the random numbers in the middle
+    assert bends.std((1, 2, 3)) == pytest.approx(np.full(2, 2 * spread), rel=0.25)
+    assert abs(np.corrcoef(*bends[..., 12, 8])[0, 1]) < 0.2
+    variants.fields.zero_()
+    for numbers in ([1, -0.5, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, -1, 0.5], [0.5, 1, -1, 1, 1]):
+        down, right, turn, high, wide = np.array(numbers) * [8, 8, 0.06, 0.08, 0.08]
+        turned_r = np.cos(turn) * inner[0] - np.sin(turn) * inner[1]
+        turned_c = np.sin(turn) * inner[0] + np.cos(turn) * inner[1]
+        expected = turned_r * (1 + high) + down, turned_c * (1 + wide) + right
+        assert moved(numbers)[:, 0] == pytest.approx(np.stack(expected), abs=1e-3)
+
+
 @pytest.mark.parametrize("turn", [1.0, -0.5])
 def test_a_turn_is_a_rotation(monkeypatch, turn):
     """As SciPy turns a slice about its centre; large here, where a shear would look other."""
