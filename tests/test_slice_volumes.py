@@ -324,6 +324,11 @@ def test_a_folder_for_each_subject_tells_them_apart(tmp_path, capsys):
         assert slice_volumes.NO_SUBJECT.search(name)
     for name in ("P0003", "TCGA-24-2024", "Sestak", "visitor", "0012", "T1_axial_004"):
         assert not slice_volumes.NO_SUBJECT.search(name)
+    second = tmp_path / "export" / "P0001" / "t1.nii.gz"  # a folder of two volumes tells nothing
+    shutil.copy(second.with_name("t2_tse_3.nii.gz"), second)
+    with pytest.raises(UserError, match="4 of 4 files .*\n.* no patient in its name"):
+        run_slice(tmp_path / "export", tmp_path / "out2")
+    second.unlink()
     (tmp_path / "export" / "P0003").rename(tmp_path / "export" / "ses-3")
     with pytest.raises(UserError, match="no patient in its name"):
         run_slice(tmp_path / "export", tmp_path / "out2")

@@ -104,12 +104,12 @@ def test_variants_are_altered_as_their_numbers_say(autoencoder):
     assert altered.mean((1, 2, 3)).abs().max() < 1e-4
     assert (altered.std((1, 2, 3)) - 1).abs().max() < 1e-2
     assert variants.images(x[3:5], 2, indices[3:5]).equal(altered[3:5])  # whatever the batch
-    # Pure shading: a smooth factor whose logarithm is SHADE times the field.
+    # Pure shading: a smooth factor whose logarithm is 0.15 times the field.
     variants.fields[:, :, :2], variants.numbers[2] = 0, torch.tensor([0.0, 1, 0, 0, 0, 0, 0])
     field = Variants.smooth(x, variants.fields[2, indices, 2:])
     corners = variants.fields[2, indices, 2, -1, -1]
     assert field[:, 0, -1, -1].numpy() == pytest.approx(corners.numpy(), abs=1e-5)
-    shaded = (x - x.amin((2, 3), keepdim=True)) * torch.exp(code_maps.SHADE * field)
+    shaded = (x - x.amin((2, 3), keepdim=True)) * torch.exp(0.15 * field)
     shaded = (shaded - shaded.mean((2, 3), keepdim=True)) / shaded.std((2, 3), keepdim=True)
     assert (shaded - x).abs().max() > 0.3 and 0.5 < field.std() < 1.5
     assert variants.images(x, 2, indices).numpy() == pytest.approx(shaded.numpy(), abs=2e-3)
