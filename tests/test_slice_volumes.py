@@ -326,7 +326,7 @@ def test_a_folder_for_each_subject_tells_them_apart(tmp_path, capsys):
         assert not slice_volumes.NO_SUBJECT.search(name)
     second = tmp_path / "export" / "P0001" / "t1.nii.gz"  # a folder of two volumes tells nothing
     shutil.copy(second.with_name("t2_tse_3.nii.gz"), second)
-    with pytest.raises(UserError, match="4 of 4 files .*\n.* no patient in its name"):
+    with pytest.raises(UserError, match=r"4 of 4 files .*\n.* no patient in its name"):
         run_slice(tmp_path / "export", tmp_path / "out2")
     second.unlink()
     (tmp_path / "export" / "P0003").rename(tmp_path / "export" / "ses-3")
