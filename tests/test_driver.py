@@ -11,6 +11,7 @@ import driver
 import generate
 import train
 import train_prior
+from new_slices.prior import BOTTOM_SAMPLING, TOP_SAMPLING
 from support import phantom, runtime
 
 PATHS = ("checkpoint", "prior", "out")
@@ -120,7 +121,9 @@ def test_the_documented_run_had_the_settings_of_today():
     one, two = (json.loads(log.splitlines()[0]) for log in logs)
     manifest = json.loads((done / "generated" / "manifest.json").read_text())
     first, second = (script.make_settings({"preset": "quick"}) for script in (train, train_prior))
-    drawn = asdict(generate.GenerateConfig(**driver.CAUTIOUS)) | {"position": None}
+    sampled = manifest["settings"]
+    drawn = asdict(generate.GenerateConfig()) | {"position": None}
+    assert generate.GenerateConfig().sampling() == (TOP_SAMPLING, BOTTOM_SAMPLING)
     kept = {"out": "phantom"}, {"labels": 6}  # where it lies, and what its study told
     for found, settings, of_the_run in (
         (one["train"], asdict(first.train), kept[0]),
@@ -129,7 +132,7 @@ def test_the_documented_run_had_the_settings_of_today():
         (two["train"], asdict(second.train), kept[0]),
         (two["model_config"], asdict(second.prior), kept[1]),
         (two["codes_config"], second.codes.saved(), {}),
-        (manifest["settings"], drawn, {n: manifest["settings"][n] for n in PATHS}),
+        (sampled, drawn, {name: sampled[name] for name in (*PATHS, *driver.CAUTIOUS)}),
     ):
         assert found == settings | of_the_run
 
