@@ -25,9 +25,9 @@ from support.runtime import check_number, option
 PHANTOM = Path("phantom_slices_data")  # made where there is no study
 DOCUMENTED = Path(__file__).parent / "Results" / "phantom"  # the results of the run without flags
 # Priors that have seen fewer slices are unsure of much, and their less likely codes are mostly
-# wrong. So new slices are then made of likelier codes, and guidance only costs time.
+# wrong. So new slices are then made of likelier codes.
 FEW_SLICES = 10_000
-CAUTIOUS = {"top_temperature": 0.2, "top_spread": 4.0, "bottom_temperature": 0.2, "guidance": 0.0}
+CAUTIOUS = {"top_temperature": 0.2, "top_spread": 4.0, "bottom_temperature": 0.2}
 # What is compared with the documented run, to three digits. A processor that rounds otherwise
 # trains other weights: between two of them, scores of reconstructions had these standard
 # deviations. It also draws other new slices, whose scores have standard errors of their own.

@@ -28,7 +28,7 @@ that sees none is left out. A control that none sees is named, as new slices may
     variety            mean pairwise MS-SSIM, beside that of the slices of one patient
     copying            similarity to the nearest of all training slices and of the altered ones that
                        the priors saw, by correlation of pictures and by the codes in common, each
-                       weighed by what it says where the one above is known, in bits; copies are
+                       weighed by its bits in the training histogram of its place; copies are
                        training slices decoded from their own codes, half of the bottom ones
                        redrawn. By layout: mean Dice of the organs with those of the nearest
                        training layout, or of one that is a cell aside; without masks, the share of
@@ -469,21 +469,14 @@ def score_copying(
         altered = (variants.images(train.images(part), variant, part)[:, 0] for part in parts)
         return np.concatenate([metrics.thumbnails(part.numpy()) for part in altered])
 
-    def flat(maps: list[np.ndarray], kind: type = np.uint16) -> np.ndarray:
-        return np.concatenate([x.reshape(len(x), -1) for x in maps], 1).astype(kind)
+    def flat(maps: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate([x.reshape(len(x), -1) for x in maps], 1).astype(np.uint16)
 
     everything = [flat(inputs.codes_of("train", np.arange(len(train)), v)) for v in range(count)]
-    levels = [np.concatenate(inputs.codes[f"train_{level}"]) for level in LEVELS]
-    bits = [metrics.code_bits(maps, inputs.model.config.K) for maps in levels]
+    bits = metrics.code_bits(np.concatenate(everything), inputs.model.config.K)
 
     def in_common(queries: np.ndarray, slices: np.ndarray) -> metrics.Nearest:
-        parts = np.split(queries, [levels[0][0].size], 1)
-        maps = [part.reshape(-1, *of[0].shape) for part, of in zip(parts, levels, strict=True)]
-        worth = [
-            table[metrics.above(each, len(table) - 1), each]
-            for each, table in zip(maps, bits, strict=True)
-        ]
-        return metrics.code_agreement(queries, slices, flat(worth, np.float32))
+        return metrics.code_agreement(queries, slices, bits)
 
     coded = Source(train, lambda variant, i: everything[variant][i], in_common, count)
     pictured = Source(train, pictures, metrics.nearest, count)

@@ -341,41 +341,34 @@ def nearest(queries: np.ndarray, train: np.ndarray) -> Nearest:
     return best(queries.reshape(len(queries), -1) @ train.reshape(len(train), -1).T)
 
 
-def above(maps: np.ndarray, K: int) -> np.ndarray:
-    """Code maps (N, h, w) -> the code above each, (N, h, w); above the first row K."""
-    first = np.full_like(maps[:, :1], K)
-    return np.concatenate([first, maps[:, :-1]], 1)
+def code_bits(train: np.ndarray, K: int) -> np.ndarray:
+    """What each code says of a slice, by its place, in bits: (places, K) float32, above 0.
 
-
-def code_bits(maps: np.ndarray, K: int) -> np.ndarray:
-    """What each code says where the one above it is known, in bits: (K + 1, K) float32, above 0.
-
-    -log2 of its share of the codes below that one in `maps` (N, h, w), int in [0, K), as if there
-    were four more of these, with the shares that codes have anywhere.
+    -log2 of the share of training slices that have it there. Codes (M, ...) int in [0, K).
     """
-    pairs = above(maps, K).astype(np.int64) * K + maps
-    counts = np.bincount(pairs.ravel(), minlength=(K + 1) * K).reshape(K + 1, K)
-    anywhere = counts.sum(0) + 0.5
-    mixed = counts + 4 * anywhere / anywhere.sum()
-    return -np.log2(mixed / mixed.sum(1, keepdims=True)).astype(np.float32)
+    flat = train.reshape(len(train), -1)
+    counts = np.stack([np.bincount(place, minlength=K) for place in flat.T])
+    return np.log2((len(flat) + 1) / (counts + 0.5)).astype(np.float32)
 
 
 def code_agreement(
-    queries: np.ndarray, train: np.ndarray, worth: np.ndarray | None = None
+    queries: np.ndarray, train: np.ndarray, bits: np.ndarray | None = None
 ) -> Nearest:
     """The training slice that has the most codes in common with each query, each at its place.
 
-    Codes (N, ...) and (M, ...), int below 65536. What each code of the queries counts for is its
-    `worth`, (N, ...), or else 1: that two slices have air in the same corner says little.
+    Codes (N, ...) and (M, ...), int below 65536. With the `code_bits` of all training slices a
+    common code counts for its bits: that two slices have air in the same corner says little.
     """
     few, many = (x.reshape(len(x), -1).astype(np.uint16, copy=False) for x in (queries, train))
-    weights = np.ones(few.shape, np.float32) if worth is None else worth.reshape(few.shape)
+    places, ones = np.arange(few.shape[1]), np.ones(few.shape[1], np.float32)
     similarity = np.empty((len(few), len(many)))
-    for i, (codes, weight) in enumerate(zip(few, weights, strict=True)):
+    for i, codes in enumerate(few):
+        worth = ones if bits is None else bits[places, codes]
+        total = worth.sum()
         # The codes of 128 training slices stay in the processor's cache.
         for start in range(0, len(many), 128):
             equal = many[start : start + 128] == codes
-            similarity[i, start : start + 128] = equal.astype(np.float32) @ weight / weight.sum()
+            similarity[i, start : start + 128] = equal.astype(np.float32) @ worth / total
     return best(similarity)
 
 
