@@ -42,6 +42,7 @@ from scipy.ndimage import (
 from scipy.special import softmax
 from skimage.registration import optical_flow_ilk
 from torch import Tensor
+from tqdm import tqdm
 
 from dataset import NO_MASK, SliceDataset
 from new_slices.organs import nearest_positions
@@ -406,7 +407,8 @@ class Composer(Slices):
         organs of the composed slices stick out, they become tissue of their intensity.
         """
         given = [None] * len(seeds) if own is None else own
-        made = [self.draw_one(*each) for each in zip(at, seeds, given, strict=True)]
+        asked = tqdm(list(zip(at, seeds, given, strict=True)), desc="layouts", disable=None)
+        made = [self.draw_one(*each) for each in asked]
         if own is None:  # the user's own stay as they are
             close, closest = np.arange(len(made)), self.closest()
             for again in range(1, DRAWS):
