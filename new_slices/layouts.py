@@ -301,8 +301,8 @@ class Slices:
         known = (layouts < classes(labels)).all((1, 2))
         self.layouts, self.known = layouts, np.flatnonzero(known)
         self.organs = np.where(layouts < labels, layouts, 0)[known]
-        self.tissue, self.depths = tissue[known].astype(np.float64), depths[known]
-        self.positions = positions[known]
+        self.tissue, self.positions = tissue[known].astype(np.float64), positions[known]
+        self.depths = depths  # of all slices: a copy of the known ones would be large
         self.patients, self.levels, self.labels = patients[known], levels, labels
         shown = [(self.organs == organ).any((1, 2)) for organ in range(1, labels)]
         self.shown = np.stack([np.ones(len(self.organs), bool), *shown], 1)  # which organs
@@ -450,7 +450,8 @@ class Composer(Slices):
             place = sum(share * there for share, there in zip(of_shape, laid, strict=True))
             source = inverse(place + bend)
             whose = rng.integers(count)
-            shape = mean_shape(self.depths[members] / DEPTHS, laid, source, whose)
+            shapes = self.depths[self.known[members]] / DEPTHS
+            shape = mean_shape(shapes, laid, source, whose)
         else:
             source = bend + (centre(self.organs[frame]) - centre(own))[:, None, None]
             shape = signed_distances(own, self.labels, cells)

@@ -21,7 +21,7 @@ from dataset import DataConfig, Mirror, SliceDataset, open_trained_study
 from modules import load_model
 from new_slices import code_maps
 from new_slices.code_maps import Variants, extract_codes
-from new_slices.layouts import REBUILT, layouts_of, smoothed, tissue_levels
+from new_slices.layouts import REBUILT, depths_of, layouts_of, smoothed, tissue_levels
 from new_slices.prior import Prior, PriorConfig
 from support import runtime, trainer
 
@@ -223,8 +223,12 @@ def test_new_slices_start_from_layouts_of_the_study(masked_study, tmp_path, monk
     found = torch.cat(given)
     assert found.shape == (5, 16, 8) and 1 in found and found.max() < 8
     assert len(list((tmp_path / "new" / "keras_slices_seg_synthetic").iterdir())) == 5
-    known = np.load(tmp_path / "codes.npz")["train_layout"][0]
+    maps = np.load(tmp_path / "codes.npz")
+    known = maps["train_layout"][0]
     assert (known[13] == 8).all() and not (known[:13] == 8).any()
+    train_split = open_trained_study(load_model(autoencoder).study, DataConfig(), autoencoder)
+    masks = train_split["train"].masks(range(13))  # as they are, not mirrored
+    assert np.array_equal(maps["train_depths"][:13], depths_of(masks, 2, (16, 8)))
     manifest = (tmp_path / "new" / "manifest.json").read_text()
     assert "case_0" not in manifest  # it names no patient
     # The study's masks are gone: the priors' own way without them.
