@@ -756,6 +756,7 @@ class SliceDataset(torch.utils.data.Dataset):
         paths, names: of the N source files, in order of patient, week and slice.
         pixels: (N, height, width) float32 memory map, scanner units, in the grid of `config`.
         mean, std: (N,) float32, scanner units; std (of the population) is 1 for a constant slice.
+        patients: (N,) int, the numbers in their names.
         positions: (N,) float32, in its volume, 0 (first) to 1 (last); NaN for an only slice.
         affines, shapes: (N, 4, 4) float64 and (N, 2) int, of the source files.
         oriented: (N,) bool, whether the affine gives directions; else it holds voxel sizes alone.
@@ -774,6 +775,7 @@ class SliceDataset(torch.utils.data.Dataset):
         files = [job.file for job in jobs[rows]]
         self.paths, self.names = [Path(file.path) for file in files], [file.name for file in files]
         self.synthetic = (study / "SYNTHETIC.txt").is_file()
+        self.patients = np.array([name.patient for name in self.names])
         self.positions = relative_positions(self.names)
         self.pixels = np.load(cache / PIXELS, mmap_mode="r")[rows]
         with np.load(cache / TABLE) as table:
@@ -859,7 +861,7 @@ def open_study(config: DataConfig) -> dict[str, SliceDataset]:
         why = f"{cache}: cannot read the decoded slices ({getattr(error, 'strerror', '') or error})"
         raise UserError(f"{why}. Fix: delete this folder, or another --cache.") from error
     for split, slices in splits.items():
-        patients = len({name.patient for name in slices.names})
+        patients = len(np.unique(slices.patients))
         print(f"{study}: {split:<8} {len(slices):>6} slices of {patients} patients")
     print(f"{study}: the model's grid is {config.height}x{config.width}")
     if labels := splits["train"].labels:

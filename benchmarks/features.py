@@ -126,7 +126,7 @@ def main() -> None:
             codes = [model.encode(x[None, None]) for x in torch.from_numpy(images["validate"])]
         sets["reconstructions"] = decode(model, *map(torch.cat, zip(*codes, strict=True)))[0]
     sets |= {name: slices[:n] for name, slices in generated.items()}
-    groups = np.array([splits["test"].names[i].patient for i in chosen["test"]])
+    groups = splits["test"].patients[chosen["test"]]
     real = picture_features(images["test"])
     rows = {name: compare(real, picture_features(slices), groups) for name, slices in sets.items()}
     heads = "".join(f"{key:>11}" for key in next(iter(rows.values())))

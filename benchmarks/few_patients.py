@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     args = parser.parse_args()
     for name, split in open_study(DataConfig(data=args.data)).items():
-        patients = np.array([each.patient for each in split.names])
+        patients = split.patients
         chosen = (patients >= args.least) & (patients < args.below)
         if name == "train":
             masked = np.flatnonzero(chosen & split.has_mask)

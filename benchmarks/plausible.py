@@ -40,7 +40,7 @@ class Measured(NamedTuple):
 
 def sets_of(split: SliceDataset, below: int) -> np.ndarray:
     """The name of every slice's set."""
-    named = study_sets(np.array([name.patient for name in split.names]), below)
+    named = study_sets(split.patients, below)
     return np.select(list(named.values()), list(named), default="")
 
 

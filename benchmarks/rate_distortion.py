@@ -275,7 +275,7 @@ def main() -> None:
             )
         test, models[name] = own, score(path, pairs.get(path), own, args)
     codecs, size = dict(image_codecs.CODECS), test.pixels.shape[1:]
-    points, patients = sweep(test, codecs), np.array([name.patient for name in test.names])
+    points, patients = sweep(test, codecs), test.patients
 
     if args.files:
         add_volumes(points, test, codecs["AVIF"])

@@ -32,8 +32,8 @@ def nearness(train: SliceDataset, generated: list[np.ndarray]) -> np.ndarray:
     """
     own = metrics.thumbnails(train.images(np.arange(len(train)))[:, 0].numpy())
     found = np.stack([metrics.nearest(own, metrics.thumbnails(x)).similarity for x in generated])
-    patients = np.array([name.patient for name in train.names])
-    return np.stack([found[:, patients == each].mean(1) for each in np.unique(patients)], 1)
+    people = np.unique(train.patients)
+    return np.stack([found[:, train.patients == each].mean(1) for each in people], 1)
 
 
 def attack(near: list[np.ndarray], other: int) -> dict:

@@ -118,8 +118,8 @@ def score(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The patients (P,) and the Dice (P, organs) of the test slices `chosen`."""
     masks = organs.segment(net, test.images(chosen)[:, 0].numpy())
-    patients = np.array([test.names[i].patient for i in chosen])
-    return organs.dice_by_patient(masks, test.masks(chosen).numpy(), patients, len(test.labels))
+    patients, truth = test.patients[chosen], test.masks(chosen).numpy()
+    return organs.dice_by_patient(masks, truth, patients, len(test.labels))
 
 
 def summarise(runs: list[np.ndarray], patients: np.ndarray, labels: tuple[int, ...]) -> dict:
@@ -146,7 +146,7 @@ def summarise(runs: list[np.ndarray], patients: np.ndarray, labels: tuple[int, .
 
 def few_patients(split: SliceDataset, chosen: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Those of the slices `chosen` that belong to `count` random patients."""
-    patients = np.array([split.names[i].patient for i in chosen])
+    patients = split.patients[chosen]
     names = np.random.default_rng(seed).permutation(np.unique(patients))[:count]
     return chosen[np.isin(patients, names)]
 
@@ -155,7 +155,7 @@ def masked(split: SliceDataset, below: int | None) -> dict[str, np.ndarray]:
     """The slices (indices) with a mask of each set of a split."""
     if below is None:
         return {"all": np.flatnonzero(split.has_mask)}
-    sets = study_sets(np.array([name.patient for name in split.names]), below)
+    sets = study_sets(split.patients, below)
     return {name: np.flatnonzero(inside & split.has_mask) for name, inside in sets.items()}
 
 
@@ -249,7 +249,7 @@ def main() -> None:
             continue
         synthetic = Pairs(lambda i, own=own: (images[own[i]], masks[own[i]]), len(own))
         rows = compare(train, test, {"train": chosen, "test": tested}, synthetic, args)
-        people = len({test.names[i].patient for i in tested})
+        people = len(np.unique(test.patients[tested]))
         result["sets"][name] = {"test_patients": people, "generated": len(own), "rows": rows}
         print(f"\n{name}: Dice on {len(tested)} slices of {people} people, {len(own)} generated")
         for kind, row in rows.items():

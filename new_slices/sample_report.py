@@ -27,12 +27,16 @@ that sees none is left out. A control that none sees is named, as new slices may
                        `organs.judge_masks` names each organ that was not learnt
     variety            mean pairwise MS-SSIM, beside that of the slices of one patient
     copying            similarity to the nearest of all training slices and of the altered ones that
-                       the priors saw, by correlation of pictures and by the codes in common, each
-                       weighed by its bits in the training histogram of its place; copies are
-                       training slices decoded from their own codes, half of the bottom ones
-                       redrawn. By layout: mean Dice of the organs with those of the nearest
-                       training layout, or of one that is a cell aside; without masks, the share of
-                       equal cells; copies are moved by up to one and a half cells
+                       the priors saw. By correlation of pictures: copies are training slices
+                       decoded from their own codes, half of the bottom ones redrawn. By the codes
+                       in common, each weighed by its bits in the training histogram of its place
+                       and by the contrast there: how much more than with the next eight patients
+                       (as Carlini et al. 2023, arXiv 2301.13188, equation 2, divide distances), so
+                       that it counts for nothing how common a slice's codes are; copies are test
+                       slices with 1/32 of a training slice in them. By layout: mean Dice of the
+                       organs with those of the nearest training layout, or of one that is a cell
+                       aside; without masks, the share of equal cells; copies are moved by up to one
+                       and a half cells
 """
 
 import itertools
@@ -43,6 +47,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from dataset import NO_MASK, SliceDataset
@@ -58,6 +63,8 @@ from support import metrics, results_page
 NEAR, FEWEST = 0.1, 8
 MOST_PER_ROW = 96  # slices of a row of the table
 OF_A_PATIENT = 32  # pairs of slices
+OTHERS = 8  # patients after the nearest one
+PART = (8, 4)  # a copied part is the height and the width of a slice over these
 MOST_REAL = 768  # training slices that anatomy is compared with
 BACKGROUND = 0.1  # share of all pixels: a class that fills more is none of the organs
 ASIDE = [(row, column) for row in (0, -1, 1) for column in (0, -1, 1)]  # cells
@@ -345,7 +352,7 @@ def score_variety(inputs: Inputs, honest: np.ndarray) -> dict | None:
     for name, images in (("samples", inputs.samples.images[:m]), ("real", real)):
         mean, error = metrics.mean_pairwise_ms_ssim(images, span, seed=inputs.seed)
         report[name] = {"ms_ssim": mean, "standard_error": error}
-    patients = np.array([inputs.splits["test"].names[i].patient for i in honest])
+    patients = inputs.splits["test"].patients[honest]
     own = [honest[patients == patient] for patient in np.unique(patients)]
     alike = [
         metrics.mean_pairwise_ms_ssim(inputs.images("test", each), span, OF_A_PATIENT)[0]
@@ -362,11 +369,19 @@ def score_variety(inputs: Inputs, honest: np.ndarray) -> dict | None:
 class Source(NamedTuple):
     """Training slices as an audit compares them with others."""
 
-    split: SliceDataset
+    patients: np.ndarray  # (N,), whose they are
     # Of a variant and indices (B,), what is compared of those slices: thumbnails, codes (B, ...).
     take: Callable[[int, np.ndarray], np.ndarray]
     similarity: Callable[..., metrics.Nearest]
     variants: int  # how many of each slice there are
+    over_others: bool = False  # what counts is how much nearer they are than the next patients
+
+
+class Coded(NamedTuple):
+    """Codes of all levels of N slices and what each counts, (N, places) both."""
+
+    codes: np.ndarray
+    weights: np.ndarray
 
 
 class Found(NamedTuple):
@@ -377,21 +392,30 @@ class Found(NamedTuple):
     variant: np.ndarray
 
 
-def search(source: Source, queries: dict[str, np.ndarray], label: str) -> dict[str, Found]:
-    """The nearest training slice of every query, among all variants of all of them."""
+def search(source: Source, queries: dict[str, np.ndarray | Coded], label: str) -> dict[str, Found]:
+    """The nearest training slice of every query, among all variants of all of them.
+
+    With `over_others` its similarity is divided by the mean of those of the next 8 patients, the
+    nearest slice of each; where there is one patient alone, by nothing.
+    """
     blocks, found = {name: [] for name in queries}, {}
-    parts = np.array_split(np.arange(len(source.split)), -(-len(source.split) // 512))
+    parts = [np.flatnonzero(source.patients == each) for each in np.unique(source.patients)]
     pairs = list(itertools.product(range(source.variants), parts))
     for variant, part in tqdm(pairs, desc=f"copying, {label}", disable=None):
         block = source.take(variant, part)
         for name, items in queries.items():
             best = source.similarity(items, block)
-            whose = part[best.index], np.full(len(items), variant)
+            whose = part[best.index], np.full(len(best.index), variant)
             blocks[name].append((best.similarity, *whose))
     for name, nearest in blocks.items():
         stacks = [np.stack(each) for each in zip(*nearest, strict=True)]  # (blocks, N) each
         most = stacks[0].argmax(0)[None]  # the block with the nearest of all
         found[name] = Found(*(np.take_along_axis(each, most, 0)[0] for each in stacks))
+        if source.over_others and len(parts) > 1:
+            by_patient = np.sort(stacks[0].reshape(-1, len(parts), len(most[0])).max(0), 0)
+            others = by_patient[-1 - OTHERS : -1].mean(0)
+            relative = found[name].similarity / np.maximum(others, 1e-9)
+            found[name] = found[name]._replace(similarity=relative)
     return found
 
 
@@ -409,9 +433,9 @@ def verdict(audit: dict) -> str:
     return f"no more than test slices do: {flagged}"
 
 
-def make_copies(inputs: Inputs, rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
-    """What an audit must find: the codes of training slices, half of the bottom ones redrawn, and
-    their pictures.
+def make_copies(inputs: Inputs, rng: np.random.Generator) -> np.ndarray:
+    """What the audit by picture must find, (n, H, W): training slices decoded from their codes,
+    half of the bottom ones redrawn.
 
     So they are copies with another texture.
     """
@@ -419,7 +443,31 @@ def make_copies(inputs: Inputs, rng: np.random.Generator) -> tuple[list[np.ndarr
     top, bottom = inputs.codes_of("train", chosen)
     others = redrawn(inputs.codes["train_bottom"][0], len(chosen), rng)
     bottom = np.where(rng.random(bottom.shape) < 0.5, others, bottom)
-    return [top, bottom], inputs.decode(top, bottom)[0]
+    return inputs.decode(top, bottom)[0]
+
+
+def copy_parts(
+    inputs: Inputs, honest: np.ndarray, rng: np.random.Generator
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """What the audit by codes must find: test slices `honest` (indices) with an eighth of the
+    height and a quarter of the width of a training slice, where its contrast is the greatest. Their
+    codes of both levels, and their pictures (n, H, W).
+    """
+    chosen = rng.permutation(honest)[:MOST_PER_ROW]
+    givers = rng.integers(len(inputs.splits["train"]), size=len(chosen))
+    codes, given = inputs.codes_of("test", chosen), inputs.codes_of("train", givers)
+    cells = codes[0].shape[1:]
+    size = [max(1, side // part) for side, part in zip(cells, PART, strict=True)]
+    contrast = torch.from_numpy(metrics.contrast(inputs.images("train", givers), cells))
+    for i, each in enumerate(F.avg_pool2d(contrast, size, stride=1)):
+        corner = np.unravel_index(int(each.argmax()), each.shape)
+        for scale, maps, of in zip((1, 2), codes, given, strict=True):
+            rows, columns = (
+                slice(scale * start, scale * (start + side))
+                for start, side in zip(corner, size, strict=True)
+            )
+            maps[i, rows, columns] = of[i, rows, columns]
+    return codes, inputs.decode(*codes)[0]
 
 
 def layout_audit(
@@ -452,7 +500,7 @@ def layout_audit(
     honest = codes["test_layout"][0][honest].astype(np.int64)
     copies = np.stack([copy(i) for i in shown[:MOST_PER_ROW]])
     similarity = by_organs if labels else metrics.code_agreement
-    source = Source(inputs.splits["train"], take, similarity, len(ASIDE))
+    source = Source(inputs.splits["train"].patients, take, similarity, len(ASIDE))
     return source, {"samples": new, "honest": honest, "copies": copies}
 
 
@@ -469,30 +517,38 @@ def score_copying(
         altered = (variants.images(train.images(part), variant, part)[:, 0] for part in parts)
         return np.concatenate([metrics.thumbnails(part.numpy()) for part in altered])
 
-    def flat(maps: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate([x.reshape(len(x), -1) for x in maps], 1).astype(np.uint16)
+    def flat(maps: list[np.ndarray], kind: type = np.uint16) -> np.ndarray:
+        return np.concatenate([x.reshape(len(x), -1) for x in maps], 1).astype(kind)
 
     everything = [flat(inputs.codes_of("train", np.arange(len(train)), v)) for v in range(count)]
     bits = metrics.code_bits(np.concatenate(everything), inputs.model.config.K)
 
-    def in_common(queries: np.ndarray, slices: np.ndarray) -> metrics.Nearest:
-        return metrics.code_agreement(queries, slices, bits)
+    def coded(maps: list[np.ndarray], images: np.ndarray) -> Coded:
+        codes = flat(maps)
+        contrast = [metrics.contrast(images, level.shape[1:]) for level in maps]
+        weights = bits[np.arange(codes.shape[1]), codes] * flat(contrast, np.float32)
+        return Coded(codes, weights)
 
-    coded = Source(train, lambda variant, i: everything[variant][i], in_common, count)
-    pictured = Source(train, pictures, metrics.nearest, count)
-    sources = {"correlation": pictured, "code agreement": coded}
-    copies, copied = make_copies(inputs, rng)
+    def in_common(queries: Coded, slices: np.ndarray) -> metrics.Nearest:
+        return metrics.code_agreement(queries.codes, slices, queries.weights)
+
+    by_codes = Source(
+        train.patients, lambda v, i: everything[v][i], in_common, count, over_others=True
+    )
+    pictured = Source(train.patients, pictures, metrics.nearest, count)
+    sources = {"correlation": pictured, "code agreement": by_codes}
+    tested = inputs.images("test", honest)
     queries = {
         "correlation": {
             "samples": metrics.thumbnails(samples.images),
-            "copies": metrics.thumbnails(copied),
-            "honest": metrics.thumbnails(inputs.images("test", honest)),
+            "copies": metrics.thumbnails(make_copies(inputs, rng)),
+            "honest": metrics.thumbnails(tested),
             "reconstructions": metrics.thumbnails(rows[RECONSTRUCTIONS].images),
         },
         "code agreement": {
-            "samples": flat([samples.top, samples.bottom]),
-            "copies": flat(copies),
-            "honest": flat(inputs.codes_of("test", honest)),
+            "samples": coded([samples.top, samples.bottom], samples.images),
+            "copies": coded(*copy_parts(inputs, honest, rng)),
+            "honest": coded(inputs.codes_of("test", honest), tested),
         },
     }
     # Beside test slices whose organs nobody knows, or that show none, every mask would be a copy.

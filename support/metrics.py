@@ -351,20 +351,32 @@ def code_bits(train: np.ndarray, K: int) -> np.ndarray:
     return np.log2((len(flat) + 1) / (counts + 0.5)).astype(np.float32)
 
 
+def contrast(slices: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Slices (N, H, W) -> the standard deviation of the pixels of each of the cells, and of the
+    eight around it, (N, *shape) float32, at least 0.
+    """
+    side, parts = slices.shape[1] // shape[0], []
+    for start in range(0, len(slices), BATCH):
+        x = torch.as_tensor(slices[start : start + BATCH])[:, None].double()
+        x = F.pad(x, (side,) * 4, mode="replicate")
+        mean, squares = (F.avg_pool2d(each, 3 * side, side)[:, 0] for each in (x, x * x))
+        parts.append((squares - mean**2).clamp_min(0).sqrt().float().numpy())
+    return np.concatenate(parts)
+
+
 def code_agreement(
-    queries: np.ndarray, train: np.ndarray, bits: np.ndarray | None = None
+    queries: np.ndarray, train: np.ndarray, weights: np.ndarray | None = None
 ) -> Nearest:
     """The training slice that has the most codes in common with each query, each at its place.
 
-    Codes (N, ...) and (M, ...), int below 65536. With the `code_bits` of all training slices a
-    common code counts for its bits: that two slices have air in the same corner says little.
+    Codes (N, ...) and (M, ...), int below 65536, and what each code of a query counts, (N, places),
+    at least 0; None for 1. The similarity is the share of a query's weights.
     """
     few, many = (x.reshape(len(x), -1).astype(np.uint16, copy=False) for x in (queries, train))
-    places, ones = np.arange(few.shape[1]), np.ones(few.shape[1], np.float32)
+    weights = np.ones(few.shape, np.float32) if weights is None else weights
     similarity = np.empty((len(few), len(many)))
-    for i, codes in enumerate(few):
-        worth = ones if bits is None else bits[places, codes]
-        total = worth.sum()
+    for i, (codes, worth) in enumerate(zip(few, weights, strict=True)):
+        total = max(worth.sum(), 1e-9)
         # The codes of 128 training slices stay in the processor's cache.
         for start in range(0, len(many), 128):
             equal = many[start : start + 128] == codes

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from modules import VQVAE2, VQVAE2Config
 from new_slices import code_maps, organs, sample_report
 from new_slices.layouts import likely
 from new_slices.prior import Prior, PriorConfig, Sampling
-from support import figures, nifti, runtime
+from support import figures, metrics, nifti, runtime
 
 MODEL = VQVAE2Config(K=16, D=8, channels=16, top_channels=16, residual_channels=8, decoder_blocks=1)
 PRIOR = PriorConfig(
@@ -275,6 +276,46 @@ def test_altered_training_slices_are_found(trained):
         samples = found["samples"]
         assert samples.index.tolist() == [3, 8] and samples.variant.tolist() == [3, 3]
         assert samples.similarity.min() > 0.999
+    # By codes: each counts for its bits times the contrast, beside the other patients' nearest.
+    parts = [maps[f"train_{level}"].reshape(4, 14, -1) for level in code_maps.LEVELS]
+    everything = np.concatenate(parts, 2)
+    for i, slice_ in enumerate((3, 8)):
+        same = everything == everything[3, slice_]
+        bits = np.log2(57 / (same.sum((0, 1)) + 0.5))
+        cells = (metrics.contrast(copied[i : i + 1], level) for level in ((8, 4), (16, 8)))
+        weights = bits * np.concatenate([each.ravel() for each in cells])
+        shares = (same * weights).sum(2).max(0) / weights.sum()
+        patients = train.patients
+        others = [shares[patients == each].max() for each in {*patients} - {patients[slice_]}]
+        others = sorted(others)[-8:]
+        found = audits["code agreement"]["samples"].similarity[i]
+        assert found == pytest.approx(1 / np.mean(others), rel=1e-4)
+    by_codes = audits["code agreement"]  # a part of a slice is less than the whole
+    assert by_codes["copies"].similarity.max() < by_codes["samples"].similarity.min() / 2
+
+
+def test_copied_parts_are_the_most_contrasted_ones_of_training_slices(trained, monkeypatch):
+    """Half of both sides here; all else is the test slice's own."""
+    monkeypatch.setattr(sample_report, "PART", (2, 2))
+    _, model, prior, splits = trained
+    train, test = splits["train"], splits["test"]
+    maps = code_maps.extract_codes(model, splits, 4, "model", trained[0] / "four.npz")
+    inputs = sample_report.Inputs(model, prior, splits, maps, None, None, None)
+    honest = np.array([1, 4, 5])
+    (top, bottom), images = sample_report.copy_parts(inputs, honest, np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    hosts, givers = rng.permutation(honest), rng.integers(14, size=3)
+    assert np.array_equal(images, inputs.decode(top, bottom)[0])
+    assert not np.array_equal(images, test.images(hosts)[:, 0].numpy())
+    for i, (host, giver) in enumerate(zip(hosts, givers, strict=True)):
+        contrast = metrics.contrast(train.images([giver])[:, 0].numpy(), (8, 4))[0]
+        corners = list(itertools.product(range(5), range(3)))
+        r, c = max(corners, key=lambda at: contrast[at[0] : at[0] + 4, at[1] : at[1] + 2].sum())
+        for scale, found, level in zip((1, 2), (top, bottom), code_maps.LEVELS, strict=True):
+            expected = maps[f"test_{level}"][0, host].copy()
+            part = slice(scale * r, scale * (r + 4)), slice(scale * c, scale * (c + 2))
+            expected[part] = maps[f"train_{level}"][0, giver][part]
+            assert np.array_equal(found[i], expected)
 
 
 def test_which_controls_a_measure_sees():

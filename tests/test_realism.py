@@ -148,11 +148,13 @@ def test_nearest_is_the_best_correlation_of_all():
 
 @pytest.mark.parametrize("weighed", [False, True])
 def test_code_agreement_by_brute_force(weighed):
-    """Every code counts for one, or for its bits among all training slices at its place."""
+    """Every code counts for one, or for what it is given, such as its bits at its place."""
     rng = np.random.default_rng(0)
     train = rng.integers(0, 4, (300, 6, 50))  # 300 codes a slice: more than a byte counts
     queries = np.concatenate([train[[200, 7]], rng.integers(0, 4, (5, 6, 50))])
-    found = metrics.code_agreement(queries, train, metrics.code_bits(train, 4) if weighed else None)
+    places = np.arange(300), queries.reshape(7, -1)
+    weights = metrics.code_bits(train, 4)[places] if weighed else None
+    found = metrics.code_agreement(queries, train, weights)
     for i, query in enumerate(queries):
         same = train == query
         bits = -np.log2((same.sum(0) + 0.5) / 301) if weighed else np.ones(query.shape)
@@ -180,26 +182,57 @@ def test_air_in_common_is_no_agreement_by_bits():
     queries[0] = train[17]
     bits = metrics.code_bits(train, 500)
     assert metrics.code_agreement(queries, train).similarity.min() >= 0.75
-    found = metrics.code_agreement(queries, train, bits)
+    found = metrics.code_agreement(queries, train, bits[np.arange(40), queries])
     assert found.index[0] == 17 and found.similarity[0] == pytest.approx(1)
     assert found.similarity[1:].max() < 0.2
 
 
 def test_a_search_names_the_nearest_of_all_slices_and_variants():
-    """Of 600 slices, more than are compared at once, as they are and 1000 higher."""
+    """Of 600 slices of 7 patients, as they are and 1000 higher."""
 
     def similarity(queries, block):
         apart = np.abs(queries[:, None] - block)
         return metrics.Nearest(apart.argmin(1), -apart.min(1))
 
     take = lambda variant, indices: 1000 * variant + indices  # noqa: E731
-    source = sample_report.Source(range(600), take, similarity, 2)
+    source = sample_report.Source(np.arange(600) % 7, take, similarity, 2)
     queries = {"samples": np.array([3.2, 599.1, 1000.3, 1577.0]), "honest": np.array([1512.4])}
     found = sample_report.search(source, queries, "by number")
     assert found["samples"].index.tolist() == [3, 599, 0, 577]
     assert found["samples"].variant.tolist() == [0, 0, 1, 1]
     np.testing.assert_allclose(found["samples"].similarity, [-0.2, -0.1, -0.3, 0])
     assert (found["honest"].index.item(), found["honest"].variant.item()) == (512, 1)
+
+
+@pytest.mark.parametrize("people", [1, 2, 5, 30])
+def test_what_counts_is_how_much_nearer_one_patient_is_than_the_next_eight(people):
+    """Beside a brute force over patients; of one patient alone, the similarity as it is."""
+    rng = np.random.default_rng(0)
+    table = rng.random((2, 60, 5))  # variants, slices, queries
+    patients = rng.permutation(np.arange(60) % people)
+    source = sample_report.Source(
+        patients, lambda v, i: table[v, i], lambda _, block: metrics.best(block.T), 2, True
+    )
+    found = sample_report.search(source, {"samples": np.zeros(5)}, "at random")["samples"]
+    for query in range(5):
+        nearest = table[:, :, query]
+        whose = [nearest[:, patients == each].max() for each in range(people)]
+        next_ones = sorted(whose)[::-1][1:9]
+        expected = nearest.max() / np.mean(next_ones) if people > 1 else nearest.max()
+        assert found.similarity[query] == pytest.approx(expected)
+        assert nearest[found.variant[query], found.index[query]] == nearest.max()
+
+
+def test_contrast_by_brute_force():
+    """The deviation of a cell's pixels and of those around it; beyond the edge, the edge again."""
+    x = np.random.default_rng(0).normal(5, 1, (3, 32, 16)).astype(np.float32)
+    found = metrics.contrast(x, (8, 4))
+    assert found.shape == (3, 8, 4) and found.dtype == np.float32
+    wide = np.pad(x.astype(np.float64), ((0, 0), (4, 4), (4, 4)), mode="edge")
+    for i, row, column in np.ndindex(found.shape):
+        part = wide[i, 4 * row : 4 * row + 12, 4 * column : 4 * column + 12]
+        assert found[i, row, column] == pytest.approx(part.std(), rel=1e-5)
+    assert not metrics.contrast(np.full((1, 32, 16), 7.0, np.float32), (8, 4)).any()
 
 
 def test_audit_flags_copies_and_not_the_honest():
@@ -238,7 +271,7 @@ def test_audit_s_own_rates(n, flagged):
 
 def variety(images, test, patients):
     """`score_variety` of new slices (n, h, w), and of test slices of these patients."""
-    split = SimpleNamespace(names=[SimpleNamespace(patient=patient) for patient in patients])
+    split = SimpleNamespace(patients=np.array(patients))
     inputs = SimpleNamespace(splits={"test": split}, images=lambda _, indices: test[indices])
     inputs.samples, inputs.twins, inputs.seed = SimpleNamespace(images=images), np.arange(4), 0
     return sample_report.score_variety(inputs, np.arange(4))
