@@ -33,10 +33,10 @@ that sees none is left out. A control that none sees is named, as new slices may
                        and by the contrast there: how much more than with the next eight patients
                        (as Carlini et al. 2023, arXiv 2301.13188, equation 2, divide distances), so
                        that it counts for nothing how common a slice's codes are; copies are test
-                       slices with 1/32 of a training slice in them. By layout: mean Dice of the
-                       organs with those of the nearest training layout, or of one that is a cell
-                       aside; without masks, the share of equal cells; copies are moved by up to one
-                       and a half cells
+                       slices with 1/32 of a training slice in them. By layout: the share of cells
+                       that are equal in the nearest training layout, or in one that is a cell
+                       aside, and where there are masks the mean of it and of the organs' mean Dice;
+                       copies are moved by up to one and a half cells
 """
 
 import itertools
@@ -372,7 +372,7 @@ class Source(NamedTuple):
     patients: np.ndarray  # (N,), whose they are
     # Of a variant and indices (B,), what is compared of those slices: thumbnails, codes (B, ...).
     take: Callable[[int, np.ndarray], np.ndarray]
-    similarity: Callable[..., metrics.Nearest]
+    similarity: Callable[..., np.ndarray]  # (N, B), of each query to each of these slices
     variants: int  # how many of each slice there are
     over_others: bool = False  # what counts is how much nearer they are than the next patients
 
@@ -398,22 +398,24 @@ def search(source: Source, queries: dict[str, np.ndarray | Coded], label: str) -
     With `over_others` its similarity is divided by the mean of those of the next 8 patients, the
     nearest slice of each; where there is one patient alone, by nothing.
     """
-    blocks, found = {name: [] for name in queries}, {}
-    parts = [np.flatnonzero(source.patients == each) for each in np.unique(source.patients)]
+    people, whose = np.unique(source.patients, return_inverse=True)
+    blocks, by_patient, found = {name: [] for name in queries}, {}, {}
+    parts = np.array_split(np.arange(len(whose)), -(-len(whose) // 512))
     pairs = list(itertools.product(range(source.variants), parts))
     for variant, part in tqdm(pairs, desc=f"copying, {label}", disable=None):
         block = source.take(variant, part)
         for name, items in queries.items():
-            best = source.similarity(items, block)
-            whose = part[best.index], np.full(len(best.index), variant)
-            blocks[name].append((best.similarity, *whose))
+            alike = source.similarity(items, block)
+            best = metrics.best(alike)
+            blocks[name].append((best.similarity, part[best.index], np.full(len(alike), variant)))
+            most = by_patient.setdefault(name, np.full((len(people), len(alike)), -np.inf))
+            np.maximum.at(most, whose[part], alike.T)
     for name, nearest in blocks.items():
         stacks = [np.stack(each) for each in zip(*nearest, strict=True)]  # (blocks, N) each
         most = stacks[0].argmax(0)[None]  # the block with the nearest of all
         found[name] = Found(*(np.take_along_axis(each, most, 0)[0] for each in stacks))
-        if source.over_others and len(parts) > 1:
-            by_patient = np.sort(stacks[0].reshape(-1, len(parts), len(most[0])).max(0), 0)
-            others = by_patient[-1 - OTHERS : -1].mean(0)
+        if source.over_others and len(people) > 1:
+            others = np.sort(by_patient[name], 0)[-1 - OTHERS : -1].mean(0)
             relative = found[name].similarity / np.maximum(others, 1e-9)
             found[name] = found[name]._replace(similarity=relative)
     return found
@@ -473,21 +475,27 @@ def copy_parts(
 def layout_audit(
     inputs: Inputs, honest: np.ndarray, rng: np.random.Generator
 ) -> tuple[Source, dict[str, np.ndarray]]:
-    """What the audit by layout compares: the organs of masks, cell by cell; without masks, regions.
+    """What the audit by layout compares: the mean of the share of equal cells and, where there are
+    masks, of the Dice of organs.
 
     In place of variants, each training layout is moved by up to a cell to all sides.
     """
     labels, codes, samples = inputs.prior.config.labels, inputs.codes, inputs.samples
     known, tissue = codes["train_layout"][0].astype(np.int64), codes["train_tissue"]
     drawn, cells = np.where(known < labels, known, 0), known.shape[1:]
-    # Where there are masks, these are what is given away.
-    new = layouts.middles(torch.tensor(samples.masks), cells).numpy() if labels else inputs.layouts
+    new = inputs.layouts
+    if labels:  # organs are where the masks have them, as these are given away
+        masks = layouts.middles(torch.tensor(samples.masks), cells).numpy()
+        nothing = layouts.classes(labels) + 1
+        regions = np.where((new > 0) & (new < labels), nothing, new)
+        new = np.where(masks > 0, masks, regions)
 
     def take(variant: int, indices: np.ndarray) -> np.ndarray:
         return np.roll(known[indices], ASIDE[variant], (1, 2))
 
-    def by_organs(queries: np.ndarray, slices: np.ndarray) -> metrics.Nearest:
-        return metrics.best(layouts.organ_dice(queries, slices, labels))
+    def alike(queries: np.ndarray, slices: np.ndarray) -> np.ndarray:
+        equal, dice = layouts.similarities(queries, slices, labels)
+        return (equal + dice) / 2 if labels else equal
 
     def copy(i: int) -> np.ndarray:
         aside = rng.uniform(-1.5, 1.5, (2, 1, 1))
@@ -499,8 +507,7 @@ def layout_audit(
     shown = rng.permutation(np.flatnonzero(shows | ~shows.any()))
     honest = codes["test_layout"][0][honest].astype(np.int64)
     copies = np.stack([copy(i) for i in shown[:MOST_PER_ROW]])
-    similarity = by_organs if labels else metrics.code_agreement
-    source = Source(inputs.splits["train"].patients, take, similarity, len(ASIDE))
+    source = Source(inputs.splits["train"].patients, take, alike, len(ASIDE))
     return source, {"samples": new, "honest": honest, "copies": copies}
 
 
@@ -529,13 +536,13 @@ def score_copying(
         weights = bits[np.arange(codes.shape[1]), codes] * flat(contrast, np.float32)
         return Coded(codes, weights)
 
-    def in_common(queries: Coded, slices: np.ndarray) -> metrics.Nearest:
+    def in_common(queries: Coded, slices: np.ndarray) -> np.ndarray:
         return metrics.code_agreement(queries.codes, slices, queries.weights)
 
     by_codes = Source(
         train.patients, lambda v, i: everything[v][i], in_common, count, over_others=True
     )
-    pictured = Source(train.patients, pictures, metrics.nearest, count)
+    pictured = Source(train.patients, pictures, metrics.correlations, count)
     sources = {"correlation": pictured, "code agreement": by_codes}
     tested = inputs.images("test", honest)
     queries = {
@@ -649,7 +656,10 @@ def conclusion(report: dict) -> str:
     card = report["scorecard"]
     if failed := [question for question, line in card.items() if line["passed"] is False]:
         return f"Bad: the new slices do not pass {', '.join(failed)}."
-    unseen = (report["realism"] or {"unseen": CONTROLS})["unseen"]
+    unseen = [*(report["realism"] or {"unseen": CONTROLS})["unseen"]]
+    audits = [question for question in card if question.startswith("privacy")]
+    blind = [each for each in audits if card[each]["passed"] is None]
+    unseen += [f"copies {each.removeprefix('privacy, ')}" for each in blind]
     if unseen or card["likeness"]["passed"] is None:
         what = " and ".join(unseen) or "whether the whole picture is like one of the study"
         return f"Cannot tell how good they are: no measure here sees {what}."

@@ -336,9 +336,14 @@ def thumbnails(slices: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def correlations(queries: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """Of each query with each training slice, (N, M); thumbnails of both."""
+    return queries.reshape(len(queries), -1) @ train.reshape(len(train), -1).T
+
+
 def nearest(queries: np.ndarray, train: np.ndarray) -> Nearest:
     """The training slice of the highest correlation with each query; thumbnails of both."""
-    return best(queries.reshape(len(queries), -1) @ train.reshape(len(train), -1).T)
+    return best(correlations(queries, train))
 
 
 def code_bits(train: np.ndarray, K: int) -> np.ndarray:
@@ -364,16 +369,13 @@ def contrast(slices: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def code_agreement(
-    queries: np.ndarray, train: np.ndarray, weights: np.ndarray | None = None
-) -> Nearest:
-    """The training slice that has the most codes in common with each query, each at its place.
+def code_agreement(queries: np.ndarray, train: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The share of each query that each training slice has in common with it, (N, M).
 
-    Codes (N, ...) and (M, ...), int below 65536, and what each code of a query counts, (N, places),
-    at least 0; None for 1. The similarity is the share of a query's weights.
+    Codes (N, places) and (M, places), int below 65536; what each code of a query counts,
+    (N, places) float32, at least 0.
     """
-    few, many = (x.reshape(len(x), -1).astype(np.uint16, copy=False) for x in (queries, train))
-    weights = np.ones(few.shape, np.float32) if weights is None else weights
+    few, many = (x.astype(np.uint16, copy=False) for x in (queries, train))
     similarity = np.empty((len(few), len(many)))
     for i, (codes, worth) in enumerate(zip(few, weights, strict=True)):
         total = max(worth.sum(), 1e-9)
@@ -381,7 +383,7 @@ def code_agreement(
         for start in range(0, len(many), 128):
             equal = many[start : start + 128] == codes
             similarity[i, start : start + 128] = equal.astype(np.float32) @ worth / total
-    return best(similarity)
+    return similarity
 
 
 def best(similarity: np.ndarray) -> Nearest:

@@ -433,7 +433,7 @@ def test_a_mosaic_is_as_sharp_as_its_parts_and_of_several_of_them():
 
 @pytest.mark.parametrize("labels", [3, 0])
 def test_training_layouts_are_found_a_cell_aside_and_others_are_not(labels):
-    """By organs where there are masks, and by regions where there are none."""
+    """By all cells, and where there are masks by their organs too."""
     rng = np.random.default_rng(0)
 
     def slices(count):
@@ -454,6 +454,10 @@ def test_training_layouts_are_found_a_cell_aside_and_others_are_not(labels):
             layouts=new,
         )
         source, queries = sample_report.layout_audit(inputs, np.arange(200), rng)
+        equal, dice = layouts.similarities(queries["samples"], known, labels)
+        expected = (equal + dice) / 2 if labels else equal
+        assert source.similarity(queries["samples"], known) == pytest.approx(expected)
+        assert np.array_equal(queries["samples"], new)
         found = sample_report.search(source, queries, "layout")
         report = metrics.audit(**{name: of.similarity for name, of in found.items()})
         assert report["copies"]["share"] > 0.9 and report["honest"]["flagged"] == 2
@@ -462,6 +466,12 @@ def test_training_layouts_are_found_a_cell_aside_and_others_are_not(labels):
             assert (found["samples"].index == np.arange(60)).mean() > 0.95
         else:
             assert report["samples"]["share"] <= report["margin"]
+    if labels:  # a mask without organs, on a layout with some: nothing is known of these cells
+        inputs.samples.masks[:] = 0
+        _, queries = sample_report.layout_audit(inputs, np.arange(200), rng)
+        organ = (new > 0) & (new < labels)
+        assert np.array_equal(queries["samples"][~organ], new[~organ])
+        assert not np.isin(queries["samples"][organ], [*range(layouts.classes(labels) + 1)]).any()
     if labels:  # all organs are smaller than a cell
         codes["train_layout"] = np.maximum(known, labels)[None]
         inputs.codes["train_layout"] = codes["train_layout"]

@@ -247,4 +247,8 @@ def test_the_conclusion_is_never_better_than_what_is_known():
     assert halves.startswith("Cannot tell") and "two patients' halves" in halves
     assert of([], likeness=True, constraint=None).startswith("No fault found")
     assert of([], likeness=None).startswith("Cannot tell")
+    blind = of([], likeness=True, **{"privacy, by layout": None, "privacy, by codes": True})
+    assert blind.startswith("Cannot tell") and blind.endswith(
+        "no measure here sees copies by layout."
+    )
     assert of(None, likeness=None).startswith("Cannot tell")
