@@ -67,7 +67,6 @@ OTHERS = 8  # patients after the nearest one
 PART = (8, 4)  # a copied part is the height and the width of a slice over these
 MOST_REAL = 768  # training slices that anatomy is compared with
 BACKGROUND = 0.1  # share of all pixels: a class that fills more is none of the organs
-ASIDE = [(row, column) for row in (0, -1, 1) for column in (0, -1, 1)]  # cells
 FLOOR, SAMPLES, RECONSTRUCTIONS = "held-out slices", "samples", "reconstructions"
 BY_PLACE, HALVES, MIXED = "codes by place", "two patients' halves", "top and bottom of two"
 OUTSIDE = "outside scrambled"
@@ -491,11 +490,11 @@ def layout_audit(
         new = np.where(masks > 0, masks, regions)
 
     def take(variant: int, indices: np.ndarray) -> np.ndarray:
-        return np.roll(known[indices], ASIDE[variant], (1, 2))
+        return np.roll(known[indices], layouts.ASIDE[variant], (1, 2))
 
     def alike(queries: np.ndarray, slices: np.ndarray) -> np.ndarray:
-        equal, dice = layouts.similarities(queries, slices, labels)
-        return (equal + dice) / 2 if labels else equal
+        equal = layouts.equal_cells(queries, slices)
+        return (equal + layouts.organ_dice(queries, slices, labels)) / 2 if labels else equal
 
     def copy(i: int) -> np.ndarray:
         aside = rng.uniform(-1.5, 1.5, (2, 1, 1))
@@ -507,7 +506,7 @@ def layout_audit(
     shown = rng.permutation(np.flatnonzero(shows | ~shows.any()))
     honest = codes["test_layout"][0][honest].astype(np.int64)
     copies = np.stack([copy(i) for i in shown[:MOST_PER_ROW]])
-    source = Source(inputs.splits["train"].patients, take, alike, len(ASIDE))
+    source = Source(inputs.splits["train"].patients, take, alike, len(layouts.ASIDE))
     return source, {"samples": new, "honest": honest, "copies": copies}
 
 

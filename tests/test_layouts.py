@@ -1,5 +1,6 @@
 """Layouts by brute force, and what the priors make of them."""
 
+import itertools
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -253,9 +254,14 @@ def test_a_layout_too_close_to_a_training_slice_is_drawn_again(monkeypatch):
     monkeypatch.setattr(layouts, "REFERENCES", 40)  # every other slice
     composer = composer_of(known, tissue, positions, patients)
     slices, whose = known[:-1], patients[:-1]
-    equal = np.array([[(a == b).mean() for b in slices] for a in slices])
+    equal = [[(a == b).mean() for b in slices] for a in slices]
+    np.testing.assert_allclose(layouts.equal_cells(slices, slices), equal)
+    # Of every second row and column, also of those that are a cell aside.
+    shifts = itertools.product((-1, 0, 1), repeat=2)
+    moved = [np.roll(slices, shift, (1, 2))[:, ::2, ::2] for shift in shifts]
+    few = slices[:, ::2, ::2]
+    equal = [[max((m[i] == b).mean() for m in moved) for b in few] for i in range(len(slices))]
     pairs = np.stack([equal, layouts.organ_dice(slices, slices, 3)])
-    np.testing.assert_allclose(layouts.similarities(slices, slices, 3), pairs)
     nearest = np.where(whose[:, None] == whose, 0, pairs).max(2)
     expected = np.quantile(nearest[0, ::2], 0.95), np.quantile(nearest[1, :70:2], 0.95)
     np.testing.assert_allclose(composer.closest(), expected)
@@ -276,7 +282,7 @@ def test_a_layout_too_close_to_a_training_slice_is_drawn_again(monkeypatch):
         layouts.Composer, "draw_one", lambda *_, again=0: draws.append(again) or (slices[12], far)
     )
     assert np.array_equal(composer.draw([0.2], [0])[0][0], slices[12])  # in the end, as it is
-    assert draws == list(range(8))
+    assert draws == list(range(16))
     asked.clear()
     monkeypatch.setattr(layouts.Composer, "draw_one", draw_one)
     own = np.zeros_like(slices[:1])
@@ -454,7 +460,8 @@ def test_training_layouts_are_found_a_cell_aside_and_others_are_not(labels):
             layouts=new,
         )
         source, queries = sample_report.layout_audit(inputs, np.arange(200), rng)
-        equal, dice = layouts.similarities(queries["samples"], known, labels)
+        equal = layouts.equal_cells(queries["samples"], known)
+        dice = layouts.organ_dice(queries["samples"], known, labels)
         expected = (equal + dice) / 2 if labels else equal
         assert source.similarity(queries["samples"], known) == pytest.approx(expected)
         assert np.array_equal(queries["samples"], new)
