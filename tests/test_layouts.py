@@ -266,6 +266,7 @@ def test_a_layout_too_close_to_a_training_slice_is_drawn_again(monkeypatch):
     expected = np.quantile(nearest[0, ::2], 0.95), np.quantile(nearest[1, :70:2], 0.95)
     np.testing.assert_allclose(composer.closest(), expected)
     assert expected[0] < 0.9 and expected[1] < 1
+    assert composer.too_close(slices, composer.closest()).all()  # whosever they are
 
     asked, far = [], np.zeros_like(slices[0])
     another = np.where(slices[12] == 1, 1, far)  # its disc alone: alike by organs, not by cells
