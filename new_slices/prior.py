@@ -95,7 +95,7 @@ class Sampling:
 # What gave the best slices of real MRI, with masks and without (Results/trials.md). The top codes
 # place organs; the bottom codes add detail and texture.
 TOP_SAMPLING = Sampling(passes=10, temperature=0.8, spread=100.0, guidance=1.0)
-BOTTOM_SAMPLING = Sampling(passes=6, temperature=0.8, spread=1.0)
+BOTTOM_SAMPLING = Sampling(passes=4, temperature=0.8, spread=1.0)
 
 
 class MLP(nn.Sequential):
