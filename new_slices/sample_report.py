@@ -30,10 +30,10 @@ that sees none is left out. A control that none sees is named, as new slices may
                        the priors saw. By correlation of pictures: copies are training slices
                        decoded from their own codes, half of the bottom ones redrawn. By the codes
                        in common, each weighed by its bits in the training histogram of its place
-                       and by the contrast there: how much more than with the next eight patients
-                       (as Carlini et al. 2023, arXiv 2301.13188, equation 2, divide distances), so
-                       that it counts for nothing how common a slice's codes are; copies are test
-                       slices with 1/32 of a training slice in them. By layout: the share of cells
+                       and by the contrast there, over those in common with the next eight patients
+                       (as Carlini et al. 2023, arXiv 2301.13188, divide distances): a slice of
+                       common codes has much in common with all of them. Copies are test slices
+                       with 1/32 of a training slice in them. By layout: the share of cells
                        that are equal in the nearest training layout, or in one that is a cell
                        aside, and where there are masks the mean of it and of the organs' mean Dice;
                        copies are moved by up to one and a half cells
