@@ -172,7 +172,7 @@ def score_masks(decoded: np.ndarray, test: SliceDataset, net: Segmenter | None) 
     chosen = np.flatnonzero(test.has_mask)
     inside = own_pixels(test, chosen)
     truth = np.where(inside, test.masks(chosen).numpy(), NO_MASK)
-    whose = [f"{test.names[i].patient:03d}" for i in chosen]
+    whose = [f"{patient:03d}" for patient in test.patients[chosen]]
     drawn, tables = {"decoded": decoded[chosen]}, {}
     if net:
         parts = np.array_split(chosen, -(-len(chosen) // 64))

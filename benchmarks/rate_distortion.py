@@ -92,7 +92,7 @@ def score(path: str, prior: str | None, test: SliceDataset, args) -> Contender:
 
 def in_set(contender: Contender, test: SliceDataset, chosen: np.ndarray) -> dict:
     """Score a model on the slices `chosen` (N,) bool: intervals, patients, rates and codes used."""
-    patients = [f"{test.names[i].patient:03d}" for i in np.flatnonzero(chosen)]
+    patients = [f"{patient:03d}" for patient in test.patients[chosen]]
     scores = [scores for scores, wanted in zip(contender.scores, chosen, strict=True) if wanted]
     codes = {level: contender.maps[level][chosen] for level in LEVELS}
     pixels = test.shapes[chosen].prod(1)  # of the slices' own files

@@ -407,12 +407,14 @@ def search(source: Source, queries: dict[str, np.ndarray | Coded], label: str) -
             alike = source.similarity(items, block)
             best = metrics.best(alike)
             blocks[name].append((best.similarity, part[best.index], np.full(len(alike), variant)))
-            most = by_patient.setdefault(name, np.full((len(people), len(alike)), -np.inf))
-            np.maximum.at(most, whose[part], alike.T)
+            if source.over_others:
+                most = np.full((len(people), len(alike)), -np.inf)  # of this block
+                np.maximum.at(most, whose[part], alike.T)
+                by_patient[name] = np.maximum(by_patient.get(name, most), most)
     for name, nearest in blocks.items():
         stacks = [np.stack(each) for each in zip(*nearest, strict=True)]  # (blocks, N) each
-        most = stacks[0].argmax(0)[None]  # the block with the nearest of all
-        found[name] = Found(*(np.take_along_axis(each, most, 0)[0] for each in stacks))
+        which = stacks[0].argmax(0)[None]  # the block with the nearest of all
+        found[name] = Found(*(np.take_along_axis(each, which, 0)[0] for each in stacks))
         if source.over_others and len(people) > 1:
             others = np.sort(by_patient[name], 0)[-1 - OTHERS : -1].mean(0)
             relative = found[name].similarity / np.maximum(others, 1e-9)
@@ -656,9 +658,11 @@ def conclusion(report: dict) -> str:
     if failed := [question for question, line in card.items() if line["passed"] is False]:
         return f"Bad: the new slices do not pass {', '.join(failed)}."
     unseen = [*(report["realism"] or {"unseen": CONTROLS})["unseen"]]
-    audits = [question for question in card if question.startswith("privacy")]
-    blind = [each for each in audits if card[each]["passed"] is None]
-    unseen += [f"copies {each.removeprefix('privacy, ')}" for each in blind]
+    unseen += [
+        question.replace("privacy,", "copies")
+        for question, line in card.items()
+        if question.startswith("privacy") and line["passed"] is None
+    ]
     if unseen or card["likeness"]["passed"] is None:
         what = " and ".join(unseen) or "whether the whole picture is like one of the study"
         return f"Cannot tell how good they are: no measure here sees {what}."
