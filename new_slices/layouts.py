@@ -40,7 +40,6 @@ from scipy.ndimage import (
     zoom,
 )
 from scipy.special import softmax
-from skimage.registration import optical_flow_ilk
 from torch import Tensor
 from tqdm import tqdm
 
@@ -64,7 +63,8 @@ AROUND = 2.0  # cells: the standard deviation of the window in which slices are 
 CRISP = 4.0  # 0 gives every place the mean of all slices, infinity the tissue of one
 WEIGHT = 2.0  # of an organ in what makes slices alike, beside intensities in standard deviations
 PAINT = (0.5, 1.5)  # how much brighter than tissue, from 0 to 1, organs are to the optical flow
-REACH, FARTHEST = 8, 6.0  # cells: radius of its window; it finds nothing farther away
+WINDOW, FARTHEST = 4.25, 6.0  # cells: deviation of its window; it finds nothing farther away
+STEPS = 3  # of the optical flow
 KNOTS = (3, 2)  # of the smooth random fields that the weights and the bending are
 CLOSEST = 0.95  # share of the training slices, see `closest`
 REFERENCES = 256  # of them, or up to twice as many, that say how close a new layout may come
@@ -237,6 +237,34 @@ def warped(field: np.ndarray, there: np.ndarray) -> np.ndarray:
     return map_coordinates(field, np.indices(field.shape) + there, order=1, mode="nearest")
 
 
+def each_warped(fields: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Fields (n, h, w), each read at offsets of its own, (n, 2, h, w)."""
+    return np.stack([warped(*pair) for pair in zip(fields, there, strict=True)])
+
+
+def optical_flow(frame: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """How far from each cell of a picture (h, w) others (n, h, w) show the same: (n, 2, h, w).
+
+    Iterative Lucas-Kanade (Le Besnerais & Champagnat 2005) in a Gaussian window, as scikit-image's
+    `optical_flow_ilk`, but of all pictures together, in a third of its time.
+    """
+
+    def around(products: np.ndarray) -> np.ndarray:
+        return gaussian_filter(products, (0, 0, WINDOW, WINDOW), mode="mirror")
+
+    flow = np.zeros((len(others), 2, *frame.shape), np.float32)
+    for _ in range(STEPS):
+        seen = each_warped(others, flow)
+        y, x = np.gradient(seen, axis=(1, 2))
+        # The flow that least squares find best for y * down + x * right = error, in a window.
+        error = y * flow[:, 0] + x * flow[:, 1] + frame - seen
+        yy, xy, xx, ye, xe = around(np.stack([y * y, x * y, x * x, y * error, x * error]))
+        determinant = yy * xx - xy * xy
+        determinant[np.abs(determinant) < 1e-14] = np.inf  # nothing to see: no flow
+        flow = np.stack([xx * ye - xy * xe, yy * xe - xy * ye], 1) / determinant[:, None]
+    return flow
+
+
 def inverse(there: np.ndarray) -> np.ndarray:
     """The displacement (2, h, w) that leads back, by fixed-point iteration (Chen et al. 2008)."""
     back = -there
@@ -267,7 +295,7 @@ def mosaic(parts: np.ndarray, random: np.ndarray) -> np.ndarray:
 
 
 def mean_shape(
-    distances: np.ndarray, laid: list[np.ndarray], source: np.ndarray, whose: int
+    distances: np.ndarray, laid: np.ndarray, source: np.ndarray, whose: int
 ) -> np.ndarray:
     """The mean of signed distances (n, labels, h, w) `laid` over one frame, seen from `source`.
 
@@ -367,8 +395,9 @@ class Slices:
 
     def by_distance(self, slices: np.ndarray, seen: np.ndarray) -> np.ndarray:
         """The indices `slices`, those first whose slices are most like `seen`."""
-        apart = self.sizes - 2 * self.seen @ seen  # squared distances, less what is one for all
-        return slices[np.argsort(apart[slices], kind="stable")]
+        # Squared distances, less what is one for all.
+        apart = self.sizes[slices] - 2 * self.seen[slices] @ seen
+        return slices[np.argsort(apart, kind="stable")]
 
     def closest(self) -> np.ndarray:
         """How alike a new layout and a training slice may be, (2,) as in `nearest_of_others`.
@@ -458,7 +487,7 @@ class Composer(Slices):
         # As much as these patients differ, and at least a cell: those of one differ by nothing.
         bend *= BENT * max(1, np.std(laid, 0).mean())
         if own is None:
-            place = sum(share * there for share, there in zip(of_shape, laid, strict=True))
+            place = np.tensordot(of_shape, laid, 1)
             source = inverse(place + bend)
             whose = rng.integers(count)
             shapes = self.depths[self.known[members]] / DEPTHS
@@ -480,29 +509,25 @@ class Composer(Slices):
         made = [(mosaic(parts, each), self.organs[place[0]]) for each in fields]
         return np.stack([compose(*each, self.levels, self.labels) for each in made])
 
-    def lay(self, family: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
-        """The members of a family, how each lies over the frame (2, h, w), and their tissue there.
+    def lay(self, family: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The members of a family, how they lie over the frame (n, 2, h, w), their tissue there.
 
         The first slice of the family is the frame over which the others are laid, cell by cell. If
         there are enough others it gives neither tissue nor shape: nothing should lead back to it.
         """
         members = family[1:] if len(family) >= FEWEST else family
-        laid = [self.displacement(family[0], member) for member in members]
-        parts = [
-            warped(self.tissue[each], there) for each, there in zip(members, laid, strict=True)
-        ]
-        return members, laid, np.stack(parts)
+        laid = self.displacements(family[0], members)
+        return members, laid, each_warped(self.tissue[members], laid)
 
-    def displacement(self, frame: int, member: int) -> np.ndarray:
-        """How far from each cell of the frame another slice shows the same: (2, h, w), in cells.
+    def displacements(self, frame: int, members: np.ndarray) -> np.ndarray:
+        """How far from each cell of the frame slices show the same: (n, 2, h, w), in cells.
 
-        By the centres of their organs, and then by optical flow (iterative Lucas-Kanade, Le
-        Besnerais & Champagnat 2005).
+        By the centres of their organs, and then by optical flow.
         """
-        ahead = (centre(self.organs[member]) - centre(self.organs[frame]))[:, None, None]
-        there = warped(self.painted[member], ahead)
-        flow = optical_flow_ilk(
-            self.painted[frame], there.astype(np.float32), radius=REACH, num_warp=3, gaussian=True
-        )
+        middle = centre(self.organs[frame])
+        ahead = np.stack([centre(self.organs[member]) - middle for member in members])
+        ahead = ahead[:, :, None, None]
+        flow = optical_flow(self.painted[frame], each_warped(self.painted[members], ahead))
         # Where there is nothing to see, as in air, the flow is noise.
-        return ahead + gaussian_filter(flow.clip(-FARTHEST, FARTHEST), (0, 2, 2), mode="nearest")
+        flow = gaussian_filter(flow.clip(-FARTHEST, FARTHEST), (0, 0, 2, 2), mode="nearest")
+        return ahead + flow

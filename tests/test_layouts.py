@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
+from skimage.registration import optical_flow_ilk
 from test_prior import TINY, make_prior, random_maps
 
 from dataset import NO_MASK, Mirror
@@ -211,16 +212,16 @@ def test_the_frame_of_a_layout_gives_it_neither_tissue_nor_shape(monkeypatch):
     composer = composer_of(*(each[::-1] for each in patients_of_discs()))
     families, laid, given, shape = [], [], [], layouts.mean_shape
     monkeypatch.setattr(layouts, "mean_shape", lambda *of: given.append(of[0]) or shape(*of))
-    family, displacement = layouts.Composer.family, layouts.Composer.displacement
+    family, displacements = layouts.Composer.family, layouts.Composer.displacements
     monkeypatch.setattr(
         composer, "family", lambda order: families.append(family(composer, order)) or families[-1]
     )
     monkeypatch.setattr(
-        composer, "displacement", lambda *pair: laid.append(pair) or displacement(composer, *pair)
+        composer, "displacements", lambda *of: laid.append(of) or displacements(composer, *of)
     )
     composer.draw_one(0.2, 0)
-    ((frame, *members),) = families
-    assert laid == [(frame, member) for member in members] and len(members) == 7
+    ((frame, *members),), ((below, above),) = families, laid
+    assert below == frame and above.tolist() == members and len(members) == 7
     assert np.array_equal(given[0].argmax(1), composer.organs[members])
 
 
@@ -380,9 +381,22 @@ def test_a_slice_is_laid_over_another():
     apart = np.abs(tissue[1] - tissue[0]).mean()
     for known, labels in ((np.ones_like(organs), 0), (organs, 2)):
         composer = composer_of(known, tissue, np.zeros(2), np.arange(2), labels)
-        laid = layouts.warped(tissue[1], composer.displacement(0, 1))
-        assert np.abs(laid - tissue[0]).mean() < 0.4 * apart
-        assert np.abs(composer.displacement(0, 0)).max() < 1e-3
+        over, same = composer.displacements(0, np.array([1, 0]))
+        assert np.abs(layouts.warped(tissue[1], over) - tissue[0]).mean() < 0.4 * apart
+        assert np.abs(same).max() < 1e-3
+
+
+def test_the_optical_flow_is_that_of_scikit_image():
+    """Also where there is nothing to see: a third of each picture is black."""
+    rng = np.random.default_rng(0)
+    pictures = gaussian_filter(rng.normal(size=(4, 48, 32)), (0, 3, 3)).astype(np.float32)
+    pictures[:, :16] = 0
+    found = layouts.optical_flow(pictures[0], pictures[1:])
+    for other, flow in zip(pictures[1:], found, strict=True):
+        how = {"radius": 8, "num_warp": 3, "gaussian": True}
+        expected = optical_flow_ilk(pictures[0], other, **how)
+        assert np.abs(expected).max() > 1 and flow == pytest.approx(expected, abs=2e-3)
+    assert not layouts.optical_flow(0 * pictures[0], 0 * pictures).any()
 
 
 def test_random_fields_run_straight_between_three_by_two_numbers():
