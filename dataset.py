@@ -21,7 +21,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from itertools import combinations
 from pathlib import Path
@@ -304,7 +304,7 @@ def grid_of(jobs: list[Job]) -> tuple[int, int]:
     shapes = Counter()
     for path in {job.file.name[:2]: job.file.path for job in jobs}.values():
         with suppress(UserError, OSError):  # a bad file is named when all are decoded
-            shapes[read_slice(path)[0].shape] += 1
+            shapes[read_slice(path).shape] += 1
     if not shapes or shapes.most_common(1)[0][0] == OF_THE_REPORT:
         return OF_THE_REPORT
     return tuple(-(-max(lengths) // MULTIPLE) * MULTIPLE for lengths in zip(*shapes, strict=True))
@@ -400,8 +400,8 @@ def z_score(pixels: np.ndarray) -> tuple[np.float32, np.float32, bool]:
     return mean, np.float32(1) if constant else std, constant
 
 
-def read_slice(path: str) -> tuple[np.ndarray, nifti.Image]:
-    """The 2-D array of a file, in its units, and the file as it was read; UserError for others."""
+def read_slice(path: str) -> nifti.Image:
+    """A file that holds one slice, as an image (rows, columns); UserError for others."""
     image = nifti.read(path, max_axes=2, max_pixels=LARGEST, expected=A_SLICE)
     if len(image.shape) == 3 and 1 in image.shape[:2]:  # (H, 1, W), as ITK cuts planes
         across = image.shape.index(1)
@@ -411,18 +411,18 @@ def read_slice(path: str) -> tuple[np.ndarray, nifti.Image]:
     shape = image.shape
     if len(shape) < 2 or min(shape[:2]) < 2 or max(shape[2:], default=1) > 1:
         raise UserError(f"an array of shape {shape}; expected {A_SLICE}")
-    return image.values(image.raw.reshape(shape[:2])), image
+    return replace(image, raw=image.raw.reshape(shape[:2]))
 
 
-def read_labels(image: nifti.Image, raw: np.ndarray) -> np.ndarray:
+def read_labels(image: nifti.Image) -> np.ndarray:
     """The labels of a mask, int64: whole numbers from 0, the background, on; UserError for others.
 
     Integers stay integers: float32 would make 312782560 of an atlas's 312782546. Floats are taken
     as far as they count in ones, float32 up to 2^24. One that a resampling or the header's slope
     left at 0.9999 is a 1; the edge of an organ that was interpolated, 0.4, is none.
     """
-    labels = image.values(raw)
-    kind, most = raw.dtype if raw.dtype.kind == "f" else labels.dtype, 2**63 - 1
+    labels, stored, most = image.values(), image.raw.dtype, 2**63 - 1
+    kind = stored if stored.kind == "f" else labels.dtype
     if kind.kind == "f":
         most = min(most, 2 ** (np.finfo(kind).nmant + 1))
     with np.errstate(invalid="ignore"):  # Inf has no remainder, and is no label either
@@ -441,15 +441,14 @@ def _read_mask(path: str, of_slice: nifti.Image) -> tuple[np.ndarray, bool]:
     """The labels (rows, columns) int64 of a mask that lies on a slice, and whether its affine says
     that it lies elsewhere.
     """
-    image = read_slice(path)[1]
-    shape = of_slice.shape[:2]
-    if image.shape[:2] != shape:
-        raise UserError(f"its shape is {image.shape[:2]}; expected {shape}, as of its slice")
+    image, shape = read_slice(path), of_slice.shape
+    if image.shape != shape:
+        raise UserError(f"its shape is {image.shape}; expected {shape}, as of its slice")
     told = image.oriented and of_slice.oriented
     if told and nifti.turned(image.affine, of_slice.affine, axes=2):
         raise UserError("its affine turns or mirrors it against its slice; expected none of that")
     moved = told and nifti.moved(image.affine, of_slice.affine, (*shape, 1))
-    return read_labels(image, image.raw.reshape(shape)), moved
+    return read_labels(image), moved
 
 
 def _decode(
@@ -461,8 +460,8 @@ def _decode(
     """
     mask, labels, moved, reading = None, b"", False, ""
     try:
-        pixels, image = read_slice(job.file.path)
-        pixels = nifti.finite(pixels)
+        image = read_slice(job.file.path)
+        pixels = nifti.finite(image.values())
         placement = Placement.make(pixels.shape, size, fit)
         if job.mask:
             reading = f"its mask {job.mask.path}: "
@@ -919,10 +918,6 @@ class StudyInfo:
         with runtime.reading(path):
             data = dict(checkpoint["data"])
             return runtime.fill(cls, data | {"labels": tuple(data.get("labels", ()))})
-
-    def as_dict(self) -> dict:
-        """For the checkpoint, which holds plain containers only."""
-        return asdict(self) | {"labels": list(self.labels)}
 
 
 def find_trained_study(trained: StudyInfo, checkpoint: str, cache: str = "") -> str:

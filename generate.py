@@ -22,7 +22,9 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import nibabel
@@ -34,14 +36,7 @@ from tqdm import tqdm
 import dataset
 from dataset import DataConfig, Placement, SliceDataset, StudyInfo
 from modules import VQVAE2, Trained, load_model
-from new_slices.code_maps import (
-    Samples,
-    Variants,
-    composer_of,
-    decode,
-    extract_codes,
-    labels_on_layouts,
-)
+from new_slices.code_maps import Samples, composer_of, decode, extract_codes, labels_on_layouts
 from new_slices.layouts import REGIONS, Composer, middles
 from new_slices.organs import likeliest, nearest_positions, segmenter_of
 from new_slices.prior import (
@@ -165,8 +160,8 @@ def read_mask(path: str, study: StudyInfo, cells: tuple[int, int]) -> np.ndarray
     It is turned by its affine to lie as most training slices do, then placed as they were. One
     whose organs are too small for the `cells` of a layout (h, w) cannot be used.
     """
-    image = dataset.read_slice(path)[1]
-    labels = dataset.read_labels(image, image.raw.reshape(*image.shape[:2], 1))
+    image = dataset.read_slice(path)
+    labels = dataset.read_labels(image)[..., None]
     told = image.oriented and study.plane  # without directions it is taken as it is stored
     ends = study.directions + nifti.PLANES[study.plane][2] if told else ""
     if told:
@@ -250,7 +245,9 @@ def sample(
         return Samples(images, *(level.cpu().numpy() for level in codes), masks)
 
     firsts, parts = range(0, config.n, size), []
-    with runtime.stop_signals() as stopped, bar, runtime.single_threads(threads) as pool:
+    # In each thread PyTorch uses no other, so that results do not depend on their number.
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    with runtime.stop_signals() as stopped, bar, pool:
         # On a CPU two batches, each on its own thread, take less time than one after the other on
         # two threads. A GPU takes one at a time.
         batches = pool.map(sample_batch, firsts) if on_cpu else map(sample_batch, firsts)
@@ -387,8 +384,8 @@ def label(split: SliceDataset, index: int) -> str:
 
 
 def with_masks(labels: list[str], images: np.ndarray, masks: np.ndarray | None) -> list[tuple]:
-    """What `figures.slice_grid` draws of slices (n, H, W) and their masks, if there are any."""
-    return list(zip(labels, images, [None] * len(images) if masks is None else masks, strict=True))
+    """What `figures.slice_grid` draws: of each label a slice, and its mask if there are any."""
+    return list(zip(labels, images, repeat(None) if masks is None else masks, strict=False))
 
 
 def real_slices(split: SliceDataset, indices: np.ndarray, labels: list[str]) -> list[tuple]:
@@ -400,11 +397,10 @@ def write_grid(album: Album, test: SliceDataset, samples: Samples, twins: np.nda
     """The first samples, all of them, beside held-out slices at the same positions."""
     shown = range(min(SHOWN, len(twins)))
     at = ["" if math.isnan(album.positions[i]) else f"at {album.positions[i]:.2f}" for i in shown]
-    masks = None if samples.masks is None else samples.masks[: len(shown)]
     names = [label(test, twins[i]) for i in shown]
     groups = {
         "held-out slices": real_slices(test, twins[: len(shown)], names),
-        "generated, random and unselected": with_masks(at, samples.images[: len(shown)], masks),
+        "generated, random and unselected": with_masks(at, samples.images, samples.masks),
     }
     figures.slice_grid(album.out / "grid.png", groups, min(8, len(shown)), **album.look)
 
@@ -433,21 +429,18 @@ def write_pictures(album: Album, inputs: Inputs, report: dict, drawn: dict) -> N
     train, test, samples = inputs.splits["train"], inputs.splits["test"], inputs.samples
     honest, shown = drawn["honest"], inputs.twins[: min(4, len(inputs.twins))]
     n, blank = len(shown), [""] * len(shown)
-    masks = None if samples.masks is None else samples.masks[:n]
     groups = {
         "held-out": real_slices(test, shown, blank),
         "reconstruction": with_masks(blank, *inputs.decode(*inputs.codes_of("test", shown))),
-        "generated": with_masks(blank, samples.images[:n], masks),
+        "generated": with_masks(blank, samples.images, samples.masks),
     }
     figures.slice_grid(album.out / "overview.png", groups, n, **album.look, panel=2.5)
-
-    variants = Variants(len(inputs.codes["train_top"]), len(train), train.mirror)
 
     def pairs(which: str, images: Callable, names: Callable) -> list[tuple]:
         best, shown = drawn["nearest"]["correlation"][which], []
         for i in np.argsort(-best.similarity)[:PAIRS]:
             index, variant = torch.tensor([best.index[i]]), int(best.variant[i])
-            nearest = variants.images(train.images(index), variant, index)[0, 0].numpy()
+            nearest = inputs.variants.images(train.images(index), variant, index)[0, 0].numpy()
             altered = ("", " mirrored")[variant] if variant < 2 else " altered"
             title = f"{best.similarity[i]:.3f}{altered}"
             shown += [(names(i), images(i), None), (title, nearest, None)]

@@ -84,7 +84,7 @@ def score_split(
         """Score a slice in the pixels of its own file, as reconstruct.py scores that file."""
         path = test.paths[index]
         try:
-            original = nifti.finite(dataset.read_slice(str(path))[0])
+            original = nifti.finite(dataset.read_slice(str(path)).values())
             score = metrics.score_slice(original, dataset.restore(test, index, reconstruction))
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
@@ -304,8 +304,7 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
     study = {"study": test.study.resolve().name, "split": test.split}
     study |= {"fingerprint": test.fingerprint, "synthetic": test.synthetic}
     file = {"file": Path(config.checkpoint).name, "sha256": trained.sha256, "epoch": trained.epoch}
-    origin = {"data": study, "checkpoint": file, "provenance": runtime.provenance()}
-    result |= origin
+    result |= {"data": study, "checkpoint": file, "provenance": runtime.provenance()}
     write_scores(out / "test_scores.csv", test, scores)
     ssim = np.array([score["ssim_report"] for score in scores])
     write_pictures(out, model, test, ssim, with_masks)

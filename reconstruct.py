@@ -14,7 +14,6 @@ bits of every file.
 import math
 import os
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -94,7 +93,7 @@ class Scan:
     def __init__(self, image: nifti.Image, study: StudyInfo, plane: str = "") -> None:
         """UserError for an image that cannot be used."""
         self.notes: list[str] = []  # what to say of how the file was read and written
-        self.image, self.raw = image, image.raw
+        self.image = image
         if self.image.disputed:
             self.notes.append(f"have {nifti.DISPUTED} (the sform was taken: look at the sides)")
         values = nifti.finite(self.image.values())
@@ -127,16 +126,16 @@ class Scan:
         least = metrics.SMALLEST
         fits = [t for t in turnings if min(apply_orientation(volumes, t).shape[:2]) >= least]
         if not fits:
-            raise UserError(f"an array of shape {self.raw.shape}; expected {least} pixels a side")
+            raise UserError(f"an array of shape {self.image.shape}; expected {least} pixels a side")
         return fits[0]
 
     def write(self, path: Path, planes: np.ndarray) -> None:
         """Write what became of the planes (N, rows, columns): the file's shape, type and header."""
         pixels = self.back(planes)
-        if self.raw.dtype.kind in "iu" and not self.image.scaled:
-            limits = np.iinfo(self.raw.dtype)
+        if self.image.raw.dtype.kind in "iu" and not self.image.scaled:
+            limits = np.iinfo(self.image.raw.dtype)
             pixels = np.clip(np.round(pixels.astype(np.float64)), limits.min, limits.max)
-            pixels = pixels.astype(self.raw.dtype.newbyteorder("="))
+            pixels = pixels.astype(self.image.raw.dtype.newbyteorder("="))
         if path.suffix.lower() == ".png":
             about = PngInfo()
             about.add_text("Description", RECONSTRUCTION)
@@ -150,7 +149,7 @@ class Scan:
         rows, columns, count, volumes = self.turned
         turned = planes.reshape(volumes, count, rows, columns).transpose(2, 3, 1, 0)
         back = ornt_transform(axcodes2ornt("RAS"), self.turning)
-        return apply_orientation(turned, back).reshape(self.raw.shape)
+        return apply_orientation(turned, back).reshape(self.image.shape)
 
 
 def read_png(path: str) -> nifti.Image:
@@ -285,12 +284,7 @@ def decode_planes(trained: Trained, coded: Coded, shape: tuple[int, int], batch_
 
 
 def reconstruct_file(
-    trained: Trained,
-    path: str,
-    name: str,
-    config: ReconstructConfig,
-    coder: Coder | None,
-    pool: ThreadPoolExecutor,
+    trained: Trained, path: str, name: str, config: ReconstructConfig, coder: Coder | None
 ) -> dict:
     """Write what becomes of a file as `name` to config.out, and its mask; its row of the table.
 
@@ -314,7 +308,8 @@ def reconstruct_file(
     if scan.plane and study.plane and scan.plane != study.plane:
         scan.notes.append(f"are {scan.plane}, and the model has learnt {study.plane} slices")
     made = decode_planes(trained, coded, scan.planes.shape[1:], config.batch_size)
-    scores = list(pool.map(metrics.score_slice, originals, made.planes))
+    with runtime.thread_pool() as pool:
+        scores = list(pool.map(metrics.score_slice, originals, made.planes))
     target = Path(config.out, name)
     scan.write(target, made.planes)
     if made.labels is not None:
@@ -322,7 +317,7 @@ def reconstruct_file(
         header = scan.image.header.copy()
         header["cal_min"] = header["cal_max"] = 0  # the window of the scan would show masks black
         nifti.write(mask, labels, None, RECONSTRUCTION, like=header)
-    row = {"shape": list(scan.raw.shape), "plane": scan.plane, "planes": len(scan.planes)}
+    row = {"shape": list(scan.image.shape), "plane": scan.plane, "planes": len(scan.planes)}
     for key in (scores or [{}])[0]:
         row[key] = round(np.mean([score[key] for score in scores]), 6)
     pixels = study.height * study.width * len(scan.planes)
@@ -361,12 +356,11 @@ def reconstruct(inputs: list[str], config: ReconstructConfig = ReconstructConfig
         runtime.writable_folder(config.save_as("any").parent, "--save")
     (out / "scans.json").unlink(missing_ok=True)  # that of an earlier run tells nothing of this one
     rows, bad = {}, {}
-    with runtime.thread_pool() as pool:
-        for name, path in tqdm(files.items(), desc="reconstructing", unit="file", disable=None):
-            try:
-                rows[name] = reconstruct_file(trained, path, name, config, coder, pool)
-            except (UserError, OSError) as error:
-                bad[path] = str(error)
+    for name, path in tqdm(files.items(), desc="reconstructing", unit="file", disable=None):
+        try:
+            rows[name] = reconstruct_file(trained, path, name, config, coder)
+        except (UserError, OSError) as error:
+            bad[path] = str(error)
     result = {
         "files": rows,
         "plane": config.plane or trained.study.plane or "coronal",

@@ -45,6 +45,7 @@ NO_SUBJECT = re.compile(
     | ^(?:{"|".join(nifti.PLANES)}|images(?:Tr|Ts|Val)|train(?:ing)?|val|validat(?:e|ion)|test)$""",
     re.I | re.VERBOSE,
 )
+BY_FOLDER = "^(?P<patient>[^/]+)"  # a --name-pattern: the first folder is the subject
 RECORDED = ("plane", "axis", "count", "match", "seed")  # of `SliceConfig`, in slices.json
 
 
@@ -147,14 +148,6 @@ def group(files: list[File], pattern: str) -> tuple[dict, dict[str, str]]:
     return groups, unnamed
 
 
-def group_by_folder(files: list[File]) -> dict[tuple[str, str], list[str]]:
-    """Paths by the first folder below the one that was searched, as if it named the subject."""
-    groups = defaultdict(list)
-    for path, short in files:
-        groups[Path(short).parts[0], "0"].append(path)
-    return groups
-
-
 def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, int]]:
     """The volumes with their masks; whether they are HipMRI's; numbers for names, {"subject a": 1}.
 
@@ -164,16 +157,16 @@ def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, int
     files, mask_files = list_files(config)
     volumes, unnamed = group(files, config.name_pattern)
     masks, _ = group(mask_files, config.name_pattern)
-    folders = group_by_folder(files)
+    folders, _ = group(files, BY_FOLDER)
     apart = all(len(Path(file.short).parts) > 1 for file in files)
     # As scanners export them: P0001/t2_tse.nii.gz, P0002/t2_tse.nii.gz.
     if apart and len(folders) == len(files) and not volumes and not config.name_pattern:
         if odd := [folder for folder, _ in folders if NO_SUBJECT.search(folder)]:
             like = f"{odd[0]} is called like a day, a session, a sequence, a plane or a split"
             print(f"{config.volumes}: its folders are not taken for subjects, as {like}.")
-            print("Fix: if they are, --name-pattern '^(?P<patient>[^/]+)'")
+            print(f"Fix: if they are, --name-pattern '{BY_FOLDER}'")
         else:
-            volumes, unnamed, masks = folders, {}, group_by_folder(mask_files)
+            volumes, unnamed, (masks, _) = folders, {}, group(mask_files, BY_FOLDER)
             print(f"{config.volumes}: subjects are told apart by their folders")
     choose = "Fix: choose one with --match '*_T2w*', or rename sessions to ses-1 and ses-2."
     double = {
@@ -246,27 +239,26 @@ def _turning(image: nifti.Image, config: SliceConfig) -> np.ndarray:
     return nifti.turning(image.affine, nifti.PLANES[config.plane])
 
 
-def read_volume(path: str) -> tuple[nifti.Image, np.ndarray]:
-    """A file and its raw array with three axes; UserError for another number of them."""
+def read_volume(path: str) -> nifti.Image:
+    """A file whose array has three axes; UserError for another number of them."""
     image = nifti.read(path)
     shape = image.shape[:3]
     if len(shape) < 3 or image.raw.size != np.prod(shape) or min(shape) < 2:
         raise UserError(f"an array of shape {image.shape}; expected a 3-D volume")
-    return image, image.raw.reshape(shape)
+    return replace(image, raw=image.raw.reshape(shape))
 
 
-def _read_mask(path: str, volume: nifti.Image) -> tuple[nifti.Image, np.ndarray, bool]:
+def _read_mask(path: str, volume: nifti.Image) -> tuple[nifti.Image, bool]:
     """A mask with its axes along its volume's, and whether its affine puts it a voxel off."""
-    image, raw = read_volume(path)
-    shape, moved = volume.shape[:3], False
+    image, moved = read_volume(path), False
     if image.oriented and volume.oriented:
         along = ornt_transform(io_orientation(image.affine), io_orientation(volume.affine))
-        affine = nifti.turn_affine(image.affine, raw.shape, along)
-        raw = apply_orientation(raw, along)
-        moved = nifti.moved(affine, volume.affine, shape)
-    if raw.shape != shape:
-        raise UserError(f"its shape is {raw.shape}; expected {shape}")
-    return image, raw, moved
+        affine = nifti.turn_affine(image.affine, image.shape, along)
+        image = replace(image, raw=apply_orientation(image.raw, along), affine=affine)
+        moved = nifti.moved(affine, volume.affine, volume.shape)
+    if image.shape != volume.shape:
+        raise UserError(f"its shape is {image.shape}; expected {volume.shape}")
+    return image, moved
 
 
 def _slice_volume(job: tuple[Volume, str], config: SliceConfig) -> Cut | str:
@@ -274,25 +266,26 @@ def _slice_volume(job: tuple[Volume, str], config: SliceConfig) -> Cut | str:
     volume, split = job
     stacks, moved, reading = {}, False, ""
     try:
-        image, raw = read_volume(volume.path)
+        image = read_volume(volume.path)
         turning = _turning(image, config)
-        depth = apply_orientation(raw, turning).shape[2]
+        depth = apply_orientation(image.raw, turning).shape[2]
         count = min(config.count or depth, depth)
         first = (depth - count) // 2
 
-        def chosen(array: np.ndarray) -> np.ndarray:
-            return apply_orientation(array, turning)[..., first : first + count]
+        def chosen(image: nifti.Image) -> nifti.Image:
+            turned = apply_orientation(image.raw, turning)
+            return replace(image, raw=turned[..., first : first + count])
 
-        stacks[f"keras_slices_{split}", "case"] = nifti.finite(image.values(chosen(raw)))
+        stacks[f"keras_slices_{split}", "case"] = nifti.finite(chosen(image).values())
         if volume.mask:
             reading = f"its mask {volume.mask}: "
-            mask, mask_raw, moved = _read_mask(volume.mask, image)
-            labels = dataset.read_labels(mask, chosen(mask_raw))
+            mask, moved = _read_mask(volume.mask, image)
+            labels = dataset.read_labels(chosen(mask))
             labels = labels.astype(np.min_scalar_type(labels.max()))
             stacks[f"keras_slices_seg_{split}", "seg"] = labels
     except (UserError, OSError) as error:
         return f"{reading}{error}"
-    affine = nifti.turn_affine(image.affine, raw.shape, turning)
+    affine = nifti.turn_affine(image.affine, image.shape, turning)
     for (folder, kind), stack in stacks.items():
         for number in range(count):
             name = f"{kind}_{volume.patient:03d}_week_{volume.week}_slice_{number}.nii.gz"

@@ -110,14 +110,11 @@ def make_settings(given: dict) -> Settings:
     Flags win over the settings of the checkpoint to resume; or else over those of the preset, which
     win over the network and the study of --weights. UserError for a flag that --resume forbids.
     """
-    given = dict(given)
-    preset, resume, weights = (given.pop(name, "") for name in ("preset", "resume", "weights"))
+    preset, resume, weights = (given.get(name, "") for name in ("preset", "resume", "weights"))
     start, checkpoint = PRESETS[preset or "report"], None
     if resume:
-        forbidden = {"preset": preset, "weights": weights}
-        flags = given | {name: value for name, value in forbidden.items() if value}
         saved = {name: CONFIGS[name] for name in ("train", "model", "loss")}
-        checkpoint, start = settings_to_resume(resume, flags, Autoencoder.kind, saved)
+        checkpoint, start = settings_to_resume(given, Autoencoder.kind, saved)
         start |= study_flags(StudyInfo.from_checkpoint(checkpoint, resume), resume, given)
     elif weights:
         trained = load_model(weights)
@@ -237,7 +234,7 @@ class Autoencoder(Stage):
         return {
             "model_config": dataclasses.asdict(self.model.config),
             "loss_config": dataclasses.asdict(self.loss),
-            "data": StudyInfo.from_splits(self.splits).as_dict(),
+            "data": dataclasses.asdict(StudyInfo.from_splits(self.splits)),
         }
 
     def start_epoch(self, generator: torch.Generator) -> None:

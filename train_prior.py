@@ -111,13 +111,11 @@ def make_settings(given: dict) -> Settings:
     Flags win over the settings of the checkpoint to resume, or else over those of the preset.
     UserError for a flag that --resume forbids.
     """
-    given = dict(given)
-    preset, resume = given.pop("preset", ""), given.pop("resume", "")
+    preset, resume = given.get("preset", ""), given.get("resume", "")
     start, checkpoint = PRESETS[preset or "best"], None
     if resume:
-        flags = given | ({"preset": preset} if preset else {})
         saved = {"train": TrainConfig, "codes": CodesConfig.from_saved, "model": PriorConfig}
-        checkpoint, start = settings_to_resume(resume, flags, CodePriors.kind, saved)
+        checkpoint, start = settings_to_resume(given, CodePriors.kind, saved)
         # A checkpoint names the autoencoder, not its folder: people share checkpoints.
         start["checkpoint"] = str(Path(resume).parent / start["checkpoint"])
     values = start | other_lengths(given) | given
@@ -185,7 +183,7 @@ class CodePriors(Stage):
             "codes_config": self.codes.saved(),
             "top_shape": list(self.top_shape),
             "autoencoder_sha256": self.sha256,
-            "data": self.study.as_dict(),
+            "data": dataclasses.asdict(self.study),
         }
 
     def start_epoch(self, generator: torch.Generator) -> None:
@@ -216,7 +214,8 @@ class CodePriors(Stage):
                 layout = torch.where(which[:, None, None] < 0, layout, others)
             forgotten = self.forgotten[1, indices, None, None]
             layout = layout.masked_fill(forgotten, self.model.config.classes)
-        altered = self.numbers[variant, indices] if split == "train" else self.numbers[variant, 0]
+        as_it_is = self.model.as_it_is(len(indices))  # of validation slices
+        altered = self.numbers[variant, indices] if split == "train" else as_it_is
         nats = self.model(top, bottom, position, altered, layout, generator=generator)
         nats_top, nats_bottom = nats["top"].mean(), nats["bottom"].mean()  # of a code
         codes_top, codes_bottom = top[0].numel(), bottom[0].numel()

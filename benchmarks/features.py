@@ -85,7 +85,7 @@ def read_slices(folder: Path, n: int | None = None) -> np.ndarray:
         raise UserError(
             f"{folder}: one slice; expected at least 2. Fix: generate.py --out {folder}"
         )
-    return np.stack([read_slice(str(path))[0] for path in paths[:n]]).astype(np.float32)
+    return np.stack([read_slice(str(path)).values() for path in paths[:n]]).astype(np.float32)
 
 
 def compare(real: np.ndarray, other: np.ndarray, groups: np.ndarray) -> dict:

@@ -31,7 +31,7 @@ def nearness(train: SliceDataset, generated: list[np.ndarray]) -> np.ndarray:
     `generated` are the sets, (n, H, W) each.
     """
     own = metrics.thumbnails(train.images(np.arange(len(train)))[:, 0].numpy())
-    found = np.stack([metrics.nearest(own, metrics.thumbnails(x)).similarity for x in generated])
+    found = np.stack([metrics.correlations(own, metrics.thumbnails(x)).max(1) for x in generated])
     people = np.unique(train.patients)
     return np.stack([found[:, train.patients == each].mean(1) for each in people], 1)
 

@@ -73,7 +73,7 @@ def read_generated(folder: Path, labels: tuple[int, ...]) -> tuple[Tensor, Tenso
             raise UserError(
                 f"{mask_path}: no mask. Fix: generate.py with models of a study that has masks."
             )
-        pixels = read_slice(str(path))[0].astype(np.float32)
+        pixels = read_slice(str(path)).values().astype(np.float32)
         mean, std, _ = z_score(pixels)
         values = nifti.read(mask_path).raw
         if not np.isin(values, labels).all():
@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--out", default="benchmarks/results/utility.json", help="file to write")
     args = parser.parse_args()
-    height, width = read_slice(str(generated_slices(args.generated)[0]))[0].shape
+    height, width = read_slice(str(generated_slices(args.generated)[0])).shape
     splits = open_study(DataConfig(data=args.data, height=height, width=width))
     train, test = splits["train"], splits["test"]
     if not train.labels:

@@ -179,7 +179,7 @@ def extract_codes(
             masks = split.masks(indices) if labels else None
             for variant in range(counts[name]):
                 seen = altered.images(x, variant, indices)
-                tissue = smoothed(seen, cells).cpu().numpy()
+                tissue = smoothed(seen, cells)
                 drawn = altered.masks(masks, variant, indices) if labels else None
                 layouts = layouts_of(tissue, drawn, maps["levels"], labels)
                 maps[f"{name}_layout"][variant, indices] = layouts

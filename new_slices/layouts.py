@@ -31,6 +31,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.cluster.vq import kmeans2
 from scipy.ndimage import (
     binary_erosion,
     distance_transform_edt,
@@ -85,13 +86,10 @@ def classes(labels: int) -> int:
 # ---- the layouts of slices -----------------------------------------------------------------------
 
 
-def smoothed(images: Tensor, shape: tuple[int, int]) -> Tensor:
+def smoothed(images: Tensor, shape: tuple[int, int]) -> np.ndarray:
     """Slices (B, 1, H, W) -> (B, *shape): the mean intensity of each cell and those around it."""
-    reach = round(3 * SMOOTH)
-    bell = torch.exp(-(torch.arange(-reach, reach + 1, device=images.device) ** 2) / 2 / SMOOTH**2)
-    bell /= bell.sum()
-    cells = F.pad(F.adaptive_avg_pool2d(images, shape), (reach,) * 4, mode="replicate")
-    return F.conv2d(F.conv2d(cells, bell.view(1, 1, -1, 1)), bell.view(1, 1, 1, -1))[:, 0]
+    cells = F.adaptive_avg_pool2d(images, shape)[:, 0].cpu().numpy()
+    return gaussian_filter(cells, (0, SMOOTH, SMOOTH), mode="nearest", truncate=3)
 
 
 def tissue_levels(train: SliceDataset, shape: tuple[int, int]) -> np.ndarray:
@@ -101,13 +99,10 @@ def tissue_levels(train: SliceDataset, shape: tuple[int, int]) -> np.ndarray:
     """
     chosen = np.arange(len(train))[:: max(1, len(train) // MOST)]
     parts = np.array_split(chosen, -(-len(chosen) // 64))
-    values = np.concatenate([smoothed(train.images(part), shape).numpy() for part in parts]).ravel()
-    means = np.linspace(*np.quantile(values, (0.01, 0.99)), REGIONS)
-    for _ in range(50):
-        nearest = np.searchsorted((means[1:] + means[:-1]) / 2, values)
-        sizes = np.bincount(nearest, minlength=REGIONS)
-        sums = np.bincount(nearest, values, REGIONS)
-        means = np.where(sizes > 0, sums / np.maximum(sizes, 1), means)
+    values = np.concatenate([smoothed(train.images(part), shape) for part in parts])
+    values = values.reshape(-1, 1).astype(np.float64)
+    start = np.linspace(*np.quantile(values, (0.01, 0.99)), REGIONS)[:, None]
+    means = kmeans2(values, start, iter=50, minit="matrix")[0][:, 0]
     return (means[1:] + means[:-1]) / 2
 
 
@@ -220,10 +215,9 @@ def depths_of(masks: Tensor, labels: int, shape: tuple[int, int]) -> np.ndarray:
 
 def random_fields(rng: np.random.Generator, count: int, shape: tuple[int, int]) -> np.ndarray:
     """(count, *shape): smooth random fields of about unit standard deviation."""
-    factors = [side / knots for side, knots in zip(shape, KNOTS, strict=True)]
     knots = rng.normal(size=(count, *KNOTS)).clip(-2, 2)
-    how = {"order": 1, "grid_mode": True, "mode": "nearest"}
-    return np.stack([zoom(each, factors, **how) for each in knots])
+    factors = np.divide((count, *shape), knots.shape)
+    return zoom(knots, factors, order=1, grid_mode=True, mode="nearest")
 
 
 def centre(organs: np.ndarray) -> np.ndarray:
@@ -232,13 +226,15 @@ def centre(organs: np.ndarray) -> np.ndarray:
     return places.mean(0) if len(places) else (np.array(organs.shape) - 1) / 2
 
 
-def warped(field: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """A field (h, w), read in each cell at that cell plus an offset `there`, (2, h, w)."""
-    return map_coordinates(field, np.indices(field.shape) + there, order=1, mode="nearest")
+def warped(fields: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Fields (..., h, w), read in each cell at that cell plus an offset `there`, (2, h, w)."""
+    at, flat = np.indices(fields.shape[-2:]) + there, fields.reshape(-1, *fields.shape[-2:])
+    read = [map_coordinates(field, at, order=1, mode="nearest") for field in flat]
+    return np.reshape(read, fields.shape)
 
 
 def each_warped(fields: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """Fields (n, h, w), each read at offsets of its own, (n, 2, h, w)."""
+    """Fields (n, ..., h, w), those of each of n read at its own offsets, (n, 2, h, w)."""
     return np.stack([warped(*pair) for pair in zip(fields, there, strict=True)])
 
 
@@ -269,7 +265,7 @@ def inverse(there: np.ndarray) -> np.ndarray:
     """The displacement (2, h, w) that leads back, by fixed-point iteration (Chen et al. 2008)."""
     back = -there
     for _ in range(4):
-        back = -np.stack([warped(axis, back) for axis in there])
+        back = -warped(there, back)
     return back
 
 
@@ -302,12 +298,11 @@ def mean_shape(
     Returns signed distances (labels, h, w). A mean is smoother than all that it is of, so it gets
     the fine detail of the one at `whose`.
     """
-    pairs = zip(distances, laid, strict=True)
-    over = [np.stack([warped(field, there) for field in each]) for each, there in pairs]
-    mean = np.mean(over, 0)
+    over = each_warped(distances, laid)
+    mean = over.mean(0)
     if len(over) > 1:  # the mean of one slice has its detail
         mean += over[whose] - gaussian_filter(over[whose], (0, DETAIL, DETAIL))
-    return np.stack([warped(field, source) for field in mean])
+    return warped(mean, source)
 
 
 class Slices:

@@ -257,8 +257,7 @@ def judge_masks(
         faults = [f"Dice {verdict['dice']:.3f}"] if known and dice[0, organ] < LOWEST_DICE else []
         for name in JUDGED:
             values = {each: m[:, MEASUREMENTS.index(name)] for each, m in shown.items()}
-            there = {each: v for each, v in values.items() if len(v)}
-            verdict[name] = dict.fromkeys(values) | {k: float(v.mean()) for k, v in there.items()}
+            verdict[name] = {k: float(v.mean()) if len(v) else None for k, v in values.items()}
             if name != "holes" and all(map(len, values.values())):
                 low, high = np.quantile(values["real"], TAILS, method="inverted_cdf")
                 median = np.quantile(values["masks"], 0.5, method="inverted_cdf")

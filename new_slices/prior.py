@@ -369,7 +369,11 @@ class Prior(nn.Module):
             raise ValueError("no seeds; expected one for each slice")
         device = self.top.rows.device
         positions = torch.as_tensor(positions, dtype=torch.float32, device=device)
-        check_positions(positions, len(seeds))
+        if positions.shape != (len(seeds),):
+            found = f"positions of shape {tuple(positions.shape)}"
+            raise ValueError(f"{found}; expected ({len(seeds)},)")
+        if (wrong := positions[(positions < 0) | (positions > 1)]).numel():  # NaN is neither
+            raise ValueError(f"position {wrong[0]:g}; expected 0 to 1, or NaN for unknown")
         if layouts is not None:
             expected, most = (len(seeds), *self.bottom.shape), self.config.classes
             if layouts.shape != expected or not 0 <= layouts.min() <= layouts.max() <= most:
@@ -497,13 +501,3 @@ def sample_codes(logits: Tensor, u: Tensor, temperature: float = 1.0) -> Tensor:
     total = (logits / temperature).softmax(-1).cumsum(-1)
     # The first code whose cumulative probability exceeds u: never one of probability 0.
     return torch.searchsorted(total, (u[..., None] * total[..., -1:]), right=True).squeeze(-1)
-
-
-def check_positions(position: Tensor, count: int) -> None:
-    """ValueError unless `position` is (count,), each in [0, 1] or NaN."""
-    if position.shape != (count,):
-        raise ValueError(f"positions of shape {tuple(position.shape)}; expected ({count},)")
-    outside = (position < 0) | (position > 1)  # NaN is neither
-    if outside.any():
-        wrong = position[outside][0].item()
-        raise ValueError(f"position {wrong:g}; expected 0 to 1, or NaN for unknown")

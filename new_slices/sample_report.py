@@ -43,6 +43,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -78,7 +79,9 @@ MEASURES = {
     "constraint": ("plausible", max, FLOOR),
     "masks": ("agreement", max, RECONSTRUCTIONS),
 }
-
+# In place of what `score_realism` finds, where there are too few slices.
+NO_REALISM = {"rows": {}, "seen": {}, "unseen": CONTROLS, "kernel_distance_costs": {}}
+NO_REALISM["not_learnt"] = ""
 BOUNDS = (
     "This limits how much these samples copy, as these measures see it. It does not guarantee "
     "privacy. Not for diagnosis."
@@ -123,6 +126,12 @@ class Inputs:
         return [
             self.codes[f"{split}_{level}"][variant, indices].astype(np.int64) for level in LEVELS
         ]
+
+    @cached_property
+    def variants(self) -> Variants:
+        """How the training slices were altered that the priors saw."""
+        train = self.splits["train"]
+        return Variants(len(self.codes["train_top"]), len(train), train.mirror)
 
     def images(self, split: str, indices: np.ndarray) -> np.ndarray:
         """(n, H, W) float32, z-scored."""
@@ -398,27 +407,27 @@ def search(source: Source, queries: dict[str, np.ndarray | Coded], label: str) -
     nearest slice of each; where there is one patient alone, by nothing.
     """
     people, whose = np.unique(source.patients, return_inverse=True)
-    blocks, by_patient, found = {name: [] for name in queries}, {}, {}
+    found, by_patient = {}, {}
     parts = np.array_split(np.arange(len(whose)), -(-len(whose) // 512))
     pairs = list(itertools.product(range(source.variants), parts))
     for variant, part in tqdm(pairs, desc=f"copying, {label}", disable=None):
         block = source.take(variant, part)
         for name, items in queries.items():
             alike = source.similarity(items, block)
-            best = metrics.best(alike)
-            blocks[name].append((best.similarity, part[best.index], np.full(len(alike), variant)))
+            best = alike.argmax(1)
+            here = Found(alike.max(1).astype(np.float64), part[best], np.full(len(best), variant))
+            there = found.setdefault(name, here)
+            nearer, both = here.similarity > there.similarity, zip(here, there, strict=True)
+            found[name] = Found(*(np.where(nearer, *each) for each in both))
             if source.over_others:
                 most = np.full((len(people), len(alike)), -np.inf)  # of this block
                 np.maximum.at(most, whose[part], alike.T)
                 by_patient[name] = np.maximum(by_patient.get(name, most), most)
-    for name, nearest in blocks.items():
-        stacks = [np.stack(each) for each in zip(*nearest, strict=True)]  # (blocks, N) each
-        which = stacks[0].argmax(0)[None]  # the block with the nearest of all
-        found[name] = Found(*(np.take_along_axis(each, which, 0)[0] for each in stacks))
-        if source.over_others and len(people) > 1:
+    if source.over_others and len(people) > 1:
+        for name, nearest in found.items():
             others = np.sort(by_patient[name], 0)[-1 - OTHERS : -1].mean(0)
-            relative = found[name].similarity / np.maximum(others, 1e-9)
-            found[name] = found[name]._replace(similarity=relative)
+            relative = nearest.similarity / np.maximum(others, 1e-9)
+            found[name] = nearest._replace(similarity=relative)
     return found
 
 
@@ -500,9 +509,9 @@ def layout_audit(
 
     def copy(i: int) -> np.ndarray:
         aside = rng.uniform(-1.5, 1.5, (2, 1, 1))
-        fields = tissue[i], *layouts.signed_distances(drawn[i], labels, cells)
-        moved, *distances = (layouts.warped(field, aside) for field in fields)
-        return layouts.compose(moved, np.argmax(distances, 0), codes["levels"], labels)
+        distances = layouts.signed_distances(drawn[i], labels, cells)
+        moved, organ = layouts.warped(tissue[i], aside), layouts.warped(distances, aside).argmax(0)
+        return layouts.compose(moved, organ, codes["levels"], labels)
 
     shows = drawn.any((1, 2))  # an organ, if any layout does
     shown = rng.permutation(np.flatnonzero(shows | ~shows.any()))
@@ -512,18 +521,32 @@ def layout_audit(
     return source, {"samples": new, "honest": honest, "copies": copies}
 
 
-def score_copying(
+def picture_audit(
     inputs: Inputs, rows: dict[str, Row], honest: np.ndarray, rng: np.random.Generator
-) -> tuple[dict, dict]:
-    """The audits by picture, by codes in common and by layout: reports, and what each found."""
-    train, samples = inputs.splits["train"], inputs.samples
-    count = len(inputs.codes["train_top"])
-    variants = Variants(count, len(train), train.mirror)
+) -> tuple[Source, dict[str, np.ndarray]]:
+    """What the audit by picture compares: thumbnails, by their correlation."""
+    train = inputs.splits["train"]
 
-    def pictures(variant: int, indices: np.ndarray) -> np.ndarray:
+    def take(variant: int, indices: np.ndarray) -> np.ndarray:
         parts = torch.from_numpy(indices).split(16)
-        altered = (variants.images(train.images(part), variant, part)[:, 0] for part in parts)
-        return np.concatenate([metrics.thumbnails(part.numpy()) for part in altered])
+        altered = (inputs.variants.images(train.images(part), variant, part) for part in parts)
+        return np.concatenate([metrics.thumbnails(part[:, 0].numpy()) for part in altered])
+
+    sets = {
+        "samples": inputs.samples.images,
+        "copies": make_copies(inputs, rng),
+        "honest": inputs.images("test", honest),
+        "reconstructions": rows[RECONSTRUCTIONS].images,
+    }
+    source = Source(train.patients, take, metrics.correlations, len(inputs.variants.numbers))
+    return source, {name: metrics.thumbnails(images) for name, images in sets.items()}
+
+
+def code_audit(
+    inputs: Inputs, honest: np.ndarray, rng: np.random.Generator
+) -> tuple[Source, dict[str, Coded]]:
+    """What the audit by codes compares: the codes of both levels, each by its bits and contrast."""
+    train, samples, count = inputs.splits["train"], inputs.samples, len(inputs.variants.numbers)
 
     def flat(maps: list[np.ndarray], kind: type = np.uint16) -> np.ndarray:
         return np.concatenate([x.reshape(len(x), -1) for x in maps], 1).astype(kind)
@@ -537,37 +560,37 @@ def score_copying(
         weights = bits[np.arange(codes.shape[1]), codes] * flat(contrast, np.float32)
         return Coded(codes, weights)
 
+    def take(variant: int, indices: np.ndarray) -> np.ndarray:
+        return everything[variant][indices]
+
     def in_common(queries: Coded, slices: np.ndarray) -> np.ndarray:
         return metrics.code_agreement(queries.codes, slices, queries.weights)
 
-    by_codes = Source(
-        train.patients, lambda v, i: everything[v][i], in_common, count, over_others=True
-    )
-    pictured = Source(train.patients, pictures, metrics.correlations, count)
-    sources = {"correlation": pictured, "code agreement": by_codes}
-    tested = inputs.images("test", honest)
     queries = {
-        "correlation": {
-            "samples": metrics.thumbnails(samples.images),
-            "copies": metrics.thumbnails(make_copies(inputs, rng)),
-            "honest": metrics.thumbnails(tested),
-            "reconstructions": metrics.thumbnails(rows[RECONSTRUCTIONS].images),
-        },
-        "code agreement": {
-            "samples": coded([samples.top, samples.bottom], samples.images),
-            "copies": coded(*copy_parts(inputs, honest, rng)),
-            "honest": coded(inputs.codes_of("test", honest), tested),
-        },
+        "samples": coded([samples.top, samples.bottom], samples.images),
+        "copies": coded(*copy_parts(inputs, honest, rng)),
+        "honest": coded(inputs.codes_of("test", honest), inputs.images("test", honest)),
+    }
+    return Source(train.patients, take, in_common, count, over_others=True), queries
+
+
+def score_copying(
+    inputs: Inputs, rows: dict[str, Row], honest: np.ndarray, rng: np.random.Generator
+) -> tuple[dict, dict]:
+    """The audits by picture, by codes in common and by layout: reports, and what each found."""
+    audits = {
+        "correlation": picture_audit(inputs, rows, honest, rng),
+        "code agreement": code_audit(inputs, honest, rng),
     }
     # Beside test slices whose organs nobody knows, or that show none, every mask would be a copy.
     shown, labels = inputs.codes["test_layout"][0][honest], inputs.prior.config.labels
     known = (shown < layouts.classes(labels)).all((1, 2))
     some = known.any() and (not labels or ((shown > 0) & (shown < labels)).any())
     if inputs.layouts is not None and some:
-        sources["layout"], queries["layout"] = layout_audit(inputs, honest[known], rng)
+        audits["layout"] = layout_audit(inputs, honest[known], rng)
     reports, found = {}, {}
-    for name, source in sources.items():
-        found[name] = search(source, queries[name], name)
+    for name, (source, queries) in audits.items():
+        found[name] = search(source, queries, name)
         report = metrics.audit(**{which: of.similarity for which, of in found[name].items()})
         reports[name] = report | {"verdict": verdict(report)}
     return reports, found
@@ -580,8 +603,8 @@ def appraise(inputs: Inputs) -> tuple[dict, dict]:
     """What samples are worth, beside what real slices score: the report, and the arrays for its
     pictures.
 
-    Those are "rows" (`Row` of each), "honest", the test slices (indices) that the audits compare
-    with, and "nearest", what the audits found. Fewer than two validation slices leave out realism.
+    Those are "honest", the test slices (indices) that the audits compare with, and "nearest", what
+    the audits found. Fewer than two validation slices leave out realism.
     """
     rng = np.random.default_rng(inputs.seed)
     report, rows = {"n": len(inputs.samples.images)}, make_rows(inputs, rng)
@@ -592,7 +615,7 @@ def appraise(inputs: Inputs) -> tuple[dict, dict]:
     report["copying"], nearest = score_copying(inputs, rows, honest, rng)
     report["scorecard"] = scorecard(report)
     report["conclusion"] = conclusion(report)
-    return report, {"rows": rows, "honest": honest, "nearest": nearest}
+    return report, {"honest": honest, "nearest": nearest}
 
 
 def passes(new, floor, control, better: Callable) -> bool | None:
@@ -614,7 +637,7 @@ def scorecard(report: dict) -> dict[str, dict]:
     measure by scoring nearer to the floor than to that control, or better than the floor, and an
     audit of copies by what it flags within chance.
     """
-    realism = report["realism"] or {"rows": {}, "seen": {}}
+    realism = report["realism"] or NO_REALISM
     rows, seen = realism["rows"], realism["seen"]
     variety = report["variety"] or {}
 
@@ -631,7 +654,7 @@ def scorecard(report: dict) -> dict[str, dict]:
 
     kinds = ("samples", "real", "one patient")
     alike, floor, one = (variety.get(name, {}).get("ms_ssim") for name in kinds)
-    unlearnt = (report["realism"] or {}).get("not_learnt")
+    unlearnt = realism.get("not_learnt")
     card = {
         "likeness": beside("likeness"),
         "coherence": beside("coherence"),
@@ -657,7 +680,7 @@ def conclusion(report: dict) -> str:
     card = report["scorecard"]
     if failed := [question for question, line in card.items() if line["passed"] is False]:
         return f"Bad: the new slices do not pass {', '.join(failed)}."
-    unseen = [*(report["realism"] or {"unseen": CONTROLS})["unseen"]]
+    unseen = [*(report["realism"] or NO_REALISM)["unseen"]]
     unseen += [
         question.replace("privacy,", "copies")
         for question, line in card.items()
@@ -676,7 +699,7 @@ def print_report(report: dict) -> None:
     for question, line in report["scorecard"].items():
         cells = (results_page.text(line[name]) for name in columns)
         print(f"{question:<26}" + "".join(f"{cell:>14}" for cell in cells))
-    realism = report["realism"] or {"kernel_distance_costs": {}, "not_learnt": ""}
+    realism = report["realism"] or NO_REALISM
     for part, costs in realism["kernel_distance_costs"].items():
         added = ", ".join(f"{name} {cost:.4f}" for name, cost in costs.items())
         print(f"kernel distance of {part}, added by: {added}")

@@ -32,7 +32,6 @@ The protocol of every score of predict.py and reconstruct.py:
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -310,19 +309,8 @@ def mean_pairwise_ms_ssim(
     return float(scores.mean()), float(scores.std(ddof=1) / math.sqrt(pairs))
 
 
-class Nearest(NamedTuple):
-    """Each query's most similar training slice.
-
-    index (N,) int64, among the training slices; similarity (N,) float64, a correlation in [-1, 1]
-    or a share of codes in common in [0, 1].
-    """
-
-    index: np.ndarray
-    similarity: np.ndarray
-
-
 def thumbnails(slices: np.ndarray) -> np.ndarray:
-    """Slices (N, H, W) as `nearest` takes them: means of 2x2 pixels, float32 of mean 0 and norm 1.
+    """Slices (N, H, W) for `correlations`: means of 2x2 pixels, float32 of mean 0 and norm 1.
 
     A slice of one value becomes zeros, which correlate with nothing. 32 KB for 256x128.
     """
@@ -339,11 +327,6 @@ def thumbnails(slices: np.ndarray) -> np.ndarray:
 def correlations(queries: np.ndarray, train: np.ndarray) -> np.ndarray:
     """Of each query with each training slice, (N, M); thumbnails of both."""
     return queries.reshape(len(queries), -1) @ train.reshape(len(train), -1).T
-
-
-def nearest(queries: np.ndarray, train: np.ndarray) -> Nearest:
-    """The training slice of the highest correlation with each query; thumbnails of both."""
-    return best(correlations(queries, train))
 
 
 def code_bits(train: np.ndarray, K: int) -> np.ndarray:
@@ -386,22 +369,16 @@ def code_agreement(queries: np.ndarray, train: np.ndarray, weights: np.ndarray) 
     return similarity
 
 
-def best(similarity: np.ndarray) -> Nearest:
-    """The best column of each row of similarity (N, M)."""
-    index = similarity.argmax(1)
-    return Nearest(index, similarity.max(1).astype(np.float64))
-
-
 def audit(
     samples: np.ndarray, honest: np.ndarray, copies: np.ndarray, **others: np.ndarray
 ) -> dict[str, float | dict]:
     """How near samples are to the training slices, beside honest novelty and beside known copies.
 
-    Each is (N,) `Nearest.similarity`, N at least 1: of generated slices, of slices of patients
-    outside the training split, and of positive controls, such as altered training slices; `others`
-    are counted like them. A slice is flagged if it is more similar than all but n // 100 of the n
-    honest slices. So at most 1 % of these are flagged, and of fewer than 100 none: coarse, and more
-    copies pass.
+    Each is (N,), the similarity of the nearest, N at least 1: of generated slices, of slices of
+    patients outside the training split, and of positive controls, such as altered training slices;
+    `others` are counted like them. A slice is flagged if it is more similar than all but n // 100
+    of the n honest slices. So at most 1 % of these are flagged, and of fewer than 100 none: coarse,
+    and more copies pass.
 
     Returns `threshold`; `expected`, the share of new honest slices above it; `margin`, the share
     that 19 in 20 sets of N new ones keep to (beta-binomial: the threshold is an estimate too); of

@@ -62,17 +62,16 @@ class Image:
             return False
         with np.errstate(all="ignore"):
             both = [_full(make(self.header)) for make in (nibabel.Nifti1Header.get_sform, _qform)]
-        return all(map(usable, both)) and turned(*both, min(3, self.raw.ndim))
+        return all(map(usable, both)) and turned(*both, min(3, int(self.header["dim"][0])))
 
-    def values(self, raw: np.ndarray | None = None) -> np.ndarray:
-        """The array, or the part `raw` of it, in the file's units: raw * slope + intercept."""
-        raw = self.raw if raw is None else raw
+    def values(self) -> np.ndarray:
+        """The array in the file's units: raw * slope + intercept."""
         if not self.scaled:
-            return raw
+            return self.raw
         slope, intercept = self.scale
         # What becomes too large for float64 is Inf, and an error where pixels are checked.
         with np.errstate(over="ignore"):
-            return raw.astype(np.float64) * slope + intercept
+            return self.raw.astype(np.float64) * slope + intercept
 
 
 # ---- reading ----

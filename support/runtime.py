@@ -220,11 +220,6 @@ def thread_pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(os.cpu_count() or 1, 16))
 
 
-def single_threads(count: int) -> ThreadPoolExecutor:
-    """So many threads, in each of which PyTorch uses no other: results do not depend on `count`."""
-    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
-
-
 def in_parallel(function: Callable, items: Sequence, label: str, unit: str) -> Iterator:
     """`function` of each item, in order, under a progress bar.
 

@@ -27,9 +27,8 @@ from support.runtime import UserError, option
 # Of cuDNN: batches have one shape, so it may try its algorithms; TF32 is enough for gradients.
 TRAINING_STEPS = {"enabled": True, "benchmark": True, "allow_tf32": True}
 # What may differ in a run that goes on: where things lie, how long it lasts, and what it runs on.
-MAY_CHANGE = ("data", "cache", "checkpoint", "allow_patient_overlap", "out", "epochs", "slices")
-MAY_CHANGE += ("minutes", "patience", "device", "bf16", "compile", "keep")
-GONE = ("save_every",)  # settings of earlier revisions, which changed no weight
+MAY_CHANGE = ("resume", "data", "cache", "checkpoint", "allow_patient_overlap", "out", "epochs")
+MAY_CHANGE += ("slices", "minutes", "patience", "device", "bf16", "compile", "keep")
 
 
 @dataclass(frozen=True)
@@ -81,14 +80,13 @@ def other_lengths(given: dict) -> dict:
     return other if given.keys() & {"epochs", "slices"} else {}
 
 
-def settings_to_resume(
-    resume: str, given: dict, kind: str, configs: dict[str, Callable]
-) -> tuple[dict, dict]:
-    """The checkpoint `resume` of a `kind`, and all settings that its run goes on with.
+def settings_to_resume(given: dict, kind: str, configs: dict[str, Callable]) -> tuple[dict, dict]:
+    """The checkpoint of a `kind` to --resume, and all settings that its run goes on with.
 
     `configs` make the dataclasses of the checkpoint's "<name>_config". UserError where the flags
     `given` beside --resume would make the run another one.
     """
+    resume = given["resume"]
     if changed := [runtime.flag(name) for name in given if name not in MAY_CHANGE]:
         keeps = f"{', '.join(changed)}: a run that goes on keeps the settings of {resume}"
         raise UserError(f"{keeps}. Fix: leave it out, or start a new run.")
@@ -96,8 +94,7 @@ def settings_to_resume(
     # All of them, or it is refused: one that is gone since then would be lost in silence.
     with runtime.reading(resume, checkpoint["revision"]):
         for name, config in configs.items():
-            saved = checkpoint[f"{name}_config"]
-            settings |= vars(config(**{key: saved[key] for key in saved if key not in GONE}))
+            settings |= vars(config(**checkpoint[f"{name}_config"]))
     return checkpoint, settings | {"out": str(Path(resume).parent)}
 
 
@@ -305,45 +302,6 @@ class Checkpoints:
         return bool(ours)
 
 
-class Pace:
-    """How much of a run of `config` is done, over `size` training slices."""
-
-    def __init__(self, config: TrainConfig, progress: Progress, size: int) -> None:
-        self.config, self.progress, self.size = config, progress, size
-        self.began = time.monotonic() - progress.seconds
-        self.clock = 0.0  # rank 0's `elapsed`, the same on every rank
-
-    def elapsed(self) -> float:
-        return time.monotonic() - self.began
-
-    def slices_seen(self) -> int:
-        return self.progress.epoch * self.size + self.progress.seen
-
-    def slices_asked(self) -> int:
-        """Of the whole run, if it does not go by minutes."""
-        return self.config.slices or self.config.epochs * self.size
-
-    def done(self) -> float:
-        """The share of the run that is done, by slices or by wall time; 1 when patience ran out."""
-        config, progress = self.config, self.progress
-        if config.patience and progress.epoch - progress.best_epoch >= config.patience:
-            return 1.0
-        if config.minutes:
-            return self.clock / (60 * config.minutes)
-        return self.slices_seen() / self.slices_asked()
-
-    def signalled(self, signals: list[int]) -> bool:
-        """Set the clock to rank 0's; whether any rank has received a signal.
-
-        All ranks get the same answer, so they all leave the loop after the same step.
-        """
-        clock = 0.0 if runtime.rank() else self.elapsed()
-        shared = torch.tensor([clock, len(signals)], dtype=torch.float64)
-        runtime.sum_over_ranks(shared)
-        self.clock = shared[0].item()
-        return bool(shared[1])
-
-
 class Trainer:
     """What `fit` does with a stage: `train_step` is a step, `validate` scores held-out slices."""
 
@@ -368,12 +326,45 @@ class Trainer:
             tensor.mul_(runtime.rank() == 0)
             runtime.sum_over_ranks(tensor)
         self.lr = config.lr
-        self.pace = Pace(config, self.progress, self.sizes["train"])
+        self.began = time.monotonic() - self.progress.seconds
+        self.clock = 0.0  # rank 0's `elapsed`, the same on every rank
         self.loss_shown_at = 0.0
         self.epoch_began = time.monotonic()
         settings = {"train": shareable(config), "ranks": runtime.world(), **stage.settings()}
         machine = {"run": runtime.provenance(), "device": str(self.device), "bf16": self.bf16}
         self.progress.history.append(machine | settings)
+
+    # ---- how much of the run is done ----
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    def slices_seen(self) -> int:
+        return self.progress.epoch * self.sizes["train"] + self.progress.seen
+
+    def slices_asked(self) -> int:
+        """Of the whole run, if it does not go by minutes."""
+        return self.config.slices or self.config.epochs * self.sizes["train"]
+
+    def done(self) -> float:
+        """The share of the run that is done, by slices or by wall time; 1 when patience ran out."""
+        config, progress = self.config, self.progress
+        if config.patience and progress.epoch - progress.best_epoch >= config.patience:
+            return 1.0
+        if config.minutes:
+            return self.clock / (60 * config.minutes)
+        return self.slices_seen() / self.slices_asked()
+
+    def signalled(self, signals: list[int]) -> bool:
+        """Set the clock to rank 0's; whether any rank has received a signal.
+
+        All ranks get the same answer, so they all leave the loop after the same step.
+        """
+        clock = 0.0 if runtime.rank() else self.elapsed()
+        shared = torch.tensor([clock, len(signals)], dtype=torch.float64)
+        runtime.sum_over_ranks(shared)
+        self.clock = shared[0].item()
+        return bool(shared[1])
 
     # ---- training ----
 
@@ -391,7 +382,7 @@ class Trainer:
         self.epoch_began = time.monotonic() - progress.epoch_seconds
         most = self.sizes["train"]
         if config.slices and not config.minutes:
-            most = config.slices - progress.epoch * self.sizes["train"]
+            most = max(0, config.slices - progress.epoch * most)
         return order[progress.seen : most]
 
     def train_step(self, batch: Tensor) -> Tensor | None:
@@ -400,7 +391,7 @@ class Trainer:
         Each rank takes its share of the batch, which may be empty; the step is the whole batch's.
         """
         share, parameters, loss = runtime.share(batch), list(self.model.parameters()), None
-        self.lr = learning_rate(self.config, self.pace.done())
+        self.lr = learning_rate(self.config, self.done())
         # A tensor, as `torch.compile` would compile anew for every number.
         self.stage.fall = torch.full((), self.lr / self.config.lr, device=self.device)
         for group in self.optimiser.param_groups:
@@ -464,7 +455,7 @@ class Trainer:
         statistics["validate"] = self.stage.statistics()
         speed = round(progress.seen / progress.epoch_seconds, 2)
         progress.epoch += 1
-        progress.seen, progress.epoch_seconds, progress.seconds = 0, 0.0, self.pace.elapsed()
+        progress.seen, progress.epoch_seconds, progress.seconds = 0, 0.0, self.elapsed()
         self.sums.zero_()
         record = {
             "epoch": progress.epoch,
@@ -488,7 +479,7 @@ class Trainer:
     def interrupt(self) -> Path:
         """Save in the middle of an epoch, with what all ranks have summed up in it."""
         self.progress.epoch_seconds = time.monotonic() - self.epoch_began
-        self.progress.seconds = self.pace.elapsed()
+        self.progress.seconds = self.elapsed()
         self.means(self.sums, max(1, self.progress.seen), "or before")
         runtime.sum_over_ranks(*self.stage.counts.values())
         return self.checkpoints.save("interrupted")
@@ -502,7 +493,7 @@ def first_line(run: Trainer) -> str:
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
     where = f"{runtime.world()} x {run.device.type}" if runtime.world() > 1 else run.device
     what = f"training {millions:.2f} M parameters on {where}"
-    minutes, slices = run.config.minutes, run.pace.slices_asked()
+    minutes, slices = run.config.minutes, run.slices_asked()
     length = f"{minutes:g} minutes" if minutes else f"{slices} slices"
     precision = "bfloat16" if run.bf16 else "float32"
     return f"{what} in {precision}: {length}; the train split has {run.sizes['train']}"
@@ -511,8 +502,8 @@ def first_line(run: Trainer) -> str:
 def progress_bar(run: Trainer) -> tqdm:
     """Counts the slices of the whole run, and tells the time left."""
     return tqdm(
-        total=None if run.config.minutes else run.pace.slices_asked(),
-        initial=run.pace.slices_seen(),
+        total=None if run.config.minutes else run.slices_asked(),
+        initial=run.slices_seen(),
         unit="slice",
         mininterval=0.5 if sys.stderr.isatty() else 30,
         disable=runtime.rank() > 0,
@@ -582,9 +573,9 @@ def fit(stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> Pa
     progress, checkpoints, first_step = run.progress, run.checkpoints, run.progress.step
     print(first_line(run))
     with runtime.stop_signals() as signals, progress_bar(run) as bar:
-        stopped = run.pace.signalled(signals)
+        stopped = run.signalled(signals)
         # An epoch that has begun is always ended, even if no batch of it is left.
-        while not stopped and (run.pace.done() < 1 or progress.seen):
+        while not stopped and (run.done() < 1 or progress.seen):
             for batch in filter(len, run.start_epoch().split(run.batch_size)):
                 # A step: the rate of the schedule, the losses, their gradients, the update.
                 with torch.backends.cudnn.flags(**TRAINING_STEPS):
@@ -596,11 +587,11 @@ def fit(stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> Pa
                 if config.compile and progress.step == first_step + 1:
                     stage.compile()
                 # After every step: does somebody want us to stop, or is the time over?
-                stopped = run.pace.signalled(signals)
+                stopped = run.signalled(signals)
                 if config.minutes:  # nobody knows how many slices fit into the minutes
-                    bar.total = round((bar.n + len(batch)) / min(run.pace.done(), 1.0))
+                    bar.total = round((bar.n + len(batch)) / min(run.done(), 1.0))
                 bar.update(len(batch))
-                if stopped or run.pace.done() >= 1:
+                if stopped or run.done() >= 1:
                     break
             if stopped:
                 break
@@ -614,7 +605,7 @@ def fit(stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> Pa
             tqdm.write(epoch_line(run, record, better))
             checkpoints.save_epoch()
             write_logs(run, plot=progress.seconds > 10 * progress.epoch)
-            stopped = run.pace.signalled(signals)
+            stopped = run.signalled(signals)
         # Within the block that catches signals: a second Ctrl-C must not cut the writing short.
         saved = run.interrupt() if stopped else checkpoints.finish()
         write_logs(run)

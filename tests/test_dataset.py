@@ -7,7 +7,7 @@ import re
 import shutil
 import struct
 import tracemalloc
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import nibabel
@@ -819,10 +819,10 @@ def test_a_slice_s_own_pixels_are_those_that_no_padding_touches(study, config):
 
 def test_a_record_of_a_study_comes_back_and_a_damaged_one_is_named(config):
     info = StudyInfo.from_splits(open_study(config))
-    assert StudyInfo.from_checkpoint({"data": info.as_dict()}, "c.pth") == info
+    assert StudyInfo.from_checkpoint({"data": asdict(info)}, "c.pth") == info
     for change in ({"height": "32"}, {"fit": "squeeze"}, {"width": -8}):
         with pytest.raises(UserError, match=r"c\.pth: damaged"):
-            StudyInfo.from_checkpoint({"data": info.as_dict() | change}, "c.pth")
+            StudyInfo.from_checkpoint({"data": asdict(info) | change}, "c.pth")
 
 
 def test_positions_run_from_the_first_slice_of_a_volume_to_its_last(study, config):

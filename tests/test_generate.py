@@ -32,7 +32,7 @@ PRIOR = PriorConfig(
 
 
 def save_models(folder, splits, model, prior):
-    data = StudyInfo.from_splits(splits).as_dict()
+    data = dataclasses.asdict(StudyInfo.from_splits(splits))
     one = {"model_config": dataclasses.asdict(model.config), "model": model.state_dict()}
     one |= {"kind": "vqvae2", "data": data, "epoch": 1}
     runtime.save_checkpoint(folder / "vqvae2_best.pth", one)

@@ -25,7 +25,7 @@ PRIOR = {"prior_channels": 16, "bottom_every": 7, **TRAIN}
 # or of code maps.
 MEANT = (
     r"if self.updates == 0|sums / count|count_nonzero|histogram.cpu"
-    r"|smoothed\(seen, cells\).cpu|codes.cpu"
+    r"|cells = F.adaptive_avg_pool2d|codes.cpu"
 )
 
 
@@ -67,7 +67,7 @@ def take_steps(trainer: trainer.Trainer, count: int = 3) -> list[str]:
         if step == 1:
             stand_in.activity.clear()
         trainer.train_step(torch.arange(trainer.config.batch_size))
-        trainer.pace.signalled([])
+        trainer.signalled([])
         if trainer.config.compile and step == 0:
             trainer.stage.compile()
     return list(stand_in.activity.waits)

@@ -333,7 +333,7 @@ def test_dice_of_the_decoded_masks(organs_study, tmp_path, monkeypatch, capsys):
     config = dataclasses.replace(SMALL, labels=3)
     model = VQVAE2(config)
     model(test.images(range(4)))
-    changes = {"model": model.state_dict(), "data": StudyInfo.from_splits(splits).as_dict()}
+    changes = {"model": model.state_dict(), "data": asdict(StudyInfo.from_splits(splits))}
     path = tmp_path / "vqvae2_best.pth"
     # Masks of other organs than the model's are not scored.
     others = changes | {"data": changes["data"] | {"labels": [0, 5, 8]}}

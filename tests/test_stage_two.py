@@ -67,7 +67,7 @@ def test_codes_are_the_autoencoder_s_and_kept_for_it_alone(autoencoder, tmp_path
                         assert np.array_equal(kept[f"{name}_{level}"][variant, i], codes[0])
                 if name == "train":  # of the slice as it is, without its mirror image's
                     tissue = smoothed(x, kept["train_tissue"].shape[1:])[0]
-                    assert kept["train_tissue"][i] == pytest.approx(tissue.numpy(), abs=1e-6)
+                    assert kept["train_tissue"][i] == pytest.approx(tissue, abs=1e-6)
                     assert not kept["train_depths"][i].any()  # without masks
     digest = runtime.sha256(autoencoder)
     read = extract_codes(None, splits, 2, digest, tmp_path / "codes.npz")
@@ -197,7 +197,7 @@ def test_the_top_prior_is_told_the_layout_of_the_variant_it_sees(masked_study, t
             which = int(stage.variant[i]), torch.tensor([i])
             seen_masks = variants.masks(train_split.masks([i]), *which)
             seen_tissue = smoothed(variants.images(train_split.images([i]), *which), (16, 8))
-            expected = layouts_of(seen_tissue.numpy(), seen_masks, levels, 2)
+            expected = layouts_of(seen_tissue, seen_masks, levels, 2)
             assert np.array_equal(layout[i], expected[0])
     assert torch.stack(hidden).float().mean().item() == pytest.approx(0.5, abs=0.1)
     stage.model.eval()
@@ -398,7 +398,7 @@ def test_the_command_that_goes_on_with_a_stopped_run_works(
 ):
     """Priors beside another folder's autoencoder, in a folder whose name has a space."""
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(trainer.Pace, "signalled", lambda self, _: self.progress.seen == 4)
+        patched.setattr(trainer.Trainer, "signalled", lambda self, _: self.progress.seen == 4)
         fit_prior(autoencoder, tmp_path / "my priors", slices=8)
     said = capsys.readouterr().out.split("go on with: ")[1].splitlines()[0]
     python, script, *flags = shlex.split(said)

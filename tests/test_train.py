@@ -171,7 +171,7 @@ def test_a_run_by_epochs_that_was_stopped_goes_on(study, tmp_path, monkeypatch, 
     """Before the first step, in the middle of an epoch, and after its last step."""
     fit(study, tmp_path / "whole", epochs=2)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(trainer.Pace, "signalled", lambda self, _: self.progress.seen == seen)
+        patched.setattr(trainer.Trainer, "signalled", lambda self, _: self.progress.seen == seen)
         fit(study, tmp_path / "broken", epochs=2)
     assert (tmp_path / "broken" / "index.html").is_file()  # an earlier run's is gone
     checkpoint = runtime.load_checkpoint(tmp_path / "broken" / "vqvae2_interrupted.pth", "vqvae2")
