@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -156,11 +156,12 @@ def name_parts(path: Path | str, pattern: str = "") -> dict[str, str]:
     date, and the same person of another day would become another patient. UserError then.
     """
     path, parts = str(path).replace("\\", "/"), {}
-    if pattern and (match := re.search(pattern, path)):
-        parts = {key: text for key, text in match.groupdict().items() if text}
-    # The file's own name comes first, then the folders above it, from the innermost one on.
-    for name in [] if pattern else path.split("/")[::-1]:
-        for key, written in ANNOUNCED.items():
+    if pattern:
+        if match := re.search(pattern, path):
+            parts = {key: text for key, text in match.groupdict().items() if text}
+    else:
+        # The file's own name comes first, then the folders above it, from the innermost one on.
+        for name, (key, written) in product(path.split("/")[::-1], ANNOUNCED.items()):
             if match := written.search(name):
                 parts.setdefault(key, match[match.lastindex])
     if "patient" not in parts:
@@ -252,7 +253,8 @@ def _scan_study(study: Path, pattern: str, bad: dict[str, str]) -> list[Job]:
     for split in SPLITS:
         folder, masks = study / f"keras_slices_{split}", study / f"keras_slices_seg_{split}"
         files = scan(folder, pattern, bad, others)
-        empty += [] if files or (folder.is_dir() and bad) else [folder.name]
+        if not files and not (folder.is_dir() and bad):
+            empty.append(folder.name)
         mask_of = {mask.name: mask for mask in scan(masks, pattern, bad, [])}
         jobs += [Job(split, file, mask_of.pop(file.name, None)) for file in files]
         for mask in mask_of.values():  # those that no slice took
@@ -555,7 +557,7 @@ def _write_cache(
             rows.append(row)
             pixels_file.write(pixels.astype("<f4", copy=False).data)
             if any_masks and len(labels) <= NO_MASK:
-                masks_file.write(_to_places(mask, labels, size).data)
+                masks_file.write(_to_numbers(mask, labels, size).data)
                 after[job.split] = len(labels)
                 if len(labels) > NO_MASK:
                     bad[job.mask.path] = f"more than {NO_MASK} different labels; is it an image?"
@@ -568,7 +570,7 @@ def _write_cache(
     known, others = list(labels)[:trained], list(labels)[trained:]
     if any_masks:
         notes = _notes_on_labels(known, others, table["has_mask"]) + notes
-    classes = np.full(NO_MASK + 1, NO_MASK, np.uint8)  # of each place, see `_to_places`
+    classes = np.full(NO_MASK + 1, NO_MASK, np.uint8)  # of each number, see `_to_numbers`
     classes[: len(known)] = np.searchsorted(sorted(known), known)
     organs = len(known) > 1
     table["has_mask"] &= organs
@@ -583,15 +585,15 @@ def _begin_array(file: BinaryIO, dtype: str, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_2_0(file, header)
 
 
-def _to_places(
+def _to_numbers(
     mask: tuple[np.ndarray, np.ndarray] | None, labels: dict[int, int], size: tuple[int, int]
 ) -> np.ndarray:
-    """A mask as the uint8 places of its labels in `labels`, to which new ones are appended."""
+    """A mask as uint8: of each label its number in `labels`, to which new ones are appended."""
     if mask is None:
         return np.full(size, NO_MASK, np.uint8)
     values, inverse = mask
-    places = [labels.setdefault(value, len(labels)) for value in values.tolist()]
-    return np.array(places).astype(np.uint8)[inverse].reshape(size)
+    numbers = [labels.setdefault(value, len(labels)) for value in values.tolist()]
+    return np.array(numbers).astype(np.uint8)[inverse].reshape(size)
 
 
 def _fingerprints(jobs: list[Job], table: dict, size: tuple[int, int]) -> dict[str, str]:
@@ -727,7 +729,7 @@ def mirrored_overlap(train: "SliceDataset", axis: int) -> np.ndarray:
     masked = np.flatnonzero(train.has_mask)
     chosen = masked[:: max(1, len(masked) // 1000)]
     places = np.zeros((len(train.labels) - 1, *train.pixels.shape[1:]))
-    for indices in np.array_split(chosen, -(-len(chosen) // 64)):
+    for indices in runtime.batches(chosen):
         masks = train.masks(indices).numpy()
         for organ, place in enumerate(places, start=1):
             place += (masks == organ).sum(0)
@@ -770,7 +772,8 @@ class SliceDataset(torch.utils.data.Dataset):
     ) -> None:
         self._made_of = (study, split, jobs, cache, config)
         self.study, self.split, self.config = study, split, config
-        rows = slice(*np.flatnonzero([job.split == split for job in jobs])[[0, -1]] + [0, 1])
+        own = np.flatnonzero([job.split == split for job in jobs])
+        rows = slice(own[0], own[-1] + 1)
         files = [job.file for job in jobs[rows]]
         self.paths, self.names = [Path(file.path) for file in files], [file.name for file in files]
         self.synthetic = (study / "SYNTHETIC.txt").is_file()

@@ -175,7 +175,7 @@ def score_masks(decoded: np.ndarray, test: SliceDataset, net: Segmenter | None) 
     whose = [f"{patient:03d}" for patient in test.patients[chosen]]
     drawn, tables = {"decoded": decoded[chosen]}, {}
     if net:
-        parts = np.array_split(chosen, -(-len(chosen) // 64))
+        parts = runtime.batches(chosen)
         images = (test.images(part)[:, 0].numpy() for part in parts)
         drawn["unet"] = np.concatenate([organs.segment(net, part) for part in images])
     for name, masks in drawn.items():

@@ -117,7 +117,7 @@ def main() -> None:
 
     def measured(name: str, chosen: np.ndarray, change: Callable = lambda x: x) -> Measured:
         split = splits[name]
-        parts = np.array_split(chosen, -(-len(chosen) // 64))
+        parts = runtime.batches(chosen)
         values = np.concatenate([measure(change(split.images(part))) for part in parts])
         return Measured(values, split.positions[chosen], sets[name][chosen])
 

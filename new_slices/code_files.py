@@ -98,7 +98,7 @@ class Coder:
         body = BODY.pack(*models, blake(*maps, size=4), *about) + block
         words = encoder.get_compressed().astype("<u4")
         body += coded.scale.astype("<f4").tobytes() + words.tobytes()
-        return HEAD.pack(list(KINDS)[picture], blake(body)) + body
+        return HEAD.pack(b"VQ2p" if picture else b"VQ2n", blake(body)) + body
 
     def unpack(self, data: bytes) -> tuple[nifti.Image, str, Coded]:
         """What `pack` was given: an image without its pixels, the plane, the codes.

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dataset import SPLITS, Mirror, SliceDataset
 from modules import VQVAE2
-from new_slices.layouts import Composer, depths_of, layouts_of, likely, smoothed, tissue_levels
+from new_slices.layouts import Composer, depths_of, layouts_of, likely, smoothed, tissue_borders
 from new_slices.organs import likeliest
 from support import runtime
 
@@ -147,11 +147,11 @@ def extract_codes(
         "validate_top" (1, N, h, w), ... uint16. Layouts show organs if the autoencoder knows them.
         For new layouts, of unaltered slices "train_tissue" (N, 2h, 2w) float32, the smoothed
         intensities, and "train_depths" (N, labels, 2h, 2w) int8, the signed distances of organs;
-        and "levels", where one region ends and the next begins (layouts.py).
+        and "borders", the intensity where one region ends and the next begins (layouts.py).
     """
     train = splits["train"]
     mirror = train.mirror.axis, train.mirror.partners  # of the variants
-    made_of = "6", sha256, variants, mirror, *(splits[name].fingerprint for name in SPLITS)
+    made_of = "7", sha256, variants, mirror, *(splits[name].fingerprint for name in SPLITS)
     key = " ".join(map(str, made_of))
     for file in files:
         try:
@@ -166,7 +166,7 @@ def extract_codes(
     labels = labels_on_layouts(model, train)
     shapes = dict(zip(LEVELS, model.config.code_shapes(*train.pixels.shape[1:]), strict=True))
     cells = shapes["layout"] = shapes["bottom"]
-    maps = {"levels": tissue_levels(train, cells)}
+    maps = {"borders": tissue_borders(train, cells)}
     maps["train_tissue"] = np.empty((len(train), *cells), np.float32)
     maps["train_depths"] = np.zeros((len(train), max(labels, 1), *cells), np.int8)
     bar = tqdm(total=total, desc="codes", unit=" slices", disable=None)
@@ -181,7 +181,7 @@ def extract_codes(
                 seen = altered.images(x, variant, indices)
                 tissue = smoothed(seen, cells)
                 drawn = altered.masks(masks, variant, indices) if labels else None
-                layouts = layouts_of(tissue, drawn, maps["levels"], labels)
+                layouts = layouts_of(tissue, drawn, maps["borders"], labels)
                 maps[f"{name}_layout"][variant, indices] = layouts
                 for level, codes in zip(LEVELS, model.encode(seen), strict=True):
                     maps[f"{name}_{level}"][variant, indices] = codes.cpu().numpy()
@@ -200,4 +200,4 @@ def composer_of(train: SliceDataset, maps: dict[str, np.ndarray], labels: int) -
     """What composes layouts of a training split's slices, whose maps `extract_codes` gave."""
     known = maps["train_layout"][0].astype(np.int64), maps["train_tissue"], maps["train_depths"]
     codes = [maps[f"train_{level}"][0] for level in LEVELS]
-    return Composer(*known, train.positions, train.patients, maps["levels"], labels, codes)
+    return Composer(*known, train.positions, train.patients, maps["borders"], labels, codes)

@@ -92,14 +92,14 @@ def smoothed(images: Tensor, shape: tuple[int, int]) -> np.ndarray:
     return gaussian_filter(cells, (0, SMOOTH, SMOOTH), mode="nearest", truncate=3)
 
 
-def tissue_levels(train: SliceDataset, shape: tuple[int, int]) -> np.ndarray:
+def tissue_borders(train: SliceDataset, shape: tuple[int, int]) -> np.ndarray:
     """The intensities (REGIONS - 1,), rising, that part one region from the next: z-scores.
 
     They lie midway between the means of a one-dimensional k-means of training slices' cells.
     """
     chosen = np.arange(len(train))[:: max(1, len(train) // MOST)]
-    parts = np.array_split(chosen, -(-len(chosen) // 64))
-    values = np.concatenate([smoothed(train.images(part), shape) for part in parts])
+    parts = (train.images(part) for part in runtime.batches(chosen))
+    values = np.concatenate([smoothed(part, shape) for part in parts])
     values = values.reshape(-1, 1).astype(np.float64)
     start = np.linspace(*np.quantile(values, (0.01, 0.99)), REGIONS)[:, None]
     means = kmeans2(values, start, iter=50, minit="matrix")[0][:, 0]
@@ -112,9 +112,9 @@ def middles(masks: Tensor, shape: tuple[int, int]) -> Tensor:
     return masks[:, rows // 2 :: rows, columns // 2 :: columns]
 
 
-def compose(tissue: np.ndarray, organs: np.ndarray, levels: np.ndarray, labels: int) -> np.ndarray:
+def compose(tissue: np.ndarray, organs: np.ndarray, borders: np.ndarray, labels: int) -> np.ndarray:
     """Smoothed intensities (h, w) and organs (h, w) in [0, labels) -> a layout (h, w) int64."""
-    regions = np.searchsorted(levels, tissue)
+    regions = np.searchsorted(borders, tissue)
     # Lungs and bowel gas are as dark as air, but they do not reach the edge of the slice.
     dark, _ = label(regions == 0)
     edge = np.concatenate([dark[0], dark[-1], dark[:, 0], dark[:, -1]])
@@ -123,7 +123,7 @@ def compose(tissue: np.ndarray, organs: np.ndarray, levels: np.ndarray, labels: 
 
 
 def layouts_of(
-    tissue: np.ndarray, masks: Tensor | None, levels: np.ndarray, labels: int
+    tissue: np.ndarray, masks: Tensor | None, borders: np.ndarray, labels: int
 ) -> np.ndarray:
     """Smoothed intensities (B, h, w) and masks (B, H, W) uint8, None without -> (B, h, w) int64.
 
@@ -132,7 +132,7 @@ def layouts_of(
     """
     shape, unknown = tissue.shape[1:], classes(labels)
     organs = np.zeros(tissue.shape, int) if masks is None else middles(masks, shape).long().numpy()
-    found = [compose(*pair, levels, labels) for pair in zip(tissue, organs, strict=True)]
+    found = [compose(*pair, borders, labels) for pair in zip(tissue, organs, strict=True)]
     return np.where(organs == NO_MASK, unknown, np.stack(found))
 
 
@@ -317,14 +317,14 @@ class Slices:
     """
 
     def __init__(
-        self, layouts, tissue, depths, positions, patients, levels, labels, codes=()
+        self, layouts, tissue, depths, positions, patients, borders, labels, codes=()
     ) -> None:
         known = (layouts < classes(labels)).all((1, 2))
         self.layouts, self.known = layouts, np.flatnonzero(known)
         self.organs = np.where(layouts < labels, layouts, 0)[known]
         self.tissue, self.positions = tissue[known].astype(np.float64), positions[known]
         self.depths = depths  # of all slices: a copy of the known ones would be large
-        self.patients, self.levels, self.labels = patients[known], levels, labels
+        self.patients, self.borders, self.labels = patients[known], borders, labels
         shown = [(self.organs == organ).any((1, 2)) for organ in range(1, labels)]
         self.shown = np.stack([np.ones(len(self.organs), bool), *shown], 1)  # which organs
         organs = [WEIGHT * (self.organs == organ) for organ in range(1, labels)]
@@ -416,7 +416,7 @@ class Slices:
         Dice of organs, 0 without masks.
         """
         slices, found = self.layouts[self.known], []
-        for rows in np.array_split(np.arange(len(made)), -(-len(made) // 64)):  # memory
+        for rows in runtime.batches(np.arange(len(made))):  # or memory might not do
             part, own = made[rows], whose[rows]
             # Every second row and column: in a quarter of the time.
             moved = [np.roll(part, aside, (1, 2))[:, ::2, ::2] for aside in ASIDE]
@@ -490,7 +490,7 @@ class Composer(Slices):
         else:
             source = bend + (centre(self.organs[frame]) - centre(own))[:, None, None]
             shape = signed_distances(own, self.labels, cells)
-        layout = compose(warped(tissue, source), shape.argmax(0), self.levels, self.labels)
+        layout = compose(warped(tissue, source), shape.argmax(0), self.borders, self.labels)
         return layout, shape.astype(np.float32)
 
     def rebuild(self, index: int) -> np.ndarray:
@@ -502,7 +502,7 @@ class Composer(Slices):
         rng = np.random.default_rng(index)
         fields = [random_fields(rng, len(parts), parts.shape[1:]) for _ in range(REBUILT)]
         made = [(mosaic(parts, each), self.organs[place[0]]) for each in fields]
-        return np.stack([compose(*each, self.levels, self.labels) for each in made])
+        return np.stack([compose(*each, self.borders, self.labels) for each in made])
 
     def lay(self, family: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The members of a family, how they lie over the frame (n, 2, h, w), their tissue there.

@@ -58,7 +58,7 @@ from new_slices.code_maps import LEVELS, Samples, Variants, decode
 from new_slices.organs import Segmenter
 from new_slices.picture_features import picture_features
 from new_slices.prior import Prior
-from support import metrics, results_page
+from support import metrics, results_page, runtime
 
 # With --position, slices as near as this, or this many, stand beside the samples.
 NEAR, FEWEST = 0.1, 8
@@ -221,8 +221,7 @@ def score_anatomy(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tup
     """
     train, net = inputs.splits["train"], inputs.segmenter
     labels, verdicts, table = len(train.labels), {}, {}
-    parts = np.array_split(real, -(-len(real) // 64))
-    bar = tqdm(parts, desc="organs of training slices", disable=None)
+    bar = tqdm(runtime.batches(real), desc="organs of training slices", disable=None)
     found = (organs.segment(net, inputs.images("train", part)) for part in bar)
     beside = np.concatenate([organs.measure(masks, labels) for masks in found])
     drawn = train.masks(real[: 2 * MOST_PER_ROW]).numpy()
@@ -249,8 +248,8 @@ def score_likeness(inputs: Inputs, rows: dict[str, Row], real: np.ndarray) -> tu
         return {name: {} for name in rows}, {name: {} for name in rows}
     features, table, errors = picture_features(inputs.images("train", few)), {}, {}
     # A part at a time, as all of them may not fit into memory.
-    parts = torch.from_numpy(real).split(64)
-    sides = zip(*(metrics.halves(inputs.images("train", part)) for part in parts), strict=True)
+    parts = (inputs.images("train", part) for part in runtime.batches(real))
+    sides = zip(*map(metrics.halves, parts), strict=True)
     halves = tuple(np.concatenate(side) for side in sides)
     for name, row in tqdm(rows.items(), desc="likeness", disable=None):
         found = {
@@ -385,7 +384,7 @@ class Source(NamedTuple):
     over_others: bool = False  # what counts is how much nearer they are than the next patients
 
 
-class Coded(NamedTuple):
+class Weighed(NamedTuple):
     """Codes of all levels of N slices and what each counts, (N, places) both."""
 
     codes: np.ndarray
@@ -400,7 +399,9 @@ class Found(NamedTuple):
     variant: np.ndarray
 
 
-def search(source: Source, queries: dict[str, np.ndarray | Coded], label: str) -> dict[str, Found]:
+def search(
+    source: Source, queries: dict[str, np.ndarray | Weighed], label: str
+) -> dict[str, Found]:
     """The nearest training slice of every query, among all variants of all of them.
 
     With `over_others` its similarity is divided by the mean of those of the next 8 patients, the
@@ -408,7 +409,7 @@ def search(source: Source, queries: dict[str, np.ndarray | Coded], label: str) -
     """
     people, whose = np.unique(source.patients, return_inverse=True)
     found, by_patient = {}, {}
-    parts = np.array_split(np.arange(len(whose)), -(-len(whose) // 512))
+    parts = runtime.batches(np.arange(len(whose)), 512)
     pairs = list(itertools.product(range(source.variants), parts))
     for variant, part in tqdm(pairs, desc=f"copying, {label}", disable=None):
         block = source.take(variant, part)
@@ -511,7 +512,7 @@ def layout_audit(
         aside = rng.uniform(-1.5, 1.5, (2, 1, 1))
         distances = layouts.signed_distances(drawn[i], labels, cells)
         moved, organ = layouts.warped(tissue[i], aside), layouts.warped(distances, aside).argmax(0)
-        return layouts.compose(moved, organ, codes["levels"], labels)
+        return layouts.compose(moved, organ, codes["borders"], labels)
 
     shows = drawn.any((1, 2))  # an organ, if any layout does
     shown = rng.permutation(np.flatnonzero(shows | ~shows.any()))
@@ -544,7 +545,7 @@ def picture_audit(
 
 def code_audit(
     inputs: Inputs, honest: np.ndarray, rng: np.random.Generator
-) -> tuple[Source, dict[str, Coded]]:
+) -> tuple[Source, dict[str, Weighed]]:
     """What the audit by codes compares: the codes of both levels, each by its bits and contrast."""
     train, samples, count = inputs.splits["train"], inputs.samples, len(inputs.variants.numbers)
 
@@ -554,16 +555,16 @@ def code_audit(
     everything = [flat(inputs.codes_of("train", np.arange(len(train)), v)) for v in range(count)]
     bits = metrics.code_bits(np.concatenate(everything), inputs.model.config.K)
 
-    def coded(maps: list[np.ndarray], images: np.ndarray) -> Coded:
+    def coded(maps: list[np.ndarray], images: np.ndarray) -> Weighed:
         codes = flat(maps)
         contrast = [metrics.contrast(images, level.shape[1:]) for level in maps]
         weights = bits[np.arange(codes.shape[1]), codes] * flat(contrast, np.float32)
-        return Coded(codes, weights)
+        return Weighed(codes, weights)
 
     def take(variant: int, indices: np.ndarray) -> np.ndarray:
         return everything[variant][indices]
 
-    def in_common(queries: Coded, slices: np.ndarray) -> np.ndarray:
+    def in_common(queries: Weighed, slices: np.ndarray) -> np.ndarray:
         return metrics.code_agreement(queries.codes, slices, queries.weights)
 
     queries = {

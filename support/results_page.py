@@ -151,7 +151,8 @@ def numbers(metrics: dict, card: dict) -> str:
 def training(folder: Path, priors: bool) -> str:
     """A row and the curves of each stage, with `priors` or without."""
     rows, curves = {}, ""
-    for stage, prefix in (("autoencoder", ""), ("priors", "prior_"))[: 1 + priors]:
+    stages = {"autoencoder": ""} | ({"priors": "prior_"} if priors else {})
+    for stage, prefix in stages.items():
         _, epochs = read_log(folder / f"{prefix}log.jsonl")
         for last in epochs[-1:]:
             rows[stage] = {

@@ -220,6 +220,11 @@ def thread_pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(os.cpu_count() or 1, 16))
 
 
+def batches(indices: np.ndarray, size: int = 64) -> list[np.ndarray]:
+    """Indices (N,) in parts of at most `size`, in order."""
+    return np.array_split(indices, math.ceil(len(indices) / size))
+
+
 def in_parallel(function: Callable, items: Sequence, label: str, unit: str) -> Iterator:
     """`function` of each item, in order, under a progress bar.
 

@@ -313,8 +313,9 @@ class Trainer:
         fast = runtime.has_fast_bf16(self.device, config.batch_size)
         self.bf16 = fast if config.bf16 == "auto" else config.bf16 == "on"
         # AdamW for all parameters; with --optimiser muon, Muon for those that are matrices.
-        everything, muon = ([], self.model.parameters()), config.optimiser == "muon"
-        matrices, others = split_parameters(self.model) if muon else everything
+        matrices, others = [], self.model.parameters()
+        if config.optimiser == "muon":
+            matrices, others = split_parameters(self.model)
         self.optimiser = Muon(matrices, others, config.lr, config.weight_decay, fused=True)
         self.progress = Progress()
         self.sums = torch.zeros(len(stage.loss_names), dtype=torch.float64, device=self.device)

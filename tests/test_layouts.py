@@ -47,7 +47,7 @@ def test_levels_part_clusters_of_intensity():
     split = MagicMock(images=lambda indices: bands.view(1, 1, 96, 8).repeat(len(indices), 1, 1, 1))
     split.__len__.return_value = 12
     expected = [-0.775, -0.275, 0.25, 0.775, 1.275]
-    assert layouts.tissue_levels(split, (96, 8)) == pytest.approx(expected, abs=0.06)
+    assert layouts.tissue_borders(split, (96, 8)) == pytest.approx(expected, abs=0.06)
 
 
 def test_a_layout_is_air_organs_and_regions():
@@ -470,7 +470,7 @@ def test_training_layouts_are_found_a_cell_aside_and_others_are_not(labels):
     for new, copied in ((np.roll(known, 1, 1), True), (known, True), (fresh, False)):
         masks = np.kron(np.where(new < labels, new, 0), np.ones((1, 4, 4))).astype(np.uint8)
         inputs = sample_report.Inputs(
-            *(None, prior, {"train": train}, codes | {"levels": LEVELS}),
+            *(None, prior, {"train": train}, codes | {"borders": LEVELS}),
             *(Samples(None, None, None, masks), None, None),
             layouts=new,
         )

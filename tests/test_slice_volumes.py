@@ -340,6 +340,17 @@ def test_a_folder_for_each_subject_tells_them_apart(tmp_path, capsys):
     assert {record[f"subject {name}"] for name in ("P0001", "P0002", "ses-3")} == {1, 2, 3}
 
 
+def test_folders_that_are_one_number_are_one_subject(tmp_path):
+    for patient, name in ((1, "007"), (2, "7"), (3, "8")):
+        path = write_subject(tmp_path / "b", patient)
+        folder = tmp_path / "export" / name
+        folder.mkdir(parents=True)
+        path.rename(folder / "t2.nii.gz")
+    with pytest.raises(UserError, match="3 of 3 files cannot be used"):
+        run_slice(tmp_path / "export", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_for_each_exam_makes_no_patients_where_files_are_named(tmp_path):
     for exam, patient in enumerate((1, 1, 2, 3)):
         write_subject(tmp_path / "v" / f"E{exam}", patient)

@@ -21,7 +21,7 @@ from dataset import DataConfig, Mirror, SliceDataset, open_trained_study
 from modules import load_model
 from new_slices import code_maps
 from new_slices.code_maps import Variants, extract_codes
-from new_slices.layouts import REBUILT, depths_of, layouts_of, smoothed, tissue_levels
+from new_slices.layouts import REBUILT, depths_of, layouts_of, smoothed, tissue_borders
 from new_slices.prior import Prior, PriorConfig
 from support import runtime, trainer
 
@@ -181,7 +181,7 @@ def test_the_top_prior_is_told_the_layout_of_the_variant_it_sees(masked_study, t
     stage = stage_of(autoencoder, tmp_path, variants=4, forget=0.5)
     train_split, variants = stage.splits["train"], Variants(4, 14, Mirror())
     assert stage.model.config.labels == 2
-    levels = tissue_levels(train_split, (16, 8))
+    levels = tissue_borders(train_split, (16, 8))
     seen, indices = [], torch.arange(14)
     stage.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     hidden = []

@@ -181,6 +181,18 @@ def test_a_run_by_epochs_that_was_stopped_goes_on(study, tmp_path, monkeypatch, 
     assert_same(tmp_path / "broken" / final, tmp_path / "whole" / final)
 
 
+def test_a_run_that_has_seen_more_slices_than_are_asked_takes_no_step(study, tmp_path, monkeypatch):
+    """It was stopped in its second epoch of 14, and is to end after ten slices of the first."""
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(trainer.Trainer, "signalled", lambda self, _: self.slices_seen() == 18)
+        fit(study, tmp_path, slices=28)
+    checkpoint = runtime.load_checkpoint(tmp_path / "vqvae2_interrupted.pth", "vqvae2")
+    assert (checkpoint["epoch"], checkpoint["seen"]) == (1, 4)
+    fit(study, tmp_path, slices=10, checkpoint=checkpoint)
+    final = runtime.load_checkpoint(tmp_path / "vqvae2_epoch_final.pth", "vqvae2")
+    assert (final["epoch"], final["step"]) == (2, checkpoint["step"])
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_run_goes_on_bit_for_bit(study, tmp_path, number):
     """SIGTERM stops in the middle of an epoch; after SIGKILL there is the last epoch's checkpoint.
