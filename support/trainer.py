@@ -302,6 +302,45 @@ class Checkpoints:
         return bool(ours)
 
 
+class Pace:
+    """How much of a run of `config` is done, over `size` training slices."""
+
+    def __init__(self, config: TrainConfig, progress: Progress, size: int) -> None:
+        self.config, self.progress, self.size = config, progress, size
+        self.began = time.monotonic() - progress.seconds
+        self.clock = 0.0  # rank 0's `elapsed`, the same on every rank
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    def slices_seen(self) -> int:
+        return self.progress.epoch * self.size + self.progress.seen
+
+    def slices_asked(self) -> int:
+        """Of the whole run, if it does not go by minutes."""
+        return self.config.slices or self.config.epochs * self.size
+
+    def done(self) -> float:
+        """The share of the run that is done, by slices or by wall time; 1 when patience ran out."""
+        config, progress = self.config, self.progress
+        if config.patience and progress.epoch - progress.best_epoch >= config.patience:
+            return 1.0
+        if config.minutes:
+            return self.clock / (60 * config.minutes)
+        return self.slices_seen() / self.slices_asked()
+
+    def signalled(self, signals: list[int]) -> bool:
+        """Set the clock to rank 0's; whether any rank has received a signal.
+
+        All ranks get the same answer, so they all leave the loop after the same step.
+        """
+        clock = 0.0 if runtime.rank() else self.elapsed()
+        shared = torch.tensor([clock, len(signals)], dtype=torch.float64)
+        runtime.sum_over_ranks(shared)
+        self.clock = shared[0].item()
+        return bool(shared[1])
+
+
 class Trainer:
     """What `fit` does with a stage: `train_step` is a step, `validate` scores held-out slices."""
 
@@ -327,45 +366,12 @@ class Trainer:
             tensor.mul_(runtime.rank() == 0)
             runtime.sum_over_ranks(tensor)
         self.lr = config.lr
-        self.began = time.monotonic() - self.progress.seconds
-        self.clock = 0.0  # rank 0's `elapsed`, the same on every rank
+        self.pace = Pace(config, self.progress, self.sizes["train"])
         self.loss_shown_at = 0.0
         self.epoch_began = time.monotonic()
         settings = {"train": shareable(config), "ranks": runtime.world(), **stage.settings()}
         machine = {"run": runtime.provenance(), "device": str(self.device), "bf16": self.bf16}
         self.progress.history.append(machine | settings)
-
-    # ---- how much of the run is done ----
-
-    def elapsed(self) -> float:
-        return time.monotonic() - self.began
-
-    def slices_seen(self) -> int:
-        return self.progress.epoch * self.sizes["train"] + self.progress.seen
-
-    def slices_asked(self) -> int:
-        """Of the whole run, if it does not go by minutes."""
-        return self.config.slices or self.config.epochs * self.sizes["train"]
-
-    def done(self) -> float:
-        """The share of the run that is done, by slices or by wall time; 1 when patience ran out."""
-        config, progress = self.config, self.progress
-        if config.patience and progress.epoch - progress.best_epoch >= config.patience:
-            return 1.0
-        if config.minutes:
-            return self.clock / (60 * config.minutes)
-        return self.slices_seen() / self.slices_asked()
-
-    def signalled(self, signals: list[int]) -> bool:
-        """Set the clock to rank 0's; whether any rank has received a signal.
-
-        All ranks get the same answer, so they all leave the loop after the same step.
-        """
-        clock = 0.0 if runtime.rank() else self.elapsed()
-        shared = torch.tensor([clock, len(signals)], dtype=torch.float64)
-        runtime.sum_over_ranks(shared)
-        self.clock = shared[0].item()
-        return bool(shared[1])
 
     # ---- training ----
 
@@ -392,7 +398,7 @@ class Trainer:
         Each rank takes its share of the batch, which may be empty; the step is the whole batch's.
         """
         share, parameters, loss = runtime.share(batch), list(self.model.parameters()), None
-        self.lr = learning_rate(self.config, self.done())
+        self.lr = learning_rate(self.config, self.pace.done())
         # A tensor, as `torch.compile` would compile anew for every number.
         self.stage.fall = torch.full((), self.lr / self.config.lr, device=self.device)
         for group in self.optimiser.param_groups:
@@ -456,7 +462,7 @@ class Trainer:
         statistics["validate"] = self.stage.statistics()
         speed = round(progress.seen / progress.epoch_seconds, 2)
         progress.epoch += 1
-        progress.seen, progress.epoch_seconds, progress.seconds = 0, 0.0, self.elapsed()
+        progress.seen, progress.epoch_seconds, progress.seconds = 0, 0.0, self.pace.elapsed()
         self.sums.zero_()
         record = {
             "epoch": progress.epoch,
@@ -480,7 +486,7 @@ class Trainer:
     def interrupt(self) -> Path:
         """Save in the middle of an epoch, with what all ranks have summed up in it."""
         self.progress.epoch_seconds = time.monotonic() - self.epoch_began
-        self.progress.seconds = self.elapsed()
+        self.progress.seconds = self.pace.elapsed()
         self.means(self.sums, max(1, self.progress.seen), "or before")
         runtime.sum_over_ranks(*self.stage.counts.values())
         return self.checkpoints.save("interrupted")
@@ -494,7 +500,7 @@ def first_line(run: Trainer) -> str:
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
     where = f"{runtime.world()} x {run.device.type}" if runtime.world() > 1 else run.device
     what = f"training {millions:.2f} M parameters on {where}"
-    minutes, slices = run.config.minutes, run.slices_asked()
+    minutes, slices = run.config.minutes, run.pace.slices_asked()
     length = f"{minutes:g} minutes" if minutes else f"{slices} slices"
     precision = "bfloat16" if run.bf16 else "float32"
     return f"{what} in {precision}: {length}; the train split has {run.sizes['train']}"
@@ -503,8 +509,8 @@ def first_line(run: Trainer) -> str:
 def progress_bar(run: Trainer) -> tqdm:
     """Counts the slices of the whole run, and tells the time left."""
     return tqdm(
-        total=None if run.config.minutes else run.slices_asked(),
-        initial=run.slices_seen(),
+        total=None if run.config.minutes else run.pace.slices_asked(),
+        initial=run.pace.slices_seen(),
         unit="slice",
         mininterval=0.5 if sys.stderr.isatty() else 30,
         disable=runtime.rank() > 0,
@@ -574,9 +580,9 @@ def fit(stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> Pa
     progress, checkpoints, first_step = run.progress, run.checkpoints, run.progress.step
     print(first_line(run))
     with runtime.stop_signals() as signals, progress_bar(run) as bar:
-        stopped = run.signalled(signals)
+        stopped = run.pace.signalled(signals)
         # An epoch that has begun is always ended, even if no batch of it is left.
-        while not stopped and (run.done() < 1 or progress.seen):
+        while not stopped and (run.pace.done() < 1 or progress.seen):
             for batch in filter(len, run.start_epoch().split(run.batch_size)):
                 # A step: the rate of the schedule, the losses, their gradients, the update.
                 with torch.backends.cudnn.flags(**TRAINING_STEPS):
@@ -588,11 +594,11 @@ def fit(stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> Pa
                 if config.compile and progress.step == first_step + 1:
                     stage.compile()
                 # After every step: does somebody want us to stop, or is the time over?
-                stopped = run.signalled(signals)
+                stopped = run.pace.signalled(signals)
                 if config.minutes:  # nobody knows how many slices fit into the minutes
-                    bar.total = round((bar.n + len(batch)) / min(run.done(), 1.0))
+                    bar.total = round((bar.n + len(batch)) / min(run.pace.done(), 1.0))
                 bar.update(len(batch))
-                if stopped or run.done() >= 1:
+                if stopped or run.pace.done() >= 1:
                     break
             if stopped:
                 break
@@ -606,7 +612,7 @@ def fit(stage: Stage, config: TrainConfig, checkpoint: dict | None = None) -> Pa
             tqdm.write(epoch_line(run, record, better))
             checkpoints.save_epoch()
             write_logs(run, plot=progress.seconds > 10 * progress.epoch)
-            stopped = run.signalled(signals)
+            stopped = run.pace.signalled(signals)
         # Within the block that catches signals: a second Ctrl-C must not cut the writing short.
         saved = run.interrupt() if stopped else checkpoints.finish()
         write_logs(run)

@@ -67,7 +67,7 @@ def take_steps(trainer: trainer.Trainer, count: int = 3) -> list[str]:
         if step == 1:
             stand_in.activity.clear()
         trainer.train_step(torch.arange(trainer.config.batch_size))
-        trainer.signalled([])
+        trainer.pace.signalled([])
         if trainer.config.compile and step == 0:
             trainer.stage.compile()
     return list(stand_in.activity.waits)

@@ -398,7 +398,7 @@ def test_the_command_that_goes_on_with_a_stopped_run_works(
 ):
     """Priors beside another folder's autoencoder, in a folder whose name has a space."""
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(trainer.Trainer, "signalled", lambda self, _: self.progress.seen == 4)
+        patched.setattr(trainer.Pace, "signalled", lambda self, _: self.progress.seen == 4)
         fit_prior(autoencoder, tmp_path / "my priors", slices=8)
     said = capsys.readouterr().out.split("go on with: ")[1].splitlines()[0]
     python, script, *flags = shlex.split(said)

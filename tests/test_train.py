@@ -171,7 +171,7 @@ def test_a_run_by_epochs_that_was_stopped_goes_on(study, tmp_path, monkeypatch, 
     """Before the first step, in the middle of an epoch, and after its last step."""
     fit(study, tmp_path / "whole", epochs=2)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(trainer.Trainer, "signalled", lambda self, _: self.progress.seen == seen)
+        patched.setattr(trainer.Pace, "signalled", lambda self, _: self.progress.seen == seen)
         fit(study, tmp_path / "broken", epochs=2)
     assert (tmp_path / "broken" / "index.html").is_file()  # an earlier run's is gone
     checkpoint = runtime.load_checkpoint(tmp_path / "broken" / "vqvae2_interrupted.pth", "vqvae2")
@@ -184,7 +184,7 @@ def test_a_run_by_epochs_that_was_stopped_goes_on(study, tmp_path, monkeypatch, 
 def test_a_run_that_has_seen_more_slices_than_are_asked_takes_no_step(study, tmp_path, monkeypatch):
     """It was stopped in its second epoch of 14, and is to end after ten slices of the first."""
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(trainer.Trainer, "signalled", lambda self, _: self.slices_seen() == 18)
+        patched.setattr(trainer.Pace, "signalled", lambda self, _: self.slices_seen() == 18)
         fit(study, tmp_path, slices=28)
     checkpoint = runtime.load_checkpoint(tmp_path / "vqvae2_interrupted.pth", "vqvae2")
     assert (checkpoint["epoch"], checkpoint["seen"]) == (1, 4)
