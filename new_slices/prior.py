@@ -219,17 +219,20 @@ class MaskedPrior(nn.Module):
             codes: (B, h, w) int64 in [0, K); K where a code is hidden.
             context: (B, C, grid), what `self.context` makes of all else.
             at: (M,) int64 in [0, B*h*w), to be told the logits of these codes alone, (M, K).
-            table: what `self.table` returns, for whoever asks more than once.
+            table: what `self.table` returns, in less time for whoever asks more than once.
         """
-        h, w = self.shape
-        merged = self.merge_codes(codes, self.table() if table is None else table)
+        (h, w), P = self.shape, self.patch
+        embedded = self.embed(codes).permute(0, 3, 1, 2)  # (B, C, h, w)
+        if table is None:
+            merged = self.merge(F.pad(embedded, (0, -w % P, 0, -h % P)))
+        else:
+            merged = self.merge_codes(codes, table)
         x = self.dropout(merged + context)
         for block in self.blocks:
             x = block(x)
         x = self.split(self.norm(x.permute(0, 2, 3, 1)))  # (B, grid, C) -> (B, grid, P*P*C)
         # Channels stay last in memory: depthwise convolutions take three fifths of the time so.
-        x = x.unflatten(3, (self.patch, self.patch, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        embedded = self.embed(codes).permute(0, 3, 1, 2)  # (B, C, h, w)
+        x = x.unflatten(3, (P, P, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         x = x[:, :h, :w] + self.local(embedded).permute(0, 2, 3, 1)  # (B, h, w, C)
         for refine in self.refine[:-1]:
             x = refine(x)
@@ -245,7 +248,7 @@ class MaskedPrior(nn.Module):
         return (values @ self.merge.weight.flatten(2).permute(2, 1, 0)).flatten(0, 1)
 
     def merge_codes(self, codes: Tensor, table: Tensor) -> Tensor:
-        """`self.merge` of the embedded codes (B, h, w), (B, C, grid), in a tenth of its time."""
+        """`self.merge` of the embedded codes (B, h, w), (B, C, grid), by a table."""
         P, (h, w) = self.patch, self.shape
         padded = F.pad(codes, (1, 1 + -w % P, 1, 1 + -h % P), value=self.K + 1)
         rows = padded.unfold(1, P + 2, P).unfold(2, P + 2, P).flatten(3)  # (B, grid, places)

@@ -245,8 +245,10 @@ def test_the_logits_of_some_codes_are_those_of_the_whole_map():
     level = model.top
     codes, at = torch.randint(level.K + 1, (2, 3, 5)), torch.rand(2, 3, 5) < 0.5
     context = level.context(torch.tensor([0.2, 0.7]), model.as_it_is(2))
-    whole, some = level(codes, context), level(codes, context, at.flatten().nonzero()[:, 0])
-    assert torch.allclose(some, whole[at], rtol=0, atol=1e-12)
+    whole, asked = level(codes, context), at.flatten().nonzero()[:, 0]
+    for table in (None, level.table()):  # as in training, and as in sampling
+        some = level(codes, context, asked, table)
+        assert torch.allclose(some, whole[at], rtol=0, atol=1e-12)
 
 
 def test_random_masks_hide_a_uniform_number_of_codes_at_uniform_places():
