@@ -47,6 +47,7 @@ A_SLICE = "a 2-D slice. Fix: `python slice_volumes.py` cuts volumes into slices"
 FITS = ("auto", "pad", "stretch")
 OF_THE_REPORT = (256, 128)  # rows and columns of HipMRI's slices
 MULTIPLE = 8  # of a grid that follows its study: a top code covers 8x8 pixels, by default
+MOST_DIGITS = 18  # of a number in a name: int64 holds these
 STANDARD_NAME = re.compile(r"(?:case|seg)_(\d+)_week_(\d+)_slice_(\d+)\.nii(?:\.gz)?", re.I)
 # The 12 of case_12-05-2024 is no patient: the same person has another number on another day. Nor is
 # the 3 of patient_3T_012, a field strength.
@@ -175,12 +176,17 @@ def parse_name(path: Path | str, pattern: str = "") -> SliceName:
     """The numbers in a slice's path, see `name_parts`; a week or slice that is not named is 0."""
     match = STANDARD_NAME.fullmatch(os.path.basename(path))
     if match and not pattern:
-        return SliceName(*map(int, match.groups()))
-    parts = name_parts(path, pattern)
-    numbers = [parts.get(key, "0") for key in SliceName._fields]
+        numbers = match.groups()
+    else:
+        parts = name_parts(path, pattern)
+        numbers = [parts.get(key, "0") for key in SliceName._fields]
     if not all(map(str.isdecimal, numbers)):
         found = f"{', '.join(numbers)}; expected numbers of patient, week and slice"
         raise UserError(f"{found}. {NEW_NAME}")
+    if max(map(len, numbers)) > MOST_DIGITS:
+        raise UserError(
+            f"{max(numbers, key=len)}; expected {MOST_DIGITS} digits or fewer. {NEW_NAME}"
+        )
     return SliceName(*map(int, numbers))
 
 

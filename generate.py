@@ -290,7 +290,7 @@ class Album:
         splits: dict[str, SliceDataset],
         positions: np.ndarray,
         labels: tuple[int, ...],
-        sha256: str,
+        trained: Trained,
     ):
         self.out, self.positions = Path(config.out), positions
         self.seed, self.nnunet = config.seed, config.nnunet
@@ -298,13 +298,18 @@ class Album:
         shown = test.images(np.linspace(0, len(test) - 1, min(64, len(test))).astype(int)).numpy()
         # What is black in the pictures, and white.
         self.span = tuple(np.median(end((1, 2, 3))) for end in (shown.min, shown.max))
-        self.note = "priors trained on a synthetic phantom, not MRI" if train.synthetic else ""
+        synthetic = train.synthetic or trained.study.synthetic
+        self.note = "priors trained on a synthetic phantom, not MRI" if synthetic else ""
         self.mean, self.std = float(np.median(train.mean)), float(np.median(train.std))
-        like = int((train.shapes == train.pixels.shape[1:]).all(1).argmax())  # one not resized
+        # They lie as most slices do that the model learnt from. A slice that lies so and was not
+        # resized gives its affine; where there is none, only the voxel sizes are known.
+        whole = (train.shapes == train.pixels.shape[1:]).all(1)
+        alike = np.array(train.letters(range(len(train)))) == trained.study.directions
+        like = int((2 * alike + whole).argmax())
         self.affine = train.placement(like).affine(train.affines[like])
-        self.oriented = bool(train.oriented[like])  # else only the voxel sizes are known
+        self.oriented = bool(train.oriented[like] and alike[like])
         # The edges of pictures have names where all slices lie alike.
-        letters = {*train.letters([like]), *test.letters(range(len(test)))}
+        letters = {trained.study.directions, *test.letters(range(len(test)))}
         self.look = {"span": self.span, "note": self.note, "label_values": labels}
         self.look["letters"] = letters.pop() if len(letters) == 1 else ""
         self.labels = np.array(labels, np.min_scalar_type(max(labels, default=0)))
@@ -318,9 +323,9 @@ class Album:
             "nifti": f"z-scores rescaled by the median mean {self.mean:.6g} and standard deviation "
             f"{self.std:.6g} of the training slices; each slice is its own case, its slice number "
             "the position on a scale of 0 to 59",
-            "autoencoder": {"file": Path(config.checkpoint).name, "sha256": sha256},
+            "autoencoder": {"file": Path(config.checkpoint).name, "sha256": trained.sha256},
             "prior": {"file": Path(config.prior).name, "sha256": runtime.sha256(config.prior)},
-            "data": {"study": train.study.resolve().name, "synthetic": train.synthetic},
+            "data": {"study": train.study.resolve().name, "synthetic": synthetic},
             "provenance": runtime.provenance(),
         }
         self.write_manifest()
@@ -524,7 +529,7 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     composer = make_composer(model, prior, train, maps)
     twins, positions, layouts, shapes = plan(config, composer, own, test)
     shown = trained.study.labels or train.labels
-    album = Album(config, splits, positions, shown, trained.sha256)
+    album = Album(config, splits, positions, shown, trained)
     if layouts is not None:
         most = None if config.layouts_only else SHOWN
         masks = masks_of(shapes[:most], train.pixels.shape[1:])

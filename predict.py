@@ -278,7 +278,9 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
         check_reconstructions(out / "reconstructions", test)
     # It is written last: while it is there, everything else in the folder is of its run.
     earlier = out / "metrics.json"
-    made_by = results_page.at(results_page.read_json(earlier), "checkpoint", "sha256")
+    last = results_page.read_json(earlier)
+    parts = ("checkpoint", "sha256"), ("data", "fingerprint")
+    made_of = [results_page.at(last, *part) for part in parts]
     if earlier.is_file():
         earlier.unlink()
         results_page.write(out)  # without its scores
@@ -286,7 +288,7 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
     with tempfile.TemporaryDirectory(prefix=runtime.TEMPORARY, dir=out) as made:
         folder = Path(made) if config.nifti else None
         scores, maps = score_split(model, test, config.batch_size, folder)
-        if folder or made_by not in (None, trained.sha256):
+        if folder or made_of not in ([None, None], [trained.sha256, test.fingerprint]):
             replace_reconstructions(out / "reconstructions", Path(made))
     pixels = int(test.shapes.prod(1).sum())
     result = {"n": len(test), "patients": dict(Counter(patients))}

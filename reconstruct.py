@@ -134,7 +134,8 @@ class Scan:
         pixels = self.back(planes)
         if self.image.raw.dtype.kind in "iu" and not self.image.scaled:
             limits = np.iinfo(self.image.raw.dtype)
-            pixels = np.clip(np.round(pixels.astype(np.float64)), limits.min, limits.max)
+            most = np.nextafter(float(limits.max) + 1, 0)  # float64 rounds that of int64 up
+            pixels = np.clip(np.round(pixels.astype(np.float64)), limits.min, most)
             pixels = pixels.astype(self.image.raw.dtype.newbyteorder("="))
         if path.suffix.lower() == ".png":
             about = PngInfo()
@@ -243,7 +244,7 @@ def reconstruct_planes(trained: Trained, planes: np.ndarray, batch_size: int) ->
 @torch.inference_mode()
 def encode_planes(trained: Trained, planes: np.ndarray, batch_size: int) -> Coded:
     """The codes of planes (N, rows, columns), which are placed as training slices; their scales."""
-    model, study = trained.model, trained.study
+    model, study, planes = trained.model, trained.study, nifti.finite(planes)
     device = next(model.parameters()).device
     placement = Placement.make(planes.shape[1:], (study.height, study.width), study.fit)
     scales, top, bottom = [], [], []
@@ -312,8 +313,12 @@ def reconstruct_file(
         scores = list(pool.map(metrics.score_slice, originals, made.planes))
     target = Path(config.out, name)
     scan.write(target, made.planes)
-    if made.labels is not None:
-        mask, labels = Path(config.out, mask_name(name)), scan.back(made.labels)
+    mask = Path(config.out, mask_name(name))
+    if made.labels is None:
+        if is_reconstruction(mask):  # by another model
+            mask.unlink()
+    else:
+        labels = scan.back(made.labels)
         header = scan.image.header.copy()
         header["cal_min"] = header["cal_max"] = 0  # the window of the scan would show masks black
         nifti.write(mask, labels, None, RECONSTRUCTION, like=header)

@@ -95,8 +95,10 @@ class File(NamedTuple):
 
 
 def _numbers(labels: set[str]) -> dict[str, int]:
-    """A number for each label: its own where all are numbers, else its place in order, from 1."""
-    if all(label.isdecimal() for label in labels):
+    """A number for each label: its own where all are numbers, of at most 18 digits, else its place
+    in order, from 1.
+    """
+    if all(label.isdecimal() and len(label) <= dataset.MOST_DIGITS for label in labels):
         return {label: int(label) for label in labels}
     return {label: place for place, label in enumerate(sorted(labels), 1)}
 
@@ -130,6 +132,8 @@ def list_files(config: SliceConfig) -> tuple[list[File], list[File]]:
         among = unmatched if images else dataset.way_in(others)
         none = f"{config.volumes}: no volumes, files such as Case_004_Week0_LFOV.nii.gz, in it"
         raise FileNotFoundError(f"{none}.{among} Fix: check --volumes and --match.")
+    if others:
+        print(f"{config.volumes}: {len(others)} other files were passed over, such as {others[0]}")
     return wanted, masks
 
 

@@ -219,8 +219,9 @@ class Autoencoder(Stage):
 
     def start_from(self, path: str) -> None:
         """Take the weights and codebooks of another autoencoder, of any --bit-weight."""
-        start = load_model(path).model
-        model = self.model.config
+        trained, model = load_model(path), self.model.config
+        start = trained.model
+        dataset.check_labels(self.splits["train"], trained.study, path)
         if start.config.labels != model.labels:
             found = f"--weights {path}: it learnt masks of {start.config.labels} labels"
             expected = f"expected {model.labels}, as in {self.splits['train'].study}"

@@ -15,6 +15,8 @@ import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 import nibabel
@@ -246,18 +248,23 @@ def turned(one: np.ndarray, other: np.ndarray, axes: int) -> bool:
 
 def moved(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> bool:
     """Whether an affine puts an array of `shape` a voxel or more from where the other does."""
-    corners = np.array([[0, 0, 0, 1], [*(length - 1 for length in shape), 1]])
+    corners = np.array([*product(*((0, length - 1) for length in shape), (1,))])
     apart = np.linalg.solve(other, (one - other) @ corners.T)[:3]
     return bool(np.abs(apart).max() >= 1)
 
 
 def directions(affines: np.ndarray) -> list[str]:
-    """Where rows and columns run, of affines (N, 4, 4): "RS" is to the patient's right and head."""
-    axes = affines[:, :3, :2]
-    nearest = np.abs(axes).argmax(axis=1)  # (N, 2)
-    back = np.take_along_axis(axes, nearest[:, None], axis=1)[:, 0] < 0
-    letters = np.array([[*"RAS"], [*"LPI"]])[back.astype(int), nearest]
-    return ["".join(pair) for pair in letters]
+    """Where rows and columns run, of affines (N, 4, 4): "RS" is to the patient's right and head.
+
+    Oblique ones run to the axes of the world to which `turning` turns them.
+    """
+    return [_ends(affine[:3, :3].tobytes()) for affine in affines.astype(np.float64)]
+
+
+@cache  # all slices of a volume have the same axes
+def _ends(axes: bytes) -> str:
+    affine = nibabel.affines.from_matvec(np.frombuffer(axes).reshape(3, 3))
+    return "".join(nibabel.aff2axcodes(affine)[:2])
 
 
 def plane_of(ends: str) -> str:

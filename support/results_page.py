@@ -17,7 +17,7 @@ from PIL import Image
 
 from support import runtime
 
-NAME = "index.html"
+NAME, LOGS = "index.html", ("log.jsonl", "prior_log.jsonl")
 SCORES = {  # of metrics.json
     "ssim_report": "SSIM, report",
     "ssim_standard": "SSIM, standard",
@@ -235,9 +235,10 @@ def made_by_others(folder: Path, made_by: dict[str, dict | None]) -> list[str]:
 def write(folder: Path | str) -> Path:
     """Write the page of a results folder, or of the run around a `generated` folder; its path."""
     folder = Path(folder)
-    folder = folder.parent if folder.name == "generated" else folder
+    if folder.name == "generated" and any((folder.parent / log).is_file() for log in LOGS):
+        folder = folder.parent
     generated = folder / "generated" if (folder / "generated").is_dir() else folder
-    stage_one, stage_two = (read_log(folder / name)[0] for name in ("log.jsonl", "prior_log.jsonl"))
+    stage_one, stage_two = (read_log(folder / log)[0] for log in LOGS)
     metrics = read_json(folder / "metrics.json", "n", "patients", "provenance")
     report = read_json(generated / "report.json", "manifest", "scorecard")
     # What was made with another autoencoder than the one here of that name is of another run.
@@ -268,13 +269,14 @@ def write(folder: Path | str) -> Path:
         "New slices": new_slices(generated, report),
         "Commands and versions": table("step", runs),
     }
-    data = stage_one.get("data") or metrics.get("data") or manifest.get("data") or {}
-    title = escape(f"VQ-VAE-2 on {data.get('study', folder.resolve().name)}")
+    data = [part["data"] for part in (stage_one, metrics, manifest) if part.get("data")]
+    studies = dict.fromkeys(each["study"] for each in data) or [folder.resolve().name]
+    title = escape(f"VQ-VAE-2 on {' and '.join(studies)}")
     body = "".join(f"<h2>{name}</h2>{html}" for name, html in parts.items() if html)
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
-<body><h1>{title}</h1>{SYNTHETIC * bool(data.get("synthetic"))}
+<body><h1>{title}</h1>{SYNTHETIC * any(each.get("synthetic") for each in data)}
 <p><small>Not for clinical use. {note if others else ""}</small></p>{numbers(metrics, card)}
 {picture(generated / "overview.png", OVERVIEW) * bool(report)}
 {body}</body></html>

@@ -90,6 +90,8 @@ def set_up_process() -> None:
     # bits of mantissa, on Ampere and later, which changes up to 0.7 % of the codes. Training steps
     # allow it again (trainer.py).
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    # SIGTERM ends a command as Ctrl-C does, which takes its temporary files away.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # A line reaches a file when it is printed, and does not wait for many others. A character that
     # the encoding of a file lacks, as on Windows, becomes a question mark.
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -554,12 +554,13 @@ def write_logs(run: Trainer, plot: bool = True) -> None:
     """log.jsonl, the losses and their plot, whole from `history`.
 
     So the files of a run that was stopped and went on are those of one run. A plot takes as long
-    as a short epoch, so `fit` does not plot after each of these.
+    as a short epoch, so `fit` does not plot after each of these. Before its first epoch ends, a run
+    leaves another one's model, and so its log, as they are.
     """
-    if runtime.rank():
-        return
     out, history = run.checkpoints.out, run.progress.history
     epochs = [record for record in history if "epoch" in record]
+    if runtime.rank() or not epochs:
+        return
     curves = {name: [record[f"{name}_loss"] for record in epochs] for name in ("train", "val")}
     for name, values in curves.items():
         lines = "".join(f"{value:.6f}\n" for value in values)

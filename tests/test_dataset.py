@@ -138,6 +138,13 @@ def test_a_number_that_nothing_announces_is_no_patient(name):
         parse_name(name)
 
 
+@pytest.mark.parametrize("name", ["case_%d_week_0_slice_0.nii.gz", "sub-%d_T2w.nii.gz"])
+def test_a_number_that_int64_cannot_hold_is_refused(name):
+    assert parse_name(name % (10**18 - 1)).patient == 10**18 - 1
+    with pytest.raises(UserError, match="9223372036854775809; expected 18 digits or fewer"):
+        parse_name(name % (2**63 + 1))
+
+
 def test_a_pattern_of_one_s_own_names_patient_week_and_slice(study, config, tmp_path):
     pattern = r"(?P<patient>\d+)/(?:day(?P<week>\d+)_)?(?P<slice>\d+)"
     assert parse_name("0012/day3_07.nii.gz", pattern) == (12, 3, 7)

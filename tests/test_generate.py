@@ -116,16 +116,27 @@ def test_files_are_named_and_say_what_they_are(made, trained, tmp_path):
     other = copy.copy(train)  # its first slice is of another size, with other voxels
     other.shapes, other.affines = train.shapes.copy(), train.affines.copy()
     other.shapes[0], other.affines[0] = (90, 50), 2 * np.eye(4)
-    splits = trained[3] | {"train": other}
-    album = generate.Album(config(trained, tmp_path), splits, np.zeros(5), (), "")
+    splits, study = trained[3] | {"train": other}, StudyInfo.from_splits(trained[3])
+
+    def album_of(**changes):
+        model = SimpleNamespace(sha256="", study=dataclasses.replace(study, **changes))
+        return generate.Album(config(trained, tmp_path), splits, np.zeros(5), (), model)
+
+    album = album_of()
     assert np.array_equal(album.affine, train.affines[1]) and album.look["letters"] == "RA"
     assert json.loads((tmp_path / "manifest.json").read_text())["done"] == 0  # nothing yet
     assert "synthetic" not in album.look["note"]
+    assert "synthetic phantom" in album_of(synthetic=True).look["note"]
+    # New slices lie as those that the model learnt from: one of these tells how, if any does.
     other.affines, other.synthetic = train.affines[:, :, [1, 0, 2, 3]], True
-    album = generate.Album(config(trained, tmp_path), splits, np.zeros(5), (), "")
-    assert album.look["letters"] == "" and "synthetic phantom" in album.look["note"]
+    other.affines[3] = train.affines[3]
+    album = album_of()
+    assert np.array_equal(album.affine, train.affines[3]) and album.oriented
+    assert album.look["letters"] == "RA" and "synthetic phantom" in album.look["note"]
+    assert album.manifest["data"]["synthetic"] and album_of(directions="LA").look["letters"] == ""
+    assert not album_of(directions="LA").oriented
     other.oriented = np.zeros(len(train), bool)
-    album = generate.Album(config(trained, tmp_path), splits, np.zeros(5), (), "")
+    album = album_of()
     album.write("case", 0, np.zeros((64, 32), np.float32))
     (written,) = tmp_path.glob("case_*")
     assert nibabel.load(written).header["sform_code"] == 0

@@ -10,6 +10,7 @@ import nibabel
 import numpy as np
 import pytest
 from nibabel.affines import apply_affine
+from scipy.spatial.transform import Rotation
 
 from support import nifti
 from support.runtime import UserError
@@ -224,6 +225,23 @@ def test_turning_keeps_every_voxel_in_its_place(plane, codes):
         index = tuple(np.minimum(index, np.subtract(turned.shape, 1)))
         (old,) = np.argwhere(volume == turned[index])
         np.testing.assert_allclose(apply_affine(affine, old), apply_affine(there, index))
+
+
+def test_oblique_slices_run_where_they_were_turned():
+    """The axis of the world that is nearest to one of theirs may be the nearest to another too."""
+    for axes in Rotation.random(200, random_state=0).as_matrix():
+        affine = nibabel.affines.from_matvec(axes * (1.4, 1.4, 8))
+        for plane, ends in nifti.PLANES.items():
+            there = nifti.turn_affine(affine, (4, 5, 6), nifti.turning(affine, ends))
+            assert nifti.directions(there[None]) == [ends[:2]]
+            assert nifti.plane_of(ends[:2]) == plane
+
+
+def test_a_turn_about_a_diagonal_moves_the_other_corners():
+    turn = Rotation.from_rotvec(np.radians(30) * np.ones(3) / 3**0.5).as_matrix()
+    turned = nibabel.affines.from_matvec(turn)
+    assert nifti.moved(turned, np.eye(4), (9, 9, 9))
+    assert not nifti.moved(turned, turned, (9, 9, 9))
 
 
 def test_the_plane_of_slices():

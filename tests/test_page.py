@@ -144,6 +144,23 @@ def test_new_slices_appear_on_the_page_of_their_run(results):
     results_page.write(alone)
     assert "56.78" in read(alone).text and len(read(alone).sources) == 3
     assert "SYNTHETIC" in read(alone).text and "my study & <b>" in read(alone).text
+    (results.parent / "own").mkdir()
+    alone = alone.rename(results.parent / "own" / "generated")  # not in a run's folder
+    results_page.write(alone)
+    assert (alone / "index.html").exists() and not (alone.parent / "index.html").exists()
+
+
+def test_the_page_names_the_studies_of_all_its_parts(results):
+    for path in (results / "log.jsonl", results / "generated" / "report.json"):
+        path.write_text(path.read_text().replace('"synthetic": true', '"synthetic": false'))
+    results_page.write(results)
+    assert "SYNTHETIC" not in read(results).text
+    scores = json.loads((results / "metrics.json").read_text())
+    scores["data"] = {"study": "phantom", "synthetic": True}
+    runtime.write_json(results / "metrics.json", scores)
+    results_page.write(results)
+    text = read(results).text
+    assert "VQ-VAE-2 on my study & <b> and phantom" in text and "SYNTHETIC" in text
 
 
 def test_what_another_autoencoder_made_is_not_on_the_page(results, capsys):

@@ -227,9 +227,11 @@ def test_only_old_reconstructions_are_deleted(study, checkpoint, tmp_path):
     predict_with(checkpoint, out=str(tmp_path))  # and those of which nobody knows whose they are
     assert len(list(folder.iterdir())) == 7
     scores = json.loads((tmp_path / "metrics.json").read_text())
-    runtime.write_json(tmp_path / "metrics.json", scores | {"checkpoint": {"sha256": "0" * 64}})
-    predict_with(checkpoint, out=str(tmp_path))
-    assert {path.name for path in folder.iterdir()} == {"case_092.nii.gz", "notes.txt"}
+    for other in ({"checkpoint": {"sha256": "0" * 64}}, {"data": {"fingerprint": "0" * 40}}):
+        predict_with(checkpoint, out=str(tmp_path), nifti=True)
+        runtime.write_json(tmp_path / "metrics.json", scores | other)
+        predict_with(checkpoint, out=str(tmp_path))
+        assert {path.name for path in folder.iterdir()} == {"case_092.nii.gz", "notes.txt"}
 
 
 def test_another_study_one_patient_and_synthetic(study, checkpoint, tmp_path, capsys):

@@ -291,6 +291,37 @@ def test_decoded_masks_replace_neither_each_other_nor_a_true_mask(tmp_path):
     assert len(reconstruct.find_files([str(scans)], out, masks=True)) == 1
 
 
+def test_a_mask_of_an_earlier_model_goes_and_one_s_own_stays(checkpoint, tmp_path):
+    out, mask = tmp_path / "out", np.zeros((64, 32), np.uint8)
+    for name, about in (("t1", reconstruct.RECONSTRUCTION), ("t2", "drawn by hand")):
+        save_scan(tmp_path / f"{name}.nii.gz", np.random.default_rng(0).normal(size=(64, 32)))
+        nifti.write(out / f"seg_{name}.nii.gz", mask, np.eye(4), about)
+    use(checkpoint, [tmp_path / "t1.nii.gz", tmp_path / "t2.nii.gz"], out)
+    assert [path.name for path in out.glob("seg_*")] == ["seg_t2.nii.gz"]
+
+
+def test_whole_numbers_are_not_rounded_on_their_way_into_the_grid(checkpoint):
+    """Planes of the README's snippet may have any type, and sides that the grid has to stretch."""
+    planes = np.random.default_rng(0).integers(0, 3, (2, 70, 30)).astype(np.uint8)
+    trained = load_model(checkpoint)
+    made = [reconstruct.reconstruct_planes(trained, planes.astype(k), 2) for k in ("u1", "f4")]
+    for name in ("planes", "top", "bottom"):
+        np.testing.assert_array_equal(*(getattr(each, name) for each in made))
+    broken = planes.astype(np.float64)
+    broken[:, 0] = np.nan
+    with pytest.raises(UserError, match="60 of 4200 pixels are NaN"):
+        reconstruct.reconstruct_planes(trained, broken, 2)
+
+
+@pytest.mark.parametrize("kind", ["int64", "uint64", "int16"])
+def test_what_is_too_bright_becomes_the_brightest_that_there_is(checkpoint, tmp_path, kind):
+    nifti.write(tmp_path / "scan.nii", np.ones((64, 32), kind), np.eye(4))
+    scan = reconstruct.Scan(nifti.read(tmp_path / "scan.nii"), load_model(checkpoint).study)
+    scan.write(tmp_path / "made.nii", np.full(scan.planes.shape, 1e30, np.float32))
+    found, limit = nifti.read(tmp_path / "made.nii").raw, float(np.iinfo(kind).max)
+    assert found.dtype == kind and (found.astype(float) >= (1 - 1e-15) * limit).all()
+
+
 @pytest.mark.usefixtures("identity")
 def test_scans_of_another_patient_are_never_replaced(checkpoint, tmp_path):
     """Scanners give every scan the same name."""

@@ -87,6 +87,24 @@ def test_what_the_user_can_fix_is_one_message_and_an_exit_code(error, words, cod
     assert exit_.value.code == code and words in err and err.count("\n") == 1
 
 
+def test_sigterm_ends_a_command_as_ctrl_c_does_and_takes_its_temporary_files_away(tmp_path):
+    code = """
+import os, signal, tempfile
+from support import runtime
+
+def main():
+    with tempfile.TemporaryDirectory(dir=".", prefix=runtime.TEMPORARY):
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+
+runtime.run_cli(main)
+"""
+    options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, **options)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("error", [ValueError("zip()"), RuntimeError("size"), KeyError("x")])
 def test_a_bug_keeps_its_traceback(error):
     """Also one of ours, in this folder: a ValueError is no UserError."""

@@ -315,8 +315,10 @@ def test_a_folder_for_each_subject_tells_them_apart(tmp_path, capsys):
         folder.mkdir(parents=True)
         path.rename(folder / "t2_tse_3.nii.gz")
         beside(path).rename(folder / "t2_tse_3_seg.nii.gz")
+    (tmp_path / "export" / "P0002" / "t1.mha").write_text("no NIfTI")
     run_slice(tmp_path / "export", tmp_path / "out")
-    assert "told apart by their folders" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "told apart by their folders" in said and "1 other files were passed over" in said
     assert {parse_name(path).patient for path in (tmp_path / "out").rglob("seg_*")} == {1, 2, 3}
     days = "12-05-2024", "2024-05-12", "20240512", "2024-05", "12May2024"
     others = "day1", "run-2", "baseline", "follow-up", "T1", "FLAIR"
@@ -338,6 +340,12 @@ def test_a_folder_for_each_subject_tells_them_apart(tmp_path, capsys):
     run_slice(tmp_path / "export", tmp_path / "out2", name_pattern=pattern)
     record = json.loads((tmp_path / "out2" / "slices.json").read_text())
     assert {record[f"subject {name}"] for name in ("P0001", "P0002", "ses-3")} == {1, 2, 3}
+
+
+def test_a_number_that_is_too_large_for_a_name_is_counted():
+    large = str(2**63 + 1)
+    assert slice_volumes._numbers({large, "7"}) == {"7": 1, large: 2}
+    assert slice_volumes._numbers({"7", "12"}) == {"7": 7, "12": 12}
 
 
 def test_folders_that_are_one_number_are_one_subject(tmp_path):

@@ -5,13 +5,14 @@ import operator
 import re
 import signal
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import command, run, start
+from test_predict import data_of, write_checkpoint
 
 import predict
 import reconstruct
@@ -181,6 +182,17 @@ def test_a_run_by_epochs_that_was_stopped_goes_on(study, tmp_path, monkeypatch, 
     assert_same(tmp_path / "broken" / final, tmp_path / "whole" / final)
 
 
+def test_a_run_without_an_epoch_leaves_another_one_s_log_beside_its_model(
+    study, tmp_path, monkeypatch
+):
+    fit(study, tmp_path, epochs=1)
+    files = {name: (tmp_path / name).read_bytes() for name in ("log.jsonl", "vqvae2_best.pth")}
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(trainer.Pace, "signalled", lambda self, _: self.progress.seen == 8)
+        fit(study, tmp_path, epochs=3)
+    assert {name: (tmp_path / name).read_bytes() for name in files} == files
+
+
 def test_a_run_that_has_seen_more_slices_than_are_asked_takes_no_step(study, tmp_path, monkeypatch):
     """It was stopped in its second epoch of 14, and is to end after ten slices of the first."""
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -251,6 +263,16 @@ def test_training_begins_with_given_weights_and_codebooks(study, tmp_path):
     assert stage.model.config.bit_weight == stage.model.quantiser_top.bit_weight == 0.5
     theirs = runtime.load_checkpoint(start, "vqvae2")["model"]
     assert all(torch.equal(value, theirs[name]) for name, value in stage.model.state_dict().items())
+
+
+def test_weights_that_learnt_other_labels_are_refused(organs_study, tmp_path):
+    """As many as the study's 0, 5 and 9."""
+    config, model = trainer.TrainConfig(device="cpu"), replace(SMALL, labels=3)
+    others = {"model": VQVAE2(model).state_dict(), "data": data_of("s", labels=[0, 9, 11])}
+    path = write_checkpoint(tmp_path / "x.pth", organs_study, model_config=asdict(model), **others)
+    data = DataConfig(data=str(organs_study), height=64, width=32)
+    with pytest.raises(runtime.UserError, match=r"0, 5, 9.* 0, 9, 11"):
+        train.Autoencoder(train.Settings(data, config, model, weights=str(path)))
 
 
 # ---- bad input ----
