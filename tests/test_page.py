@@ -151,7 +151,8 @@ def test_new_slices_appear_on_the_page_of_their_run(results):
 
 
 def test_the_page_names_the_studies_of_all_its_parts(results):
-    for path in (results / "log.jsonl", results / "generated" / "report.json"):
+    for name in ("log.jsonl", "metrics.json", "generated/report.json"):
+        path = results / name
         path.write_text(path.read_text().replace('"synthetic": true', '"synthetic": false'))
     results_page.write(results)
     assert "SYNTHETIC" not in read(results).text
