@@ -134,6 +134,8 @@ def test_files_are_named_and_say_what_they_are(made, trained, tmp_path):
     assert np.array_equal(album.affine, train.affines[3]) and album.oriented
     assert album.look["letters"] == "RA" and "synthetic phantom" in album.look["note"]
     assert album.manifest["data"]["synthetic"] and album_of(directions="LA").look["letters"] == ""
+    other.affines[[0, 3]] = other.affines[[3, 0]]  # one that was resized is better than another way
+    assert album_of().oriented
     assert not album_of(directions="LA").oriented
     other.oriented = np.zeros(len(train), bool)
     album = album_of()

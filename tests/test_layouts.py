@@ -50,6 +50,18 @@ def test_levels_part_clusters_of_intensity():
     assert layouts.tissue_borders(split, (96, 8)) == pytest.approx(expected, abs=0.06)
 
 
+def test_a_border_of_regions_lies_midway_between_their_means():
+    """As of a k-means that has come to its end, also where most of a slice is dark."""
+    skewed = torch.from_numpy(np.random.default_rng(0).exponential(size=(4, 1, 256, 128))).float()
+    split = MagicMock(images=lambda indices: skewed[indices])
+    split.__len__.return_value = 4
+    borders = layouts.tissue_borders(split, (64, 32))
+    values = layouts.smoothed(skewed, (64, 32)).ravel()
+    parts = np.split(np.sort(values), np.searchsorted(np.sort(values), borders))
+    means = np.array([part.mean() for part in parts])
+    assert borders == pytest.approx((means[1:] + means[:-1]) / 2, abs=2e-3)
+
+
 def test_a_layout_is_air_organs_and_regions():
     tissue = np.full((6, 5), -1.0)  # dark everywhere,
     tissue[1:5, 1:4] = 0.0  # but for a body
@@ -384,6 +396,17 @@ def test_a_slice_is_laid_over_another():
         over, same = composer.displacements(0, np.array([1, 0]))
         assert np.abs(layouts.warped(tissue[1], over) - tissue[0]).mean() < 0.4 * apart
         assert np.abs(same).max() < 1e-3
+
+
+def test_the_flow_is_smoothed_as_it_is_noise_in_air(monkeypatch):
+    composer = composer_of(*patients_of_discs())
+    flow = np.zeros((1, 2, *composer.tissue.shape[1:]))
+    flow[0, 0, 12, 8] = 50  # much farther than it can see
+    monkeypatch.setattr(layouts, "optical_flow", lambda frame, others: flow)
+    ahead = layouts.centre(composer.organs[1]) - layouts.centre(composer.organs[0])
+    found = composer.displacements(0, np.array([1]))[0] - ahead[:, None, None]
+    expected = 6 * gaussian_filter(1.0 * (flow[0, 0] > 0), 2, mode="nearest")
+    assert np.abs(found - [expected, 0 * expected]).max() < 1e-9 and found.max() < 0.3
 
 
 def test_the_optical_flow_is_that_of_scikit_image():

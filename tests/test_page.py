@@ -148,6 +148,9 @@ def test_new_slices_appear_on_the_page_of_their_run(results):
     alone = alone.rename(results.parent / "own" / "generated")  # not in a run's folder
     results_page.write(alone)
     assert (alone / "index.html").exists() and not (alone.parent / "index.html").exists()
+    (alone.parent / "prior_log.jsonl").write_text((results / "prior_log.jsonl").read_text())
+    results_page.write(alone)
+    assert "priors" in read(alone.parent).text
 
 
 def test_the_page_names_the_studies_of_all_its_parts(results):
