@@ -250,6 +250,12 @@ def way_in(others: list[str]) -> str:
     return f"{there} DICOM becomes NIfTI by `dcm2niix -z y -o OUT IN`."
 
 
+def say_passed_over(paths: Sequence[str], kind: str, where: str = "") -> None:
+    """Print how many `kind` were passed over, and the first of them; nothing where none was."""
+    if paths:
+        print(f"{where}{len(paths)} {kind} were passed over, such as {paths[0]}")
+
+
 def _scan_study(study: Path, pattern: str, bad: dict[str, str]) -> list[Job]:
     """Every slice of a study with its mask, split after split; prints what is passed over.
 
@@ -271,12 +277,11 @@ def _scan_study(study: Path, pattern: str, bad: dict[str, str]) -> list[Job]:
             "Fix: --data names the folder of all three splits; `python slice_volumes.py` makes one"
         )
         raise FileNotFoundError(f"{none} {fix} of 3-D volumes.")
-    if others:
-        print(f"{study}: {len(others)} other files were passed over, such as {others[0]}")
+    say_passed_over(others, "other files", f"{study}: ")
     ours = {f"keras_slices_{kind}{split}" for kind in ("", "seg_") for split in SPLITS}
     folders = sorted(path.name for path in study.glob("[!.]*") if path.is_dir())
-    if odd := [name for name in folders if name not in ours]:
-        print(f"{study}: {len(odd)} other folders were passed over, such as {odd[0]}")
+    odd = [name for name in folders if name not in ours]
+    say_passed_over(odd, "other folders", f"{study}: ")
     return jobs
 
 

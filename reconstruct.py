@@ -34,6 +34,7 @@ from dataset import (
     find_nifti,
     is_reconstruction,
     raise_bad,
+    say_passed_over,
     way_in,
     z_score,
 )
@@ -205,8 +206,7 @@ def find_files(inputs: list[str], out: Path, masks: bool = False) -> dict[str, s
         hint = way_in(passed["other files"])
         raise FileNotFoundError(f"{', '.join(inputs)}: no NIfTI files or PNG pictures.{hint}")
     for kind, paths in passed.items():
-        if paths:
-            print(f"{len(paths)} {kind} were passed over, such as {paths[0]}")
+        say_passed_over(paths, kind)
     written = {name: list(paths) for name, paths in found.items()}
     for name, paths in found.items() if masks else ():
         written.setdefault(mask_name(name), []).extend(paths)
@@ -237,14 +237,14 @@ class Made(NamedTuple):
 
 def reconstruct_planes(trained: Trained, planes: np.ndarray, batch_size: int) -> Made:
     """Planes (N, rows, columns), in any units, as the model gives them back."""
-    coded = encode_planes(trained, planes, batch_size)
+    coded = encode_planes(trained, nifti.finite(planes), batch_size)
     return decode_planes(trained, coded, planes.shape[1:], batch_size)
 
 
 @torch.inference_mode()
 def encode_planes(trained: Trained, planes: np.ndarray, batch_size: int) -> Coded:
     """The codes of planes (N, rows, columns), which are placed as training slices; their scales."""
-    model, study, planes = trained.model, trained.study, nifti.finite(planes)
+    model, study = trained.model, trained.study
     device = next(model.parameters()).device
     placement = Placement.make(planes.shape[1:], (study.height, study.width), study.fit)
     scales, top, bottom = [], [], []

@@ -132,8 +132,7 @@ def list_files(config: SliceConfig) -> tuple[list[File], list[File]]:
         among = unmatched if images else dataset.way_in(others)
         none = f"{config.volumes}: no volumes, files such as Case_004_Week0_LFOV.nii.gz, in it"
         raise FileNotFoundError(f"{none}.{among} Fix: check --volumes and --match.")
-    if others:
-        print(f"{config.volumes}: {len(others)} other files were passed over, such as {others[0]}")
+    dataset.say_passed_over(others, "other files", f"{config.volumes}: ")
     return wanted, masks
 
 

@@ -214,8 +214,8 @@ class CodePriors(Stage):
                 layout = torch.where(which[:, None, None] < 0, layout, others)
             forgotten = self.forgotten[1, indices, None, None]
             layout = layout.masked_fill(forgotten, self.model.config.classes)
-        as_it_is = self.model.as_it_is(len(indices))  # of validation slices
-        altered = self.numbers[variant, indices] if split == "train" else as_it_is
+        train = split == "train"
+        altered = self.numbers[variant, indices] if train else self.model.as_it_is(len(indices))
         nats = self.model(top, bottom, position, altered, layout, generator=generator)
         nats_top, nats_bottom = nats["top"].mean(), nats["bottom"].mean()  # of a code
         codes_top, codes_bottom = top[0].numel(), bottom[0].numel()

@@ -244,17 +244,14 @@ def optical_flow(frame: np.ndarray, others: np.ndarray) -> np.ndarray:
     Iterative Lucas-Kanade (Le Besnerais & Champagnat 2005) in a Gaussian window, as scikit-image's
     `optical_flow_ilk`, but of all pictures together, in a third of its time.
     """
-
-    def around(products: np.ndarray) -> np.ndarray:
-        return gaussian_filter(products, (0, 0, WINDOW, WINDOW), mode="mirror")
-
     flow = np.zeros((len(others), 2, *frame.shape), np.float32)
     for _ in range(STEPS):
         seen = each_warped(others, flow)
         y, x = np.gradient(seen, axis=(1, 2))
         # The flow that least squares find best for y * down + x * right = error, in a window.
         error = y * flow[:, 0] + x * flow[:, 1] + frame - seen
-        yy, xy, xx, ye, xe = around(np.stack([y * y, x * y, x * x, y * error, x * error]))
+        products = np.stack([y * y, x * y, x * x, y * error, x * error])
+        yy, xy, xx, ye, xe = gaussian_filter(products, (0, 0, WINDOW, WINDOW), mode="mirror")
         determinant = yy * xx - xy * xy
         determinant[np.abs(determinant) < 1e-14] = np.inf  # nothing to see: no flow
         flow = np.stack([xx * ye - xy * xe, yy * xe - xy * ye], 1) / determinant[:, None]

@@ -219,7 +219,8 @@ class MaskedPrior(nn.Module):
             codes: (B, h, w) int64 in [0, K); K where a code is hidden.
             context: (B, C, grid), what `self.context` makes of all else.
             at: (M,) int64 in [0, B*h*w), to be told the logits of these codes alone, (M, K).
-            table: what `self.table` returns, in less time for whoever asks more than once.
+            table: what `self.table` returns, for whoever asks more than once: less time then. In
+                training it would have to be made at each step, which takes longer than to convolve.
         """
         (h, w), P = self.shape, self.patch
         embedded = self.embed(codes).permute(0, 3, 1, 2)  # (B, C, h, w)

@@ -80,8 +80,13 @@ MEASURES = {
     "masks": ("agreement", max, RECONSTRUCTIONS),
 }
 # In place of what `score_realism` finds, where there are too few slices.
-NO_REALISM = {"rows": {}, "seen": {}, "unseen": CONTROLS, "kernel_distance_costs": {}}
-NO_REALISM["not_learnt"] = ""
+NO_REALISM = {
+    "rows": {},
+    "seen": {},
+    "unseen": CONTROLS,
+    "kernel_distance_costs": {},
+    "not_learnt": "",
+}
 BOUNDS = (
     "This limits how much these samples copy, as these measures see it. It does not guarantee "
     "privacy. Not for diagnosis."
