@@ -359,6 +359,7 @@ def test_flags_without_effect_are_refused(script, flags, words):
     "script, words",
     [
         (train, ["--lr LR               the highest learning rate", "(default: 0.0003)"]),
+        (train, ["settings to start from; flags win (default: report)"]),
         (train_prior, ["settings to start from; flags win (default: best)"]),
     ],
 )
