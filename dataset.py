@@ -48,13 +48,14 @@ FITS = ("auto", "pad", "stretch")
 OF_THE_REPORT = (256, 128)  # rows and columns of HipMRI's slices
 MULTIPLE = 8  # of a grid that follows its study: a top code covers 8x8 pixels, by default
 MOST_DIGITS = 18  # of a number in a name: int64 holds these
-STANDARD_NAME = re.compile(r"(?:case|seg)_(\d+)_week_(\d+)_slice_(\d+)\.nii(?:\.gz)?", re.I)
 # The 12 of case_12-05-2024 is no patient: the same person has another number on another day. Nor is
 # the 3 of patient_3T_012, a field strength.
 YEAR, MONTH = r"(?:19|20)\d\d", "(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)"
+MM, DD = "(?:0[1-9]|1[0-2])", r"(?:0[1-9]|[12]\d|3[01])"
 DATE = rf"""(?: \d\d?[-._]\d\d?[-._]{YEAR} | {YEAR}[-._]\d\d?[-._]\d
-    | \d\d(?:-\d\d-|\.\d\d\.)\d\d(?!\d) | {YEAR}(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01])(?!\d)
-    | \d\d?[-._ ]?{MONTH}[a-z]*[-._ ]?{YEAR}
+    | \d\d?(?:-\d\d-|\.\d\d\.)\d\d(?!\d) | \d\d?h\d\d(?!\d)
+    | {YEAR}{MM}{DD}(?:\d{{4}}|\d{{6}})?(?!\d) | (?:{DD}{MM}|{MM}{DD}){YEAR}(?!\d)
+    | \d\d?[-._ ]?{MONTH}[a-z]*[-._ ]?{YEAR} | {YEAR}[-._ ]?{MONTH}
     | \d\d(?:-{MONTH}-|\.{MONTH}\.|{MONTH})\d\d(?![a-z0-9]) )"""
 NO_DATE = rf"(?!{DATE} | \d\d?[-.]{YEAR}(?!\d) | {YEAR}-(?:0[1-9]|1[0-2])(?!\d))"
 NO_TESLA = r"(?!(?:1\.5|[37])T(?![a-z] | [12](?!\d)))"
@@ -62,7 +63,7 @@ NO_TESLA = r"(?!(?:1\.5|[37])T(?![a-z] | [12](?!\d)))"
 ANNOUNCED = {
     "patient": rf"""(?<![a-z]) sub-{NO_DATE}([a-z0-9]+)                        # BIDS
         | (?<![a-z]) (?:case|patient|pat|subject|subj|sub) [ _-]?{NO_DATE}{NO_TESLA}(\d+)
-        | (?<![a-z]) B(\d+)_Week                                              # HipMRI: B006_Week0
+        | (?<![a-z]) B{NO_DATE}(\d+)_Week                                    # HipMRI: B006_Week0
         | BraTS\d*_(?:Training_|Validation_)?{NO_DATE}(\d+) | BraTS-[a-z]+-(\d+)
         | OAS[12]_(\d+)_MR | OAS(3\d{{4}})_MR                                   # OASIS
         | (?<!\d) \d{{3}}_S_(\d+)                                       # ADNI: site_S_subject""",
@@ -71,6 +72,9 @@ ANNOUNCED = {
         | BraTS-[a-z]+-\d+-(\d+) | OAS[12]_\d+_MR(\d+) | OAS3\d{4}_MR_d(\d+)""",
     "slice": r"(?<![a-z]) (?:slice|plane|sl|z) [ _-]?(\d+)",
 }
+STANDARD_NAME = re.compile(
+    rf"(?:case|seg)_{NO_DATE}(\d+)_week_(\d+)_slice_(\d+)\.nii(?:\.gz)?", re.I | re.VERBOSE
+)
 ANNOUNCED = {key: re.compile(words, re.I | re.VERBOSE) for key, words in ANNOUNCED.items()}
 # A label this near to a whole number is that number. Where all are near 0 they must be nearer, or
 # labels divided by 255 would be an empty mask.
@@ -163,8 +167,12 @@ def name_parts(path: Path | str, pattern: str = "") -> dict[str, str]:
     else:
         # The file's own name comes first, then the folders above it, from the innermost one on.
         for name, (key, written) in product(path.split("/")[::-1], ANNOUNCED.items()):
-            if match := written.search(name):
-                parts.setdefault(key, match[match.lastindex])
+            told = [match[match.lastindex] for match in written.finditer(name)]
+            several = len({number.lstrip("0") for number in told}) > 1
+            if several and key == "patient" and key not in parts:
+                raise UserError(f"{name} tells two patients, {' and '.join(told)}. {NEW_NAME}")
+            if told:
+                parts.setdefault(key, told[0])
     if "patient" not in parts:
         by = f" by the --name-pattern {pattern}, given or kept by a checkpoint" if pattern else ""
         fix = "Fix: a --name-pattern that fits all names" if pattern else NEW_NAME

@@ -54,8 +54,8 @@ class DriverConfig:
 
 def scores_of(folder: Path) -> dict[str, tuple[float | None, float]]:
     """Of the run in `folder`: {score: its value, None if there is none; what chance changes it}."""
-    metrics = results_page.read_json(folder / "metrics.json")
-    report = results_page.read_json(folder / "generated" / "report.json")
+    metrics = results_page.read_json(folder / "metrics.json", "provenance")
+    report = results_page.read_json(folder / "generated" / "report.json", "manifest", "provenance")
     scores = {".".join(key): (results_page.at(metrics, *key), by) for key, by in SCORES.items()}
     for key in SCORES_OF_SAMPLES:
         kinds = ("rows", "errors")

@@ -253,10 +253,12 @@ def print_scores(result: dict) -> None:
 def print_masks(dice: dict, not_learnt: str) -> None:
     """The table of masks: a column for each organ that some patient has."""
     columns = dict.fromkeys(organ for table in dice.values() for organ in table)
-    print(f"\n{'':<48}" + "".join(f"{organ:>12}" for organ in columns))
+    width = max([12, *(len(organ) + 1 for organ in columns)])
+    print(f"\n{'':<48}" + "".join(f"{organ:>{width}}" for organ in columns))
     for name, table in dice.items():
         means = (table[organ]["mean"] if organ in table else math.nan for organ in columns)
-        print(f"{f'Dice, {MASK_SOURCES[name]}':<48}" + "".join(f"{mean:>12.3g}" for mean in means))
+        cells = "".join(f"{mean:>{width}.3g}" for mean in means)
+        print(f"{f'Dice, {MASK_SOURCES[name]}':<48}{cells}")
     if not_learnt:
         print(f"warning: {not_learnt}")
 
@@ -278,7 +280,7 @@ def predict(config: PredictConfig, data: DataConfig = DataConfig()) -> dict:
         check_reconstructions(out / "reconstructions", test)
     # It is written last: while it is there, everything else in the folder is of its run.
     earlier = out / "metrics.json"
-    last = results_page.read_json(earlier)
+    last = results_page.read_json(earlier, "provenance")
     parts = ("checkpoint", "sha256"), ("data", "fingerprint")
     made_of = [results_page.at(last, *part) for part in parts]
     if earlier.is_file():

@@ -183,23 +183,24 @@ def find_files(inputs: list[str], out: Path, masks: bool = False) -> dict[str, s
     files, or with `masks` their decoded masks, would have one name; and where a reconstruction or a
     decoded mask would replace its own file, or one that is none of ours.
     """
-    inner, found, passed = out.resolve(), defaultdict(list), {"masks": [], "other files": []}
+    found = defaultdict(list)
+    passed = {"masks": [], "earlier reconstructions": [], "other files": []}
     for source in inputs:
         if not os.path.exists(source):
             raise FileNotFoundError(f"{source}: no such file or folder. Fix: check its path.")
         if os.path.isfile(source):  # named by the user, so taken whatever it is called
             found[name_of(source, os.path.basename(source))].append(source)
             continue
-        within, others = Path(source).resolve() in inner.parents, []
+        others = []
         paths = [entry.path for entry in find_nifti(source, others)] + others
         for path in sorted(paths):
             name = os.path.relpath(path, source)
-            if within and inner in Path(path).resolve().parents:
-                continue  # an earlier reconstruction
             if not name.lower().endswith((*nifti.SUFFIXES, ".png", SUFFIX)):
                 passed["other files"].append(path)
             elif is_mask(name):
                 passed["masks"].append(path)
+            elif is_reconstruction(Path(path)):
+                passed["earlier reconstructions"].append(path)
             else:
                 found[name_of(path, name)].append(path)
     if not found:

@@ -35,7 +35,7 @@ from support.runtime import UserError, in_parallel, option
 # The patients of HipMRI in each split of the course's.
 COURSE = {"train": {*range(4, 34), 35}, "validate": {*range(36, 40)}, "test": {*range(40, 43)}}
 MASK_WORDS = "seg|dseg|segmentation|masks?|labels?|labelmap|semantic|gt|roi"
-MASK_NAME = re.compile(rf"(?<![a-z])(?:{MASK_WORDS})(?![a-z])", re.I)
+MASK_NAME = re.compile(rf"(?<![a-z])(?<!sub-)(?:{MASK_WORDS})(?![a-z])", re.I)
 MASK_FOLDER = re.compile(r"(?:semantic_labels.*|labels?|labels?t[rs]|masks?|segmentations?)", re.I)
 # What a folder of no one subject is called: a day, a session, a sequence, a plane, a split.
 NO_SUBJECT = re.compile(
@@ -143,8 +143,8 @@ def group(files: list[File], pattern: str) -> tuple[dict, dict[str, str]]:
         try:
             parts = dataset.name_parts(short, pattern)
             labels = parts["patient"], parts.get("week", "0")
-            # 007 and 7 are one.
-            key = tuple(str(int(x)) if x.isdecimal() else x for x in labels)
+            # 007 and 7 are one, and so are A01 and a01.
+            key = tuple(str(int(x)) if x.isdecimal() else x.casefold() for x in labels)
             groups[key].append(path)
         except UserError as error:
             unnamed[path] = str(error)

@@ -254,7 +254,8 @@ def judge_masks(
         shown = {name: m[~np.isnan(m[:, organ, 0]), organ] for name, m in measured.items()}
         known = bool((reference == organ + 1).any())
         verdict = {"dice": float(dice[0, organ]) if known else None}
-        faults = [f"Dice {verdict['dice']:.3f}"] if known and dice[0, organ] < LOWEST_DICE else []
+        low = known and verdict["dice"] < LOWEST_DICE
+        faults = [f"Dice over all slices {verdict['dice']:.3f}"] if low else []
         for name in JUDGED:
             values = {each: m[:, MEASUREMENTS.index(name)] for each, m in shown.items()}
             verdict[name] = {k: float(v.mean()) if len(v) else None for k, v in values.items()}

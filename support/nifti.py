@@ -162,11 +162,20 @@ def without_pixels(block: bytes) -> Image:
 
 
 def finite(pixels: np.ndarray) -> np.ndarray:
-    """`pixels` as contiguous float32; UserError where some of them are NaN or infinite."""
+    """`pixels` as contiguous float32; UserError where some of them are NaN or infinite, or where
+    float32 tells too few of them apart, as those of 2^30 to 2^30 + 99.
+    """
+    exact = np.asarray(pixels)
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes Inf, and an error here
-        pixels = np.ascontiguousarray(pixels, np.float32)
+        pixels = np.ascontiguousarray(exact, np.float32)
     if broken := pixels.size - np.count_nonzero(np.isfinite(pixels)):
         raise UserError(f"{broken} of {pixels.size} pixels are NaN or Inf")
+    low, high = float(exact.min()), float(exact.max())
+    largest = np.float32(max(-low, high))
+    # A range below the first bound is the rounding of a constant in float64.
+    if 1e-12 * largest < high - low < 256 * np.spacing(largest) and (pixels != exact).any():
+        found = f"values of {low:.17g} to {high:.17g}, which float32 hardly tells apart"
+        raise UserError(f"{found}. Fix: subtract {low:.17g} from all")
     return pixels
 
 

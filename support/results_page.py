@@ -99,15 +99,15 @@ def picture(path: Path, caption: str) -> str:
 # ---- what lies in the folder ----
 
 
-def read_json(path: Path, *parts: str) -> dict:
-    """What a JSON file of ours holds; {} where there is none, or where it lacks one of `parts`, as
-    somebody else's does.
+def read_json(path: Path, *command: str) -> dict:
+    """What a JSON file of ours holds; {} where there is none, or where no list of words, the
+    command, is found under the keys `command`: then it is somebody else's.
     """
     try:
         tree = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return tree if isinstance(tree, dict) and all(part in tree for part in parts) else {}
+    return tree if isinstance(at(tree, *command, "argv"), list) else {}
 
 
 def read_log(path: Path) -> tuple[dict, list[dict]]:
@@ -116,7 +116,7 @@ def read_log(path: Path) -> tuple[dict, list[dict]]:
         lines = [dict(json.loads(line)) for line in path.read_text().splitlines()]
     except (OSError, ValueError, TypeError):
         return {}, []
-    runs = [line for line in lines if isinstance(line.get("run"), dict)]
+    runs = [line for line in lines if isinstance(at(line, "run", "argv"), list)]
     return (runs or [{}])[-1], [line for line in lines if line.keys() >= EPOCH]
 
 
@@ -239,8 +239,8 @@ def write(folder: Path | str) -> Path:
         folder = folder.parent
     generated = folder / "generated" if (folder / "generated").is_dir() else folder
     stage_one, stage_two = (read_log(folder / log)[0] for log in LOGS)
-    metrics = read_json(folder / "metrics.json", "n", "patients", "provenance")
-    report = read_json(generated / "report.json", "manifest", "scorecard")
+    metrics = read_json(folder / "metrics.json", "provenance")
+    report = read_json(generated / "report.json", "manifest", "provenance")
     # What was made with another autoencoder than the one here of that name is of another run.
     learnt_from = at(stage_two, "codes_config", "checkpoint")
     made_by = {

@@ -92,6 +92,8 @@ def set_up_process() -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     # SIGTERM ends a command as Ctrl-C does, which takes its temporary files away.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Without them, as by 2>&- in a shell, there is nowhere to print to.
+    sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
     # A line reaches a file when it is printed, and does not wait for many others. A character that
     # the encoding of a file lacks, as on Windows, becomes a question mark.
     if isinstance(sys.stdout, io.TextIOWrapper):

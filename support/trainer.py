@@ -244,11 +244,12 @@ class Checkpoints:
     def check_slices(self, checkpoint: dict) -> None:
         """UserError where the checkpoint's training slices or masks are not ours."""
         path, theirs, ours = checkpoint["path"], checkpoint["data"], self.fingerprints
-        if theirs["fingerprints"]["train"] != ours["train"]:
+        here = self.stage.settings()["data"]["directions"]
+        if theirs["fingerprints"]["train"] != ours["train"] or theirs["directions"] != here:
             raise UserError(
-                f"{path}: trained on other slices or masks than are in this study, of the name "
-                f"{theirs['study']}. Fix: --data, its own study; or a new run, for an autoencoder "
-                f"from its weights with --weights {path}."
+                f"{path}: trained on other slices, masks or affines than are in this study, of the "
+                f"name {theirs['study']}. Fix: --data, its own study; or a new run, for an "
+                f"autoencoder from its weights with --weights {path}."
             )
         if theirs["fingerprints"]["validate"] != ours["validate"]:
             other = f"note: {path} was validated on other slices or masks than are in this study"

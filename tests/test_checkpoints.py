@@ -182,9 +182,15 @@ def test_a_run_does_not_go_on_with_other_slices_or_masks(masked_study, tmp_path,
     fit(masked_study, tmp_path, epochs=1)
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")}
     other = altered(masked_study, tmp_path / "other", split)
-    named = r"epoch_1\.pth: trained on other slices or masks than are in this study.*Fix"
+    named = r"epoch_1\.pth: trained on other slices, masks or affines than are in this study.*Fix"
     with pytest.raises(UserError, match=named):
         resume(tmp_path / "vqvae2_epoch_1.pth", tmp_path, data=str(other))
+    turned = shutil.copytree(masked_study, tmp_path / "turned")
+    for path in turned.rglob("*.nii*"):  # the same pixels, whose rows run where columns did
+        image = nifti.read(path)
+        nifti.write(path, image.raw, image.affine[[1, 0, 2, 3]])
+    with pytest.raises(UserError, match=named):
+        resume(tmp_path / "vqvae2_epoch_1.pth", tmp_path, data=str(turned))
     assert before == {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")}
 
 

@@ -113,6 +113,15 @@ UNANNOUNCED = [
     "patient_20240512_T2.nii",
     "patient_12-May-24_T2.nii",
     "patient-2024-05_z1.nii",
+    "case_20240105_week_0_slice_0.nii.gz",
+    "case_20240512101500_z3.nii",
+    "case_12052024_z3.nii",
+    "case_05312024_z3.nii",
+    "case_5-12-24_z3.nii",
+    "case_5.12.24_z3.nii",
+    "case_10h15_z3.nii",
+    "case_2024-May-12_z3.nii",
+    "B20240512_Week0_z1.nii",
 ]
 NO_DATES = [
     "case_12_aug_01",
@@ -136,6 +145,14 @@ def test_a_patient_s_number_beside_others_is_no_date(name):
 def test_a_number_that_nothing_announces_is_no_patient(name):
     with pytest.raises(UserError, match=r"no patient in its name.* --name-pattern"):
         parse_name(name)
+
+
+def test_a_name_that_tells_two_patients_is_refused():
+    for name in ("case_004_patient_007_week_0_slice_0.nii.gz", "sub-04_ses-1_sub-007_T2w.nii"):
+        with pytest.raises(UserError, match=r"tells two patients, 00?4 and 007\. .*--name-pattern"):
+            parse_name(name)
+    assert parse_name("case_004_subject_4_slice_1.nii").patient == 4
+    assert parse_name("case_1_of_subject_9/case_004_slice_1.nii").patient == 4
 
 
 @pytest.mark.parametrize("name", ["case_%d_week_0_slice_0.nii.gz", "sub-%d_T2w.nii.gz"])

@@ -94,10 +94,11 @@ def test_a_mistake_is_found_before_anything_is_trained(study, tmp_path, monkeypa
 def test_a_run_is_compared_with_the_documented_one(tmp_path, capsys):
     def write(folder, ssim, plausible):
         (folder / "generated").mkdir(parents=True)
-        scores = {"ssim_report": {"mean": ssim}, "psnr": {"mean": 30.0}}
+        run = {"provenance": {"argv": []}}
+        scores = {"ssim_report": {"mean": ssim}, "psnr": {"mean": 30.0}} | run
         runtime.write_json(folder / "metrics.json", scores)
         report = {"rows": {"samples": {"plausible": plausible}}}
-        report = {"realism": report | {"errors": {"samples": {"plausible": 0.06}}}}
+        report = {"realism": report | {"errors": {"samples": {"plausible": 0.06}}}, "manifest": run}
         runtime.write_json(folder / "generated" / "report.json", report)
         return folder
 
@@ -139,7 +140,8 @@ def test_the_documented_run_had_the_settings_of_today():
 
 def test_a_run_into_the_documented_folder_is_compared_with_what_was_there(stages, monkeypatch):
     def score(ssim):
-        runtime.write_json(Path("Results", "metrics.json"), {"ssim_report": {"mean": ssim}})
+        scores = {"ssim_report": {"mean": ssim}, "provenance": {"argv": []}}
+        runtime.write_json(Path("Results", "metrics.json"), scores)
 
     Path("Results").mkdir()
     score(0.93)

@@ -210,6 +210,17 @@ def test_odd_voxel_sizes_are_said_by_nobody(tmp_path, caplog, capfd):
     assert not caplog.records and capfd.readouterr() == ("", "")
 
 
+def test_contrast_that_float32_cannot_hold_is_refused():
+    """It would be a constant slice, whose SSIM is 1."""
+    few = np.arange(100.0).reshape(10, 10)
+    for wrong in ((few + 2**30).astype(np.int32), 1e9 - few, few.astype(np.uint64) + 2**40):
+        with pytest.raises(UserError, match=r"which float32 hardly tells apart. Fix: subtract"):
+            nifti.finite(wrong)
+    near, exact = 1 + few * 1e-16, np.where(few > 50, np.float32(1 + 2**-23), np.float32(1))
+    for fine in (few, (few + 2**20).astype(np.int32), np.full(9, 2**30 + 1), near, exact):
+        np.testing.assert_array_equal(nifti.finite(fine), fine.astype(np.float32))
+
+
 @pytest.mark.parametrize("plane", nifti.PLANES)
 @pytest.mark.parametrize("codes", ["RAS", "LPI", "PIR", "SLA", "ILP", "ARS"])
 def test_turning_keeps_every_voxel_in_its_place(plane, codes):

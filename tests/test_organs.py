@@ -211,7 +211,10 @@ def test_masks_without_an_organ():
     )
     assert never["label_9"]["dice"] is invented["label_9"]["dice"] is None
     assert not never["label_9"]["faults"] and never["label_9"]["roughness"]["masks"] is None
-    assert missed["label_9"] | {"dice": 0.0, "faults": ["Dice 0.000"]} == missed["label_9"]
+    assert (
+        missed["label_9"] | {"dice": 0.0, "faults": ["Dice over all slices 0.000"]}
+        == missed["label_9"]
+    )
     assert missed["label_5"]["dice"] == 1 and not missed["label_5"]["faults"]
 
 

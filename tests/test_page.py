@@ -202,8 +202,9 @@ def test_a_folder_with_little_or_broken_files_has_a_page(results):
     results_page.write(results)
     text = read(results).text
     assert "0.9123" in text and "priors" in text and "likeness" not in text
-    others = '{"psnr": 31.2}', "[]", "null", '{"epoch": 1, "run": "a"}'  # somebody else's
-    names = "metrics.json", "prior_log.jsonl", "generated/report.json"
+    others = '{"psnr": 31.2}', "[]", "null", '{"epoch": 1, "run": "a"}', '{"run": {"id": "a1"}}'
+    others += '{"n": 3, "provenance": "me"}', '{"manifest": {"version": 1}, "scorecard": {"a": 3}}'
+    names = "metrics.json", "prior_log.jsonl", "generated/report.json"  # but somebody else's
     for name, content in itertools.product(names, others):
         (results / name).write_text(content)
         results_page.write(results)

@@ -430,3 +430,12 @@ def test_what_is_drawn_in_the_padding_counts_nowhere(organs_study, tmp_path):
     assert found["dice"]["decoded"]["mean"]["mean"] == 1 and not found["not_learnt"]
     roughness = found["masks"]["label_5"]["roughness"]
     assert roughness["masks"] == roughness["real"]
+
+
+def test_columns_of_masks_stand_apart(capsys):
+    """Labels may have as many digits as their files allow."""
+    table = {name: {"mean": x} for name, x in (("mean", 0.5), ("label_1099511627776", 0.25))}
+    predict.print_masks({"decoded": table}, "")
+    names, means = capsys.readouterr().out.strip("\n").splitlines()
+    assert names.split() == list(table) and means.split()[-2:] == ["0.5", "0.25"]
+    assert len(names) == len(means)

@@ -341,6 +341,17 @@ def test_scans_of_another_patient_are_never_replaced(checkpoint, tmp_path):
     assert len(files) == 2  # a folder above the scans hides none of them
 
 
+@pytest.mark.usefixtures("identity")
+def test_earlier_reconstructions_are_no_scans(checkpoint, tmp_path, capsys):
+    for name, write in (("t2.nii.gz", save_scan), ("p.png", imsave)):
+        write(tmp_path / name, np.random.default_rng(0).integers(1, 99, (64, 32), dtype=np.uint8))
+    use(checkpoint, [tmp_path], tmp_path / "a")
+    scores = use(checkpoint, [tmp_path], tmp_path / "b")
+    assert scores["files"].keys() == {"t2.nii.gz", "p.png"}
+    assert "2 earlier reconstructions were passed over" in capsys.readouterr().out
+    assert use(checkpoint, [tmp_path / "a" / "t2.nii.gz"], tmp_path / "c")  # named, so meant
+
+
 def save_scan(path, pixels):
     nibabel.save(nibabel.Nifti1Image(pixels, np.eye(4)), path)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import ROOT
+from tqdm import tqdm
 
 from generate import GenerateConfig
 from modules import VQVAE2Config
@@ -288,6 +289,16 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
     runtime.save_checkpoint(tmp_path / "a.pth", {**KEYS, "model": {}})
     # All of its bytes have left Python's buffer by then.
     assert done == [(tmp_path / "a.pth").stat().st_size, "replace"]
+
+
+def test_a_command_runs_where_there_is_nowhere_to_print_to(monkeypatch):
+    """As with 2>&- in a shell, or in a program without a console."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    monkeypatch.setattr(runtime.signal, "signal", lambda *_: None)
+    runtime.set_up_process()
+    print("a line")
+    assert list(tqdm(range(3), disable=None)) == [0, 1, 2]
 
 
 def test_a_file_replaces_no_folder(tmp_path):

@@ -297,6 +297,16 @@ def test_clashes_are_shown_before_anything_is_written(tmp_path):
     assert len(list((tmp_path / "out").rglob("case_003_*"))) == 4
 
 
+def test_a_subject_has_one_number_however_its_label_is_written(tmp_path):
+    """GT01 is a label of a subject and no mask."""
+    for name in ("sub-A01_ses-1", "sub-a01_ses-2", "sub-GT01", "sub-c01"):
+        save(path := tmp_path / "b" / f"{name}_T2w.nii.gz", noise(1, SHAPE), RAS)
+    assert not slice_volumes.is_mask(path.name) and slice_volumes.is_mask("sub-GT01_gt.nii")
+    run_slice(tmp_path / "b", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "slices.json").read_text())
+    assert [record.get(f"subject {name}") for name in ("a01", "c01", "gt01")] == [1, 2, 3]
+
+
 def test_subjects_with_names_get_numbers_that_are_kept(tmp_path):
     for label in ("3", "ctl2", "pat1"):  # one is a number
         path = tmp_path / "b" / "labelled_scans" / f"sub-{label}_T2w.nii.gz"  # no folder of masks
@@ -339,7 +349,7 @@ def test_a_folder_for_each_subject_tells_them_apart(tmp_path, capsys):
     (pattern,) = re.findall("Fix: if they are, --name-pattern '(.+)'", said)
     run_slice(tmp_path / "export", tmp_path / "out2", name_pattern=pattern)
     record = json.loads((tmp_path / "out2" / "slices.json").read_text())
-    assert {record[f"subject {name}"] for name in ("P0001", "P0002", "ses-3")} == {1, 2, 3}
+    assert {record[f"subject {name}"] for name in ("p0001", "p0002", "ses-3")} == {1, 2, 3}
 
 
 def test_a_number_that_is_too_large_for_a_name_is_counted():
