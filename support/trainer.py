@@ -245,7 +245,8 @@ class Checkpoints:
         """UserError where the checkpoint's training slices or masks are not ours."""
         path, theirs, ours = checkpoint["path"], checkpoint["data"], self.fingerprints
         here = self.stage.settings()["data"]["directions"]
-        if theirs["fingerprints"]["train"] != ours["train"] or theirs["directions"] != here:
+        turned = theirs.get("directions", here) != here
+        if turned or theirs["fingerprints"]["train"] != ours["train"]:
             raise UserError(
                 f"{path}: trained on other slices, masks or affines than are in this study, of the "
                 f"name {theirs['study']}. Fix: --data, its own study; or a new run, for an "
