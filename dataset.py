@@ -1009,8 +1009,10 @@ def is_reconstruction(path: Path) -> bool:
         if path.suffix.lower() == ".png":
             with Image.open(path) as image:
                 return image.info.get("Description") == RECONSTRUCTION
-        return nifti.read(path).header["descrip"].item() == RECONSTRUCTION.encode()
-    except (UserError, OSError):  # what cannot be read is none of ours
+        # To open a named pipe is to wait.
+        named = path.is_file() and nifti.read_header(path)["descrip"].item()
+        return named == RECONSTRUCTION.encode()
+    except Exception:  # what cannot be read, for any of a dozen reasons, is none of ours
         return False
 
 

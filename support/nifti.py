@@ -154,6 +154,13 @@ def _read_header(data: bytes) -> nibabel.Nifti1Header:
     return header
 
 
+def read_header(path: Path | str) -> nibabel.Nifti1Header:
+    """A NIfTI file's header alone, whatever follows it. A file that has none raises anything."""
+    with open(path, "rb") as file:
+        data = file.read(2**16)
+    return _read_header(_unzip(data, max(HEADERS)) if data[:2] == GZIP else data)
+
+
 def without_pixels(block: bytes) -> Image:
     """The image of a header that has lost its array: all its pixels are 0."""
     header = _read_header(block)

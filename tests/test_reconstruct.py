@@ -349,7 +349,10 @@ def test_earlier_reconstructions_are_no_scans(checkpoint, tmp_path, capsys):
     scores = use(checkpoint, [tmp_path], tmp_path / "b")
     assert scores["files"].keys() == {"t2.nii.gz", "p.png"}
     assert "2 earlier reconstructions were passed over" in capsys.readouterr().out
-    assert use(checkpoint, [tmp_path / "a" / "t2.nii.gz"], tmp_path / "c")  # named, so meant
+    ours = tmp_path / "a" / "t2.nii.gz"
+    assert use(checkpoint, [ours], tmp_path / "c")  # named, so meant
+    ours.write_bytes(ours.read_bytes()[:-9])  # one that is cut short is ours all the same
+    assert reconstruct.find_files([str(tmp_path)], tmp_path / "d").keys() == scores["files"].keys()
 
 
 def save_scan(path, pixels):
