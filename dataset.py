@@ -1009,9 +1009,7 @@ def is_reconstruction(path: Path) -> bool:
         if path.suffix.lower() == ".png":
             with Image.open(path) as image:
                 return image.info.get("Description") == RECONSTRUCTION
-        # To open a named pipe is to wait.
-        named = path.is_file() and nifti.read_header(path)["descrip"].item()
-        return named == RECONSTRUCTION.encode()
+        return nifti.read_header(path)["descrip"].item() == RECONSTRUCTION.encode()
     except Exception:  # what cannot be read, for any of a dozen reasons, is none of ours
         return False
 

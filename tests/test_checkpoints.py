@@ -143,6 +143,8 @@ def test_what_we_never_wrote_decides_nothing(saved, tmp_path):
     checkpoint["optimiser"]["param_groups"] = [{"lr": 1.0, "maximize": True, "params": [0]}] * 2
     path = save(checkpoint, tmp_path / "gift.pth")
     assert train.make_settings({"resume": str(path)}).data.cache == ""
+    del checkpoint["data"]["directions"]  # before they were kept
+    path = save(checkpoint, tmp_path / "gift.pth")
     gift, plain = resume(path, tmp_path / "a"), resume(saved, tmp_path / "b")
     weights = [runtime.load_checkpoint(path, "vqvae2")["model"] for path in (gift, plain)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

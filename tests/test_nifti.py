@@ -213,7 +213,8 @@ def test_odd_voxel_sizes_are_said_by_nobody(tmp_path, caplog, capfd):
 def test_contrast_that_float32_cannot_hold_is_refused():
     """It would be a constant slice, whose SSIM is 1."""
     few = np.arange(100.0).reshape(10, 10)
-    for wrong in ((few + 2**30).astype(np.int32), 1e9 - few, few.astype(np.uint64) + 2**40):
+    signed = (few + 2**30).astype(np.int32), few.astype(np.uint64) + 2**40
+    for wrong in (*signed, 1e9 - few, -1e9 - few, 2**25 + 1 + 2 * few):
         with pytest.raises(UserError, match=r"which float32 hardly tells apart. Fix: subtract"):
             nifti.finite(wrong)
     near, exact = 1 + few * 1e-16, np.where(few > 50, np.float32(1 + 2**-23), np.float32(1))

@@ -1,6 +1,7 @@
 """reconstruct.py on files of one's own: what comes back is each file's shape, place and type."""
 
 import json
+import os
 from dataclasses import replace
 
 import nibabel
@@ -349,6 +350,9 @@ def test_earlier_reconstructions_are_no_scans(checkpoint, tmp_path, capsys):
     scores = use(checkpoint, [tmp_path], tmp_path / "b")
     assert scores["files"].keys() == {"t2.nii.gz", "p.png"}
     assert "2 earlier reconstructions were passed over" in capsys.readouterr().out
+    os.mkfifo(tmp_path / "pipe.nii")  # which nobody opens, or this would never end
+    assert "pipe.nii" in reconstruct.find_files([str(tmp_path)], tmp_path / "d")
+    (tmp_path / "pipe.nii").unlink()
     ours = tmp_path / "a" / "t2.nii.gz"
     assert use(checkpoint, [ours], tmp_path / "c")  # named, so meant
     ours.write_bytes(ours.read_bytes()[:-9])  # one that is cut short is ours all the same
