@@ -57,8 +57,11 @@ DATE = rf"""(?: \d\d?[-._]\d\d?[-._]{YEAR} | {YEAR}[-._]\d\d?[-._]\d
     | {YEAR}{MM}{DD}(?:\d{{4}}|\d{{6}})?(?!\d) | (?:{DD}{MM}|{MM}{DD}){YEAR}(?!\d)
     | \d\d?[-._ ]?{MONTH}[a-z]*[-._ ]?{YEAR} | {YEAR}[-._ ]?{MONTH}
     | \d\d(?:-{MONTH}-|\.{MONTH}\.|{MONTH})\d\d(?![a-z0-9]) )"""
-NO_DATE = rf"(?!{DATE} | \d\d?[-.]{YEAR}(?!\d) | {YEAR}-(?:0[1-9]|1[0-2])(?!\d))"
+NO_DATE = rf"(?!{DATE} | \d\d?[-.]{YEAR}(?!\d) | {YEAR}-{MM}(?!\d))"
 NO_TESLA = r"(?!(?:1\.5|[37])T(?![a-z] | [12](?!\d)))"
+STANDARD_NAME = re.compile(
+    rf"(?:case|seg)_{NO_DATE}(\d+)_week_(\d+)_slice_(\d+)\.nii(?:\.gz)?", re.I | re.VERBOSE
+)
 # How other names tell their numbers: by a word that announces one, or as public data sets do.
 ANNOUNCED = {
     "patient": rf"""(?<![a-z]) sub-{NO_DATE}([a-z0-9]+)                        # BIDS
@@ -72,9 +75,6 @@ ANNOUNCED = {
         | BraTS-[a-z]+-\d+-(\d+) | OAS[12]_\d+_MR(\d+) | OAS3\d{4}_MR_d(\d+)""",
     "slice": r"(?<![a-z]) (?:slice|plane|sl|z) [ _-]?(\d+)",
 }
-STANDARD_NAME = re.compile(
-    rf"(?:case|seg)_{NO_DATE}(\d+)_week_(\d+)_slice_(\d+)\.nii(?:\.gz)?", re.I | re.VERBOSE
-)
 ANNOUNCED = {key: re.compile(words, re.I | re.VERBOSE) for key, words in ANNOUNCED.items()}
 # A label this near to a whole number is that number. Where all are near 0 they must be nearer, or
 # labels divided by 255 would be an empty mask.

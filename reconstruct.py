@@ -199,7 +199,7 @@ def find_files(inputs: list[str], out: Path, masks: bool = False) -> dict[str, s
                 passed["other files"].append(path)
             elif is_mask(name):
                 passed["masks"].append(path)
-            elif os.path.isfile(path) and is_reconstruction(Path(path)):  # a named pipe would block
+            elif is_reconstruction(Path(path)):
                 passed["earlier reconstructions"].append(path)
             else:
                 found[name_of(path, name)].append(path)

@@ -91,19 +91,24 @@ def read(
     An array with more than `max_axes` axes that are longer than 1, or with more than `max_pixels`,
     is refused before it is unpacked, with `expected` in the message.
     """
-    if not os.path.isfile(path):  # whoever opens a named pipe waits for somebody to write to it
-        raise UserError("not a regular file, or not there")
     try:
-        return _parse(Path(path).read_bytes(), max_axes, max_pixels, expected)
+        return _parse(_read_bytes(path), max_axes, max_pixels, expected)
     except (UserError, OSError):
         raise
     except Exception as error:  # nibabel, NumPy and zlib have a dozen for a damaged file
         raise UserError(f"not a whole NIfTI file ({type(error).__name__}: {error})") from error
 
 
+def _read_bytes(path: Path | str, count: int = -1) -> bytes:
+    """The first `count` bytes of a file, or all of them."""
+    if not os.path.isfile(path):  # whoever opens a named pipe waits for somebody to write to it
+        raise UserError("not a regular file, or not there")
+    with open(path, "rb") as file:
+        return file.read(count)
+
+
 def _parse(data: bytes, max_axes: int, max_pixels: int, expected: str) -> Image:
-    zipped = data[:2] == GZIP
-    header = _read_header(_unzip(data, max(HEADERS)) if zipped else data)
+    header = _read_header(data)
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
     pixels, start = math.prod(shape), int(header["vox_offset"])
     if dtype.kind not in "biuf":
@@ -115,7 +120,7 @@ def _parse(data: bytes, max_axes: int, max_pixels: int, expected: str) -> Image:
     if start < header["sizeof_hdr"]:
         raise UserError(f"a damaged header: its array begins at byte {start}, within the header")
     end = start + pixels * dtype.itemsize
-    data = _unzip(data, end + SPARE + 1) if zipped else data
+    data = _unzip(data, end + SPARE + 1) if data[:2] == GZIP else data
     if len(data) > end + SPARE:
         raise UserError(f"more data than its header describes, an array of {times} pixels")
     raw = np.frombuffer(data, dtype, count=pixels, offset=start)  # ValueError for too few bytes
@@ -141,7 +146,10 @@ def _unzip(data: bytes, limit: int) -> bytes:
 
 
 def _read_header(data: bytes) -> nibabel.Nifti1Header:
-    """nibabel's header at the start of `data`; its own checks would print a line for each file."""
+    """nibabel's header at the start of `data`, gzipped or not; its own checks would print a line
+    for each file.
+    """
+    data = _unzip(data, max(HEADERS)) if data[:2] == GZIP else data
     little, big = (int.from_bytes(data[:4], order) for order in ("little", "big"))
     kind = HEADERS.get(little) or HEADERS.get(big)
     if kind is None:
@@ -156,9 +164,7 @@ def _read_header(data: bytes) -> nibabel.Nifti1Header:
 
 def read_header(path: Path | str) -> nibabel.Nifti1Header:
     """A NIfTI file's header alone, whatever follows it. A file that has none raises anything."""
-    with open(path, "rb") as file:
-        data = file.read(2**16)
-    return _read_header(_unzip(data, max(HEADERS)) if data[:2] == GZIP else data)
+    return _read_header(_read_bytes(path, 2**16))
 
 
 def without_pixels(block: bytes) -> Image:

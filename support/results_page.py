@@ -99,15 +99,15 @@ def picture(path: Path, caption: str) -> str:
 # ---- what lies in the folder ----
 
 
-def read_json(path: Path, *command: str) -> dict:
-    """What a JSON file of ours holds; {} where there is none, or where no list of words, the
-    command, is found under the keys `command`: then it is somebody else's.
+def read_json(path: Path, *provenance: str) -> dict:
+    """What a JSON file of ours holds; {} where there is none, or where the keys `provenance` lead
+    to no record of a command: then it is somebody else's.
     """
     try:
         tree = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return tree if isinstance(at(tree, *command, "argv"), list) else {}
+    return tree if isinstance(at(tree, *provenance, "argv"), list) else {}
 
 
 def read_log(path: Path) -> tuple[dict, list[dict]]:

@@ -188,7 +188,8 @@ class Checkpoints:
         self.progress, self.sums = progress, sums
         self.out = Path(config.out)
         self.last_saved: Path | None = None
-        self.fingerprints = stage.settings()["data"]["fingerprints"]
+        study = stage.settings()["data"]
+        self.fingerprints, self.directions = study["fingerprints"], study["directions"]
 
     def path(self, name: str) -> Path:
         return self.out / f"{self.stage.kind}_{name}.pth"
@@ -242,10 +243,10 @@ class Checkpoints:
             self.progress.best, self.progress.best_epoch = math.inf, self.progress.epoch
 
     def check_slices(self, checkpoint: dict) -> None:
-        """UserError where the checkpoint's training slices or masks are not ours."""
+        """UserError where the checkpoint's training slices, masks or affines are not ours."""
         path, theirs, ours = checkpoint["path"], checkpoint["data"], self.fingerprints
-        here = self.stage.settings()["data"]["directions"]
-        turned = theirs.get("directions", here) != here
+        # Older checkpoints do not tell the directions.
+        turned = theirs.get("directions", self.directions) != self.directions
         if turned or theirs["fingerprints"]["train"] != ours["train"]:
             raise UserError(
                 f"{path}: trained on other slices, masks or affines than are in this study, of the "

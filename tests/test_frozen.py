@@ -3,22 +3,19 @@
 A trained model means what its arithmetic means: a change that moves these numbers makes
 checkpoints say something else. If that is meant, raise the format of checkpoints, and
 
-    python tests/test_frozen.py
+    python -m tests.test_frozen
 
 writes the file anew.
 """
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
 from dataset import Mirror
@@ -66,10 +63,13 @@ def autoencoder() -> dict:
         output = model.eval()(x)
         weights = train.LossConfig(beta=0.3, mse=0.5, l1=0.2, ssim=1.0, mask_weight=0.1)
         losses = train.losses(x, output, weights, masks, 0.7)
-    parts = {"top": output.top, "bottom": output.bottom}
-    found = {name: output._asdict()[name] for name in ("reconstruction", "mask_logits")}
-    found["coarse mask"] = output.coarse_mask_logits
-    found |= {f"{name} codes": part.codes for name, part in parts.items()}
+    found = {
+        "reconstruction": output.reconstruction,
+        "mask_logits": output.mask_logits,
+        "coarse mask": output.coarse_mask_logits,
+        "top codes": output.top.codes,
+        "bottom codes": output.bottom.codes,
+    }
     return found | {f"{name} loss": value for name, value in losses.items()}
 
 
@@ -126,10 +126,8 @@ def new_layouts() -> dict:
     images[:, :, :4] = -2
     cells, borders = (24, 16), np.array([-1.5, -0.2, 0.3, 0.8, 1.4])
     tissue = layouts.smoothed(images, cells)
-    known, depths = (
-        layouts.layouts_of(tissue, masks, borders, 3),
-        layouts.depths_of(masks, 3, cells),
-    )
+    known = layouts.layouts_of(tissue, masks, borders, 3)
+    depths = layouts.depths_of(masks, 3, cells)
     where = np.tile(np.linspace(0, 1, 4), 10), np.repeat(np.arange(10), 4), borders, 3
     composer = layouts.Composer(known, tissue, depths, *where)
     drawn, shapes = composer.draw([0.1, 0.5, 0.9, math.nan], range(4))
