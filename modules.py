@@ -155,22 +155,23 @@ class VectorQuantiser(nn.Module):
         return -self.bit_weight * (self.ema_count / self.ema_count.sum()).clamp_min(1e-9).log2()
 
     @torch.no_grad()
-    def nearest(self, flat: Tensor) -> Tensor:
-        """flat (N, D) -> (N,) int64: argmin_k ||z - e_k||^2 + lambda s^2 b_k.
+    def nearest(self, flat: Tensor, price: Tensor | None = None) -> Tensor:
+        """flat (N, D) -> (N,) int64: argmin_k ||z - e_k||^2 + s^2 lambda b_k.
 
-        ||z||^2 is left out because it is the same for every k. For lambda b_k see `prices`; lambda
-        is less while it rises. s^2 is the codebook's variance, which makes lambda independent of
-        the scale of the encoder's output.
+        ||z||^2 is left out because it is the same for every k. s^2 is the codebook's variance: it
+        makes lambda independent of the scale of the encoder's output. `price` (N, K) is lambda b_k
+        of each code in its place. Without it `prices` tells lambda b_k, and lambda is less while it
+        rises.
         """
-        costs = self.codebook.square().sum(1)
-        if self.bit_weight:
-            p = self.ema_count / self.ema_count.sum()
-            variance = p @ (self.codebook - p @ self.codebook).square().sum(1)
-            risen = ((self.updates + 1) / (self.price_rise + 1)).clamp_max(1)
-            costs = costs + risen * variance * self.prices()
+        if price is None:
+            price = self.prices() * ((self.updates + 1) / (self.price_rise + 1)).clamp_max(1)
+        p = self.ema_count / self.ema_count.sum()
+        variance = p @ (self.codebook - p @ self.codebook).square().sum(1)
+        costs = self.codebook.square().sum(1) + variance * price
         rows = self.chunk if flat.device.type == "cpu" else 32 * self.chunk
-        parts = (torch.addmm(costs, x, self.codebook.T, alpha=-2) for x in flat.split(rows))
-        return torch.cat([part.min(1)[1] for part in parts])  # argmin takes twice as long on a CPU
+        parts = zip(costs.expand(len(flat), -1).split(rows), flat.split(rows), strict=True)
+        sums = (torch.addmm(cost, x, self.codebook.T, alpha=-2) for cost, x in parts)
+        return torch.cat([part.min(1)[1] for part in sums])  # argmin takes twice as long on a CPU
 
     def vectors(self, codes: Tensor) -> Tensor:
         """codes (B, h, w) int64 in [0, K) -> their codebook vectors (B, D, h, w)."""
@@ -217,8 +218,6 @@ class VectorQuantiser(nn.Module):
         """
         # Each row as its place in [0, 1) of the joined batch.
         position = torch.rand(self.K, dtype=torch.float64, device=flat.device)
-        if world() == 1:
-            return flat[(position * len(flat)).long()]
         sizes = position.new_zeros(world())
         sizes[rank()] = len(flat)
         position *= rank() == 0  # all ranks use the positions that rank 0 drew
@@ -371,6 +370,11 @@ class VQVAE2(nn.Module):
         decoded_top = self.decoder_top(top.vectors)  # -> (B, C, 2h, 2w)
         bottom = self.quantiser_bottom(self.to_bottom(torch.cat([h_bottom, decoded_top], 1)))
         return top, bottom, decoded_top
+
+    def unquantised_bottom(self, x: Tensor, top: Tensor) -> Tensor:
+        """x (B, 1, H, W), its top codes (B, h, w) -> z_e(x) of the bottom level, (B, D, 2h, 2w)."""
+        decoded_top = self.decoder_top(self.quantiser_top.vectors(top))
+        return self.to_bottom(torch.cat([self.encoder_bottom(x), decoded_top], 1))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, 1, H, W), z-scored -> codes int64 in [0, K): top (B, h, w), bottom (B, 2h, 2w)."""

@@ -25,6 +25,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from skimage.io import imread
+from torch import Tensor
 from tqdm import tqdm
 
 from dataset import (
@@ -242,18 +243,23 @@ def reconstruct_planes(trained: Trained, planes: np.ndarray, batch_size: int) ->
     return decode_planes(trained, coded, planes.shape[1:], batch_size)
 
 
+def as_slices(planes: np.ndarray, study: StudyInfo) -> tuple[Tensor, np.ndarray]:
+    """Planes (N, rows, columns) -> z-scored slices (N, 1, H, W); means and deviations (N, 2)."""
+    placement = Placement.make(planes.shape[1:], (study.height, study.width), study.fit)
+    grids = [placement.place(plane, fill=plane.min()) for plane in planes]
+    scale = np.array([z_score(grid)[:2] for grid in grids])
+    means, stds = scale.T[:, :, None, None]
+    return torch.from_numpy((np.stack(grids) - means) / stds).float().unsqueeze(1), scale
+
+
 @torch.inference_mode()
 def encode_planes(trained: Trained, planes: np.ndarray, batch_size: int) -> Coded:
     """The codes of planes (N, rows, columns), which are placed as training slices; their scales."""
-    model, study = trained.model, trained.study
+    model = trained.model
     device = next(model.parameters()).device
-    placement = Placement.make(planes.shape[1:], (study.height, study.width), study.fit)
     scales, top, bottom = [], [], []
     for first in range(0, len(planes), batch_size):
-        grids = [placement.place(p, fill=p.min()) for p in planes[first : first + batch_size]]
-        scale = np.array([z_score(grid)[:2] for grid in grids])  # mean, standard deviation
-        means, stds = scale.T[:, :, None, None]
-        x = torch.from_numpy((np.stack(grids) - means) / stds).float().unsqueeze(1)
+        x, scale = as_slices(planes[first : first + batch_size], trained.study)
         for maps, codes in zip((top, bottom), model.encode(x.to(device)), strict=True):
             maps += list(codes.cpu().numpy().astype(np.uint16))
         scales.append(scale)
@@ -304,7 +310,8 @@ def reconstruct_file(
         originals = scan.planes
         coded = encode_planes(trained, originals, config.batch_size)
         if config.save:
-            data = coder.pack(scan.image.header, config.plane, coded, path.lower().endswith(".png"))
+            about = scan.image.header, config.plane, coded, path.lower().endswith(".png")
+            data, coded = coder.pack(*about, lambda n: as_slices(originals[n : n + 1], study)[0])
             with runtime.atomic_path(config.save_as(name)) as part:
                 part.write_bytes(data)
     if scan.plane and study.plane and scan.plane != study.plane:

@@ -6,7 +6,8 @@
 A model's bits are counted in up to five ways: nominal (log2 K for each code), by the entropy of
 its code histogram over the slices, and, if a prior is given, by the bound on -log2 p of those codes
 under it. With --files also by the size of the files that `reconstruct.py --save` writes, one a
-slice and one a volume; then AVIF codes whole volumes too. Patients numbered below --below are one
+slice and one a volume, and all else is of the codes in these files; then AVIF codes whole volumes
+too. Patients numbered below --below are one
 set and the others the second, as in per_set.py; a study with only one of them is one set.
 
 Writes rate_distortion.json and rate_distortion.png to --out.
@@ -16,22 +17,25 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle, groupby, product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
 import PIL
 import torch
 from matplotlib.lines import Line2D
+from tqdm import tqdm
 
 import predict
 from benchmarks import image_codecs
 from benchmarks.per_set import study_sets
 from dataset import DataConfig, SliceDataset, in_parallel, open_trained_study
 from generate import GenerateConfig, load_models
-from modules import VQVAE2, load_model
+from modules import VQVAE2, Trained, load_model
 from new_slices.code_files import Coded, Coder
 from new_slices.code_maps import LEVELS
 from new_slices.prior import Prior
+from reconstruct import ReconstructConfig, reconstruct_file
 from support import figures, nifti, runtime
 
 # The first six colours of matplotlib are the codecs', with AVIF of whole volumes.
@@ -43,7 +47,7 @@ DRAWN = {"ssim_report": "SSIM, the report's protocol", "psnr": "PSNR, dB"}
 
 
 class Contender(NamedTuple):
-    """A model, its prior if any, every slice's scores, and the maps: codes (N, h, w) and masks."""
+    """A model, its prior if any, every slice's scores, and its codes (N, h, w) by level."""
 
     model: VQVAE2
     prior: Prior | None
@@ -83,11 +87,28 @@ def score(path: str, prior: str | None, test: SliceDataset, args) -> Contender:
     else:
         trained, priors = load_model(path), None
         trained.model.to(runtime.pick_device(args.device))
-    model, coder = trained.model, None
+    print(f"{path}{f' with {prior}' if prior else ''}")
     if prior and args.files:
         coder = Coder(trained, prior, args.device)
-    print(f"{path}{f' with {prior}' if prior else ''}")
-    return Contender(model, priors, coder, *predict.score_split(model, test, args.batch_size, None))
+        return Contender(trained.model, priors, coder, *through_files(trained, test, coder))
+    found = predict.score_split(trained.model, test, args.batch_size, None)
+    return Contender(trained.model, priors, None, *found)
+
+
+def through_files(
+    trained: Trained, test: SliceDataset, coder: Coder
+) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+    """Of every slice the scores of what its file of codes gives back, and that file's codes."""
+    scores, maps = [], {level: [] for level in LEVELS}
+    with TemporaryDirectory() as folder:
+        config = ReconstructConfig(out=folder, save=folder)
+        for path in tqdm(test.paths, desc="files of codes", unit="slice", disable=None):
+            row = reconstruct_file(trained, str(path), path.name, config, coder)
+            scores.append({score: row[score] for score in SCORES})
+            *_, coded = coder.unpack(config.save_as(path.name).read_bytes())
+            for level, found in maps.items():
+                found.append(getattr(coded, level)[0])
+    return scores, {level: np.stack(found) for level, found in maps.items()}
 
 
 def in_set(contender: Contender, test: SliceDataset, chosen: np.ndarray) -> dict:
@@ -134,7 +155,7 @@ def file_size(contender: Contender, test: SliceDataset, indices: Sequence[int]) 
     scale = np.random.default_rng(0).random((len(indices), 2), np.float32)  # as large as any other
     coded = Coded(*(contender.maps[level][indices] for level in LEVELS), scale)
     header = nifti.read(test.paths[indices[0]]).header
-    return len(contender.coder.pack(header, "", coded))
+    return len(contender.coder.pack(header, "", coded)[0])
 
 
 def sweep(test: SliceDataset, codecs: dict[str, image_codecs.Codec]) -> list[image_codecs.Points]:

@@ -14,6 +14,7 @@ What a file holds, little-endian:
 Each plane's top map is coded, then its bottom map given the top, in a few groups of codes. A group
 is coded given all earlier ones, which the decoder knows by then. A fixed order does as well as one
 by certainty (M2T, Mentzer et al. 2023, arXiv 2304.07313). Layouts and positions are unknown.
+Where several bottom codes are nearly as near, the coder takes one that costs fewer bits there.
 
 A decoder needs the coder's very probabilities: one that differs in its last bit garbles all that
 follows. Sums round differently from one CPU, library and number of threads to the next, by some
@@ -55,6 +56,8 @@ HEAD = struct.Struct("<4s8s")  # kind, sum of the rest
 BODY = struct.Struct("<6s6s4sBIH")  # autoencoder, priors, sum of the codes, plane, planes, header
 PLANES = ("", *nifti.PLANES)
 GROUPS = {"top": 6, "bottom": 5}  # eight of each save 0.2 % of the bits and take half as long again
+# What a bit of a bottom code is worth at least: lambda of VectorQuantiser.nearest (modules.py).
+BIT_WEIGHT = 0.01
 GRID = 16  # steps of a logit of 1
 # The weight of a code whose logit lies so many steps below the largest; the last is 0.
 WEIGHTS = np.round(2.0**20 * np.exp(-np.arange(15 * GRID) / GRID))
@@ -75,20 +78,45 @@ class Coder:
 
     def __init__(self, trained: Trained, prior: Path | str, device: str = "cpu") -> None:
         *_, loaded = load_prior(prior, trained)
+        self.model = trained.model
         self.prior = loaded.to(runtime.pick_device(device), torch.float64)
         self.models = {str(trained.path): trained.sha256, str(prior): runtime.sha256(prior)}
         convs = (part for part in self.prior.modules() if isinstance(part, nn.Conv2d))
         for conv in (conv for conv in convs if conv.groups > 1):
             conv.forward = partial(depthwise, conv)
 
-    def pack(self, header: Nifti1Header, plane: str, coded: Coded, picture: bool = False) -> bytes:
-        """The file of a scan with this header, cut along `plane` into the planes `coded`."""
+    def pack(
+        self,
+        header: Nifti1Header,
+        plane: str,
+        coded: Coded,
+        picture: bool = False,
+        slice_of: Callable[[int], Tensor] | None = None,
+    ) -> tuple[bytes, Coded]:
+        """The file of a scan with this header, cut along `plane`, and the codes in it.
+
+        These are `coded`; but if `slice_of` tells the z-scored slice (1, 1, H, W) of each plane,
+        bottom codes are chosen anew, by their distance and by the bits that they cost here.
+        """
         encoder, header = stream.queue.RangeEncoder(), header.copy()
         header["descrip"] = b""  # reconstructions have one of their own
         block = zlib.compress(header.binaryblock, 9, wbits=-15)
 
+        @lru_cache(1)
+        def unquantised(plane: int) -> Tensor:
+            """What the bottom codes of a plane stand for, (2h*2w, D)."""
+            top = torch.from_numpy(coded.top[plane : plane + 1].astype(np.int64))
+            x = slice_of(plane).to(self.prior.top.rows.device)
+            return self.model.unquantised_bottom(x, top.to(x.device))[0].flatten(1).T
+
         def put(name: str, plane: int, at: np.ndarray, weights: np.ndarray) -> np.ndarray:
             codes = getattr(coded, name)[plane][at].astype(np.int32)
+            if name == "bottom" and slice_of:
+                flat = unquantised(plane)[at.ravel()]
+                shares = torch.from_numpy(weights / weights.sum(1, keepdims=True)).to(flat)
+                quantiser, bits = self.model.quantiser_bottom, -shares.clamp_min(2.0**-24).log2()
+                price = max(BIT_WEIGHT, quantiser.bit_weight) * bits
+                codes = quantiser.nearest(flat, price).cpu().numpy().astype(np.int32)
             encoder.encode(codes, FAMILY, weights)
             return codes
 
@@ -98,7 +126,8 @@ class Coder:
         body = BODY.pack(*models, blake(*maps, size=4), *about) + block
         words = encoder.get_compressed().astype("<u4")
         body += coded.scale.astype("<f4").tobytes() + words.tobytes()
-        return HEAD.pack(b"VQ2p" if picture else b"VQ2n", blake(body)) + body
+        data = HEAD.pack(b"VQ2p" if picture else b"VQ2n", blake(body)) + body
+        return data, Coded(*maps, coded.scale)
 
     def unpack(self, data: bytes) -> tuple[nifti.Image, str, Coded]:
         """What `pack` was given: an image without its pixels, the plane, the codes.

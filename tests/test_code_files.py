@@ -55,6 +55,9 @@ def coder(models):
     return Coder(load_model(models[0]), models[1])
 
 
+SCALE = np.ones((3, 2), np.float32)
+
+
 def random_planes(count: int, seed: int = 0) -> Coded:
     rng = np.random.default_rng(seed)
     maps = (rng.integers(SMALL.K, size=(count, *s)) for s in ((8, 4), (16, 8)))
@@ -86,7 +89,8 @@ def test_codes_come_back_and_the_file_is_as_short_as_the_probabilities(models, c
     prior.load_state_dict(torch.load(models[1])["model"])
     for count in (1, 40):
         coded, header = random_planes(count, seed=count), header_of()
-        data = coder.pack(header, "axial", coded)
+        data, packed = coder.pack(header, "axial", coded)
+        assert all(map(np.array_equal, packed, coded))  # nothing to choose by
         image, plane, found = coder.unpack(data)
         assert plane == "axial" and image.shape == (64, 32) and image.raw.dtype == np.int16
         np.testing.assert_array_equal(image.affine, nifti.best_affine(header)[0])
@@ -96,6 +100,40 @@ def test_codes_come_back_and_the_file_is_as_short_as_the_probabilities(models, c
         ideal = bits_by_hand(prior, coded) / 8
         assert ideal < len(data) < 1.02 * ideal + 90 + 8 * count
         assert ideal > 1.2 * count * 160 * math.log2(SMALL.K) / 8  # the priors are no uniform ones
+
+
+@torch.inference_mode()
+def test_bottom_codes_are_the_best_by_distance_and_bits(models, coder, monkeypatch):
+    monkeypatch.setattr(code_files, "BIT_WEIGHT", 0.05)
+    model, x = load_model(models[0]).model, torch.randn(3, 1, 64, 32)
+    plain = Coded(*(codes.numpy().astype(np.uint16) for codes in coder.model.encode(x)), SCALE)
+    data, packed = coder.pack(header_of(), "", plain, slice_of=lambda plane: x[plane : plane + 1])
+    np.testing.assert_array_equal(packed.top, plain.top)
+    assert len(data) < 0.98 * len(coder.pack(header_of(), "", plain)[0])
+    assert all(map(np.array_equal, coder.unpack(data)[2], packed))
+    top, bottom = (torch.from_numpy(maps.astype(np.int64)) for maps in packed[:2])
+    z, book = model.unquantised_bottom(x, top), model.quantiser_bottom.codebook
+    torch.testing.assert_close(z, bottom_before_quantiser(model, x))
+    distances = (z.permute(0, 2, 3, 1)[..., None, :] - book).square().sum(4)  # (3, 16, 8, K)
+    p = model.quantiser_bottom.ema_count / model.quantiser_bottom.ema_count.sum()
+    variance = (p[:, None] * (book - (p[:, None] * book).sum(0)).square()).sum()
+    level, hidden = coder.prior.bottom, torch.ones(16, 8, dtype=torch.bool)
+    context = level.context(torch.full((3,), math.nan), coder.prior.as_it_is(3), top)
+    for at in code_files.groups(level.shape, code_files.GROUPS["bottom"]):
+        bits = -level(bottom.masked_fill(hidden, SMALL.K), context).log_softmax(3) / math.log(2)
+        costs = distances + 0.05 * variance * bits
+        chosen = costs.gather(3, bottom[..., None])[..., 0]
+        # The coder rounds the priors' logits to a sixteenth.
+        assert (chosen - costs.amin(3))[:, at].max() < 0.05 * variance / 8
+        hidden[at] = False
+
+
+def bottom_before_quantiser(model, x):
+    kept = []
+    hook = model.quantiser_bottom.register_forward_hook(lambda _, z, __: kept.append(z[0]))
+    model.encode(x)
+    hook.remove()
+    return kept[0]
 
 
 def test_the_coder_s_weights_leave_no_room_for_rounding(coder):
@@ -131,7 +169,7 @@ def test_the_depthwise_convolution_is_pytorch_s():
 
 def test_no_damage_goes_unseen(coder, monkeypatch):
     rng = np.random.default_rng(0)
-    data = coder.pack(header_of(), "", random_planes(1))
+    data, _ = coder.pack(header_of(), "", random_planes(1))
     visit = coder.visit
     monkeypatch.setattr(coder, "visit", None)  # nothing is decoded
     for _ in range(400):
@@ -156,7 +194,7 @@ def test_no_damage_goes_unseen(coder, monkeypatch):
 
 def test_other_probabilities_are_found_out_and_other_models_named(models, study, tmp_path):
     coder = Coder(load_model(models[0]), models[1])
-    data = coder.pack(header_of(), "", random_planes(1))
+    data, _ = coder.pack(header_of(), "", random_planes(1))
     coder.prior.bottom.head.bias.data[3] += 0.2
     with pytest.raises(UserError, match="here the priors' probabilities differ"):
         coder.unpack(data)
@@ -220,7 +258,7 @@ def test_a_scan_comes_back_from_its_codes_as_the_model_gives_it(models, tmp_path
 def test_another_process_finds_the_same_codes(models, coder, tmp_path, monkeypatch):
     """With other threads, and the arithmetic of PyTorch and MKL for the oldest CPUs."""
     coded = random_planes(3)
-    (tmp_path / "a.vq2").write_bytes(coder.pack(header_of(), "axial", coded))
+    (tmp_path / "a.vq2").write_bytes(coder.pack(header_of(), "axial", coded)[0])
     code = """
 import sys, pathlib, numpy
 from modules import load_model
