@@ -95,8 +95,9 @@ class DataConfig:
     width: int = option(0, "columns of the model's grid; 0 follows the study's slices")
     fit: str = option(
         "auto",
-        "how slices of other sizes fill the grid; auto: as they are if it is less than 8 pixels "
-        "larger, stretched if that changes their aspect ratio by at most an eighth, else padded",
+        "how slices of other sizes fill the grid; auto: unchanged if the grid is less than 8 "
+        "pixels larger, else resized to it if that changes their aspect ratio by at most an "
+        "eighth, else scaled and padded",
         choices=FITS,
     )
     allow_patient_overlap: bool = option(False, "let splits share a patient")
@@ -467,7 +468,9 @@ def _read_mask(path: str, of_slice: nifti.Image) -> tuple[np.ndarray, bool]:
         raise UserError(f"its shape is {image.shape}; expected {shape}, as of its slice")
     told = image.oriented and of_slice.oriented
     if told and nifti.turned(image.affine, of_slice.affine, axes=2):
-        raise UserError("its affine turns or mirrors it against its slice; expected none of that")
+        raise UserError(
+            "its affine turns or mirrors it against its slice; expected the slice's own"
+        )
     moved = told and nifti.moved(image.affine, of_slice.affine, (*shape, 1))
     return read_labels(image), moved
 

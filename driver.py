@@ -5,9 +5,9 @@
     python driver.py --data keras_slices_data --preset best
     python driver.py --prior-slices 0            # reconstruction only
 
-Takes the flags of train.py but --resume and --weights; those of the training are the autoencoder's,
-but --seed, --device and --bf16 hold for the priors too. Open Results/index.html afterwards:
-everything is on that page.
+It takes the flags of train.py, except --resume and --weights. Flags of the training hold for the
+autoencoder; --seed, --device and --bf16 hold for the priors too. Afterwards, open
+Results/index.html: everything is on that page.
 """
 
 import math
@@ -53,7 +53,7 @@ class DriverConfig:
 
 
 def scores_of(folder: Path) -> dict[str, tuple[float | None, float]]:
-    """Of the run in `folder`: {score: its value, None if there is none; what chance changes it}."""
+    """{score: (value, what chance changes it by)} of the run in `folder`; None for no value."""
     metrics = results_page.read_json(folder / "metrics.json", "provenance")
     report = results_page.read_json(folder / "generated" / "report.json", "manifest", "provenance")
     scores = {".".join(key): (results_page.at(metrics, *key), by) for key, by in SCORES.items()}

@@ -1,8 +1,8 @@
 """Sample new slices and their masks from the trained priors, and account for what they are worth.
 
     python generate.py                           # 64 slices from the checkpoints in Results/
-    python generate.py --n 512 --position 0.5    # where the prostate tends to lie
-    python generate.py --layout MY_MASKS         # of your own masks, a NIfTI slice or a folder
+    python generate.py --n 512 --position 0.5    # in the middle of volumes, where prostates lie
+    python generate.py --layout MY_MASKS         # to fit your own masks: a NIfTI slice or a folder
     python generate.py --layouts-only            # new masks alone, in seconds
     python generate.py --nnunet Dataset501_New   # for nnU-Net too: nnUNet_raw=Results/generated
 
@@ -12,9 +12,9 @@ keras_slices_synthetic/case_*.nii.gz with their masks keras_slices_seg_synthetic
 layouts.png and manifest.json; then report.json, see new_slices/sample_report.py, nearest.png (the
 samples that are most like a training slice, each beside it) and index.html. Not for diagnosis.
 
-With --layout, slices show organs where your masks do, with tissue composed around them; a mask lies
-where the training slices do that are most like it. --nnunet writes no splits: no two new slices
-share a patient, so nnU-Net's random folds are right, but only real slices tell a network's worth.
+With --layout, slices show organs where your masks do, with tissue composed around them; a mask gets
+the position of the training slice that is most like it. --nnunet writes no splits: no two new
+slices share a patient, so nnU-Net's random folds are right; but test a network on real slices.
 """
 
 import dataclasses
@@ -262,11 +262,11 @@ def sample(
 
 
 def clear(out: Path, nnunet: str, layout: str) -> None:
-    """Take away an earlier run's files: none of them may pass for one of ours.
+    """Delete an earlier run's files, so that none of them passes for one of this run.
 
-    Data sets for nnU-Net of other names stay. UserError where the files are somebody else's: no
-    manifest of ours lies beside them, or the folder for nnU-Net holds another data set. So it is
-    where the masks of --layout are among them.
+    Data sets for nnU-Net of other names stay. UserError, and nothing is deleted, if the files may
+    be somebody else's (no manifest of ours lies beside them, or the folder for nnU-Net holds
+    another data set), or if the masks of --layout are among them.
     """
     data_set = (f"{nnunet}/dataset.json", f"{nnunet}/*Tr/synthetic_*.nii.gz") if nnunet else ()
     earlier = [path for pattern in (*OURS, *data_set) for path in out.glob(pattern)]
@@ -491,8 +491,8 @@ def plan(
     """The test slice beside each sample, its position, its layout (n, h, w) and the signed
     distances of its organs, None and None without a composer.
 
-    A mask of the user's `own` (n, H, W) lies where the training slice does whose organs are most
-    like its own, unless a position is asked for.
+    A mask of the user's `own` (n, H, W) gets the position of the training slice whose organs are
+    most like its own, unless a position is asked for.
     """
     (twins, positions), drawn = choose_twins(config, test), None
     if own is not None:

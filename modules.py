@@ -150,7 +150,7 @@ class VectorQuantiser(nn.Module):
     def prices(self) -> Tensor:
         """(K,): lambda b_k, `bit_weight` times the bits of code k, -log2 of its moving share.
 
-        The whole price, also while it rises for `nearest`: so the losses of all epochs compare.
+        The full price, even while `nearest` uses a lower one: so losses of all epochs compare.
         """
         return -self.bit_weight * (self.ema_count / self.ema_count.sum()).clamp_min(1e-9).log2()
 

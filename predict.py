@@ -117,7 +117,7 @@ def check_reconstructions(folder: Path, test: SliceDataset) -> None:
 
 
 def replace_reconstructions(folder: Path, made: Path) -> None:
-    """Move what lies in `made` to `folder`; an earlier run's files there go, and nothing else."""
+    """Delete an earlier run's reconstructions in `folder`, then move the files of `made` there."""
     for old in folder.rglob("*.nii*"):
         if dataset.is_reconstruction(old):
             old.unlink()
@@ -211,7 +211,7 @@ def write_pictures(
 ) -> None:
     """The pictures of the module's docstring; best, median and worst are by the report's SSIM.
 
-    `with_masks` adds the contours of the study's masks and of those that the codes tell.
+    `with_masks` adds the contours of the study's masks and of those decoded from the codes.
     """
     note = SYNTHETIC * test.synthetic
     order = np.argsort(ssim)
@@ -244,7 +244,7 @@ def print_scores(result: dict) -> None:
         line("95 % to", "high")
     rate, used, perplexity = map(result.get, ("bits_per_pixel", "codes_used", "perplexity"))
     kinds = f"{rate['nominal']:.3f} nominal, {rate['code_entropy']:.3f} by code entropy"
-    padding = f"; {result['padding']:.0%} of the model's grid is padding and counts nowhere"
+    padding = f"; {result['padding']:.0%} of the model's grid is padding, which no score counts"
     print(f"bits per pixel: {kinds}{padding if result['padding'] else ''}")
     levels = (f"{level} {used[level]} (perplexity {perplexity[level]:.1f})" for level in LEVELS)
     print(f"codes used: {', '.join(levels)}")

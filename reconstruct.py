@@ -6,9 +6,8 @@
     python reconstruct.py SCAN.vq2 --out reconstructed  # the same reconstruction, from that file
 
 A reconstruction has its file's name, shape, affines and units; integers without a scale stay
-integers, all others become float32. Beside it lies the mask that the codes tell, seg_NAME.nii.gz,
-where the model has learnt masks. Also written: scans.json with the scores of metrics.py and the
-bits of every file.
+integers, all others become float32. If the model has learnt masks, the mask decoded from the codes
+lies beside it, seg_NAME.nii.gz. scans.json has the scores of metrics.py and the bits of every file.
 """
 
 import math
@@ -128,7 +127,8 @@ class Scan:
         least = metrics.SMALLEST
         fits = [t for t in turnings if min(apply_orientation(volumes, t).shape[:2]) >= least]
         if not fits:
-            raise UserError(f"an array of shape {self.image.shape}; expected {least} pixels a side")
+            found = f"an array of shape {self.image.shape}"
+            raise UserError(f"{found}; expected at least {least} pixels a side")
         return fits[0]
 
     def write(self, path: Path, planes: np.ndarray) -> None:
@@ -163,7 +163,7 @@ def read_png(path: str) -> nifti.Image:
         raise UserError(f"not a whole PNG ({error})") from error
     if pixels.ndim != 2 or pixels.dtype.kind != "u":
         found = f"{pixels.dtype} of shape {pixels.shape}"
-        raise UserError(f"a picture of {found}; expected a grey one. Fix: save it so")
+        raise UserError(f"a picture of {found}; expected a grey one. Fix: save it as a grey PNG")
     header = Nifti1Header()
     header.set_data_dtype(pixels.dtype)
     header.set_data_shape(pixels.shape)
@@ -215,7 +215,7 @@ def find_files(inputs: list[str], out: Path, masks: bool = False) -> dict[str, s
     for name, (path, *more) in written.items():
         if more:
             both = f"{path} and {more[0]} would both be written as {name}"
-            raise UserError(f"{both}. Fix: one at a time, with an --out each.")
+            raise UserError(f"{both}. Fix: run them one at a time, each with its own --out.")
         target = out / name
         own = target.exists() and os.path.samefile(target, path)
         if own or (target.exists() and not is_reconstruction(target)):
@@ -360,7 +360,7 @@ def reconstruct(inputs: list[str], config: ReconstructConfig = ReconstructConfig
     codes = [path for path in files.values() if path.lower().endswith(SUFFIX)]
     if config.save and codes:
         fault = f"{codes[0]}: a file of codes, and --save is for scans"
-        raise UserError(f"{fault}. Fix: leave out the one or the other.")
+        raise UserError(f"{fault}. Fix: leave out --save, or the files of codes.")
     if config.save or codes:
         prior = config.prior or Path(config.checkpoint).parent / "prior_best.pth"
         coder = Coder(trained, prior, config.device)

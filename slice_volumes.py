@@ -32,7 +32,7 @@ from dataset import SPLITS, find_nifti
 from support import nifti, runtime
 from support.runtime import UserError, in_parallel, option
 
-# The patients of HipMRI in each split of the course's.
+# The patients of HipMRI in each split of the report.
 COURSE = {"train": {*range(4, 34), 35}, "validate": {*range(36, 40)}, "test": {*range(40, 43)}}
 MASK_WORDS = "seg|dseg|segmentation|masks?|labels?|labelmap|semantic|gt|roi"
 MASK_NAME = re.compile(rf"(?<![a-z])(?<!sub-)(?:{MASK_WORDS})(?![a-z])", re.I)
@@ -51,7 +51,7 @@ RECORDED = ("plane", "axis", "count", "match", "seed")  # of `SliceConfig`, in s
 
 @dataclass(frozen=True)
 class SliceConfig:
-    """Which planes of which volumes. Which 60 planes the course took is not published."""
+    """Which planes of which volumes. Which 60 planes the report took is not published."""
 
     volumes: str = option("", "folder of the volumes, searched with all its folders")
     out: str = option(dataset.STUDY_NAMES[0], "study folder to make")
@@ -130,7 +130,7 @@ def list_files(config: SliceConfig) -> tuple[list[File], list[File]]:
     if not wanted:
         unmatched = f" {len(images)} volumes do not match {config.match}."
         among = unmatched if images else dataset.way_in(others)
-        none = f"{config.volumes}: no volumes, files such as Case_004_Week0_LFOV.nii.gz, in it"
+        none = f"{config.volumes}: it holds no volumes (files such as Case_004_Week0_LFOV.nii.gz)"
         raise FileNotFoundError(f"{none}.{among} Fix: check --volumes and --match.")
     dataset.say_passed_over(others, "other files", f"{config.volumes}: ")
     return wanted, masks
@@ -165,9 +165,9 @@ def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, int
     # As scanners export them: P0001/t2_tse.nii.gz, P0002/t2_tse.nii.gz.
     if apart and len(folders) == len(files) and not volumes and not config.name_pattern:
         if odd := [folder for folder, _ in folders if NO_SUBJECT.search(folder)]:
-            like = f"{odd[0]} is called like a day, a session, a sequence, a plane or a split"
-            print(f"{config.volumes}: its folders are not taken for subjects, as {like}.")
-            print(f"Fix: if they are, --name-pattern '{BY_FOLDER}'")
+            like = f"{odd[0]} looks like a day, a session, a sequence, a plane or a split"
+            print(f"{config.volumes}: its folders are not taken for subjects, because {like}.")
+            print(f"Fix: if they are subjects, --name-pattern '{BY_FOLDER}'")
         else:
             volumes, unnamed, (masks, _) = folders, {}, group(mask_files, BY_FOLDER)
             print(f"{config.volumes}: subjects are told apart by their folders")
@@ -187,7 +187,7 @@ def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, int
     left = [file.path for file in mask_files if file.path not in pairs.values()]
     if config.masks and not pairs:
         none = f"{config.masks}: no mask of the subjects in {config.volumes}"
-        raise UserError(f"{none}. Fix: check --masks and its names, or tell --name-pattern.")
+        raise UserError(f"{none}. Fix: check --masks and its names, or give a --name-pattern.")
     if left:
         none = f"{len(left)} masks are not used, such as {left[0]}"
         print(f"warning: {none}: no volume is of the same subject and session")
@@ -204,14 +204,14 @@ def find_volumes(config: SliceConfig) -> tuple[list[Volume], bool, dict[str, int
 
 
 def split_patients(patients: set[int], seed: int, hipmri: bool) -> tuple[dict[int, str], str]:
-    """The split of each patient, and a line on it: the course's, or a seeded 80/10/10 %.
+    """The split of each patient, and a line that says which: the report's, or 80/10/10 % at random.
 
-    None is empty: the course's is for HipMRI, if it knows all patients and fills all splits.
+    No split is empty. The report's is used for HipMRI, if it has all patients and fills all splits.
     """
     course = {patient: name for name, members in COURSE.items() for patient in members}
     chosen = {patient: course[patient] for patient in sorted(patients & course.keys())}
     if hipmri and len(chosen) == len(patients) and set(chosen.values()) == set(SPLITS):
-        return chosen, "split by patient as in the course"
+        return chosen, "split by patient as in the report"
     if len(patients) < 3:
         raise UserError(f"{len(patients)} patients; a split by patient needs at least 3")
     order = np.random.default_rng(seed).permutation(sorted(patients)).tolist()
@@ -237,7 +237,7 @@ def _turning(image: nifti.Image, config: SliceConfig) -> np.ndarray:
         order = [*(axis for axis in range(3) if axis != config.axis), config.axis]
         return np.array([[order.index(axis), 1] for axis in range(3)])
     if not image.oriented:
-        found = "an affine that is none" if image.broken else "no orientation"
+        found = "an unusable affine" if image.broken else "no orientation"
         raise UserError(f"{found} in its header. Fix: --axis (1 for HipMRI's 256x256x128)")
     return nifti.turning(image.affine, nifti.PLANES[config.plane])
 
@@ -329,8 +329,8 @@ def slice_volumes(config: SliceConfig) -> None:
         settings = {name: getattr(config, name) for name in RECORDED}
         runtime.write_json(Path(config.out, "slices.json"), settings | patients | named)
         if moved := sum(cut.moved for cut in cuts):
-            apart = f"{moved} masks lie elsewhere than their volumes by their affines"
-            print(f"warning: {apart}; taken voxel by voxel")
+            apart = f"the affines of {moved} masks put them elsewhere than their volumes"
+            print(f"warning: {apart}; they were used voxel by voxel, as stored")
         if disputed := sum(cut.disputed for cut in cuts):
             odd = f"{disputed} volumes or their masks have {nifti.DISPUTED}"
             print(f"warning: {odd}; the sform was taken, so look at left and right")

@@ -10,7 +10,7 @@ Writes to Results/ (or --out): train_losses.txt and val_losses.txt (one value an
 loss_plot.png, log.jsonl (every loss, times, versions), vqvae2_epoch_N.pth, vqvae2_best.pth (the
 lowest reconstruction loss in validation; with a --bit-weight the lowest loss, which counts bits)
 and vqvae2_epoch_final.pth. Ctrl-C and SIGTERM save a checkpoint that --resume continues.
-train_prior.py then learns the codes of new slices.
+train_prior.py then trains the priors, from which generate.py samples new slices.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ class LossConfig:
         for name in ("beta", "mse", "l1", "ssim", "mask_weight"):
             check_number(name, getattr(self, name), least=0)
         if self.mse + self.l1 + self.ssim == 0:
-            raise UserError("--mse, --l1 and --ssim are all 0; expected at least one of them above")
+            raise UserError("--mse, --l1 and --ssim are all 0; expected at least one above 0")
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ class Autoencoder(Stage):
             raise UserError(f"{found}; {expected}. Fix: start without --weights.")
         if replace(start.config, bit_weight=model.bit_weight) != model:
             found = f"--weights {path}: a network of {start.config}; expected {model}"
-            raise UserError(f"{found}. Fix: no flags of the network, and the preset of that one.")
+            raise UserError(f"{found}. Fix: use that model's preset, without flags of the network.")
         self.model.load_state_dict(start.state_dict())
 
     def settings(self) -> dict:

@@ -60,7 +60,7 @@ class CodesConfig:
     )
     forget: float = option(0.1, "share of positions, and of layouts, that the priors are not told")
     rebuilt: float = option(
-        0.0, "share of layouts, but of bent slices, with tissue of other patients, as in new ones"
+        0.0, "share of layouts, not of bent slices, with tissue of other patients, as in new ones"
     )
     bottom_every: int = option(1, "train the bottom prior on one in n slices of a batch")
 
@@ -71,7 +71,7 @@ class CodesConfig:
         check_number("rebuilt", self.rebuilt, least=0, most=1)
 
     def saved(self) -> dict:
-        """For a checkpoint, which says copies for variants, and not where the autoencoder lies."""
+        """For a checkpoint: there `variants` is called "copies", and the folder is left out."""
         values = dataclasses.asdict(self) | {"checkpoint": Path(self.checkpoint).name}
         return {"copies": values.pop("variants"), **values}
 

@@ -3,9 +3,9 @@
     python -m benchmarks.few_patients --data keras_slices_data --patients 4 --seed 0 --out few
     python -m benchmarks.few_patients --data keras_slices_data --patients 4 --below 100 --out few
 
-Copies the train slices of so many random patients of those that have masks, or with --rest of all
-others, and the other splits whole. With --below only patients numbered below that are copied; with
---least, those from it on.
+Copies the train slices of --patients random patients out of those that have masks (with --rest: of
+all other patients), and all slices of the other splits. --below and --least limit all three splits
+to patients numbered below the one, and from the other on.
 """
 
 import shutil

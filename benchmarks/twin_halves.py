@@ -7,10 +7,11 @@
     # once more for a, with --seed 1, to a/again
     python -m benchmarks.twin_halves a b --generated a/generated b/generated a/again
 
-The attack: a patient was learnt by the model to whose new slices his own are nearer, by the mean
-over his slices of the highest correlation with any new slice. Prints the AUC over the patients of
-both halves, 0.5 for a guess, with a 95 % interval over patients; and the control, the same between
-the two models of half a, which know the same patients: what of the AUC is the seeds' doing.
+The attack guesses which of two models learnt a patient: the one whose new slices are nearer to the
+patient's own slices. Nearness is the mean over these of the highest correlation with any new slice.
+Prints the AUC over the patients of both halves (0.5 is a guess) with a 95 % interval over patients.
+The control compares the two models of half a, which know the same patients: it shows how much of
+the AUC comes from the seeds.
 """
 
 from pathlib import Path

@@ -12,9 +12,10 @@ What a file holds, little-endian:
     rest     the codes, in whole words of 32 bits
 
 Each plane's top map is coded, then its bottom map given the top, in a few groups of codes. A group
-is coded given all earlier ones, which the decoder knows by then. A fixed order does as well as one
-by certainty (M2T, Mentzer et al. 2023, arXiv 2304.07313). Layouts and positions are unknown.
-Where several bottom codes are nearly as near, the coder takes one that costs fewer bits there.
+is coded given all earlier ones, which the decoder knows by then. A fixed order of codes costs no
+more bits than an order by certainty (M2T, Mentzer et al. 2023, arXiv 2304.07313). Layouts and
+positions are unknown. If several bottom codes are almost equally near, the coder takes the one that
+costs the fewest bits in its place.
 
 A decoder needs the coder's very probabilities: one that differs in its last bit garbles all that
 follows. Sums round differently from one CPU, library and number of threads to the next, by some
@@ -235,9 +236,9 @@ def depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def name_of(path: str, name: str) -> str:
-    """What comes of a file is called `name`; of a file of codes, like its scan.
+    """What is written for a file is called `name`; for a file of codes, like its scan.
 
-    Of any other file without .nii or .png at the end it is called a .nii.gz.
+    A name without .nii, .nii.gz or .png at its end gets .nii.gz.
     """
     if not name.lower().endswith(SUFFIX):
         known = name.lower().endswith((*nifti.SUFFIXES, ".png"))

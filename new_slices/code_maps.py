@@ -139,8 +139,8 @@ def extract_codes(
 ) -> dict[str, np.ndarray]:
     """The code maps and layouts of every slice: `variants` of each of the train split's.
 
-    Read from the first of the `files` that was made with this autoencoder, whose checkpoint has the
-    SHA-256 `sha256`, of these splits; else made, and written to the last.
+    They are read from the first of the `files` that was made of these splits with this autoencoder
+    (`sha256` is that of its checkpoint). If there is none, they are made and written to the last.
 
     Returns:
         "train_top" (variants, N, h, w), "train_bottom" and "train_layout" (variants, N, 2h, 2w),

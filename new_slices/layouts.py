@@ -10,19 +10,19 @@ A layout covers the whole slice, so that a study needs no masks to have layouts.
 learns how such a slice looks.
 
 Both kinds of classes are cut from smooth fields: an organ is where its signed distance is positive,
-a region where the intensity lies between two levels. So a new layout is cut from new fields, made
-of those of at most eight patients' slices that are much alike. Each is first laid over one of them,
-and what is new gets a mixture of their shapes (an active appearance model of few slices: Cootes,
-Edwards & Taylor 2001), with the fine detail of one of them. A mixture of their intensities would be
-a blur, in which thin walls and vessels melt. So the mixture is only a draft: each place gets the
-tissue of the slice that is most like the draft there, as in texture synthesis (Kwatra et al. 2005).
-Its parts come from different patients, and no patient's slice is like the whole. A layout composed
-so is vaguer than that of a real slice, so the top prior learns from training slices' layouts whose
-tissue is composed in this way, too: it then draws a whole picture from it, and no loose ends.
+a region where the intensity lies between two levels. A new layout is cut from new fields. These are
+made of similar slices of at most eight patients, which are first laid over one of them. The new
+shapes are a mixture of theirs (an active appearance model of few slices: Cootes, Edwards & Taylor
+2001), with the fine detail of one of them. A mixture of their intensities would be a blur, in which
+thin walls and vessels melt. So the mixture is only a draft: each place gets the tissue of the slice
+that is most like the draft there, as in texture synthesis (Kwatra et al. 2005). Its parts come from
+different patients, and no patient's slice is like the whole. A layout that is composed in this way
+is vaguer than that of a real slice. So the top prior also learns from training slices' layouts
+whose tissue is composed in this way: it learns to draw a whole picture from them.
 
-What is composed of few patients can still come close to a slice of one of them. So a layout is
-drawn again that is closer to a training slice than 95 in 100 of these are to any slice of another
-patient.
+What is composed of few patients can still come close to a slice of one of them. So a new layout is
+drawn again if it is closer to a training slice than 95 in 100 training slices are to any slice of
+another patient.
 """
 
 import math
@@ -276,10 +276,10 @@ def shares(random: np.ndarray, spread: float) -> np.ndarray:
 
 
 def mosaic(parts: np.ndarray, random: np.ndarray) -> np.ndarray:
-    """Tissue (h, w) of slices `parts` (n, h, w) that lie over each other, by random fields alike.
+    """Tissue (h, w) mixed from slices `parts` (n, h, w) that lie over each other.
 
-    A mixture of all of them is the draft. In each place, the slice that is most like it there is
-    taken, or one that its random field favours.
+    A mixture of all of them, weighted by their `random` fields (n, h, w), is the draft. Each place
+    gets the slice that is most like the draft there, or one that its random field favours.
     """
     draft = (shares(random, SPREAD) * parts).sum(0)
     apart = gaussian_filter((parts - draft) ** 2, (0, AROUND, AROUND))

@@ -1,9 +1,9 @@
 """What a network that learnt from photographs sees in slices: features for a distance of sets.
 
-Features of the autoencoder itself tell what tissue there is, and call a cloud of it a slice. Those
-of networks trained on photographs rank generated slices as radiologists do (Woodland et al. 2024,
-arXiv 2311.13717). This is EfficientNet-Lite0 (Tan & Le 2019, arXiv 1905.11946); its ImageNet
-weights, 17 MB, come with the package.
+Features of the autoencoder itself show which tissue there is, but not whether it forms a slice: a
+cloud of tissue scores well. Those of networks trained on photographs rank generated slices as
+radiologists do (Woodland et al. 2024, arXiv 2311.13717). This is EfficientNet-Lite0 (Tan & Le 2019,
+arXiv 1905.11946); its ImageNet weights, 17 MB, come with the package.
 """
 
 import os

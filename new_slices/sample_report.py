@@ -1,9 +1,9 @@
 """What new slices are worth, beside held-out slices and worthless ones: likeness, anatomy, variety
 and copying.
 
-Models, splits and samples in; a report and the arrays for its pictures out. All that is measured
-stands beside what real slices score that were held out (the floor: validation slices, their
-reconstructions or test slices, as each line says) and beside controls that are wrong on purpose:
+Models, splits and samples in; a report and the arrays for its pictures out. Each score stands
+beside that of real held-out slices (the floor: validation slices, their reconstructions or test
+slices, as each line says) and beside those of controls, which are wrong on purpose:
 
     codes by place           codes drawn from the training histogram of their place
     two patients' halves     one half from a training patient at that position
@@ -17,26 +17,29 @@ that sees none is left out. A control that none sees is named, as new slices may
     kernel distance    KID to training slices in the features of picture_features.py
     coherence          how well one half of a slice tells which other half is its own, to a linear
                        model of training slices
-    plausible          share of slices whose organs occur together in at least 1 % of the training
-                       slices near their position, each organ with an area, centre, pieces, holes,
-                       solidity, asymmetry and roughness within the central 98 % of theirs; a small
-                       U-Net finds the organs in all of them. It learns from the training patients,
-                       as the generator does, as a study's others are too few to teach it and to be
-                       the floor as well: so the floor is of slices that neither has seen
+    plausible          share of slices that show organs as training slices near their position do.
+                       The organs of a slice must occur together in at least 1 % of these. Area,
+                       centre, pieces, holes, solidity, asymmetry and roughness of each must lie
+                       within the central 98 % of theirs. A small U-Net finds the organs in all
+                       slices. It learns from the training patients, as the generator does, because
+                       the other patients are too few both to teach it and to be the floor: neither
+                       of the two has seen the patients of the floor
     agreement          Dice of the mask that comes with a slice and the U-Net's, mean over organs;
                        `organs.judge_masks` names each organ that was not learnt
     variety            mean pairwise MS-SSIM, beside that of the slices of one patient
     copying            similarity to the nearest of all training slices and of the altered ones that
-                       the priors saw. By correlation of pictures: copies are training slices
-                       decoded from their own codes, half of the bottom ones redrawn. By the codes
-                       in common, each weighed by its bits in the training histogram of its place
-                       and by the contrast there, over those in common with the next eight patients
-                       (as Carlini et al. 2023, arXiv 2301.13188, divide distances): a slice of
-                       common codes has much in common with all of them. Copies are test slices
-                       with 1/32 of a training slice in them. By layout: the share of cells
-                       that are equal in the nearest training layout, or in one that is a cell
-                       aside, and where there are masks the mean of it and of the organs' mean Dice;
-                       copies are moved by up to one and a half cells
+                       the priors saw. Three audits measure it, each beside planted copies.
+                       By picture: the correlation. Copies are training slices decoded from their
+                       own codes, half of the bottom ones redrawn.
+                       By codes: the share of equal codes, each weighted by its bits in the training
+                       histogram of its place and by the contrast there. It is divided by the mean
+                       share of the next eight patients (as Carlini et al. 2023, arXiv 2301.13188,
+                       divide distances), because a slice of common codes has many in common with
+                       everybody. Copies are test slices with 1/32 of a training slice in them.
+                       By layout: the share of cells that are equal in the nearest training layout,
+                       also if that is moved by a cell; with masks, the mean of this share and of
+                       the organs' mean Dice. Copies are training layouts, moved by up to one and a
+                       half cells
 """
 
 import itertools
@@ -708,7 +711,7 @@ def print_report(report: dict) -> None:
     realism = report["realism"] or NO_REALISM
     for part, costs in realism["kernel_distance_costs"].items():
         added = ", ".join(f"{name} {cost:.4f}" for name, cost in costs.items())
-        print(f"kernel distance of {part}, added by: {added}")
+        print(f"kernel distance ({part}), added by: {added}")
     for name, copying in report["copying"].items():
         print(f"copying, by {name}: {copying['verdict']}")
     for line in filter(len, (realism["not_learnt"], BOUNDS, report["conclusion"])):

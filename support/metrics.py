@@ -2,10 +2,9 @@
 
 The protocol of every score of predict.py and reconstruct.py:
 
-    pixels    A slice is scored in the pixels of its own file, in which the reconstruction is
-              brought back: what pads it to the model's grid counts nowhere, and what was resized
-              away counts as error. Both are z-scored by the ORIGINAL's mean and
-              standard deviation.
+    pixels    A reconstruction is brought back to the pixels of the slice's own file and scored
+              there. Padding of the model's grid counts nowhere; detail that was lost by resizing
+              counts as error. Both are z-scored by the ORIGINAL's mean and standard deviation.
     SSIM      Wang et al. 2004, "Image Quality Assessment: From Error Visibility to Structural
               Similarity". One number says little, so there are two:
       report    scikit-image's defaults (7x7 uniform window), data_range = max - min of the
@@ -62,7 +61,7 @@ def value_range(original: np.ndarray) -> float:
 
 
 def ssim_report(original: np.ndarray, reconstruction: np.ndarray) -> tuple[float, np.ndarray]:
-    """SSIM as the report called it, and its map but for 3 pixels at the edges, without a window."""
+    """SSIM as the report measured it, and its map without the 3 pixels along each edge."""
     pair = original.astype(np.float64), reconstruction.astype(np.float64)
     mean, ssim_map = structural_similarity(*pair, data_range=value_range(original), full=True)
     return float(mean), ssim_map[3:-3, 3:-3]
@@ -96,7 +95,7 @@ def window_means(x: Tensor) -> Tensor:
 
 
 def ssim_standard(original: np.ndarray, reconstruction: np.ndarray) -> tuple[float, np.ndarray]:
-    """SSIM of Wang et al. 2004, and its map but for 5 pixels at the edges, without a window."""
+    """SSIM of Wang et al. 2004, and its map without the 5 pixels along each edge."""
     low, span = float(original.min()), value_range(original)
     pair = ((image.astype(np.float64) - low) / span for image in (original, reconstruction))
     window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
@@ -274,9 +273,10 @@ def ms_ssim(x: np.ndarray, y: np.ndarray, data_range: float) -> np.ndarray:
     """Multi-scale SSIM of pairs of slices, x and y (B, H, W): (B,) float64 in [0, 1]; equal: 1.
 
     Wang, Simoncelli & Bovik 2003, "Multi-Scale Structural Similarity for Image Quality Assessment",
-    equation 7. Of the paper's 5 scales those are taken whose slices hold the window of 11 (4 for
-    256x128), their weights scaled to add up to 1; a scale's mean below 0 counts as 0. Give all sets
-    that are compared one data_range in z units, such as the median max - min of held-out slices.
+    equation 7. It takes those of the paper's 5 scales at which a slice is as large as the window of
+    11 pixels (4 for 256x128); their weights are scaled to add up to 1. A scale's mean below 0
+    counts as 0. Give all sets that are compared one data_range in z units, such as the median
+    max - min of held-out slices.
     """
     x, y = (torch.as_tensor(np.array(image, np.float32)) for image in (x, y))
     weights = SCALE_WEIGHTS[: 1 + int(math.log2(min(x.shape[1:]) / len(GAUSSIAN)))]
@@ -298,8 +298,9 @@ def mean_pairwise_ms_ssim(
 ) -> tuple[float, float]:
     """Mean `ms_ssim` of random pairs of different slices (N, H, W), and its standard error.
 
-    Low is varied (noise too!), 1 is one slice N times. One seed and N give the same pairs, so two
-    sets of slices at the same positions, in the same order, are compared like with like.
+    A low mean says that slices vary (noise does, too!), 1 that one slice is there N times. One seed
+    and N give the same pairs, so two sets of slices at the same positions, in the same order, are
+    compared like with like.
     """
     rng = np.random.default_rng(seed)
     first = rng.integers(len(slices), size=pairs)
@@ -377,8 +378,8 @@ def audit(
     Each is (N,), the similarity of the nearest, N at least 1: of generated slices, of slices of
     patients outside the training split, and of positive controls, such as altered training slices;
     `others` are counted like them. A slice is flagged if it is more similar than all but n // 100
-    of the n honest slices. So at most 1 % of these are flagged, and of fewer than 100 none: coarse,
-    and more copies pass.
+    of the n honest slices. So at most 1 % of these are flagged, and none if they are fewer than
+    100: the audit is then coarse, and more copies pass.
 
     Returns `threshold`; `expected`, the share of new honest slices above it; `margin`, the share
     that 19 in 20 sets of N new ones keep to (beta-binomial: the threshold is an estimate too); of

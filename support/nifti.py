@@ -308,9 +308,9 @@ def write(
 ) -> None:
     """Write a NIfTI file of `pixels` with their dtype; gzipped if `path` ends in .gz.
 
-    Of an affine that is not `oriented`, see `Image`, the file tells the voxel sizes alone. With a
+    If the affine is not `oriented` (see `Image`), the file keeps only its voxel sizes. With a
     header `like`, that header's affines, their codes and units are kept as they are, and `affine`
-    is not looked at. The same pixels give the same bytes: the gzip header carries no time.
+    is ignored. The same pixels give the same bytes: the gzip header carries no time.
     `description` (at most 79 ASCII characters) goes into the header, where viewers show it.
     """
     if like is None:

@@ -81,7 +81,7 @@ def run_cli(main: Callable[[], None]) -> None:
 
 
 def set_up_process() -> None:
-    """Change what a command wants otherwise than PyTorch and Python do, for the whole process."""
+    """Change defaults of PyTorch and Python that do not suit a command, for the whole process."""
     # The momentum of a unit that has died decays to numbers below 1e-38. A CPU is so slow at these
     # that after two thousand steps each one took three times as long. Threads inherit this setting,
     # so it comes before they start.
@@ -413,7 +413,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write `text` in UTF-8; a name of a file that was none before becomes a question mark."""
+    """Write `text` in UTF-8; bytes of a file's name that are no UTF-8 become question marks."""
     with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8", errors="replace")
 
@@ -455,8 +455,8 @@ def reading(path: Path | str, revision: str = "") -> Iterator[None]:
         if isinstance(error, OSError) and error.filename:
             raise  # it names what cannot be opened
         why = f"{type(error).__name__}: {str(error).partition(chr(10))[0].partition('. ')[0]}"
-        by = f" as it is, but by its revision {revision}" if revision else ""
-        broken = f"{path}: damaged, or not written by this program{by} ({why})"
+        by = f"this revision of the program, but by {revision}" if revision else "this program"
+        broken = f"{path}: damaged, or not written by {by} ({why})"
         raise UserError(f"{broken}. Fix: an earlier checkpoint, or train again.") from error
 
 

@@ -2,8 +2,8 @@
 
 The loop knows no model: train.py and train_prior.py bring theirs. Under torchrun every rank runs
 all of this on its share of each batch. What must not differ between ranks (gradients, sums, the
-clock, the wish to stop) is summed over them, and only rank 0 writes files. A step waits for no GPU:
-only to show the loss, twice a second, the loop does.
+clock, the wish to stop) is summed over them, and only rank 0 writes files. A step does not wait for
+the GPU; the loop does, twice a second, to show the loss.
 """
 
 import dataclasses
@@ -72,9 +72,9 @@ class TrainConfig:
 
 
 def other_lengths(given: dict) -> dict:
-    """What --epochs or --slices among the flags `given` take out of a preset: its other lengths.
+    """The lengths of a preset that --epochs or --slices among the flags `given` set to 0.
 
-    --minutes takes nothing out: where it is not 0, it comes before both.
+    --minutes sets none to 0: where it is not 0 itself, it counts more than both.
     """
     other = {name: 0 for name in ("slices", "minutes") if name not in given}
     return other if given.keys() & {"epochs", "slices"} else {}
@@ -249,13 +249,13 @@ class Checkpoints:
         turned = theirs.get("directions", self.directions) != self.directions
         if turned or theirs["fingerprints"]["train"] != ours["train"]:
             raise UserError(
-                f"{path}: trained on other slices, masks or affines than are in this study, of the "
-                f"name {theirs['study']}. Fix: --data, its own study; or a new run, for an "
-                f"autoencoder from its weights with --weights {path}."
+                f"{path}: trained on other slices, masks or affines than are in this study; those "
+                f"were of {theirs['study']}. Fix: name that study with --data, or start a new run "
+                f"(an autoencoder can start from these weights: --weights {path})."
             )
         if theirs["fingerprints"]["validate"] != ours["validate"]:
             other = f"note: {path} was validated on other slices or masks than are in this study"
-            print(f"{other}: the best so far begins anew")
+            print(f"{other}: the search for the best epoch starts again")
 
     def restore(self, checkpoint: dict) -> None:
         for name, value in vars(self.progress).items():
@@ -272,7 +272,7 @@ class Checkpoints:
                 counts.copy_(checkpoint["counts"][name])
 
     def restore_optimiser(self, state: dict) -> None:
-        """Take over the moving averages. A fused kernel looks at no shape of them, so we do."""
+        """Load the moving averages. A fused kernel does not check their shapes, so this does."""
         expected = []
         for group in self.optimiser.param_groups:
             names = ("momentum",) if group["matrices"] else ("exp_avg", "exp_avg_sq")

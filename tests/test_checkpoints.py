@@ -157,7 +157,7 @@ def test_a_run_of_another_revision_does_not_go_on_and_its_revision_is_named(save
     checkpoint["train_config"]["momentum"] = 0.5
     checkpoint["history"][0]["run"]["revision"] = "5afe7e8"
     path = save(checkpoint, tmp_path / "older.pth")
-    named = r"older\.pth: .*by its revision 5afe7e8 \(.*momentum.*train again"
+    named = r"older\.pth: .*by 5afe7e8 \(.*momentum.*train again"
     with pytest.raises(UserError, match=named):
         resume(path, tmp_path / "a")
     assert load_model(path).epoch == 1
@@ -207,7 +207,7 @@ def test_with_another_validation_split_the_best_begins_anew(saved, study, tmp_pa
     best = resume(checkpoints / "vqvae2_epoch_1.pth", checkpoints, data=str(other))
     told = capsys.readouterr().out
     assert "epoch_1.pth was validated on other slices or masks than are in this study" in told
-    assert "the best so far begins anew" in told and "(best so far)" in told
+    assert "the search for the best epoch starts again" in told and "(best so far)" in told
     assert runtime.load_checkpoint(best, "vqvae2")["epoch"] == 2
 
 

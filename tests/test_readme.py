@@ -170,7 +170,7 @@ def test_a_preset_is_what_the_readme_says(name):
 
 
 def test_the_best_priors_are_what_the_readme_says():
-    """As in "half of the layouts ... are composed in this way", and in train_prior.py's own comments."""
+    """Half of the layouts are composed as new ones are; the rest by train_prior.py's comments."""
     best = train_prior.make_settings({"preset": "best"})
     codes, run, shape = best.codes, best.train, best.prior
     assert (codes.rebuilt, codes.bottom_every, codes.variants, codes.forget) == (0.5, 4, 2, 0.1)

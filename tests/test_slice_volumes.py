@@ -94,7 +94,9 @@ def test_masks_that_lie_elsewhere_are_said(tmp_path, capsys):
     for number, affine in enumerate((RAS + 1e-3, moved, larger)):
         save(mask_of(release, 4), np.ones(SHAPE, np.uint8), affine)
         run_slice(release, tmp_path / f"out{number}")
-        assert ("warning: 1 masks lie elsewhere" in capsys.readouterr().out) == (number > 0)
+        assert (
+            "warning: the affines of 1 masks put them elsewhere" in capsys.readouterr().out
+        ) == (number > 0)
 
 
 def test_a_volume_without_orientation_needs_the_axis_flag(tmp_path):
@@ -167,10 +169,10 @@ def test_labels_of_masks_stay_what_they_are(tmp_path):
         run_slice(release, tmp_path / "other")
 
 
-def test_patients_are_split_as_in_the_course_or_by_seed():
+def test_patients_are_split_as_in_the_report_or_by_seed():
     course, line = split_patients({*range(4, 34), *range(35, 43)}, seed=0, hipmri=True)
     sizes = Counter(course.values())
-    assert "course" in line and [sizes[split] for split in SPLITS] == [31, 4, 3]
+    assert "as in the report" in line and [sizes[split] for split in SPLITS] == [31, 4, 3]
     assert course[33] == course[35] == "train" and course[40] == "test"
     assert course[36] == course[39] == "validate"
     others = {1, *range(4, 33)}
@@ -270,7 +272,7 @@ def test_two_affines_that_turn_a_volume_differently_are_said(tmp_path, capsys):
 
 
 def test_no_split_is_empty_and_the_course_s_is_for_hipmri(tmp_path, capsys):
-    for patient in range(4, 10):  # all of them in the course's training split
+    for patient in range(4, 10):  # all of them in the training split of the report
         write_subject(tmp_path / "bids", patient)
     run_slice(tmp_path / "bids", tmp_path / "out")
     assert "random split" in capsys.readouterr().out
@@ -280,7 +282,7 @@ def test_no_split_is_empty_and_the_course_s_is_for_hipmri(tmp_path, capsys):
     release = write_release(tmp_path / "course", (4, 36, 40))
     save(release / "more" / "Case_041_Week0_LFOV.nii.gz", noise(1, SHAPE), RAS)  # one more of it
     run_slice(release, tmp_path / "split")
-    counted = "4 volumes of 4 patients, 3 of them with a mask; split by patient as in the course"
+    counted = "4 volumes of 4 patients, 3 of them with a mask; split by patient as in the report"
     assert counted in capsys.readouterr().out
 
 
@@ -345,8 +347,8 @@ def test_a_folder_for_each_subject_tells_them_apart(tmp_path, capsys):
     with pytest.raises(UserError, match="no patient in its name"):
         run_slice(tmp_path / "export", tmp_path / "out2")
     said = capsys.readouterr().out
-    assert "ses-3 is called like a day, a session" in said
-    (pattern,) = re.findall("Fix: if they are, --name-pattern '(.+)'", said)
+    assert "ses-3 looks like a day, a session" in said
+    (pattern,) = re.findall("Fix: if they are subjects, --name-pattern '(.+)'", said)
     run_slice(tmp_path / "export", tmp_path / "out2", name_pattern=pattern)
     record = json.loads((tmp_path / "out2" / "slices.json").read_text())
     assert {record[f"subject {name}"] for name in ("p0001", "p0002", "ses-3")} == {1, 2, 3}
