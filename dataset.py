@@ -369,7 +369,7 @@ class Placement:
         scale = {"as it is": 1, "pad": ratios.min()}.get(fit, ratios)
         scaled = tuple(np.round(np.multiply(scale, shape)).clip(1).astype(int).tolist())
         offset = tuple((there - here) // 2 for here, there in zip(scaled, size, strict=True))
-        return cls(tuple(shape), tuple(size), scaled, offset)
+        return cls(shape, size, scaled, offset)
 
     @property
     def own(self) -> tuple[slice, slice]:
@@ -382,8 +382,6 @@ class Placement:
 
     def place(self, pixels: np.ndarray, fill: float = 0, nearest: bool = False) -> np.ndarray:
         """A slice (shape) in the grid (size), with `fill` around it; `nearest` is for masks."""
-        if self.shape == self.size:
-            return pixels
         grid = np.full(self.size, fill, pixels.dtype)
         grid[self.own] = _resize(pixels, self.scaled, nearest)
         return grid
@@ -403,7 +401,7 @@ class Placement:
 
 def _resize(pixels: np.ndarray, shape: tuple[int, int], nearest: bool) -> np.ndarray:
     """`pixels` at another size: the nearest ones; else linear, smoothed first where they shrink."""
-    if pixels.shape == tuple(shape):
+    if pixels.shape == shape:
         return pixels
     if nearest:  # labels are picked as they are, and never pass through a float
         pairs = zip(pixels.shape, shape, strict=True)
@@ -497,7 +495,7 @@ def _decode(
     row = {"affines": image.affine, "oriented": image.oriented, "broken": image.broken}
     row |= {"disputed": image.disputed, "shapes": pixels.shape, "has_mask": mask is not None}
     row["moved"] = moved
-    pixels = np.ascontiguousarray(placement.place(pixels, fill=pixels.min()))
+    pixels = placement.place(pixels, fill=pixels.min())
     row["mean"], row["std"], row["constant"] = z_score(pixels)
     row["sums"] = zlib.crc32(pixels), zlib.crc32(labels)
     return pixels, mask, row

@@ -84,8 +84,7 @@ def main() -> None:
     config = runtime.fill(DriverConfig, given)
     synthetic = find_study(given.get("data", "")) is None
     preset = given.get("preset") or ("quick" if synthetic else "report")
-    of_train = {k: v for k, v in given.items() if k not in vars(config)}
-    first = train.make_settings(of_train | {"preset": preset})
+    first = train.make_settings(given | {"preset": preset})
 
     # A mistake in what only the second half needs is found before the first half has run.
     priors = {name: getattr(first.train, name) for name in ("out", "device", "seed", "bf16")}

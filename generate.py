@@ -39,14 +39,7 @@ from modules import VQVAE2, Trained, load_model
 from new_slices.code_maps import Samples, composer_of, decode, extract_codes, labels_on_layouts
 from new_slices.layouts import REGIONS, Composer, middles
 from new_slices.organs import likeliest, nearest_positions, segmenter_of
-from new_slices.prior import (
-    BOTTOM_SAMPLING,
-    TOP_SAMPLING,
-    Prior,
-    Sampling,
-    check_sampling,
-    load_prior,
-)
+from new_slices.prior import BOTTOM_SAMPLING, TOP_SAMPLING, Prior, Sampling, load_prior
 from new_slices.sample_report import Inputs, appraise, near, plain, print_report
 from support import figures, nifti, results_page, runtime
 from support.runtime import UserError, check_number, check_seed, option
@@ -59,13 +52,12 @@ SEED_STEP = 1_000_003  # between the samples of one --seed and of the next
 DESCRIPTION = "synthetic, sampled from VQ-VAE-2 priors, not a patient"
 # Folders of a split, as in a study.
 NIFTI, MASK_FOLDER = "keras_slices_synthetic", "keras_slices_seg_synthetic"
-NAMES = ("grid", "overview", "layouts", "nearest")
 OURS = (
     *("[0-9]" * n + ".png" for n in (4, 5, 6)),
+    *("grid.png", "overview.png", "layouts.png", "nearest.png", "report.json"),
     f"{NIFTI}/case_*.nii.gz",
     f"{MASK_FOLDER}/seg_*.nii.gz",
 )
-OURS += ("report.json", *(f"{name}.png" for name in NAMES))
 
 
 @dataclass(frozen=True)
@@ -113,7 +105,11 @@ class GenerateConfig:
         if self.nnunet and self.layouts_only:
             raise UserError("--nnunet and --layouts-only: nnU-Net needs slices. Fix: one of them.")
         check_number("position", np.nan_to_num(self.position), least=0, most=1)
-        check_sampling(vars(self))
+        for name, value in vars(self).items():
+            if name.endswith("_passes"):
+                check_number(name, value, least=1, most=10_000)
+            elif name.endswith(("_temperature", "_spread", "guidance")):
+                check_number(name, value, least=0)
 
     def sampling(self) -> tuple[Sampling, Sampling]:
         """How the top level is sampled, and the bottom level."""
@@ -135,20 +131,23 @@ def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, Trained, Prior]
     return study, variants, trained, prior.to(device)
 
 
-def check_flags(config: GenerateConfig, prior: Prior, splits: dict[str, SliceDataset]) -> None:
-    """UserError for a flag that needs positions or masks, and study or priors have none."""
-    train = splits["train"]
+def check_study(
+    config: GenerateConfig, labels: int, prior: Prior, splits: dict[str, SliceDataset]
+) -> None:
+    """UserError for a study whose layouts have other labels than those that the priors learnt, and
+    for a flag that needs positions or masks, where there are none."""
+    train, learnt = splits["train"], prior.config.labels
+    if labels != learnt:
+        found = f"{train.study}: its layouts have {labels} labels; {config.prior} learnt {learnt}"
+        raise UserError(f"{found}. Fix: --data, a study with the same masks, or train_prior.py.")
     unknown = all(np.isnan(split.positions).all() for split in splits.values())
     if unknown and not math.isnan(config.position):
         names = f"the names of the slices of {train.study} tell no positions"
         raise UserError(f"--position is {config.position}, but {names}. Fix: leave it out.")
     asked = [name for name in NEED_MASKS if getattr(config, name)]
-    if asked and not 0 < prior.config.labels == len(train.labels):
-        raise UserError(
-            f"{runtime.flag(asked[0])}: {config.prior} learnt {max(prior.config.labels - 1, 0)} "
-            f"organs and {train.study} shows {max(len(train.labels) - 1, 0)}; expected the same, 1 "
-            "or more. Fix: leave the flag out, or train on a study with masks."
-        )
+    if asked and not learnt:
+        found = f"{runtime.flag(asked[0])}: {config.prior} learnt no organs"
+        raise UserError(f"{found}. Fix: leave the flag out, or train on a study with masks.")
 
 
 # ---- masks of the user's own ----
@@ -206,21 +205,12 @@ def seeds_of(config: GenerateConfig) -> list[int]:
     return [config.seed * SEED_STEP + i for i in range(config.n)]
 
 
-def make_composer(model: VQVAE2, prior: Prior, train: SliceDataset, maps: dict) -> Composer | None:
-    """What draws new layouts. None where these do not show the organs that the priors learnt."""
-    labels = labels_on_layouts(model, train)
-    if labels != prior.config.labels:
-        print(f"{train.study}: its masks are not what the priors learnt: sampling without layouts")
-        return None
-    return composer_of(train, maps, labels)
-
-
 def sample(
     config: GenerateConfig,
     model: VQVAE2,
     prior: Prior,
     positions: np.ndarray,
-    layouts: np.ndarray | None,
+    layouts: np.ndarray,
     keep: Callable,
 ) -> Samples:
     """Sample slices at positions (n,); `keep(first, samples)` is called with every batch."""
@@ -238,9 +228,8 @@ def sample(
             if stopped:
                 raise KeyboardInterrupt
 
-        given = None if layouts is None else torch.from_numpy(layouts[batch])
-        own = positions[batch], seeds[batch], top, bottom
-        codes = prior.sample(*own, progress=progress, layouts=given)
+        given, own = torch.from_numpy(layouts[batch]), (positions[batch], seeds[batch])
+        codes = prior.sample(*own, top, bottom, progress=progress, layouts=given)
         images, masks = decode(model, *codes, given if prior.config.labels else None)
         return Samples(images, *(level.cpu().numpy() for level in codes), masks)
 
@@ -486,10 +475,10 @@ def choose_twins(config: GenerateConfig, test: SliceDataset) -> tuple[np.ndarray
 
 
 def plan(
-    config: GenerateConfig, composer: Composer | None, own: np.ndarray | None, test: SliceDataset
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, Sequence[np.ndarray] | None]:
+    config: GenerateConfig, composer: Composer, own: np.ndarray | None, test: SliceDataset
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, Sequence[np.ndarray]]:
     """The test slice beside each sample, its position, its layout (n, h, w) and the signed
-    distances of its organs, None and None without a composer.
+    distances of its organs.
 
     A mask of the user's `own` (n, H, W) gets the position of the training slice whose organs are
     most like its own, unless a position is asked for.
@@ -497,11 +486,9 @@ def plan(
     (twins, positions), drawn = choose_twins(config, test), None
     if own is not None:
         drawn = middles(torch.from_numpy(own), composer.organs.shape[1:]).numpy().astype(int)
-        alike = composer.positions[[composer.most_alike(each)[0] for each in drawn]]
-        positions = alike if math.isnan(config.position) else positions
-        twins = np.array([nearest_positions(each, test.positions)[0] for each in positions])
-    if composer is None:
-        return twins, positions, None, None
+        if math.isnan(config.position):
+            positions = composer.positions[[composer.most_alike(each)[0] for each in drawn]]
+            twins = np.array([nearest_positions(each, test.positions)[0] for each in positions])
     return twins, positions, *composer.draw(positions, seeds_of(config), drawn)
 
 
@@ -509,14 +496,15 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     """Sample, write everything to the out folder, and return what report.json holds.
 
     `data` names the study and the cache; without a name it is the study of the priors. Raises as
-    `load_models` and `check_flags` do; KeyboardInterrupt after Ctrl-C or SIGTERM: what is finished
+    `load_models` and `check_study` do; KeyboardInterrupt after Ctrl-C or SIGTERM: what is finished
     stays, and the manifest says how many.
     """
     study, variants, trained, prior = load_models(config)
-    model, labels = trained.model, prior.config.labels
+    model = trained.model
     splits = dataset.open_trained_study(study, data, config.prior)
     dataset.check_labels(splits["train"], trained.study, config.checkpoint)
-    check_flags(config, prior, splits)
+    labels = labels_on_layouts(model, splits["train"])
+    check_study(config, labels, prior, splits)
     out, train, test = runtime.writable_folder(config.out), splits["train"], splits["test"]
     cells = prior.bottom.shape
     own = read_masks(config.layout, study, cells, config.n) if config.layout else None
@@ -526,14 +514,12 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     # The code maps that the priors were trained on, where they are at hand.
     files = (folder / "codes.npz" for folder in (Path(config.prior).parent, out))
     maps = extract_codes(model, splits, variants, trained.sha256, *files)
-    composer = make_composer(model, prior, train, maps)
+    composer = composer_of(train, maps, labels)
     twins, positions, layouts, shapes = plan(config, composer, own, test)
     shown = trained.study.labels or train.labels
     album = Album(config, splits, positions, shown, trained)
-    if layouts is not None:
-        most = None if config.layouts_only else SHOWN
-        masks = masks_of(shapes[:most], train.pixels.shape[1:])
-        write_layouts(album, layouts, masks, labels)
+    masks = masks_of(shapes[: None if config.layouts_only else SHOWN], train.pixels.shape[1:])
+    write_layouts(album, layouts, masks, labels)
     if config.layouts_only:
         album.keep_masks(0, masks)
         album.manifest["done"] = config.n

@@ -133,19 +133,19 @@ class VectorQuantiser(nn.Module):
         # In float32 even under autocast: bfloat16 distances tie, and its moving averages stop.
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
-            flat = z.permute(0, 2, 3, 1).reshape(-1, D)  # (B, D, h, w) -> (B*h*w, D)
+            flat = z.detach().permute(0, 2, 3, 1).reshape(-1, D)  # (B, D, h, w) -> (B*h*w, D)
             if self.training and not self.started:
                 if self.updates == 0:
-                    self.start(flat.detach())
+                    self.start(flat)
                 self.started = True
-            codes = self.nearest(flat.detach())  # (B*h*w,)
+            codes = self.nearest(flat).view(B, h, w)
             # Before `update` moves the codebook and its counts.
-            vectors, price = self.vectors(codes.view(B, h, w)), self.prices()[codes]
+            vectors, price = self.vectors(codes), self.prices()[codes]
             if self.training:
-                self.update(flat.detach(), codes)
+                self.update(flat, codes.flatten())
             commitment = F.mse_loss(z, vectors)  # ||z_e(x) - sg[e]||^2
             vectors = z + (vectors - z).detach()  # straight-through: dL/dz_e = dL/dz_q
-        return Quantised(vectors, codes.view(B, h, w), commitment, price.view(B, h, w))
+        return Quantised(vectors, codes, commitment, price)
 
     def prices(self) -> Tensor:
         """(K,): lambda b_k, `bit_weight` times the bits of code k, -log2 of its moving share.
@@ -163,11 +163,13 @@ class VectorQuantiser(nn.Module):
         of each code in its place. Without it `prices` tells lambda b_k, and lambda is less while it
         rises.
         """
-        if price is None:
+        costs = self.codebook.square().sum(1)
+        if price is None and self.bit_weight:
             price = self.prices() * ((self.updates + 1) / (self.price_rise + 1)).clamp_max(1)
-        p = self.ema_count / self.ema_count.sum()
-        variance = p @ (self.codebook - p @ self.codebook).square().sum(1)
-        costs = self.codebook.square().sum(1) + variance * price
+        if price is not None:
+            p = self.ema_count / self.ema_count.sum()
+            variance = p @ (self.codebook - p @ self.codebook).square().sum(1)
+            costs = costs + variance * price
         rows = self.chunk if flat.device.type == "cpu" else 32 * self.chunk
         parts = zip(costs.expand(len(flat), -1).split(rows), flat.split(rows), strict=True)
         sums = (torch.addmm(cost, x, self.codebook.T, alpha=-2) for cost, x in parts)
@@ -218,6 +220,8 @@ class VectorQuantiser(nn.Module):
         """
         # Each row as its place in [0, 1) of the joined batch.
         position = torch.rand(self.K, dtype=torch.float64, device=flat.device)
+        if world() == 1:
+            return flat[(position * len(flat)).long()]
         sizes = position.new_zeros(world())
         sizes[rank()] = len(flat)
         position *= rank() == 0  # all ranks use the positions that rank 0 drew

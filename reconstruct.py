@@ -84,8 +84,7 @@ def ends_of(study: StudyInfo, plane: str) -> str:
     """
     if not study.plane or plane not in ("", study.plane):
         return nifti.PLANES[plane or "coronal"]
-    shown = set(study.directions)
-    return study.directions + next(end for end, both in nifti.AXES.items() if not shown & set(both))
+    return study.directions + nifti.PLANES[study.plane][2]
 
 
 class Scan:

@@ -6,6 +6,7 @@ picture and then coded. The priors are told how (`Variants.numbers`), though of 
 only that there is some. In sampling they are asked for unaltered slices.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,12 +155,9 @@ def extract_codes(
     made_of = "7", sha256, variants, mirror, *(splits[name].fingerprint for name in SPLITS)
     key = " ".join(map(str, made_of))
     for file in files:
-        try:
-            with np.load(file) as saved:
-                if str(saved["key"]) == key:
-                    return {name: saved[name] for name in saved.files if name != "key"}
-        except runtime.NOT_WHOLE:
-            pass  # the maps are made anew
+        with suppress(*runtime.NOT_WHOLE), np.load(file) as saved:
+            if str(saved["key"]) == key:
+                return {name: saved[name] for name in saved.files if name != "key"}
     counts = {name: variants if name == "train" else 1 for name in SPLITS}
     total = sum(counts[name] * len(splits[name]) for name in SPLITS)
     device = next(model.parameters()).device

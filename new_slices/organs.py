@@ -23,6 +23,7 @@ from support import runtime
 
 # In pixels: smaller pieces and holes are noise of a segmentation and are not counted.
 SMALLEST_PIECE = 8
+BATCH = 8  # slices of a training step
 NEAREST = 128  # real training slices, nearest in position, that a slice is compared with
 RAREST = 0.01  # the share of those that must show the same organs
 TAILS = (0.01, 0.99)  # quantiles of real slices between which a plausible slice's measurements lie
@@ -102,7 +103,6 @@ def train_segmenter(
     labels: int,
     mirror: Mirror,
     steps: int = 3000,
-    batch_size: int = 8,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Segmenter:
@@ -119,9 +119,9 @@ def train_segmenter(
     optimiser = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=1e-2)
     one_cycle = torch.optim.lr_scheduler.OneCycleLR
     schedule = one_cycle(optimiser, 1e-2, total_steps=steps + 1, pct_start=0.2)
-    order = np.concatenate([rng.permutation(count) for _ in range(1 + steps * batch_size // count)])
+    order = np.concatenate([rng.permutation(count) for _ in range(1 + steps * BATCH // count)])
     for step in tqdm(range(steps), desc="U-Net", unit=" steps", disable=None):
-        images, masks = pairs(order[step * batch_size : (step + 1) * batch_size])
+        images, masks = pairs(order[step * BATCH : (step + 1) * BATCH])
         mirrored = torch.rand(len(images), generator=generator) < 0.5
         images, masks = mirror.images(images, mirrored), mirror.masks(masks, mirrored)
         gain, offset = 0.2 * torch.randn(2, len(images), 1, 1, 1, generator=generator)
@@ -158,15 +158,13 @@ def segmenter_of(train, *folders: Path, device: torch.device | str = "cpu") -> S
     data = {"fingerprint": train.fingerprint, "labels": list(train.labels)}
     data["partners"] = [list(pair) for pair in train.mirror.partners]
     for file in (folder / SEGMENTER_FILE for folder in folders):
-        try:
+        with suppress(FileNotFoundError, runtime.UserError):  # not there, or of another version
             saved = runtime.load_checkpoint(file, "segmenter")
             if saved["data"] == data:
                 with runtime.reading(file):
                     net = Segmenter(**saved["model_config"])
                     net.load_state_dict(saved["model"])
                 return net.to(device).eval()
-        except (FileNotFoundError, runtime.UserError):
-            pass  # not there, or of another version
     masked = np.flatnonzero(train.has_mask)
 
     def pairs(indices: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -332,6 +330,4 @@ def dice_by_patient(
 
 def mean_of_known(values: np.ndarray) -> np.ndarray:
     """The means of values (..., n) over what is not NaN in the last axis; NaN where all is."""
-    known = ~np.isnan(values)
-    means = np.nansum(values, -1) / known.sum(-1).clip(1)
-    return np.where(known.any(-1), means, np.nan)[()]  # a number of one row
+    return np.ma.filled(np.ma.masked_invalid(values).mean(-1), np.nan)[()]  # a number of one row

@@ -358,13 +358,14 @@ def score_variety(inputs: Inputs, honest: np.ndarray) -> dict | None:
 
     The patients are those of the test slices `honest` (indices).
     """
-    # more would be the same real slices again
-    m = min(len(inputs.samples.images), len(np.unique(inputs.twins)))
-    if m < 2:
+    # Each test slice once, and the sample beside it.
+    twins, first = np.unique(inputs.twins[: len(inputs.samples.images)], return_index=True)
+    chosen = np.sort(first)
+    if len(twins) < 2:
         return None
-    real = inputs.images("test", inputs.twins[:m])
-    span, report = float(np.median([metrics.value_range(each) for each in real])), {"n": m}
-    for name, images in (("samples", inputs.samples.images[:m]), ("real", real)):
+    real = inputs.images("test", inputs.twins[chosen])
+    span, report = float(np.median([metrics.value_range(each) for each in real])), {"n": len(real)}
+    for name, images in (("samples", inputs.samples.images[chosen]), ("real", real)):
         mean, error = metrics.mean_pairwise_ms_ssim(images, span, seed=inputs.seed)
         report[name] = {"ms_ssim": mean, "standard_error": error}
     patients = inputs.splits["test"].patients[honest]
@@ -677,8 +678,8 @@ def scorecard(report: dict) -> dict[str, dict]:
     for name, found in report["copying"].items():
         sets = (found[kind] for kind in ("samples", "honest", "copies"))
         counts = (f"{of['flagged']} of {of['n']}" for of in sets)
-        sees = found["copies"]["share"] >= 0.5  # else it cannot tell
-        passed = found["samples"]["share"] <= found["margin"] if sees else None
+        clean = found["samples"]["share"] <= found["margin"]
+        passed = None if clean and found["copies"]["share"] < 0.5 else clean  # None: cannot tell
         words = {"in words": WORDS["privacy"].format(found["margin"])}
         card[f"privacy, by {name}"] = line("privacy", *counts, passed) | words
     return card

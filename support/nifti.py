@@ -322,7 +322,7 @@ def write(
     sizes = header["pixdim"].copy()
     header.set_data_shape(pixels.shape)
     header["pixdim"] = sizes  # of axes that the array lacks, too: of a slice, its thickness
-    if like is None and affine is not None:
+    if like is None:
         header.set_qform(affine, 0, strip_shears=True)  # sets the voxel sizes too
         if oriented:
             header.set_sform(affine, 2)

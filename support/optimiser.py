@@ -16,6 +16,7 @@ from torch import Tensor, nn
 # Jordan's: five iterations move singular values to 0.7 .. 1.2.
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 # AdamW takes weights with a shorter side: their matrices are too small to orthogonalise.
+MOMENTUM = 0.95
 SHORTEST_SIDE = 16
 
 
@@ -73,20 +74,17 @@ class Muon(torch.optim.AdamW):
         others: Iterable[Tensor],
         lr: float,
         weight_decay: float = 0.0,
-        momentum: float = 0.95,
         **adam,
     ):
         groups = [{"params": list(matrices), "matrices": True}]
         groups += [{"params": list(others), "matrices": False}]
         super().__init__(groups, lr, weight_decay=weight_decay, **adam)
-        self.momentum = momentum
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         for group in self.param_groups:
-            weights = [weight for weight in group["params"] if weight.grad is not None]
-            if group["matrices"] and weights:
-                self.step_matrices(weights, group["lr"], group["weight_decay"])
+            if group["matrices"] and group["params"]:
+                self.step_matrices(group["params"], group["lr"], group["weight_decay"])
         super().step()
 
     def step_matrices(self, weights: list[Tensor], lr: float, decay: float) -> None:
@@ -95,9 +93,9 @@ class Muon(torch.optim.AdamW):
                 # AdamW, which loads the state, expects a count of steps in it.
                 self.state[weight] = {"step": torch.zeros(()), "momentum": torch.zeros_like(weight)}
         gradients, means = [w.grad for w in weights], [self.state[w]["momentum"] for w in weights]
-        torch._foreach_lerp_(means, gradients, 1 - self.momentum)
+        torch._foreach_lerp_(means, gradients, 1 - MOMENTUM)
         # Nesterov's momentum takes the place of the gradients.
-        torch._foreach_lerp_(gradients, means, self.momentum)
+        torch._foreach_lerp_(gradients, means, MOMENTUM)
         same_shape = defaultdict(list)
         for weight, gradient in zip(weights, gradients, strict=True):
             pair = as_matrix(weight, weight), as_matrix(gradient, weight)

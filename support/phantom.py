@@ -274,12 +274,11 @@ def planes(config: PhantomConfig, patient: int, week: int) -> list[int]:
 
     The same planes in every patient would leave the priors blind to all that lies between them.
     """
-    if config.slices < 3:
-        return np.linspace(0, PLANES - 1, config.slices).round().astype(int).tolist()
+
     # This stream of random numbers is no slice's.
     rng = np.random.default_rng([config.seed, patient, week, PLANES + 2])
     ends = np.linspace(1, PLANES - 1, config.slices - 1).round().astype(int)
-    return [0, *rng.integers(ends[:-1], ends[1:]).tolist(), PLANES - 1]
+    return [0, *rng.integers(ends[:-1], ends[1:]).tolist(), PLANES - 1][: config.slices]
 
 
 def names_of(config: PhantomConfig) -> dict[tuple[int, int], tuple[str, str]]:

@@ -206,7 +206,7 @@ def fill(config: type, values: dict):
     return config(**{name: values[name] for name in names if name in values})
 
 
-def check_number(name: str, value: float, least: float = -math.inf, most: float = 2**40) -> None:
+def check_number(name: str, value: float, least: float, most: float = 2**40) -> None:
     """UserError, which names the flag of the field `name`, unless least <= value <= most."""
     if not least <= value <= most:  # nor is NaN
         limited = most < 2**40 or value > most

@@ -129,14 +129,12 @@ class Stage:
 
     def settings(self) -> dict:
         """What checkpoints and the log say of the stage: "model_config", "data" and more."""
-        raise NotImplementedError
 
     def start_epoch(self, generator: torch.Generator) -> None:
         """Draw what is random about each training slice in the coming epoch."""
 
     def batch_losses(self, split: str, indices: Tensor) -> dict[str, Tensor]:
         """The means () of every loss over slices `indices` (B,) of a split; trains on "loss"."""
-        raise NotImplementedError
 
     def compile(self) -> None:
         """`torch.compile` what a step computes."""
@@ -151,7 +149,6 @@ class Stage:
 
     def describe(self, record: dict) -> str:
         """The part of an epoch's line that only this stage knows; `record` is the log's."""
-        raise NotImplementedError
 
     def verdict(self, record: dict) -> str:
         """What a user should know of the last epoch when the run has ended; "" for nothing."""
@@ -450,9 +447,8 @@ class Trainer:
         self.model.eval()
         size, sums = self.sizes["validate"], torch.zeros_like(self.sums)
         batch_size = max(self.config.batch_size, 1 if self.device.type == "cpu" else 64)
-        for indices in runtime.share(torch.arange(size)).split(batch_size):
-            if len(indices):
-                self.batch_loss("validate", indices, sums)
+        for indices in filter(len, runtime.share(torch.arange(size)).split(batch_size)):
+            self.batch_loss("validate", indices, sums)
         return self.means(sums, size, "in validation")
 
     def end_epoch(self) -> dict:

@@ -389,7 +389,7 @@ def test_a_position_is_asked_of_the_prior_and_of_the_real_slices(trained, tmp_pa
     assert report["realism"]["training_slices"] == 2  # the nearest, not all 14
     asked.clear()
     for split in trained[3].values():  # as long as one of them tells positions, they may be asked
-        generate.check_flags(config(trained, tmp_path, position=0.5), trained[2], trained[3])
+        generate.check_study(config(trained, tmp_path, position=0.5), 0, *trained[2:])
         monkeypatch.setattr(split, "positions", np.full(len(split), np.nan, np.float32))
     monkeypatch.setattr("dataset.open_trained_study", lambda *_: trained[3])
     monkeypatch.setattr(generate, "account", lambda *_: {})
@@ -599,6 +599,11 @@ def test_layouts_of_the_user_s_own_masks(
     one = {"n": 1, "layout": str(tmp_path / "a.nii.gz"), "position": 0.25}
     generate.generate(dataclasses.replace(settings, **one), DataConfig(data=str(organs_study)))
     assert given[0][0] == 0.25 and len(list(tmp_path.rglob("seg_*"))) == 1  # the three are gone
+    # Beside them lie test slices near that position, each another one.
+    near = one | {"n": 3, "batch_size": 1}
+    monkeypatch.setattr(generate, "write_grid", lambda *them: given.append(them[-1]))
+    generate.generate(dataclasses.replace(settings, **near), DataConfig(data=str(organs_study)))
+    assert len(set(given[-1])) == 3
 
 
 def test_a_user_s_own_mask_is_placed_as_the_study_s_slices_are(tmp_path):
@@ -725,5 +730,5 @@ WANTS_MASKS = [{"layout": "."}, {"layouts_only": True}, {"nnunet": "Dataset501_A
 
 @pytest.mark.parametrize("flag", WANTS_MASKS)
 def test_what_needs_masks_is_refused_without(trained, tmp_path, flag):
-    with pytest.raises(runtime.UserError, match="learnt 0 organs"):
+    with pytest.raises(runtime.UserError, match="learnt no organs"):
         generate.generate(config(trained, tmp_path, **flag))

@@ -235,6 +235,7 @@ def test_the_scorecard_by_hand():
         return {"margin": 3 / 64} | {k: {"n": 64, "flagged": n, "share": n / 64} for k, n in counts}
 
     copying = {"pictures": audit(3, 64), "codes": audit(4, 64), "layouts": audit(0, 31)}
+    copying["all"] = audit(40, 20)  # many, though it finds few of the planted ones
     variety = dict(zip(("samples", "real", "one patient"), (0.19, 0.17, 0.2), strict=True))
     variety = {name: {"ms_ssim": value} for name, value in variety.items()}
     report = {"realism": {"rows": table, "seen": seen}, "variety": variety, "copying": copying}
@@ -250,6 +251,7 @@ def test_the_scorecard_by_hand():
         "privacy, by pictures": ("3 of 64", "1 of 64", "64 of 64", True),  # by chance
         "privacy, by codes": ("4 of 64", "1 of 64", "64 of 64", False),
         "privacy, by layouts": ("0 of 64", "1 of 64", "31 of 64", None),
+        "privacy, by all": ("40 of 64", "1 of 64", "20 of 64", False),
     }
     assert "4.7%" in card["privacy, by codes"]["in words"]
     card = sample_report.scorecard({"realism": None, "variety": None, "copying": {}})

@@ -262,11 +262,11 @@ def test_audit_s_own_rates(n, flagged):
     assert (shares >= found["margin"]).mean() >= 0.035
 
 
-def variety(images, test, patients):
+def variety(images, test, patients, twins=range(4)):
     """`score_variety` of new slices (n, h, w), and of test slices of these patients."""
     split = SimpleNamespace(patients=np.array(patients))
     inputs = SimpleNamespace(splits={"test": split}, images=lambda _, indices: test[indices])
-    inputs.samples, inputs.twins, inputs.seed = SimpleNamespace(images=images), np.arange(4), 0
+    inputs.samples, inputs.twins, inputs.seed = SimpleNamespace(images=images), np.array(twins), 0
     return sample_report.score_variety(inputs, np.arange(4))
 
 
@@ -277,6 +277,10 @@ def test_variety_beside_slices_of_one_value_is_a_number():
     assert found["real"]["ms_ssim"] == 1 and 0 <= found["samples"]["ms_ssim"] < 0.5
     assert found["one patient"]["ms_ssim"] is None  # nobody has two slices
     assert variety(noise[:1], flat, [0, 1, 2, 3]) is None  # nor is one slice varied
+    # No test slice beside itself: each counts once, and so does the first sample beside it.
+    twice, once = (variety(noise[i], noise, range(4), i) for i in ([2, 2, 1, 3], [2, 1, 3]))
+    assert twice == once and once["n"] == 3 and once["samples"] == once["real"]
+    assert variety(noise, noise, range(4), [1, 1, 1, 1]) is None
 
 
 def test_variety_beside_that_of_one_patient():

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from generate import GenerateConfig
 from modules import VQVAE2Config
-from new_slices.prior import PriorConfig, Sampling
+from new_slices.prior import PriorConfig
 from slice_volumes import SliceConfig
 from support import runtime
 from support.runtime import UserError
@@ -249,7 +249,6 @@ OUT_OF_RANGE = {
     | {f"{part}_blocks": [-1] for part in ("encoder", "top", "decoder")},
     PriorConfig: {"prior_top_layers": [0], "prior_refine_blocks": [0]},
     CodesConfig: {"bottom_every": [0], "rebuilt": [1.1]},
-    Sampling: {"passes": [0, 10**6], "temperature": [-1], "spread": [math.inf]},
     GenerateConfig: {"n": [0], "top_temperature": [-1.0], "bottom_temperature": [math.nan]}
     | {"top_passes": [0, 10**6], "bottom_passes": [0], "top_spread": [-1.0, math.inf]}
     | {"guidance": [-1.0], "position": [1.1, -0.1]}

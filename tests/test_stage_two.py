@@ -24,6 +24,7 @@ from new_slices.code_maps import Variants, extract_codes
 from new_slices.layouts import REBUILT, depths_of, layouts_of, smoothed, tissue_borders
 from new_slices.prior import Prior, PriorConfig
 from support import runtime, trainer
+from support.runtime import UserError
 
 TINY = PriorConfig(prior_channels=16, prior_heads=2, prior_top_layers=1, prior_bottom_layers=1)
 
@@ -231,13 +232,12 @@ def test_new_slices_start_from_layouts_of_the_study(masked_study, tmp_path, monk
     assert np.array_equal(maps["train_depths"][:13], depths_of(masks, 2, (16, 8)))
     manifest = (tmp_path / "new" / "manifest.json").read_text()
     assert "case_0" not in manifest  # it names no patient
-    # The study's masks are gone: the priors' own way without them.
+    # The study's masks are gone.
     no_masks = shutil.ignore_patterns("keras_slices_seg_*")
     bare = shutil.copytree(masked_study, tmp_path / "study", ignore=no_masks)
     config = replace(config, n=2, out=str(tmp_path / "bare"))
-    generate.generate(config, DataConfig(data=str(bare)))
-    assert "sampling without layouts" in capsys.readouterr().out
-    assert given[-1] is None
+    with pytest.raises(UserError, match=r"layouts have 0 labels; .*prior_best\.pth learnt 2\. Fix"):
+        generate.generate(config, DataConfig(data=str(bare)))
     # The priors learnt without masks, and the study has them again.
     learnt = train_prior.Settings(
         data=DataConfig(data=str(bare)),
@@ -246,8 +246,8 @@ def test_new_slices_start_from_layouts_of_the_study(masked_study, tmp_path, monk
         train=trainer.TrainConfig(out=str(tmp_path / "p"), epochs=1, batch_size=4, device="cpu"),
     )
     config = replace(config, prior=str(train_prior.train_prior(learnt)))
-    generate.generate(config, DataConfig(data=str(masked_study)))
-    assert "sampling without layouts" in capsys.readouterr().out and given[-1] is None
+    with pytest.raises(UserError, match=r"layouts have 2 labels; .*prior_best\.pth learnt 0\. Fix"):
+        generate.generate(config, DataConfig(data=str(masked_study)))
 
 
 def test_priors_learn_from_layouts_whose_tissue_is_of_other_patients(masked_study, tmp_path):
