@@ -1015,9 +1015,7 @@ def is_reconstruction(path: Path) -> bool:
         return False
 
 
-def save_reconstruction(
-    dataset: SliceDataset, index: int, image: np.ndarray, path: Path | str
-) -> None:
-    """Write a z-scored (height, width) image as NIfTI, `restore`d, with slice `index`'s affine."""
-    pixels, oriented = restore(dataset, index, image), bool(dataset.oriented[index])
+def save_reconstruction(dataset: SliceDataset, index: int, pixels: np.ndarray, path: Path) -> None:
+    """Write what `restore` gives as NIfTI, with the affine of slice `index`."""
+    oriented = bool(dataset.oriented[index])
     nifti.write(path, pixels, dataset.affines[index], RECONSTRUCTION, oriented=oriented)

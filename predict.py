@@ -85,12 +85,13 @@ def score_split(
         path = test.paths[index]
         try:
             original = nifti.finite(dataset.read_slice(str(path)).values())
-            score = metrics.score_slice(original, dataset.restore(test, index, reconstruction))
+            made = dataset.restore(test, index, reconstruction)
+            score = metrics.score_slice(original, made)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         if folder:
             target = folder / path.relative_to(test.study / f"keras_slices_{test.split}")
-            dataset.save_reconstruction(test, index, reconstruction, target)
+            dataset.save_reconstruction(test, index, made, target)
         return score
 
     scores, maps = [], {name: [] for name in (*LEVELS, "masks")}

@@ -388,7 +388,8 @@ def test_what_is_odd_in_slices_is_said(study, config, capsys, tmp_path):
         assert name_of(4, number) in next(said for said in out.splitlines() if line in said)
     assert "different directions: 13 LS, 1 RS" in out
     assert train.std[2] == 1 and train.mean[2] == 7 and not train[2]["image"].any()
-    dataset.save_reconstruction(train, 0, np.zeros(SIZE), tmp_path / "r.nii.gz")
+    made = dataset.restore(train, 0, np.zeros(SIZE))
+    dataset.save_reconstruction(train, 0, made, tmp_path / "r.nii.gz")
     header = nibabel.load(tmp_path / "r.nii.gz").header  # it tells the voxel sizes alone
     sizes = np.linalg.norm(AFFINE[:3, :2], axis=0)
     np.testing.assert_allclose(header["pixdim"][1:3], sizes, rtol=1e-6)
@@ -881,7 +882,7 @@ def test_a_reconstruction_goes_back_to_scanner_units_and_place(study, config, tm
     put(study, smooth, 1)
     train = open_study(config)["train"]
     for index, source, tolerance in ((0, noise(400), 1e-6), (1, smooth, 2e-2)):
-        pixels = train[index]["image"][0].numpy()
+        pixels = dataset.restore(train, index, train[index]["image"][0].numpy())
         dataset.save_reconstruction(train, index, pixels, tmp_path / "r.nii.gz")
         image = nibabel.load(tmp_path / "r.nii.gz")
         found = np.asarray(image.dataobj)
