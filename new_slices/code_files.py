@@ -58,7 +58,7 @@ BODY = struct.Struct("<6s6s4sBIH")  # autoencoder, priors, sum of the codes, pla
 PLANES = ("", *nifti.PLANES)
 GROUPS = {"top": 6, "bottom": 5}  # eight of each save 0.2 % of the bits and take half as long again
 # What a bit of a bottom code is worth at least: lambda of VectorQuantiser.nearest (modules.py).
-BIT_WEIGHT = 0.01
+BIT_WEIGHT = 0.015
 GRID = 16  # steps of a logit of 1
 # The weight of a code whose logit lies so many steps below the largest; the last is 0.
 WEIGHTS = np.round(2.0**20 * np.exp(-np.arange(15 * GRID) / GRID))
