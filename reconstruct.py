@@ -8,6 +8,7 @@
 A reconstruction has its file's name, shape, affines and units; integers without a scale stay
 integers, all others become float32. If the model has learnt masks, the mask decoded from the codes
 lies beside it, seg_NAME.nii.gz. scans.json has the scores of metrics.py and the bits of every file.
+With --save some codes are others, which cost fewer bits, and the reconstruction is of these.
 """
 
 import math
