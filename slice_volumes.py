@@ -33,7 +33,7 @@ from support import nifti, runtime
 from support.runtime import UserError, in_parallel, option
 
 # The patients of HipMRI in each split of the report.
-COURSE = {"train": {*range(4, 34), 35}, "validate": {*range(36, 40)}, "test": {*range(40, 43)}}
+OF_REPORT = {"train": {*range(4, 34), 35}, "validate": {*range(36, 40)}, "test": {*range(40, 43)}}
 MASK_WORDS = "seg|dseg|segmentation|masks?|labels?|labelmap|semantic|gt|roi"
 MASK_NAME = re.compile(rf"(?<![a-z])(?<!sub-)(?:{MASK_WORDS})(?![a-z])", re.I)
 MASK_FOLDER = re.compile(r"(?:semantic_labels.*|labels?|labels?t[rs]|masks?|segmentations?)", re.I)
@@ -208,8 +208,8 @@ def split_patients(patients: set[int], seed: int, hipmri: bool) -> tuple[dict[in
 
     No split is empty. The report's is used for HipMRI, if it has all patients and fills all splits.
     """
-    course = {patient: name for name, members in COURSE.items() for patient in members}
-    chosen = {patient: course[patient] for patient in sorted(patients & course.keys())}
+    theirs = {patient: name for name, members in OF_REPORT.items() for patient in members}
+    chosen = {patient: theirs[patient] for patient in sorted(patients & theirs.keys())}
     if hipmri and len(chosen) == len(patients) and set(chosen.values()) == set(SPLITS):
         return chosen, "split by patient as in the report"
     if len(patients) < 3:

@@ -7,8 +7,8 @@ A model's bits are counted in up to five ways: nominal (log2 K for each code), b
 its code histogram over the slices, and, if a prior is given, by the bound on -log2 p of those codes
 under it. With --files also by the size of the files that `reconstruct.py --save` writes, one a
 slice and one a volume, and all else is of the codes in these files; then AVIF codes whole volumes
-too. Patients numbered below --below are one
-set and the others the second, as in per_set.py; a study with only one of them is one set.
+too. Patients numbered below --below are one set and the others the second, as in per_set.py; a
+study with only one of them is one set.
 
 Writes rate_distortion.json and rate_distortion.png to --out.
 """
@@ -47,7 +47,9 @@ DRAWN = {"ssim_report": "SSIM, the report's protocol", "psnr": "PSNR, dB"}
 
 
 class Contender(NamedTuple):
-    """A model, its prior if any, every slice's scores, and its codes (N, h, w) by level."""
+    """A model, its prior if any, every slice's scores, its codes (N, h, w) by level, and with a
+    coder the "bits" (N,) of its file.
+    """
 
     model: VQVAE2
     prior: Prior | None
@@ -98,17 +100,17 @@ def score(path: str, prior: str | None, test: SliceDataset, args) -> Contender:
 def through_files(
     trained: Trained, test: SliceDataset, coder: Coder
 ) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
-    """Of every slice the scores of what its file of codes gives back, and that file's codes."""
-    scores, maps = [], {level: [] for level in LEVELS}
+    """Of every slice the scores of what its file of codes gives back; the file's codes and bits."""
+    scores, maps = [], {name: [] for name in (*LEVELS, "bits")}
     with TemporaryDirectory() as folder:
         config = ReconstructConfig(out=folder, save=folder)
         for path in tqdm(test.paths, desc="files of codes", unit="slice", disable=None):
             row = reconstruct_file(trained, str(path), path.name, config, coder)
             scores.append({score: row[score] for score in SCORES})
             *_, coded = coder.unpack(config.save_as(path.name).read_bytes())
-            for level, found in maps.items():
-                found.append(getattr(coded, level)[0])
-    return scores, {level: np.stack(found) for level, found in maps.items()}
+            for name, value in zip(maps, (*coded.top, *coded.bottom, row["bits"]), strict=True):
+                maps[name].append(value)
+    return scores, {name: np.stack(found) for name, found in maps.items()}
 
 
 def in_set(contender: Contender, test: SliceDataset, chosen: np.ndarray) -> dict:
@@ -123,10 +125,11 @@ def in_set(contender: Contender, test: SliceDataset, chosen: np.ndarray) -> dict
         bits = prior_bits(contender.prior, codes, test.positions[chosen])
         result["bits_per_pixel"]["prior"] = bits / int(pixels.sum())
     if contender.coder:
-        every = np.flatnonzero(chosen)
-        for kind, groups in (("slice", every[:, None]), ("volume", volumes(test, every))):
-            size = sum(file_size(contender, test, group) for group in groups)
-            result["bits_per_pixel"][f"{kind}_file"] = 8 * size / int(pixels.sum())
+        groups = volumes(test, np.flatnonzero(chosen))
+        sizes = sum(file_size(contender, test, group) for group in groups)
+        bits = {"slice": int(contender.maps["bits"][chosen].sum()), "volume": 8 * sizes}
+        files = {f"{kind}_file": count / int(pixels.sum()) for kind, count in bits.items()}
+        result["bits_per_pixel"] |= files
     return result
 
 

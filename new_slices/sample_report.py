@@ -359,9 +359,9 @@ def score_variety(inputs: Inputs, honest: np.ndarray) -> dict | None:
     The patients are those of the test slices `honest` (indices).
     """
     # Each test slice once, and the sample beside it.
-    twins, first = np.unique(inputs.twins[: len(inputs.samples.images)], return_index=True)
-    chosen = np.sort(first)
-    if len(twins) < 2:
+    twins = inputs.twins[: len(inputs.samples.images)]
+    chosen = np.sort(np.unique(twins, return_index=True)[1])
+    if len(chosen) < 2:
         return None
     real = inputs.images("test", inputs.twins[chosen])
     span, report = float(np.median([metrics.value_range(each) for each in real])), {"n": len(real)}

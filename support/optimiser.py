@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 # Jordan's: five iterations move singular values to 0.7 .. 1.2.
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
-# AdamW takes weights with a shorter side: their matrices are too small to orthogonalise.
 MOMENTUM = 0.95
+# AdamW takes weights with a shorter side: their matrices are too small to orthogonalise.
 SHORTEST_SIDE = 16
 
 

@@ -274,7 +274,6 @@ def planes(config: PhantomConfig, patient: int, week: int) -> list[int]:
 
     The same planes in every patient would leave the priors blind to all that lies between them.
     """
-
     # This stream of random numbers is no slice's.
     rng = np.random.default_rng([config.seed, patient, week, PLANES + 2])
     ends = np.linspace(1, PLANES - 1, config.slices - 1).round().astype(int)
