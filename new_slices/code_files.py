@@ -85,6 +85,8 @@ class Coder:
         convs = (part for part in self.prior.modules() if isinstance(part, nn.Conv2d))
         for conv in (conv for conv in convs if conv.groups > 1):
             conv.forward = partial(depthwise, conv)
+        with torch.inference_mode():  # once for all files: as long as the rest of a slice's coding
+            self.tables = [getattr(self.prior, name).table() for name in LEVELS]
 
     def pack(
         self,
@@ -169,11 +171,10 @@ class Coder:
         """
         device = self.prior.top.rows.device
         known = torch.full((1,), math.nan, device=device), self.prior.as_it_is(1)
-        tables = [getattr(self.prior, name).table() for name in LEVELS]
         maps = [np.empty((count, *getattr(self.prior, name).shape), np.uint16) for name in LEVELS]
         for plane in tqdm(range(count), desc="coding", unit=" planes", disable=None, leave=False):
             condition = None  # of the top codes: their layout is unknown
-            for name, table, found in zip(LEVELS, tables, maps, strict=True):
+            for name, table, found in zip(LEVELS, self.tables, maps, strict=True):
                 level = getattr(self.prior, name)
                 context = level.context(*known, condition)
                 codes = torch.full((1, *level.shape), level.K, device=device)  # all are hidden
