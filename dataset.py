@@ -669,7 +669,7 @@ def _notes(jobs: list[Job], table: dict[str, np.ndarray], config: DataConfig) ->
     odd = {none: table["broken"], two: table["disputed"]}
     odd["slices have one value only (kept, std 1)"] = table["constant"]
     if table["moved"].any():
-        far = f"{table['moved'].sum()} masks lie elsewhere than their slices by their affines"
+        far = f"the affines of {table['moved'].sum()} masks put them elsewhere than their slices"
         first = jobs[table["moved"].argmax()].mask.path
         notes.append(f"warning: {far} (taken as they are stored), such as {first}")
     for shape in sorted(set(map(tuple, table["shapes"].tolist())) - {size}):
