@@ -41,11 +41,11 @@ RECIPE = SHARED_RECIPE | {
     "weight_decay": 0.05,
     "patience": 5,
 }
-# Half of the layouts that the top prior learns from are rebuilt as new ones are composed
+# All layouts that the top prior of `best` learns from are rebuilt as new ones are composed
 # (layouts.py).
 PRESETS = {
     "best": RECIPE
-    | {"slices": 55_000, "prior_top_layers": 4, "prior_refine_blocks": 3, "rebuilt": 0.5},
+    | {"slices": 55_000, "prior_top_layers": 4, "prior_refine_blocks": 3, "rebuilt": 1.0},
     "quick": RECIPE | {"slices": 3_400, "lr": 4e-3, "prior_dropout": 0.0, "variants": 1},
 }
 

@@ -17,8 +17,8 @@ shapes are a mixture of theirs (an active appearance model of few slices: Cootes
 thin walls and vessels melt. So the mixture is only a draft: each place gets the tissue of the slice
 that is most like the draft there, as in texture synthesis (Kwatra et al. 2005). Its parts come from
 different patients, and no patient's slice is like the whole. A layout that is composed in this way
-is vaguer than that of a real slice. So the top prior also learns from training slices' layouts
-whose tissue is composed in this way: it learns to draw a whole picture from them.
+is vaguer than that of a real slice. So the top prior learns from training slices' layouts whose
+tissue is composed in this way, too: it learns to draw a whole picture from them.
 
 What is composed of few patients can still come close to a slice of one of them. So a new layout is
 drawn again if it is closer to a training slice than 95 in 100 training slices are to any slice of

@@ -170,10 +170,10 @@ def test_a_preset_is_what_the_readme_says(name):
 
 
 def test_the_best_priors_are_what_the_readme_says():
-    """Half of the layouts are composed as new ones are; the rest by train_prior.py's comments."""
+    """All layouts are composed as new ones are; the rest by train_prior.py's comments."""
     best = train_prior.make_settings({"preset": "best"})
     codes, run, shape = best.codes, best.train, best.prior
-    assert (codes.rebuilt, codes.bottom_every, codes.variants, codes.forget) == (0.5, 4, 2, 0.1)
+    assert (codes.rebuilt, codes.bottom_every, codes.variants, codes.forget) == (1.0, 4, 2, 0.1)
     assert (run.slices, run.lr, run.weight_decay, run.patience) == (55_000, 2e-3, 0.05, 5)
     assert (shape.prior_top_layers, shape.prior_refine_blocks, shape.prior_dropout) == (4, 3, 0.1)
 
