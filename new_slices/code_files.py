@@ -85,7 +85,7 @@ class Coder:
         convs = (part for part in self.prior.modules() if isinstance(part, nn.Conv2d))
         for conv in (conv for conv in convs if conv.groups > 1):
             conv.forward = partial(depthwise, conv)
-        with torch.inference_mode():  # once for all files: as long as the rest of a slice's coding
+        with torch.inference_mode():  # once for all files: it took up to a third of each one
             self.tables = [getattr(self.prior, name).table() for name in LEVELS]
 
     def pack(
