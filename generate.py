@@ -39,7 +39,14 @@ from modules import VQVAE2, Trained, load_model
 from new_slices.code_maps import Samples, composer_of, decode, extract_codes, labels_on_layouts
 from new_slices.layouts import REGIONS, Composer, middles
 from new_slices.organs import likeliest, nearest_positions, segmenter_of
-from new_slices.prior import BOTTOM_SAMPLING, TOP_SAMPLING, Prior, Sampling, load_prior
+from new_slices.prior import (
+    BOTTOM_SAMPLING,
+    REBUILT_GUIDANCE,
+    TOP_SAMPLING,
+    Prior,
+    Sampling,
+    load_prior,
+)
 from new_slices.sample_report import Inputs, appraise, near, plain, print_report
 from support import figures, nifti, results_page, runtime
 from support.runtime import UserError, check_number, check_seed, option
@@ -80,7 +87,8 @@ class GenerateConfig:
     )
     bottom_spread: float = option(BOTTOM_SAMPLING.spread, "the same of the bottom codes")
     guidance: float = option(
-        TOP_SAMPLING.guidance, "0: a layout changes top codes' logits as learnt; 1: twice as much"
+        math.nan,
+        "0: a layout changes top codes' logits as learnt; 1: twice as much; nan: as suits priors",
     )
     layout: str = option(
         "", "masks of your own, a NIfTI slice or a folder of them, taken in turn: organs lie there"
@@ -105,10 +113,11 @@ class GenerateConfig:
         if self.nnunet and self.layouts_only:
             raise UserError("--nnunet and --layouts-only: nnU-Net needs slices. Fix: one of them.")
         check_number("position", np.nan_to_num(self.position), least=0, most=1)
+        check_number("guidance", np.nan_to_num(self.guidance), least=0)
         for name, value in vars(self).items():
             if name.endswith("_passes"):
                 check_number(name, value, least=1, most=10_000)
-            elif name.endswith(("_temperature", "_spread", "guidance")):
+            elif name.endswith(("_temperature", "_spread")):
                 check_number(name, value, least=0)
 
     def sampling(self) -> tuple[Sampling, Sampling]:
@@ -122,13 +131,13 @@ class GenerateConfig:
 # ---- the models, the study, the samples ----
 
 
-def load_models(config: GenerateConfig) -> tuple[StudyInfo, int, Trained, Prior]:
-    """The study and how many variants the priors learnt, the autoencoder and its priors."""
+def load_models(config: GenerateConfig) -> tuple[StudyInfo, dict, Trained, Prior]:
+    """The study and the codes that the priors learnt, as `load_prior`, and both models."""
     trained = load_model(config.checkpoint)
-    study, variants, prior = load_prior(config.prior, trained)
+    study, codes, prior = load_prior(config.prior, trained)
     device = runtime.pick_device(config.device)
     trained.model.to(device)
-    return study, variants, trained, prior.to(device)
+    return study, codes, trained, prior.to(device)
 
 
 def check_study(
@@ -499,7 +508,10 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     `load_models` and `check_study` do; KeyboardInterrupt after Ctrl-C or SIGTERM: what is finished
     stays, and the manifest says how many.
     """
-    study, variants, trained, prior = load_models(config)
+    study, codes, trained, prior = load_models(config)
+    if math.isnan(config.guidance):
+        guidance = REBUILT_GUIDANCE if codes["rebuilt"] else TOP_SAMPLING.guidance
+        config = dataclasses.replace(config, guidance=guidance)
     model = trained.model
     splits = dataset.open_trained_study(study, data, config.prior)
     dataset.check_labels(splits["train"], trained.study, config.checkpoint)
@@ -513,7 +525,7 @@ def generate(config: GenerateConfig, data: DataConfig = DataConfig()) -> dict:
     results_page.write(out)
     # The code maps that the priors were trained on, where they are at hand.
     files = (folder / "codes.npz" for folder in (Path(config.prior).parent, out))
-    maps = extract_codes(model, splits, variants, trained.sha256, *files)
+    maps = extract_codes(model, splits, codes["copies"], trained.sha256, *files)
     composer = composer_of(train, maps, labels)
     twins, positions, layouts, shapes = plan(config, composer, own, test)
     shown = trained.study.labels or train.labels

@@ -55,6 +55,7 @@ DOUBT = 0.03  # the chance of a class where the layout shows it nowhere near
 NEARBY = 0.1  # the share of the training slices, nearest in position, that a layout starts from
 PATIENTS = 8  # that a layout is composed of, or fewer
 CORE = 4  # of these, that say what all should be like
+REACH = 1.2  # how much farther than the seven nearest the others may be, as a squared distance
 FEWEST = 4  # patients: organs that fewer show together are not drawn
 DEEPEST = 8.0  # cells: signed distances end here
 DEPTHS = 15  # steps a cell, in which those of training slices are kept, as int8
@@ -361,29 +362,38 @@ class Slices:
         dice = organ_dice(organs[None], self.organs, self.labels)[0]
         return np.lexsort((np.abs(self.positions - position), -dice, others))
 
-    def family(self, order: np.ndarray) -> np.ndarray:
-        """The first slice of `order`, and the most alike of up to 7 other patients: indices (n,).
+    def family(self, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The first slice of `order`, and similar ones of up to 7 other patients: indices (n,).
 
         Only slices with the same organs are alike. A set of organs that less than four patients
         show is passed over, unless there is no other. An unusual slice is about as near to any
-        other, so what counts is the mean of it and of the three nearest.
+        other, so what counts is the mean of it and of the three nearest. The seven are chosen by
+        chance from those that are about as near: of the seven nearest, a layout would lead back to
+        them.
         """
         family, enough = np.array([], int), min(FEWEST, len(np.unique(self.patients)))
         for anchor in order:
             alike = np.flatnonzero((self.shown == self.shown[anchor]).all(1))
-            found = self.nearest(anchor, alike, self.seen[anchor])
-            found = self.nearest(anchor, alike, self.seen[found[:CORE]].mean(0))
-            if len(found) > len(family):
-                family = found
+            near = self.nearest(anchor, alike, self.seen[anchor])[: CORE - 1]
+            middle = self.seen[[anchor, *near]].mean(0)
+            others = self.nearest(anchor, alike, middle)
+            if len(others) >= PATIENTS:
+                apart = np.square(self.seen[others] - middle).sum(1)
+                reach = (apart <= REACH * apart[PATIENTS - 2]).sum()
+                others = others[: max(PATIENTS - 1, min(reach, len(others) // 2))]
+            if len(others) >= len(family):
+                family = np.append(anchor, rng.permutation(others)[: PATIENTS - 1])
             if len(family) >= enough:
                 break
         return family
 
     def nearest(self, anchor: int, alike: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        """The anchor, and of up to 7 other patients the slice of `alike` most like `seen`."""
+        """Of each patient but the anchor's, the slice of `alike` that is most like `seen`, those
+        first that are most alike: indices.
+        """
         others = self.by_distance(alike[self.patients[alike] != self.patients[anchor]], seen)
         _, first = np.unique(self.patients[others], return_index=True)
-        return np.append(anchor, others[np.sort(first)])[:PATIENTS]
+        return others[np.sort(first)]
 
     def by_distance(self, slices: np.ndarray, seen: np.ndarray) -> np.ndarray:
         """The indices `slices`, those first whose slices are most like `seen`."""
@@ -461,12 +471,12 @@ class Composer(Slices):
         """
         rng = np.random.default_rng(seed)
         if own is None:
-            family = self.family(rng.permutation(self.near(position)))
+            family = self.family(rng.permutation(self.near(position)), rng)
         else:
-            family = self.family(self.most_alike(own, position))
+            family = self.family(self.most_alike(own, position), rng)
         if again:
             rng = np.random.default_rng((seed, again))
-            family = self.family(rng.permutation(self.near_alike(position, family[0])))
+            family = self.family(rng.permutation(self.near_alike(position, family[0])), rng)
         members, laid, parts = self.lay(family)
         cells, count, frame = self.tissue.shape[1:], len(members), family[0]
         # Tissue is of other slices in every place; a shape is of one mixture in all its parts, or
@@ -495,8 +505,8 @@ class Composer(Slices):
         place = np.flatnonzero(self.known == index)
         if not len(place):  # which organs it shows is unknown
             return np.repeat(self.layouts[index][None], REBUILT, 0)
-        parts = self.lay(self.family(place))[2]
         rng = np.random.default_rng(index)
+        parts = self.lay(self.family(place, rng))[2]
         fields = [random_fields(rng, len(parts), parts.shape[1:]) for _ in range(REBUILT)]
         made = [(mosaic(parts, each), self.organs[place[0]]) for each in fields]
         return np.stack([compose(*each, self.borders, self.labels) for each in made])

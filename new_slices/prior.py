@@ -81,6 +81,9 @@ class Sampling:
 # place organs; the bottom codes add detail and texture.
 TOP_SAMPLING = Sampling(passes=10, temperature=0.8, spread=100.0, guidance=1.0)
 BOTTOM_SAMPLING = Sampling(passes=4, temperature=0.8, spread=1.0)
+# Of priors that learnt rebuilt layouts, which are as vague as new ones. Others take every detail of
+# a layout for true, and this much guidance makes their slices worse.
+REBUILT_GUIDANCE = 3.0
 
 
 class MLP(nn.Sequential):
@@ -375,8 +378,10 @@ class Prior(nn.Module):
         return top_codes, unmask(self.bottom, (*known, top_codes), generators, bottom, progress)
 
 
-def load_prior(path: Path | str, trained: Trained) -> tuple[StudyInfo, int, Prior]:
-    """The study and number of variants that priors learnt, and the priors; UserError for others."""
+def load_prior(path: Path | str, trained: Trained) -> tuple[StudyInfo, dict, Prior]:
+    """The study of priors, their CodesConfig as saved, and the priors; UserError for those of
+    another autoencoder.
+    """
     saved = runtime.load_checkpoint(path, "prior")
     study = StudyInfo.from_checkpoint(saved, path)
     digest, expected = trained.sha256, saved["autoencoder_sha256"]
@@ -387,10 +392,11 @@ def load_prior(path: Path | str, trained: Trained) -> tuple[StudyInfo, int, Prio
             "Fix: the pair that was trained together, or train_prior.py --checkpoint FILE."
         )
     with runtime.reading(path, saved["revision"]):
-        learnt, variants = saved["model_config"], saved["codes_config"]["copies"]
-        prior = Prior(runtime.fill(PriorConfig, learnt), tuple(saved["top_shape"]))
+        codes = {name: saved["codes_config"][name] for name in ("copies", "rebuilt")}
+        config = runtime.fill(PriorConfig, saved["model_config"])
+        prior = Prior(config, tuple(saved["top_shape"]))
         prior.load_state_dict(saved["model"])
-    return study, variants, prior.eval()
+    return study, codes, prior.eval()
 
 
 def bound(

@@ -39,7 +39,7 @@ def write_models(folder, study, seed: int) -> tuple[str, str]:
     for parameter in prior.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape)
     saved = {"kind": "prior", "model_config": asdict(shape), "model": prior.state_dict()}
-    saved |= {"data": data, "top_shape": [8, 4], "codes_config": {"copies": 2}}
+    saved |= {"data": data, "top_shape": [8, 4], "codes_config": {"copies": 2, "rebuilt": 0.0}}
     saved |= {"autoencoder_sha256": runtime.sha256(path)}
     runtime.save_checkpoint(folder / "prior_best.pth", saved)
     return str(path), str(folder / "prior_best.pth")

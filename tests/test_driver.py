@@ -123,8 +123,12 @@ def test_the_documented_run_had_the_settings_of_today():
     manifest = json.loads((done / "generated" / "manifest.json").read_text())
     first, second = (script.make_settings({"preset": "quick"}) for script in (train, train_prior))
     sampled = manifest["settings"]
-    drawn = asdict(generate.GenerateConfig(**driver.CAUTIOUS)) | {"position": None}
-    assert generate.GenerateConfig().sampling() == (TOP_SAMPLING, BOTTOM_SAMPLING)
+    drawn = asdict(generate.GenerateConfig(**driver.CAUTIOUS)) | {
+        "position": None,
+        "guidance": TOP_SAMPLING.guidance,
+    }
+    by_default = generate.GenerateConfig(guidance=TOP_SAMPLING.guidance)
+    assert by_default.sampling() == (TOP_SAMPLING, BOTTOM_SAMPLING)
     kept = {"out": "phantom"}, {"labels": 6}  # where it lies, and what its study told
     for found, settings, of_the_run in (
         (one["train"], asdict(first.train), kept[0]),

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -39,7 +40,9 @@ def save_models(folder, splits, model, prior):
     two = {"model_config": dataclasses.asdict(prior.config), "model": prior.state_dict()}
     two |= {"kind": "prior", "data": data, "epoch": 1, "top_shape": [8, 4]}
     two["autoencoder_sha256"] = runtime.sha256(folder / "vqvae2_best.pth")
-    runtime.save_checkpoint(folder / "prior_best.pth", two | {"codes_config": {"copies": 2}})
+    runtime.save_checkpoint(
+        folder / "prior_best.pth", two | {"codes_config": {"copies": 2, "rebuilt": 0.0}}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,17 @@ def made(trained, tmp_path_factory):
 def no_report(monkeypatch):
     """Sampling alone: most tests need no more."""
     monkeypatch.setattr(generate, "account", lambda *_: {})
+
+
+@pytest.mark.parametrize("rebuilt", (0.0, 1.0))
+def test_priors_of_rebuilt_layouts_are_guided_more(trained, tmp_path, no_report, rebuilt):
+    saved = runtime.load_checkpoint(trained[0] / "prior_best.pth", "prior")
+    prior = tmp_path / "prior.pth"
+    runtime.save_checkpoint(prior, saved | {"codes_config": {"copies": 2, "rebuilt": rebuilt}})
+    for asked, expected in ((math.nan, 3.0 if rebuilt else 1.0), (0.5, 0.5)):
+        generate.generate(config(trained, tmp_path, n=1, prior=str(prior), guidance=asked))
+        manifest = json.loads((tmp_path / "manifest.json").read_text())
+        assert manifest["settings"]["guidance"] == expected
 
 
 def test_files_are_named_and_say_what_they_are(made, trained, tmp_path):

@@ -170,7 +170,7 @@ def test_a_new_layout_is_composed_of_patients_with_the_same_organs(monkeypatch):
     composer = composer_of(known, tissue, positions, patients)
     rng = np.random.default_rng(0)
     for position in (0.0, 0.5, math.nan):
-        family = composer.family(rng.permutation(composer.near(position)))
+        family = composer.family(rng.permutation(composer.near(position)), rng)
         assert len(family) == layouts.PATIENTS == len(set(patients[family]))
         # Nine patients show the first organ, one the second, and the last slice is not used.
         assert not np.isin(9, patients[family]) and family.max() < 90
@@ -214,9 +214,31 @@ def test_a_family_is_of_slices_that_use_the_same_codes():
         return [frame, *best.values()][:8]
 
     expected = nearest(seen[nearest(seen[frame])[:4]].mean(0))
-    family = composer.family(np.array([frame]))
-    assert family.tolist() == expected
-    assert (patients[family[:5]] % 2 == patients[frame] % 2).all()  # five of nine are
+    family = composer.family(np.array([frame]), rng)
+    assert family[0] == frame and sorted(family) == sorted(expected)
+    assert (patients[expected[:5]] % 2 == patients[frame] % 2).all()  # five of nine are
+
+
+@pytest.mark.parametrize(("reach", "count"), ((1.0, 7), (layouts.REACH, 9), (100.0, 15)))
+def test_a_family_is_chosen_by_chance_from_patients_about_as_near(monkeypatch, reach, count):
+    """By brute force: those within reach of the seventh, but at most half of all patients."""
+    monkeypatch.setattr(layouts, "REACH", reach)
+    composer = composer_of(*patients_of_discs(31))
+    seen, patients, frame, rng = composer.seen, composer.patients, 7, np.random.default_rng(0)
+    others = [p for p in range(31) if p != patients[frame]]  # with the first organ
+    of = {p: np.flatnonzero(patients == p) for p in others}
+
+    def by_distance(to):
+        squared = {p: ((seen[i] - to) ** 2).sum(1) for p, i in of.items()}
+        return sorted((each.min(), of[p][each.argmin()]) for p, each in squared.items())
+
+    first = [i for _, i in by_distance(seen[frame])[:3]]
+    near = by_distance(seen[[frame, *first]].mean(0))
+    circle = {i for apart, i in near[:15] if apart <= reach * near[6][0] + 1e-9}
+    families = [composer.family(np.array([frame]), rng) for _ in range(100)]
+    assert all(family[0] == frame and len(set(family)) == 8 for family in families)
+    assert set(np.concatenate(families)) == circle | {frame}
+    assert len(circle) == count
 
 
 def test_the_frame_of_a_layout_gives_it_neither_tissue_nor_shape(monkeypatch):
@@ -226,7 +248,7 @@ def test_the_frame_of_a_layout_gives_it_neither_tissue_nor_shape(monkeypatch):
     monkeypatch.setattr(layouts, "mean_shape", lambda *of: given.append(of[0]) or shape(*of))
     family, displacements = layouts.Composer.family, layouts.Composer.displacements
     monkeypatch.setattr(
-        composer, "family", lambda order: families.append(family(composer, order)) or families[-1]
+        composer, "family", lambda *of: families.append(family(composer, *of)) or families[-1]
     )
     monkeypatch.setattr(
         composer, "displacements", lambda *of: laid.append(of) or displacements(composer, *of)
@@ -307,7 +329,7 @@ def test_a_layout_drawn_again_starts_from_a_slice_that_is_like_the_first_one(mon
     """Near the same position, in another order each time, and with another slice's fine detail."""
     composer = composer_of(*patients_of_discs())
     orders, family, details, shape = [], composer.family, set(), layouts.mean_shape
-    monkeypatch.setattr(composer, "family", lambda order: orders.append(order) or family(order))
+    monkeypatch.setattr(composer, "family", lambda *of: orders.append(of[0]) or family(*of))
     monkeypatch.setattr(layouts, "mean_shape", lambda *of: details.add(int(of[-1])) or shape(*of))
     for position in (math.nan, 0.2):
         orders.clear()
@@ -315,7 +337,7 @@ def test_a_layout_drawn_again_starts_from_a_slice_that_is_like_the_first_one(mon
         assert len({each.tobytes() for each in made}) == 3
         first, *rest = orders
         assert np.array_equal(first, rest[0]) and np.array_equal(first, rest[2])
-        frame, near = family(first)[0], composer.near(position)
+        frame, near = family(first, np.random.default_rng(0))[0], composer.near(position)
         apart = ((composer.seen[near] - composer.seen[frame]) ** 2).sum(1)
         alike = near[np.argsort(apart, kind="stable")][: max(8, len(near) // 4)]
         assert sorted(rest[1]) == sorted(rest[3]) == sorted(alike)
@@ -366,7 +388,7 @@ def test_tissue_is_composed_around_organs_of_one_s_own():
     assert bright[:, theirs].mean() < 0.1 < 0.4 < bright[:, around].mean()
     assert len(np.unique(new.reshape(20, -1), axis=0)) > 1  # other tissue by other seeds
     orders, family = [], composer.family
-    composer.family = lambda order: orders.append(order) or family(order)
+    composer.family = lambda *of: orders.append(of[0]) or family(*of)
     composer.draw([0.0, 1.0], [0, 0], [drawn] * 2)
     assert [positions[order[0]] for order in orders] == [0, 1]  # of slices that are alike
     bare, _ = composer.draw([0.5], [0], [0 * drawn])

@@ -259,7 +259,10 @@ def test_the_scoreboard_of_models_has_every_way_of_counting_bits(checkpoint, stu
     weights = Prior(config, (8, 4)).state_dict()
     prior = {"kind": "prior", "model_config": asdict(config), "model": weights, "epoch": 1}
     prior |= {"data": runtime.load_checkpoint(checkpoint, "vqvae2")["data"], "top_shape": [8, 4]}
-    prior |= {"codes_config": {"copies": 2}, "autoencoder_sha256": runtime.sha256(checkpoint)}
+    prior |= {
+        "codes_config": {"copies": 2, "rebuilt": 0.0},
+        "autoencoder_sha256": runtime.sha256(checkpoint),
+    }
     runtime.save_checkpoint(tmp_path / "prior.pth", prior)
     words = [checkpoint, other, "--prior", tmp_path / "prior.pth", "--out", tmp_path / "out"]
     words += ["--below", 41, "--sets", "first", "second", "--device", "cpu", "--files"]

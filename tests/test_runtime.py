@@ -251,7 +251,7 @@ OUT_OF_RANGE = {
     CodesConfig: {"bottom_every": [0], "rebuilt": [1.1]},
     GenerateConfig: {"n": [0], "top_temperature": [-1.0], "bottom_temperature": [math.nan]}
     | {"top_passes": [0, 10**6], "bottom_passes": [0], "top_spread": [-1.0, math.inf]}
-    | {"guidance": [-1.0], "position": [1.1, -0.1]}
+    | {"guidance": [-1.0, math.inf], "position": [1.1, -0.1]}
     | {"batch_size": [-1], "nnunet": ["Dataset1"]},
 }
 EACH = [
