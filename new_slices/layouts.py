@@ -367,20 +367,19 @@ class Slices:
 
         Only slices with the same organs are alike. A set of organs that less than four patients
         show is passed over, unless there is no other. An unusual slice is about as near to any
-        other, so what counts is the mean of it and of the three nearest. The seven are chosen by
-        chance from those that are about as near: of the seven nearest, a layout would lead back to
-        them.
+        other, so what counts is the mean of it and of the three nearest. A layout of the seven
+        nearest leads back to them. So the seven are chosen by chance from all that are about as
+        near, but from no more than half of all patients.
         """
         family, enough = np.array([], int), min(FEWEST, len(np.unique(self.patients)))
         for anchor in order:
             alike = np.flatnonzero((self.shown == self.shown[anchor]).all(1))
-            near = self.nearest(anchor, alike, self.seen[anchor])[: CORE - 1]
-            middle = self.seen[[anchor, *near]].mean(0)
+            first = self.nearest(anchor, alike, self.seen[anchor])[: CORE - 1]
+            middle = self.seen[[anchor, *first]].mean(0)
             others = self.nearest(anchor, alike, middle)
-            if len(others) >= PATIENTS:
-                apart = np.square(self.seen[others] - middle).sum(1)
-                reach = (apart <= REACH * apart[PATIENTS - 2]).sum()
-                others = others[: max(PATIENTS - 1, min(reach, len(others) // 2))]
+            apart = np.square(self.seen[others] - middle).sum(1)
+            near = (apart <= REACH * apart[: PATIENTS - 1].max(initial=0)).sum()
+            others = others[: max(PATIENTS - 1, min(near, len(others) // 2))]
             if len(others) >= len(family):
                 family = np.append(anchor, rng.permutation(others)[: PATIENTS - 1])
             if len(family) >= enough:

@@ -379,8 +379,8 @@ class Prior(nn.Module):
 
 
 def load_prior(path: Path | str, trained: Trained) -> tuple[StudyInfo, dict, Prior]:
-    """The study of priors, their CodesConfig as saved, and the priors; UserError for those of
-    another autoencoder.
+    """The study that priors learnt, in how many "copies" of each slice and with which share of
+    layouts "rebuilt" (CodesConfig), and the priors; UserError for those of another autoencoder.
     """
     saved = runtime.load_checkpoint(path, "prior")
     study = StudyInfo.from_checkpoint(saved, path)
