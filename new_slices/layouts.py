@@ -22,11 +22,14 @@ tissue is composed in this way, too: it learns to draw a whole picture from them
 
 What is composed of few patients can still come close to a slice of one of them. So a new layout is
 drawn again if it is closer to a training slice than 95 in 100 training slices are to any slice of
-another patient.
+another patient. It is also drawn again if its anatomy is impossible: if its organs do not occur
+together in the training slices near its position, or if one is larger, smaller, farther aside, more
+or less spread or rougher than in any of these.
 """
 
 import math
 from collections.abc import Sequence
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -45,7 +48,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset import NO_MASK, SliceDataset
-from new_slices.organs import nearest_positions
+from new_slices.organs import nearest_positions, plausible
 from support import runtime
 
 REGIONS = 6  # classes of tissue outside organs, by intensity
@@ -171,6 +174,28 @@ def equal_cells(queries: np.ndarray, slices: np.ndarray) -> np.ndarray:
     for each in np.unique(queries):
         equal += cells_of(queries, each) @ cells_of(slices, each).T
     return equal / queries[0].size
+
+
+def shapes_of(organs: np.ndarray, labels: int) -> np.ndarray:
+    """Organs (N, h, w) -> what each looks like, (N, labels - 1, 5); NaN where it is not shown.
+
+    Its area; the row and the column of its centre; the mean squared distance from there, over the
+    area; the squared length of its outline, over the area. In cells.
+    """
+    found = np.full((len(organs), max(labels, 1) - 1, 5), np.nan)
+    for organ in range(1, labels):
+        inside = np.pad(organs == organ, ((0, 0), (1, 1), (1, 1)))
+        size = inside.sum((1, 2))
+        area, means, spread = np.where(size, size, np.nan), [], 0
+        for axis in (2, 1):  # how many cells lie in each row, and in each column
+            counts = inside.sum(axis)
+            at = np.arange(counts.shape[1]) - 1  # of the rim that was added
+            means.append(counts @ at / area)
+            spread = spread + counts @ at**2 / area - means[-1] ** 2
+        outline = sum(np.diff(inside, axis=axis).sum((1, 2)) for axis in (1, 2))
+        shape = area, *means, spread / area, outline**2 / area
+        found[:, organ - 1] = np.stack(shape, 1)
+    return found
 
 
 def code_use(maps: np.ndarray) -> np.ndarray:
@@ -321,6 +346,7 @@ class Slices:
         self.layouts, self.known = layouts, np.flatnonzero(known)
         self.organs = np.where(layouts < labels, layouts, 0)[known]
         self.tissue, self.positions = tissue[known].astype(np.float64), positions[known]
+        self.shapes = shapes_of(self.organs, labels)
         self.depths = depths  # of all slices: a copy of the known ones would be large
         self.patients, self.borders, self.labels = patients[known], borders, labels
         shown = [(self.organs == organ).any((1, 2)) for organ in range(1, labels)]
@@ -416,6 +442,14 @@ class Slices:
         nobody = np.full(len(made), -1)
         return (self.nearest_of_others(made, nobody) > closest[:, None]).any(0)
 
+    def impossible(self, made: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """Which layouts (n, h, w) show organs as no training slice near their positions `at` (n,)
+        does, by `shapes_of`, or organs that do not occur together there: (n,).
+        """
+        new = shapes_of(np.where(made < self.labels, made, 0), self.labels)
+        together, fine = plausible(new, at, self.shapes, self.positions, tails=(0, 1))
+        return ~(together & fine.all(1))
+
     def nearest_of_others(self, made: np.ndarray, whose: np.ndarray) -> np.ndarray:
         """How alike layouts (n, h, w) of patients `whose` (n,) and the nearest slice of another
         patient are: (2, n). First by equal cells, also of slices a cell aside, then by the mean
@@ -448,17 +482,22 @@ class Composer(Slices):
         organs of the composed slices stick out, they become tissue of their intensity.
         """
         given = [None] * len(seeds) if own is None else own
-        asked = tqdm(list(zip(at, seeds, given, strict=True)), desc="layouts", disable=None)
-        made = [self.draw_one(*each) for each in asked]
-        if own is None:  # the user's own stay as they are
-            close, closest = np.arange(len(made)), self.closest()
-            for again in range(1, DRAWS):
-                close = close[self.too_close(np.stack([made[i][0] for i in close]), closest)]
-                if not len(close):
+        made, left, closest = {}, np.arange(len(seeds)), self.closest()
+        bar = tqdm(total=len(seeds), desc="layouts", disable=None)
+        with bar, runtime.thread_pool() as pool:
+            for again in range(DRAWS):
+                asked = ([each[i] for i in left] for each in (at, seeds, given))
+                made.update(zip(left, pool.map(self.draw_one, *asked, repeat(again)), strict=True))
+                if own is not None:  # these stay as they are
                     break
-                for i in close:
-                    made[i] = self.draw_one(at[i], seeds[i], again=again)
-        layouts, shapes = zip(*made, strict=True)
+                drawn = np.stack([made[i][0] for i in left])
+                impossible = self.impossible(drawn, np.asarray(at)[left])
+                left = left[impossible | self.too_close(drawn, closest)]
+                bar.update(len(drawn) - len(left))
+                if not len(left):
+                    break
+            bar.update(len(left))
+        layouts, shapes = zip(*(made[i] for i in range(len(seeds))), strict=True)
         return np.stack(layouts), shapes
 
     def draw_one(
