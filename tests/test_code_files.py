@@ -257,7 +257,7 @@ def test_a_scan_comes_back_from_its_codes_as_the_model_gives_it(models, tmp_path
 
 def test_another_process_finds_the_same_codes(models, coder, tmp_path, monkeypatch):
     """With other threads, and the arithmetic of PyTorch and MKL for the oldest CPUs."""
-    coded = random_planes(3)
+    coded = random_planes(2)
     (tmp_path / "a.vq2").write_bytes(coder.pack(header_of(), "axial", coded)[0])
     code = """
 import sys, pathlib, numpy
