@@ -22,9 +22,9 @@ tissue is composed in this way, too: it learns to draw a whole picture from them
 
 What is composed of few patients can still come close to a slice of one of them. So a new layout is
 drawn again if it is closer to a training slice than 95 in 100 training slices are to any slice of
-another patient. It is also drawn again if its anatomy is impossible: if its organs do not occur
-together in the training slices near its position, or if one is larger, smaller, farther aside, more
-or less spread or rougher than in any of these.
+another patient. It is also drawn again if its anatomy is impossible: if its organs (in a study
+without masks, its regions) do not occur together in the training slices near its position, or if
+one is larger, smaller, farther aside, more or less spread or rougher than in any of these.
 """
 
 import math
@@ -176,15 +176,15 @@ def equal_cells(queries: np.ndarray, slices: np.ndarray) -> np.ndarray:
     return equal / queries[0].size
 
 
-def shapes_of(organs: np.ndarray, labels: int) -> np.ndarray:
-    """Organs (N, h, w) -> what each looks like, (N, labels - 1, 5); NaN where it is not shown.
+def shapes_of(layouts: np.ndarray, count: int) -> np.ndarray:
+    """Layouts (N, h, w) -> what each class below `count` but 0 looks like, (N, count - 1, 5).
 
     Its area; the row and the column of its centre; the mean squared distance from there, over the
-    area; the squared length of its outline, over the area. In cells.
+    area; the squared length of its outline, over the area. In cells; NaN where it is not shown.
     """
-    found = np.full((len(organs), max(labels, 1) - 1, 5), np.nan)
-    for organ in range(1, labels):
-        inside = np.pad(organs == organ, ((0, 0), (1, 1), (1, 1)))
+    found = np.full((len(layouts), count - 1, 5), np.nan)
+    for kind in range(1, count):
+        inside = np.pad(layouts == kind, ((0, 0), (1, 1), (1, 1)))
         size = inside.sum((1, 2))
         area, means, spread = np.where(size, size, np.nan), [], 0
         for axis in (2, 1):  # how many cells lie in each row, and in each column
@@ -194,7 +194,7 @@ def shapes_of(organs: np.ndarray, labels: int) -> np.ndarray:
             spread = spread + counts @ at**2 / area - means[-1] ** 2
         outline = sum(np.diff(inside, axis=axis).sum((1, 2)) for axis in (1, 2))
         shape = area, *means, spread / area, outline**2 / area
-        found[:, organ - 1] = np.stack(shape, 1)
+        found[:, kind - 1] = np.stack(shape, 1)
     return found
 
 
@@ -346,7 +346,9 @@ class Slices:
         self.layouts, self.known = layouts, np.flatnonzero(known)
         self.organs = np.where(layouts < labels, layouts, 0)[known]
         self.tissue, self.positions = tissue[known].astype(np.float64), positions[known]
-        self.shapes = shapes_of(self.organs, labels)
+        # What has to look as in training slices: organs, or regions in a study without masks.
+        self.parts = labels or classes(labels)
+        self.shapes = shapes_of(layouts[known], self.parts)
         self.depths = depths  # of all slices: a copy of the known ones would be large
         self.patients, self.borders, self.labels = patients[known], borders, labels
         shown = [(self.organs == organ).any((1, 2)) for organ in range(1, labels)]
@@ -445,9 +447,10 @@ class Slices:
 
     def impossible(self, made: np.ndarray, at: np.ndarray) -> np.ndarray:
         """Which layouts (n, h, w) show organs as no training slice near their positions `at` (n,)
-        does, by `shapes_of`, or organs that do not occur together there: (n,).
+        does, by `shapes_of`, or organs that do not occur together there: (n,). Without masks,
+        regions stand for organs.
         """
-        new = shapes_of(np.where(made < self.labels, made, 0), self.labels)
+        new = shapes_of(made, self.parts)
         together, fine = plausible(new, at, self.shapes, self.positions, tails=(0, 1))
         return ~(together & fine.all(1))
 
