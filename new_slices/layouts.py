@@ -176,7 +176,7 @@ def equal_cells(queries: np.ndarray, slices: np.ndarray) -> np.ndarray:
     return equal / queries[0].size
 
 
-def shapes_of(layouts: np.ndarray, count: int) -> np.ndarray:
+def measure_classes(layouts: np.ndarray, count: int) -> np.ndarray:
     """Layouts (N, h, w) -> what each class below `count` but 0 looks like, (N, count - 1, 5).
 
     Its area; the row and the column of its centre; the mean squared distance from there, over the
@@ -348,7 +348,7 @@ class Slices:
         self.tissue, self.positions = tissue[known].astype(np.float64), positions[known]
         # What has to look as in training slices: organs, or regions in a study without masks.
         self.parts = labels or classes(labels)
-        self.shapes = shapes_of(layouts[known], self.parts)
+        self.measured = measure_classes(layouts[known], self.parts)
         self.depths = depths  # of all slices: a copy of the known ones would be large
         self.patients, self.borders, self.labels = patients[known], borders, labels
         shown = [(self.organs == organ).any((1, 2)) for organ in range(1, labels)]
@@ -447,11 +447,11 @@ class Slices:
 
     def impossible(self, made: np.ndarray, at: np.ndarray) -> np.ndarray:
         """Which layouts (n, h, w) show organs as no training slice near their positions `at` (n,)
-        does, by `shapes_of`, or organs that do not occur together there: (n,). Without masks,
+        does, by `measure_classes`, or organs that do not occur together there: (n,). Without masks,
         regions stand for organs.
         """
-        new = shapes_of(made, self.parts)
-        together, fine = plausible(new, at, self.shapes, self.positions, tails=(0, 1))
+        new = measure_classes(made, self.parts)
+        together, fine = plausible(new, at, self.measured, self.positions, tails=(0, 1))
         return ~(together & fine.all(1))
 
     def nearest_of_others(self, made: np.ndarray, whose: np.ndarray) -> np.ndarray:

@@ -325,10 +325,10 @@ def test_a_layout_too_close_to_a_training_slice_is_drawn_again(monkeypatch):
     assert np.array_equal(composer.draw([0.2], [1], own)[0][0], slices[12]) and len(asked) == 1
 
 
-def test_shapes_of_organs_by_brute_force():
+def test_classes_are_measured_as_by_brute_force():
     organs = np.random.default_rng(0).integers(0, 3, (3, 24, 16))
     organs[1][organs[1] == 2] = 0
-    found = layouts.shapes_of(organs, 3)
+    found = layouts.measure_classes(organs, 3)
     assert found.shape == (3, 2, 5) and np.isnan(found).sum() == 5 and np.isnan(found[1, 1]).all()
     for slice_, organ in ((0, 1), (0, 2), (1, 1), (2, 1), (2, 2)):
         inside = {tuple(place) for place in np.argwhere(organs[slice_] == organ)}
