@@ -487,20 +487,22 @@ class Composer(Slices):
         """
         given = [None] * len(seeds) if own is None else own
         made, left, closest = {}, np.arange(len(seeds)), self.closest()
-        bar = tqdm(total=len(seeds), desc="layouts", disable=None)
+        bar = tqdm(total=len(seeds), desc="layouts", unit=" draws", disable=None)
         with bar, runtime.thread_pool() as pool:
             for again in range(DRAWS):
                 asked = ([each[i] for i in left] for each in (at, seeds, given))
-                made.update(zip(left, pool.map(self.draw_one, *asked, repeat(again)), strict=True))
+                draws = pool.map(self.draw_one, *asked, repeat(again))
+                for i, drawn in zip(left, draws, strict=True):
+                    made[i] = drawn
+                    bar.update()
                 if own is not None:  # these stay as they are
                     break
-                drawn = np.stack([made[i][0] for i in left])
-                impossible = self.impossible(drawn, np.asarray(at)[left])
-                left = left[impossible | self.too_close(drawn, closest)]
-                bar.update(len(drawn) - len(left))
+                new = np.stack([made[i][0] for i in left])
+                impossible = self.impossible(new, np.asarray(at)[left])
+                left = left[impossible | self.too_close(new, closest)]
                 if not len(left):
                     break
-            bar.update(len(left))
+                bar.total += len(left)
         layouts, shapes = zip(*(made[i] for i in range(len(seeds))), strict=True)
         return np.stack(layouts), shapes
 
