@@ -74,7 +74,7 @@ def bodies(n, seed=0):
 def test_plausible_slices_are_told_from_broken_ones():
     positions, masks = bodies(500)
     real = organs.measure(masks, 3)
-    asked, fresh = bodies(120, seed=1)
+    asked, fresh = bodies(60, seed=1)
 
     def share(masks, positions=asked):
         together, fine = organs.plausible(
