@@ -329,7 +329,7 @@ def mean_shape(
 
 
 class Slices:
-    """The training slices of a study: which of them are alike, and what comes too close to them.
+    """The training slices of a study: which are alike, what comes too close, what is impossible.
 
     Args:
         layouts (N, h, w), tissue (N, h, w): of the training slices; those without a mask in a study
@@ -347,8 +347,8 @@ class Slices:
         self.organs = np.where(layouts < labels, layouts, 0)[known]
         self.tissue, self.positions = tissue[known].astype(np.float64), positions[known]
         # What has to look as in training slices: organs, or regions in a study without masks.
-        self.parts = labels or classes(labels)
-        self.measured = measure_classes(layouts[known], self.parts)
+        self.kinds = labels or classes(labels)
+        self.measured = measure_classes(layouts[known], self.kinds)
         self.depths = depths  # of all slices: a copy of the known ones would be large
         self.patients, self.borders, self.labels = patients[known], borders, labels
         shown = [(self.organs == organ).any((1, 2)) for organ in range(1, labels)]
@@ -445,12 +445,12 @@ class Slices:
         nobody = np.full(len(made), -1)
         return (self.nearest_of_others(made, nobody) > closest[:, None]).any(0)
 
-    def impossible(self, made: np.ndarray, at: np.ndarray) -> np.ndarray:
+    def impossible(self, made: np.ndarray, at: Sequence[float]) -> np.ndarray:
         """Which layouts (n, h, w) show organs as no training slice near their positions `at` (n,)
         does, by `measure_classes`, or organs that do not occur together there: (n,). Without masks,
         regions stand for organs.
         """
-        new = measure_classes(made, self.parts)
+        new = measure_classes(made, self.kinds)
         together, fine = plausible(new, at, self.measured, self.positions, tails=(0, 1))
         return ~(together & fine.all(1))
 
@@ -486,24 +486,25 @@ class Composer(Slices):
         organs of the composed slices stick out, they become tissue of their intensity.
         """
         given = [None] * len(seeds) if own is None else own
-        made, left, closest = {}, np.arange(len(seeds)), self.closest()
+        # The user's own stay as they are, however close to a training slice.
+        closest = self.closest() if own is None else None
+        made, left = [None] * len(seeds), np.arange(len(seeds))
         bar = tqdm(total=len(seeds), desc="layouts", unit=" draws", disable=None)
         with bar, runtime.thread_pool() as pool:
             for again in range(DRAWS):
-                asked = ([each[i] for i in left] for each in (at, seeds, given))
+                asked = [[each[i] for i in left] for each in (at, seeds, given)]
                 draws = pool.map(self.draw_one, *asked, repeat(again))
                 for i, drawn in zip(left, draws, strict=True):
                     made[i] = drawn
                     bar.update()
-                if own is not None:  # these stay as they are
+                if closest is None:
                     break
                 new = np.stack([made[i][0] for i in left])
-                impossible = self.impossible(new, np.asarray(at)[left])
-                left = left[impossible | self.too_close(new, closest)]
+                left = left[self.impossible(new, asked[0]) | self.too_close(new, closest)]
                 if not len(left):
                     break
                 bar.total += len(left)
-        layouts, shapes = zip(*(made[i] for i in range(len(seeds))), strict=True)
+        layouts, shapes = zip(*made, strict=True)
         return np.stack(layouts), shapes
 
     def draw_one(

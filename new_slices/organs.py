@@ -280,12 +280,12 @@ def nearest_positions(position: float, positions: np.ndarray) -> np.ndarray:
 
 def plausible(
     measured: np.ndarray,
-    positions: np.ndarray,
+    positions: Sequence[float],
     real: np.ndarray,
     real_positions: np.ndarray,
     tails: tuple[float, float] = TAILS,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Whether slices look like real ones near their positions, by the `measure` of both.
+    """Whether slices look like real ones near their positions, by measurements of both.
 
     A slice is compared with the 128 real slices whose positions are nearest, with all of them where
     its own is unknown. At least 1 % of these must show just the organs that it shows. Each
