@@ -24,11 +24,15 @@ What is composed of few patients can still come close to a slice of one of them.
 drawn again if it is closer to a training slice than 95 in 100 training slices are to any slice of
 another patient. It is also drawn again if its anatomy is impossible: if its organs (in a study
 without masks, its regions) do not occur together in the training slices near its position, or if
-one is larger, smaller, farther aside, more or less spread or rougher than in any of these.
+one is larger, smaller, farther aside, more or less spread or rougher than in any of these. And it
+is drawn again if its organs are most like those of a patient whom it is composed of: whose masks
+went into a new one should not be told by who is nearest (compare the plausible deniability of
+Bindschaedler et al. 2017, arXiv 1708.07975).
 """
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import repeat
 
 import numpy as np
@@ -59,6 +63,7 @@ NEARBY = 0.1  # the share of the training slices, nearest in position, that a la
 PATIENTS = 8  # that a layout is composed of, or fewer
 CORE = 4  # of these, that say what all should be like
 REACH = 1.2  # how much farther than the seven nearest the others may be, as a squared distance
+OF_ALL = 3  # of so many patients, one may go into a layout
 FEWEST = 4  # patients: organs that fewer show together are not drawn
 DEEPEST = 8.0  # cells: signed distances end here
 DEPTHS = 15  # steps a cell, in which those of training slices are kept, as int8
@@ -74,7 +79,7 @@ KNOTS = (3, 2)  # of the smooth random fields that the weights and the bending a
 CLOSEST = 0.95  # share of the training slices, see `closest`
 REFERENCES = 256  # of them, or up to twice as many, that say how close a new layout may come
 ASIDE = [(row, column) for row in (0, -1, 1) for column in (0, -1, 1)]  # cells
-DRAWS = 16  # at most, until a layout is far enough
+DRAWS = 16  # at most, until a layout has no fault
 REBUILT = 4  # how often each training slice's layout is rebuilt, with tissue of others
 BENT = 0.35  # the standard deviation of bends and moves, over that by which patients differ
 
@@ -329,7 +334,7 @@ def mean_shape(
 
 
 class Slices:
-    """The training slices of a study: which are alike, what comes too close, what is impossible.
+    """The training slices of a study, and which of them are alike.
 
     Args:
         layouts (N, h, w), tissue (N, h, w): of the training slices; those without a mask in a study
@@ -397,7 +402,8 @@ class Slices:
         show is passed over, unless there is no other. An unusual slice is about as near to any
         other, so what counts is the mean of it and of the three nearest. A layout of the seven
         nearest leads back to them. So the seven are chosen by chance from all that are about as
-        near, but from no more than half of all patients.
+        near. But no more than a third of all patients come into question, so that there are others
+        whom the layout may be like.
         """
         family, enough = np.array([], int), min(FEWEST, len(np.unique(self.patients)))
         for anchor in order:
@@ -407,7 +413,7 @@ class Slices:
             others = self.nearest(anchor, alike, middle)
             apart = np.square(self.seen[others] - middle).sum(1)
             near = (apart <= REACH * apart[: PATIENTS - 1].max(initial=0)).sum()
-            others = others[: max(PATIENTS - 1, min(near, len(others) // 2))]
+            others = others[: max(FEWEST - 1, min(near, len(others) // OF_ALL))]
             if len(others) >= len(family):
                 family = np.append(anchor, rng.permutation(others)[: PATIENTS - 1])
             if len(family) >= enough:
@@ -429,21 +435,36 @@ class Slices:
         apart = self.sizes[slices] - 2 * np.einsum("ij,j", self.seen[slices], seen)
         return slices[np.argsort(apart, kind="stable")]
 
+
+class Critic(Slices):
+    """Says what is wrong with new layouts, beside the training slices."""
+
+    def faults(
+        self, made: np.ndarray, at: Sequence[float], families: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """How bad layouts (n, h, w) are that are made of the slices `families`: (n,).
+
+        0: no fault. 1: it leads back to a patient, as its organs are most like those of one whose
+        slice is in it, by mean Dice. 2 or 3: it is too close to a training slice, or impossible.
+        """
+        alike, nearest = self.nearest_of_others(made, np.full(len(made), -1))
+        too_close = (alike > self.closest[:, None]).any(0)
+        entered, everyone = [self.patients[each] for each in families], len(set(self.patients))
+        # What is made of all patients has to be most like one of them.
+        back = [one in of and len(of) < everyone for one, of in zip(nearest, entered, strict=True)]
+        return 2 * (too_close | self.impossible(made, at)) + (back & (alike[1] > 0))
+
+    @cached_property
     def closest(self) -> np.ndarray:
         """How alike a new layout and a training slice may be, (2,) as in `nearest_of_others`.
 
         In 95 of 100 training slices, the most similar one of another patient is less alike.
         """
         some = np.arange(len(self.known))[:: max(1, len(self.known) // REFERENCES)]
-        alike = self.nearest_of_others(self.layouts[self.known[some]], self.patients[some])
+        alike, _ = self.nearest_of_others(self.layouts[self.known[some]], self.patients[some])
         # Slices without an organ are like no other by organs, and those of one patient like none.
         found = [each[each > 0] for each in alike]
         return np.array([np.quantile(each, CLOSEST) if len(each) else 1 for each in found])
-
-    def too_close(self, made: np.ndarray, closest: np.ndarray) -> np.ndarray:
-        """Which layouts (n, h, w) are more like a training slice than `closest` allows: (n,)."""
-        nobody = np.full(len(made), -1)
-        return (self.nearest_of_others(made, nobody) > closest[:, None]).any(0)
 
     def impossible(self, made: np.ndarray, at: Sequence[float]) -> np.ndarray:
         """Which layouts (n, h, w) show organs as no training slice near their positions `at` (n,)
@@ -454,12 +475,14 @@ class Slices:
         together, fine = plausible(new, at, self.measured, self.positions, tails=(0, 1))
         return ~(together & fine.all(1))
 
-    def nearest_of_others(self, made: np.ndarray, whose: np.ndarray) -> np.ndarray:
+    def nearest_of_others(
+        self, made: np.ndarray, whose: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """How alike layouts (n, h, w) of patients `whose` (n,) and the nearest slice of another
         patient are: (2, n). First by equal cells, also of slices a cell aside, then by the mean
-        Dice of organs, 0 without masks.
+        Dice of organs, 0 without masks. Also the patient who is nearest by Dice, (n,).
         """
-        slices, found = self.layouts[self.known], []
+        slices, found, nearest = self.layouts[self.known], [], []
         for rows in runtime.batches(np.arange(len(made))):  # or memory might not do
             part, own = made[rows], whose[rows]
             # Every second row and column: in a quarter of the time.
@@ -469,10 +492,11 @@ class Slices:
             alike = np.stack([equal, organ_dice(part, slices, self.labels)])
             alike[:, own[:, None] == self.patients] = 0
             found.append(alike.max(2))
-        return np.concatenate(found, 1)
+            nearest.append(self.patients[alike[1].argmax(1)])
+        return np.concatenate(found, 1), np.concatenate(nearest)
 
 
-class Composer(Slices):
+class Composer(Critic):
     """Draws new layouts from the training slices of a study."""
 
     def draw(
@@ -480,48 +504,60 @@ class Composer(Slices):
     ) -> tuple[np.ndarray, Sequence[np.ndarray]]:
         """New layouts (n, h, w) int64 at positions `at` (n,), NaN for any, each by its own seed.
 
-        Also n signed distances (labels, h, w) float32: the highest says which organ a cell shows.
+        One with faults is drawn again, and the best of its draws is taken. Also n signed distances
+        (labels, h, w) float32: the highest says which organ a cell shows.
+
         `own` (n, h, w) are organs of the user's own: tissue is then composed of the slices whose
         organs are most like them, whatever their position, and moved to where these lie. Where
         organs of the composed slices stick out, they become tissue of their intensity.
         """
-        given = [None] * len(seeds) if own is None else own
-        # The user's own stay as they are, however close to a training slice.
-        closest = self.closest() if own is None else None
-        made, left = [None] * len(seeds), np.arange(len(seeds))
-        bar = tqdm(total=len(seeds), desc="layouts", unit=" draws", disable=None)
+        count, given = len(seeds), [None] * len(seeds) if own is None else own
+        made, first, left = [None] * count, [None] * count, np.arange(count)
+        faults = np.full(count, 9)
+        bar = tqdm(total=count, desc="layouts", unit=" draws", disable=None)
         with bar, runtime.thread_pool() as pool:
             for again in range(DRAWS):
-                asked = [[each[i] for i in left] for each in (at, seeds, given)]
-                draws = pool.map(self.draw_one, *asked, repeat(again))
-                for i, drawn in zip(left, draws, strict=True):
-                    made[i] = drawn
+                drawn, asked = [], [[each[i] for i in left] for each in (at, seeds, given, first)]
+                for each in pool.map(self.draw_one, *asked, repeat(again)):
+                    drawn.append(each)
                     bar.update()
-                if closest is None:
-                    break
-                new = np.stack([made[i][0] for i in left])
-                left = left[self.impossible(new, asked[0]) | self.too_close(new, closest)]
+                new, _, families = zip(*drawn, strict=True)
+                if not again:
+                    first = [family[0] for family in families]
+                # The user's own stay as they are, whatever they are like.
+                found = np.zeros(len(left))
+                if own is None:
+                    found = self.faults(np.stack(new), asked[0], families)
+                for i, each, fault in zip(left, drawn, found, strict=True):
+                    if fault < faults[i]:
+                        made[i], faults[i] = each, fault
+                left = left[faults[left] > 0]
                 if not len(left):
                     break
                 bar.total += len(left)
-        layouts, shapes = zip(*made, strict=True)
+        layouts, shapes, _ = zip(*made, strict=True)
         return np.stack(layouts), shapes
 
     def draw_one(
-        self, position: float, seed: int, own: np.ndarray | None = None, again: int = 0
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """One layout (h, w) and its signed distances (labels, h, w).
+        self,
+        position: float,
+        seed: int,
+        own: np.ndarray | None = None,
+        first: int | None = None,
+        again: int = 0,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One layout (h, w), its signed distances (labels, h, w), the slices that it is made of.
 
-        Drawn `again`, it starts from a slice that is like the one it started from at first.
+        Drawn `again`, it starts from a slice that is like the one it started from at `first`.
         """
-        rng = np.random.default_rng(seed)
-        if own is None:
-            family = self.family(rng.permutation(self.near(position)), rng)
-        else:
-            family = self.family(self.most_alike(own, position), rng)
+        rng = np.random.default_rng((seed, again) if again else seed)
         if again:
-            rng = np.random.default_rng((seed, again))
-            family = self.family(rng.permutation(self.near_alike(position, family[0])), rng)
+            order = rng.permutation(self.near_alike(position, first))
+        elif own is None:
+            order = rng.permutation(self.near(position))
+        else:
+            order = self.most_alike(own, position)
+        family = self.family(order, rng)
         members, laid, parts = self.lay(family)
         cells, count, frame = self.tissue.shape[1:], len(members), family[0]
         # Tissue is of other slices in every place; a shape is of one mixture in all its parts, or
@@ -543,7 +579,7 @@ class Composer(Slices):
             source = bend + (centre(self.organs[frame]) - centre(own))[:, None, None]
             shape = signed_distances(own, self.labels, cells)
         layout = compose(warped(tissue, source), shape.argmax(0), self.borders, self.labels)
-        return layout, shape.astype(np.float32)
+        return layout, shape.astype(np.float32), family
 
     def rebuild(self, index: int) -> np.ndarray:
         """Layouts (REBUILT, h, w) of training slice `index`: its organs, tissue as of new ones."""

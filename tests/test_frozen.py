@@ -132,7 +132,7 @@ def new_layouts() -> dict:
     composer = layouts.Composer(known, tissue, depths, *where)
     drawn, shapes = composer.draw([0.1, 0.5, 0.9, math.nan], range(4))
     found = {"known": known, "depths": depths, "drawn": drawn, "shapes": np.stack(shapes)}
-    return found | {"rebuilt": composer.rebuild(5), "closest": composer.closest()}
+    return found | {"rebuilt": composer.rebuild(5), "closest": composer.closest}
 
 
 def altered() -> dict:
