@@ -79,7 +79,7 @@ KNOTS = (3, 2)  # of the smooth random fields that the weights and the bending a
 CLOSEST = 0.95  # share of the training slices, see `closest`
 REFERENCES = 256  # of them, or up to twice as many, that say how close a new layout may come
 ASIDE = [(row, column) for row in (0, -1, 1) for column in (0, -1, 1)]  # cells
-DRAWS = 16  # at most, until a layout has no fault
+DRAWS = 32  # at most, until a layout has no fault
 REBUILT = 4  # how often each training slice's layout is rebuilt, with tissue of others
 BENT = 0.35  # the standard deviation of bends and moves, over that by which patients differ
 

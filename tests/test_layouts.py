@@ -323,7 +323,7 @@ def test_a_layout_too_close_to_a_training_slice_is_drawn_again(monkeypatch):
         layouts.Composer, "draw_one", lambda *of: draws.append(of[-1]) or (slices[12], far, [0])
     )
     assert np.array_equal(composer.draw([0.2], [0])[0][0], slices[12])  # in the end, as it is
-    assert draws == list(range(16))
+    assert draws == list(range(32))
     asked.clear()
     monkeypatch.setattr(layouts.Composer, "draw_one", draw_one)
     own = np.zeros_like(slices[:1])
@@ -384,9 +384,9 @@ def test_a_layout_most_like_a_patient_of_whom_it_is_made_is_drawn_again(monkeypa
     assert composer.faults(other, [0.5] * 21, families).min() >= 2
     every = [np.arange(100)] * 21  # of all patients: it cannot but be most like one of them
     assert not composer.faults(made, [0.5] * 21, every).any()
-    draws = [(np.array([draw]), made[0], [0]) for draw in range(16)]
+    draws = [(np.array([draw]), made[0], [0]) for draw in range(32)]
     monkeypatch.setattr(composer, "draw_one", lambda *of: draws[of[-1]])
-    for tries, best in ((2, 1), (3, 2), (5, 2), (16, 5)):
+    for tries, best in ((2, 1), (3, 2), (5, 2), (32, 5)):
         faults = iter((3, 2, 1, 3, 1, 0, 0))
         monkeypatch.setattr(composer, "faults", lambda *_, left=faults: np.array([next(left)]))
         monkeypatch.setattr(layouts, "DRAWS", tries)
