@@ -39,14 +39,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.cluster.vq import kmeans2
-from scipy.ndimage import (
-    binary_erosion,
-    distance_transform_edt,
-    gaussian_filter,
-    label,
-    map_coordinates,
-    zoom,
-)
+from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filter, label, zoom
 from scipy.special import softmax
 from torch import Tensor
 from tqdm import tqdm
@@ -259,14 +252,18 @@ def centre(organs: np.ndarray) -> np.ndarray:
 
 def warped(fields: np.ndarray, there: np.ndarray) -> np.ndarray:
     """Fields (..., h, w), read in each cell at that cell plus an offset `there`, (2, h, w)."""
-    at, flat = np.indices(fields.shape[-2:]) + there, fields.reshape(-1, *fields.shape[-2:])
-    read = [map_coordinates(field, at, order=1, mode="nearest") for field in flat]
-    return np.reshape(read, fields.shape)
+    return each_warped(fields[None], there[None])[0]
 
 
 def each_warped(fields: np.ndarray, there: np.ndarray) -> np.ndarray:
     """Fields (n, ..., h, w), those of each of n read at its own offsets, (n, 2, h, w)."""
-    return np.stack([warped(*pair) for pair in zip(fields, there, strict=True)])
+    h, w = fields.shape[-2:]
+    # PyTorch counts from -1 to 1 between the middles of the first and the last cell, columns first.
+    at = (np.indices((h, w)) + there) / np.array([h - 1, w - 1])[:, None, None] * 2 - 1
+    at = torch.from_numpy(at[:, ::-1].transpose(0, 2, 3, 1).astype(fields.dtype))
+    flat = torch.from_numpy(np.ascontiguousarray(fields).reshape(len(fields), -1, h, w))
+    found = F.grid_sample(flat, at, padding_mode="border", align_corners=True)
+    return found.numpy().reshape(fields.shape)
 
 
 def optical_flow(frame: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, map_coordinates
 from skimage.registration import optical_flow_ilk
 from test_prior import TINY, make_prior, random_maps
 
@@ -533,6 +533,18 @@ def test_a_layout_of_slices_that_lie_alike_is_bent_by_a_third_of_a_cell(monkeypa
         composer.draw_one(0.0, seed)
     fields = layouts.random_fields(np.random.default_rng(0), 400, (24, 16))
     assert np.std(bends) == pytest.approx(0.35 * (1 + fields.var()) ** 0.5, rel=0.15)
+
+
+def test_fields_are_read_between_cells_as_scipy_does():
+    """Each at its own offsets, also beyond the edge."""
+    rng = np.random.default_rng(0)
+    fields, there = rng.normal(size=(3, 2, 24, 16)), rng.normal(0, 5, (3, 2, 24, 16))
+    found = layouts.each_warped(fields, there)
+    for made, pair, offsets in zip(found, fields, there, strict=True):
+        at = np.stack([ROWS, COLUMNS]) + offsets
+        expected = [map_coordinates(each, at, order=1, mode="nearest") for each in pair]
+        np.testing.assert_allclose(made, expected, atol=1e-12)
+        np.testing.assert_allclose(layouts.warped(pair[0], offsets), expected[0], atol=1e-12)
 
 
 def test_the_way_back_leads_back():
