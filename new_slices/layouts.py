@@ -508,9 +508,10 @@ class Composer(Critic):
         organs are most like them, whatever their position, and moved to where these lie. Where
         organs of the composed slices stick out, they become tissue of their intensity.
         """
-        count, given = len(seeds), [None] * len(seeds) if own is None else own
-        made, first, left = [None] * count, [None] * count, np.arange(count)
-        faults = np.full(count, 9)
+        count, nothing = len(seeds), [None] * len(seeds)
+        given = nothing if own is None else own
+        made, faults = list(nothing), np.full(count, 9)  # the best draw of each, how bad it is
+        first, left = nothing, np.arange(count)  # the slice that each began with; who is drawn
         bar = tqdm(total=count, desc="layouts", unit=" draws", disable=None)
         with bar, runtime.thread_pool() as pool:
             for again in range(DRAWS):
@@ -521,9 +522,8 @@ class Composer(Critic):
                 new, _, families = zip(*drawn, strict=True)
                 if not again:
                     first = [family[0] for family in families]
-                # The user's own stay as they are, whatever they are like.
                 found = np.zeros(len(left))
-                if own is None:
+                if own is None:  # the user's own stay as they are, whatever they are like
                     found = self.faults(np.stack(new), asked[0], families)
                 for i, each, fault in zip(left, drawn, found, strict=True):
                     if fault < faults[i]:
