@@ -497,7 +497,8 @@ def plan(
         drawn = middles(torch.from_numpy(own), composer.organs.shape[1:]).numpy().astype(int)
         if math.isnan(config.position):
             positions = composer.positions[[composer.most_alike(each)[0] for each in drawn]]
-            twins = np.array([nearest_positions(each, test.positions)[0] for each in positions])
+            beside = [nearest_positions(each, test.positions)[0] for each in positions]
+            twins = np.where(np.isnan(positions), twins, beside)  # without positions, any slice
     return twins, positions, *composer.draw(positions, seeds_of(config), drawn)
 
 

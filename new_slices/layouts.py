@@ -205,7 +205,8 @@ def code_use(maps: np.ndarray) -> np.ndarray:
 
 def of_one_scale(features: np.ndarray) -> np.ndarray:
     """Features (N, F), divided by the root of their mean squared distance from their mean."""
-    return features / max(np.sqrt(features.var(0).sum()), 1e-9)
+    scale = np.sqrt(features.var(0).sum())
+    return features / (scale if scale > 1e-9 else math.inf)  # what is the same in all tells nothing
 
 
 # ---- new layouts ---------------------------------------------------------------------------------
@@ -355,8 +356,9 @@ class Slices:
         self.patients, self.borders, self.labels = patients[known], borders, labels
         shown = [(self.organs == organ).any((1, 2)) for organ in range(1, labels)]
         self.shown = np.stack([np.ones(len(self.organs), bool), *shown], 1)  # which organs
-        organs = [WEIGHT * (self.organs == organ) for organ in range(1, labels)]
-        places = [field[:, 1::2, 1::2] for field in (self.tissue, *organs)]
+        few = slice(None), slice(1, None, 2), slice(1, None, 2)
+        places = [self.tissue[few]]
+        places += [WEIGHT * (self.organs[few] == organ) for organ in range(1, labels)]
         places = np.concatenate(places, 1).reshape(len(self.tissue), -1)
         # Slices are alike by what lies where, and by the codes they use, wherever: those tell
         # organs and sequences apart that are as bright in the same places.
@@ -375,11 +377,13 @@ class Slices:
         return order if np.isnan(position) else order[: max(PATIENTS, round(NEARBY * len(order)))]
 
     def near_alike(self, position: float, slice_: int) -> np.ndarray:
-        """The quarter of `near`, at least 8, that is most like a slice: indices.
+        """The quarter, at least 8, that is most like a slice, of those in `near` with its organs.
 
-        With any slice of `near` instead, kinds of slices that often come too close would be rare.
+        Indices. With any slice of `near` instead, kinds of slices that often have a fault would be
+        rare: such that few patients show, or that often come too close.
         """
         near = self.near(position)
+        near = near[(self.shown[near] == self.shown[slice_]).all(1)]
         return self.by_distance(near, self.seen[slice_])[: max(PATIENTS, len(near) // 4)]
 
     def most_alike(self, organs: np.ndarray, position: float = math.nan) -> np.ndarray:
@@ -399,8 +403,8 @@ class Slices:
         show is passed over, unless there is no other. An unusual slice is about as near to any
         other, so what counts is the mean of it and of the three nearest. A layout of the seven
         nearest leads back to them. So the seven are chosen by chance from all that are about as
-        near. But no more than a third of all patients come into question, so that there are others
-        whom the layout may be like.
+        near. But no more than a third of all patients with these organs come into question, if that
+        leaves enough, so that there are others whom the layout may be like.
         """
         family, enough = np.array([], int), min(FEWEST, len(np.unique(self.patients)))
         for anchor in order:
@@ -446,10 +450,13 @@ class Critic(Slices):
         """
         alike, nearest = self.nearest_of_others(made, np.full(len(made), -1))
         too_close = (alike > self.closest[:, None]).any(0)
-        entered, everyone = [self.patients[each] for each in families], len(set(self.patients))
-        # What is made of all patients has to be most like one of them.
-        back = [one in of and len(of) < everyone for one, of in zip(nearest, entered, strict=True)]
-        return 2 * (too_close | self.impossible(made, at)) + (back & (alike[1] > 0))
+        back = alike[1] > 0
+        for i, family in enumerate(families):
+            same = (self.shown == self.shown[family[0]]).all(1)
+            # What is made of all patients with these organs has to be most like one of them.
+            others = len(set(self.patients[same])) > len(family)
+            back[i] &= others and nearest[i] in self.patients[family]
+        return 2 * (too_close | self.impossible(made, at)) + back
 
     @cached_property
     def closest(self) -> np.ndarray:

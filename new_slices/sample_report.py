@@ -190,7 +190,7 @@ def make_rows(inputs: Inputs, rng: np.random.Generator) -> dict[str, Row]:
     ]
     halves, middle = images.copy(), images.shape[1] // 2
     halves[:, :middle] = inputs.images("train", np.array(partners))[:, :middle]
-    mixed, mixed_masks = inputs.decode(top, np.roll(bottom, 1 + n // 2, axis=0))
+    mixed, mixed_masks = inputs.decode(top, np.roll(bottom, min(1 + n // 2, n - 1), axis=0))
     by_place = [redrawn(inputs.codes[f"train_{level}"][0], n, rng) for level in LEVELS]
     known = validate.masks(chosen).numpy() if validate.labels else np.zeros(images.shape, np.uint8)
     outside = np.isin(known, not_organs(known))

@@ -423,6 +423,21 @@ def test_samples_of_a_position_stand_beside_test_slices_near_it(trained, tmp_pat
         assert (asked == position).all()
 
 
+def test_own_masks_without_positions_stand_beside_different_slices(trained, tmp_path):
+    test, own = trained[3]["test"], np.zeros((4, 32, 16), np.uint8)
+    positions = np.array([np.nan, 0.0, np.nan])
+    order = iter([0, 1, 2, 0])
+    composer = SimpleNamespace(organs=np.zeros((1, 8, 4)), positions=positions)
+    composer.most_alike = lambda _: [next(order)]
+    composer.draw = lambda *_: (None, None)
+    settings = config(trained, tmp_path, n=4)
+    twins, asked, *_ = generate.plan(settings, composer, own, test)
+    expected = generate.choose_twins(settings, test)[0]
+    expected[1] = np.abs(test.positions).argmin()
+    assert np.isnan(asked).tolist() == [True, False, True, True]
+    assert twins.tolist() == expected.tolist() and len(set(twins)) > 1
+
+
 def test_models_that_are_not_a_pair(trained, tmp_path):
     _, model, prior, splits = trained
     save_models(tmp_path, splits, model, prior)

@@ -213,6 +213,12 @@ def test_features_of_a_folder(folders, tmp_path, monkeypatch):
         np.testing.assert_allclose(found, alone[0], atol=1e-4)
 
 
+def test_small_slices_have_the_features_of_slices_with_their_edges_drawn_out():
+    small = np.random.default_rng(0).normal(size=(2, 16, 24)).astype(np.float32)
+    large = np.pad(small, ((0, 0), (0, 16), (0, 8)), mode="edge")
+    np.testing.assert_allclose(picture_features(small), picture_features(large), atol=1e-5)
+
+
 def test_features_are_the_means_of_the_last_maps(monkeypatch):
     maps = torch.arange(6.0).view(1, 1, 2, 3)
     network = SimpleNamespace(extract_features=lambda x: maps.expand(len(x), 4, 2, 3))
