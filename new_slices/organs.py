@@ -279,17 +279,13 @@ def nearest_positions(position: float, positions: np.ndarray) -> np.ndarray:
 
 
 def plausible(
-    measured: np.ndarray,
-    positions: Sequence[float],
-    real: np.ndarray,
-    real_positions: np.ndarray,
-    tails: tuple[float, float] = TAILS,
+    measured: np.ndarray, positions: Sequence[float], real: np.ndarray, real_positions: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whether slices look like real ones near their positions, by measurements of both.
 
     A slice is compared with the 128 real slices whose positions are nearest, with all of them where
     its own is unknown. At least 1 % of these must show just the organs that it shows. Each
-    measurement of an organ must lie between two quantiles, the `tails`, of the 128 nearest real
+    measurement of an organ must lie between two quantiles, `TAILS`, of the 128 nearest real
     slices that have the organ: within the central 98 %; of fewer than 100, between their extremes.
 
     measured (n, O, F), positions (n,), real (N, O, F) and real_positions (N,) give (n,) bool:
@@ -308,7 +304,7 @@ def plausible(
             if not len(others):  # no real slice shows this organ at all
                 organs[i, organ] = False
                 continue
-            low, high = np.quantile(others, tails, axis=0, method="inverted_cdf")
+            low, high = np.quantile(others, TAILS, axis=0, method="inverted_cdf")
             organs[i, organ] = ((low <= measured[i, organ]) & (measured[i, organ] <= high)).all()
     return together, organs
 

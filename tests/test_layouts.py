@@ -165,7 +165,7 @@ def patients_of_discs(count: int = 9):
 
 
 def test_a_new_layout_is_composed_of_patients_with_the_same_organs(monkeypatch):
-    monkeypatch.setattr(layouts, "DRAWS", 1)
+    monkeypatch.setattr(layouts, "ROUNDS", (1,))
     monkeypatch.setattr(layouts, "OF_ALL", 1)
     known, tissue, positions, patients = patients_of_discs()
     composer = composer_of(known, tissue, positions, patients)
@@ -304,7 +304,7 @@ def test_a_layout_too_close_to_a_training_slice_is_drawn_again(monkeypatch):
     expected = np.quantile(nearest[0, ::2], 0.95), np.quantile(nearest[1, :70:2], 0.95)
     np.testing.assert_allclose(composer.closest, expected)
     assert expected[0] < 0.9 and expected[1] < 1
-    monkeypatch.setattr(composer, "impossible", lambda made, at: np.zeros(len(made), bool))
+    monkeypatch.setattr(composer, "implausible", lambda made, at: np.zeros(len(made), bool))
     found = composer.faults(slices, positions[:-1], [[0]] * len(slices))
     assert (found >= 2).all()  # whosever they are
 
@@ -317,13 +317,13 @@ def test_a_layout_too_close_to_a_training_slice_is_drawn_again(monkeypatch):
 
     monkeypatch.setattr(layouts.Composer, "draw_one", draw_one)
     assert not composer.draw([0.2] * 3, [0, 1, 2])[0].any()
-    assert sorted(asked) == [(0, 0), (1, 0), (1, 1), (1, 2), (2, 0)]
+    assert sorted(asked) == [(0, 0), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0)]
     draws = []
     monkeypatch.setattr(
         layouts.Composer, "draw_one", lambda *of: draws.append(of[-1]) or (slices[12], far, [0])
     )
     assert np.array_equal(composer.draw([0.2], [0])[0][0], slices[12])  # in the end, as it is
-    assert draws == list(range(32))
+    assert sorted(draws) == list(range(32))
     asked.clear()
     monkeypatch.setattr(layouts.Composer, "draw_one", draw_one)
     own = np.zeros_like(slices[:1])
@@ -358,13 +358,13 @@ def test_a_layout_of_organs_unlike_any_near_it_is_drawn_again(monkeypatch):
     parts = disc(2.4, 8) + disc(2.4, 16)
     bad = [lower, disc(3.5, 12, 11), disc(5, 12), disc(2, 12), ragged, parts, 0 * good]
     made = np.stack([good, *bad, np.maximum(good, 2 * disc(3, 3, 3))])
-    assert not composer.impossible(made[:2], positions[[100, 180]]).any()
-    assert composer.impossible(made, np.full(9, 0.5)).tolist() == [False] + [True] * 8
+    assert not composer.implausible(made[:2], positions[[100, 180]]).any()
+    assert composer.implausible(made, np.full(9, 0.5)).tolist() == [False] + [True] * 8
     monkeypatch.setattr(composer, "closest", np.full(2, 2))  # nothing is too close
     monkeypatch.setattr(composer, "draw_one", lambda *of: (made[8 - of[-1]], good, [0]))
     assert np.array_equal(composer.draw([0.5], [0])[0][0], good)
     bare = composer_of(4 * known, 0.5 + known, positions, np.arange(200), 0)  # regions, no organs
-    assert bare.impossible(4 * made[:8], np.full(8, 0.5)).tolist() == [False] + [True] * 7
+    assert bare.implausible(4 * made[:8], np.full(8, 0.5)).tolist() == [False] + [True] * 7
 
 
 def test_a_layout_most_like_a_patient_of_whom_it_is_made_is_drawn_again(monkeypatch):
@@ -372,7 +372,7 @@ def test_a_layout_most_like_a_patient_of_whom_it_is_made_is_drawn_again(monkeypa
     known, tissue, positions, patients = patients_of_discs()
     composer, rng = composer_of(known, tissue, positions, patients), np.random.default_rng(0)
     monkeypatch.setattr(composer, "closest", np.full(2, 2))  # nothing is too close
-    monkeypatch.setattr(composer, "impossible", lambda made, at: (made == 2).any((1, 2)))
+    monkeypatch.setattr(composer, "implausible", lambda made, at: (made == 2).any((1, 2)))
     made = np.stack([disc(radius, 11.5) for radius in rng.uniform(3, 6, 20)] + [0 * disc(1)])
     families = [rng.permutation(90)[:30:5] for _ in made]
     dice = layouts.organ_dice(made, known[:-1], 3)
@@ -389,10 +389,10 @@ def test_a_layout_most_like_a_patient_of_whom_it_is_made_is_drawn_again(monkeypa
     assert some.tolist() == [*(patient < 8 for patient in nearest), False]
     draws = [(np.array([draw]), made[0], [0]) for draw in range(32)]
     monkeypatch.setattr(composer, "draw_one", lambda *of: draws[of[-1]])
-    for tries, best in ((2, 1), (3, 2), (5, 2), (32, 5)):
-        faults = iter((3, 2, 1, 3, 1, 0, 0))
-        monkeypatch.setattr(composer, "faults", lambda *_, left=faults: np.array([next(left)]))
-        monkeypatch.setattr(layouts, "DRAWS", tries)
+    faults = np.array([3, 2, 1, 3, 1, 0, 0, 0])
+    monkeypatch.setattr(composer, "faults", lambda made, *_: faults[made[:, 0]])
+    for rounds, best in (((1, 1), 1), ((1, 2), 2), ((1, 1, 3), 2), ((1, 1, 2, 4), 5)):
+        monkeypatch.setattr(layouts, "ROUNDS", rounds)
         assert composer.draw([0.5], [0])[0].tolist() == [[best]]
 
 
@@ -426,7 +426,7 @@ def test_a_layout_drawn_again_starts_from_a_slice_that_is_like_the_first_one(mon
     for position in (math.nan, 0.2):
         orders.clear()
         monkeypatch.setattr(composer, "faults", lambda made, *_: np.full(len(made), 1))
-        monkeypatch.setattr(layouts, "DRAWS", 3)
+        monkeypatch.setattr(layouts, "ROUNDS", (1, 1, 1))
         composer.draw([position], [0])
         first, *rest = orders
         frame, near = family(first, np.random.default_rng(0))[0], composer.near(position)
