@@ -33,7 +33,7 @@ Bindschaedler et al. 2017, arXiv 1708.07975).
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import accumulate, product
+from itertools import pairwise, product
 
 import numpy as np
 import torch
@@ -79,9 +79,9 @@ KNOTS = (3, 2)  # of the smooth random fields that the weights and the bending a
 CLOSEST = 0.95  # share of the training slices, see `closest`
 REFERENCES = 256  # of them, or up to twice as many, that say how close a new layout may come
 ASIDE = [(row, column) for row in (0, -1, 1) for column in (0, -1, 1)]  # cells
-# How often a layout is drawn, round by round, until a draw has no fault; those of a round run side
-# by side.
-ROUNDS = 1, 1, 2, 4, 8, 16
+# How often a layout has been drawn after each round, until a draw has no fault; those of a round
+# run side by side.
+DRAWS = 0, 1, 2, 4, 8, 16, 32
 REBUILT = 4  # how often each training slice's layout is rebuilt, with tissue of others
 BENT = 0.35  # the standard deviation of bends and moves, over that by which patients differ
 
@@ -388,6 +388,10 @@ class Slices:
         order = nearest_positions(position, self.positions)
         return order if np.isnan(position) else order[: max(PATIENTS, round(NEARBY * len(order)))]
 
+    def with_organs_of(self, slice_: int) -> np.ndarray:
+        """Which slices show the same organs as a slice does: (N,)."""
+        return (self.shown == self.shown[slice_]).all(1)
+
     def near_alike(self, position: float, slice_: int) -> np.ndarray:
         """The quarter, at least 8, that is most like a slice, of those in `near` with its organs.
 
@@ -395,7 +399,7 @@ class Slices:
         rare: such that few patients show, or that often come too close.
         """
         order = nearest_positions(position, self.positions)
-        same = order[(self.shown[order] == self.shown[slice_]).all(1)]
+        same = order[self.with_organs_of(slice_)[order]]
         count = np.isin(same, self.near(position)).sum()
         same = same[: max(PATIENTS, count)]  # the nearest eight, where `near` has fewer
         return self.by_distance(same, self.seen[slice_])[: max(PATIENTS, count // 4)]
@@ -422,7 +426,7 @@ class Slices:
         """
         family, enough = np.array([], int), min(FEWEST, len(np.unique(self.patients)))
         for anchor in order:
-            alike = np.flatnonzero((self.shown == self.shown[anchor]).all(1))
+            alike = np.flatnonzero(self.with_organs_of(anchor))
             first = self.nearest(anchor, alike, self.seen[anchor])[: CORE - 1]
             middle = self.seen[[anchor, *first]].mean(0)
             others = self.nearest(anchor, alike, middle)
@@ -466,9 +470,9 @@ class Critic(Slices):
         too_close = (alike > self.closest[:, None]).any(0)
         back = alike[1] > 0
         for i, family in enumerate(families):
-            same = (self.shown == self.shown[family[0]]).all(1)
+            patients = np.unique(self.patients[self.with_organs_of(family[0])])
             # What is made of all patients with these organs has to be most like one of them.
-            others = len(set(self.patients[same])) > len(family)
+            others = len(patients) > len(family)
             back[i] &= others and nearest[i] in self.patients[family]
         return 2 * (too_close | self.implausible(made, at)) + back
 
@@ -531,12 +535,12 @@ class Composer(Critic):
         """
         count, nothing = len(seeds), [None] * len(seeds)
         given = nothing if own is None else own
-        made, faults = list(nothing), np.full(count, 9)  # the best draw of each, how bad it is
+        made, faults = list(nothing), np.full(count, np.inf)  # the best draw of each, how bad it is
         first, left = nothing, np.arange(count)  # the slice that each began with; who is drawn
         bar = tqdm(total=count, desc="layouts", unit=" draws", disable=None)
         with bar, runtime.thread_pool() as pool:
-            for draws, before in zip(ROUNDS, accumulate((0, *ROUNDS)), strict=False):
-                whose, again = zip(*product(left, range(before, before + draws)), strict=True)
+            for before, after in pairwise(DRAWS):
+                whose, again = zip(*product(left, range(before, after)), strict=True)
                 bar.total = bar.n + len(whose)
                 drawn, asked = [], [[each[i] for i in whose] for each in (at, seeds, given, first)]
                 for each in pool.map(self.draw_one, *asked, again):

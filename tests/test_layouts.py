@@ -165,7 +165,7 @@ def patients_of_discs(count: int = 9):
 
 
 def test_a_new_layout_is_composed_of_patients_with_the_same_organs(monkeypatch):
-    monkeypatch.setattr(layouts, "ROUNDS", (1,))
+    monkeypatch.setattr(layouts, "DRAWS", (0, 1))
     monkeypatch.setattr(layouts, "OF_ALL", 1)
     known, tissue, positions, patients = patients_of_discs()
     composer = composer_of(known, tissue, positions, patients)
@@ -387,12 +387,12 @@ def test_a_layout_most_like_a_patient_of_whom_it_is_made_is_drawn_again(monkeypa
     assert not composer.faults(made, [0.5] * 21, everyone).any()
     some = composer.faults(made, [0.5] * 21, [np.arange(0, 80, 10)] * 21)
     assert some.tolist() == [*(patient < 8 for patient in nearest), False]
-    draws = [(np.array([draw]), made[0], [0]) for draw in range(32)]
-    monkeypatch.setattr(composer, "draw_one", lambda *of: draws[of[-1]])
+    drawn = [(np.array([draw]), made[0], [0]) for draw in range(32)]
+    monkeypatch.setattr(composer, "draw_one", lambda *of: drawn[of[-1]])
     faults = np.array([3, 2, 1, 3, 1, 0, 0, 0])
     monkeypatch.setattr(composer, "faults", lambda made, *_: faults[made[:, 0]])
-    for rounds, best in (((1, 1), 1), ((1, 2), 2), ((1, 1, 3), 2), ((1, 1, 2, 4), 5)):
-        monkeypatch.setattr(layouts, "ROUNDS", rounds)
+    for draws, best in (((0, 1, 2), 1), ((0, 1, 3), 2), ((0, 1, 2, 5), 2), ((0, 1, 2, 4, 8), 5)):
+        monkeypatch.setattr(layouts, "DRAWS", draws)
         assert composer.draw([0.5], [0])[0].tolist() == [[best]]
 
 
@@ -426,7 +426,7 @@ def test_a_layout_drawn_again_starts_from_a_slice_that_is_like_the_first_one(mon
     for position in (math.nan, 0.2):
         orders.clear()
         monkeypatch.setattr(composer, "faults", lambda made, *_: np.full(len(made), 1))
-        monkeypatch.setattr(layouts, "ROUNDS", (1, 1, 1))
+        monkeypatch.setattr(layouts, "DRAWS", (0, 1, 2, 3))
         composer.draw([position], [0])
         first, *rest = orders
         frame, near = family(first, np.random.default_rng(0))[0], composer.near(position)
