@@ -196,6 +196,6 @@ def extract_codes(
 
 def composer_of(train: SliceDataset, maps: dict[str, np.ndarray], labels: int) -> Composer:
     """What composes layouts of a training split's slices, whose maps `extract_codes` gave."""
-    known = maps["train_layout"][0].astype(np.int64), maps["train_tissue"], maps["train_depths"]
+    known = maps["train_layout"][0], maps["train_tissue"], maps["train_depths"]
     codes = [maps[f"train_{level}"][0] for level in LEVELS]
     return Composer(*known, train.positions, train.patients, maps["borders"], labels, codes)

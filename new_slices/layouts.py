@@ -52,14 +52,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset import NO_MASK, SliceDataset
-from new_slices.organs import nearest_positions, plausible
+from new_slices.organs import NEARBY, nearest_positions, plausible
 from support import runtime
 
 REGIONS = 6  # classes of tissue outside organs, by intensity
 SMOOTH = 1.0  # cells: standard deviation of the Gaussian that smooths intensities
 MOST = 512  # training slices, or up to twice as many, that say which intensities the regions have
 DOUBT = 0.03  # the chance of a class where the layout shows it nowhere near
-NEARBY = 0.1  # the share of the training slices, nearest in position, that a layout starts from
 PATIENTS = 8  # that a layout is composed of, or fewer
 CORE = 4  # of these, that say what all should be like
 REACH = 1.2  # how much farther than the seven nearest the others may be, as a squared distance
@@ -177,7 +176,7 @@ def organ_dice(queries: np.ndarray, slices: np.ndarray, labels: int) -> np.ndarr
 
 def equal_cells(queries: np.ndarray, slices: np.ndarray) -> np.ndarray:
     """The share of cells that layouts (N, h, w) and (M, h, w) have in common: (N, M)."""
-    equal = np.zeros((len(queries), len(slices)))
+    equal = np.zeros((len(queries), len(slices)), np.float32)
     for each in np.unique(queries):
         equal += cells_of(queries, each) @ cells_of(slices, each).T
     return equal / queries[0].size
@@ -450,8 +449,10 @@ class Slices:
     def by_distance(self, slices: np.ndarray, seen: np.ndarray) -> np.ndarray:
         """The indices `slices`, those first whose slices are most like `seen`."""
         # Squared distances, less what is one for all. Without BLAS, whose threads would get in the
-        # way of those that draw layouts.
-        apart = self.sizes[slices] - 2 * np.einsum("ij,j", self.seen[slices], seen)
+        # way of those that draw layouts. A few slices at a time, as a copy of all takes long.
+        apart = self.sizes[slices]
+        for rows in runtime.batches(np.arange(len(slices))):
+            apart[rows] -= 2 * np.einsum("ij,j", self.seen[slices[rows]], seen)
         return slices[np.argsort(apart, kind="stable")]
 
 
@@ -505,7 +506,7 @@ class Critic(Slices):
         Dice of organs, 0 without masks. Also the patient who is nearest by Dice, (n,).
         """
         slices, found, nearest = self.layouts[self.known], [], []
-        for rows in runtime.batches(np.arange(len(made))):  # or memory might not do
+        for rows in runtime.batches(np.arange(len(made)), 256):  # or memory might not do
             part, own = made[rows], whose[rows]
             # Every second row and column: in a quarter of the time.
             moved = [np.roll(part, aside, (1, 2))[:, ::2, ::2] for aside in ASIDE]

@@ -24,7 +24,9 @@ from support import runtime
 # In pixels: smaller pieces and holes are noise of a segmentation and are not counted.
 SMALLEST_PIECE = 8
 BATCH = 8  # slices of a training step
-NEAREST = 128  # real training slices, nearest in position, that a slice is compared with
+# So many real slices, nearest in position, are what a slice is compared with; or this share of all,
+# if that is more: 128 slices can be of a few people who were scanned many times.
+NEAREST, NEARBY = 128, 0.1
 RAREST = 0.01  # the share of those that must show the same organs
 TAILS = (0.01, 0.99)  # quantiles of real slices between which a plausible slice's measurements lie
 MEASUREMENTS = ("area", "row", "column", "pieces", "holes", "solidity", "asymmetry", "roughness")
@@ -283,10 +285,11 @@ def plausible(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whether slices look like real ones near their positions, by measurements of both.
 
-    A slice is compared with the 128 real slices whose positions are nearest, with all of them where
-    its own is unknown. At least 1 % of these must show just the organs that it shows. Each
-    measurement of an organ must lie between two quantiles, `TAILS`, of the 128 nearest real
-    slices that have the organ: within the central 98 %; of fewer than 100, between their extremes.
+    A slice is compared with the 128 real slices whose positions are nearest, or with a tenth of all
+    if that is more, and with all of them where its own is unknown. At least 1 % of these must show
+    just the organs that it shows. Each measurement of an organ must lie between two quantiles,
+    `TAILS`, of as many nearest real slices that have the organ: within the central 98 %; of fewer
+    than 100, between their extremes.
 
     measured (n, O, F), positions (n,), real (N, O, F) and real_positions (N,) give (n,) bool:
     these organs occur together; (n, O) bool: all of an organ's measurements are plausible, or it is
@@ -296,7 +299,7 @@ def plausible(
     together, organs = np.ones(len(measured), bool), np.ones(shown.shape, bool)
     for i, position in enumerate(positions):
         order = nearest_positions(position, real_positions)
-        most = len(order) if np.isnan(position) else NEAREST
+        most = len(order) if np.isnan(position) else max(NEAREST, round(NEARBY * len(order)))
         alike = (real_shown[order[:most]] == shown[i]).all(1)
         together[i] = alike.mean() >= RAREST
         for organ in np.flatnonzero(shown[i]):

@@ -226,7 +226,7 @@ def thread_pool() -> ThreadPoolExecutor:
 
 def batches(indices: np.ndarray, size: int = 64) -> list[np.ndarray]:
     """Indices (N,) in parts of at most `size`, in order."""
-    return np.array_split(indices, math.ceil(len(indices) / size))
+    return np.array_split(indices, max(1, math.ceil(len(indices) / size)))
 
 
 def in_parallel(function: Callable, items: Sequence, label: str, unit: str) -> Iterator:
