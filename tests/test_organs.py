@@ -120,7 +120,8 @@ def test_a_rare_organ_is_compared_with_the_nearest_that_show_it():
     _, fine = organs.plausible(measured, np.full(4, np.nan), real, positions)
     assert fine[:, 0].tolist() == [False, True, True, False]
     # Of many scans of few people a tenth counts, or the nearest 128 would be of the first people.
-    real, positions = np.repeat(np.arange(40.0), 50)[:, None, None] + np.zeros(8), np.full(2000, 0.5)
+    real = np.tile(np.repeat(np.arange(40.0), 50)[:, None, None], (1, 1, 8))
+    positions = np.full(2000, 0.5)
     positions[200:] += 0.01
     _, fine = organs.plausible(np.full((1, 1, 8), 3.5), np.array([0.5]), real, positions)
     assert not fine.any()
