@@ -2,7 +2,7 @@
 
     python train.py --data keras_slices_data                   # the report's hyperparameters
     python train.py --data keras_slices_data --preset best     # what we would use
-    python train.py --resume Results/vqvae2_epoch_3.pth        # go on where that checkpoint stopped
+    python train.py --resume Results/vqvae2_interrupted.pth    # go on where Ctrl-C stopped it
     python train.py --weights Results/vqvae2_best.pth --preset fewer-bits --out Results/fewer-bits
     torchrun --nproc_per_node=8 train.py --data keras_slices_data  # a process for each of 8 GPUs
 

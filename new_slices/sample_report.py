@@ -14,20 +14,20 @@ slices, as each line says) and beside those of controls, which are wrong on purp
 A measure *sees* a control if it scores it worse than its floor by two standard errors. A measure
 that sees none is left out. A control that none sees is named, as new slices may have that fault.
 
-    kernel distance    KID to training slices in the features of picture_features.py
+    likeness           kernel distance (KID) to training slices in the features of picture_features.py
     coherence          how well one half of a slice tells which other half is its own, to a linear
                        model of training slices
-    plausible          share of slices that show organs as training slices near their position do.
+    constraint         share of plausible slices: with organs as training slices nearby have them.
                        The organs of a slice must occur together in at least 1 % of these. Area,
                        centre, pieces, holes, solidity, asymmetry and roughness of each must lie
                        within the central 98 % of theirs. A small U-Net finds the organs in all
                        slices. It learns from the training patients, as the generator does, because
                        the other patients are too few both to teach it and to be the floor: neither
                        of the two has seen the patients of the floor
-    agreement          Dice of the mask that comes with a slice and the U-Net's, mean over organs;
+    masks              Dice of the mask that comes with a slice and the U-Net's, mean over organs;
                        `organs.judge_masks` names each organ that was not learnt
-    variety            mean pairwise MS-SSIM, beside that of the slices of one patient
-    copying            similarity to the nearest of all training slices and of the altered ones that
+    coverage           mean pairwise MS-SSIM, beside that of the slices of one patient
+    privacy            similarity to the nearest of all training slices and of the altered ones that
                        the priors saw. Three audits measure it, each beside planted copies.
                        By picture: the correlation. Copies are training slices decoded from their
                        own codes, half of the bottom ones redrawn.
