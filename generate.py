@@ -496,7 +496,8 @@ def plan(
     if own is not None:
         drawn = middles(torch.from_numpy(own), composer.organs.shape[1:]).numpy().astype(int)
         if math.isnan(config.position):
-            positions = composer.positions[[composer.most_alike(each)[0] for each in drawn]]
+            masks = tqdm(drawn, desc="masks", disable=None)
+            positions = composer.positions[[composer.most_alike(each)[0] for each in masks]]
             beside = [nearest_positions(each, test.positions)[0] for each in positions]
             twins = np.where(np.isnan(positions), twins, beside)  # without positions, any slice
     return twins, positions, *composer.draw(positions, seeds_of(config), drawn)

@@ -14,7 +14,7 @@ slices, as each line says) and beside those of controls, which are wrong on purp
 A measure *sees* a control if it scores it worse than its floor by two standard errors. A measure
 that sees none is left out. A control that none sees is named, as new slices may have that fault.
 
-    likeness           kernel distance (KID) to training slices in the features of picture_features.py
+    likeness           KID to training slices in the features of picture_features.py
     coherence          how well one half of a slice tells which other half is its own, to a linear
                        model of training slices
     constraint         share of plausible slices: with organs as training slices nearby have them.
