@@ -17,7 +17,7 @@ from modules import VQVAE2, VQVAE2Config
 from new_slices import organs, sample_report
 from new_slices.code_maps import Variants
 from new_slices.picture_features import picture_features
-from support import nifti, phantom, runtime
+from support import metrics, nifti, phantom, runtime
 
 needs_efficientnet = pytest.mark.skipif(
     not importlib.util.find_spec("efficientnet_lite_pytorch"),
@@ -109,19 +109,36 @@ def test_generated_slices_and_masks_are_paired(folders):
 
 def test_a_summary_by_hand():
     runs = [np.array([[0.5, np.nan], [0.7, 0.9]]), np.array([[0.7, np.nan], [0.7, 0.9]])]
-    found = utility.summarise(runs, np.array([1, 2]), (0, 3, 8))
+    found = utility.summarise(runs, (0, 3, 8))
     assert found["dice"] == pytest.approx((0.6 + 0.8) / 2)
     assert found["organs"] == pytest.approx({"label 3": 0.65, "label 8": 0.9})
     assert found["seeds"] == pytest.approx([(0.5 + 0.8) / 2, (0.7 + 0.8) / 2])
-    assert found["low"] <= found["dice"] <= found["high"]
+    assert (found["low"], found["high"]) == pytest.approx((0.5, 0.8))
 
 
 def test_the_gain_by_generated_slices_is_paired_by_patient_and_seed():
     with_samples = [np.array([[0.5, np.nan], [0.7, 0.9]]), np.array([[0.7, 0.8], [0.7, 0.9]])]
     without = [np.array([[0.4, np.nan], [0.7, 0.8]]), np.array([[0.4, 0.7], [0.9, 0.9]])]
-    found = utility.gain(with_samples, without, np.array([1, 2]))
+    found = utility.gain(with_samples, without)
     assert found["mean"] == pytest.approx((0.1 + 0.05 + 0.2 - 0.1) / 4)
-    assert found["low"] == pytest.approx((0.05 - 0.1) / 2) and found["high"] == pytest.approx(0.15)
+    # The worst and the best patient of the same seed, drawn twice: one draw in 16 each.
+    assert (found["low"], found["high"]) == pytest.approx((-0.1, 0.2))
+
+
+def test_an_interval_is_over_patients_and_seeds():
+    """Of one seed as `bootstrap_interval` says; wider where seeds differ more than patients."""
+    rng = np.random.default_rng(0)
+    one = rng.normal(0.7, 0.1, (1, 24))
+    expected = metrics.bootstrap_interval(one[0], np.arange(24))
+    assert utility.mean_and_interval(one)[1:] == pytest.approx(expected, abs=0.003)
+    three = one + np.array([[0.2], [0], [-0.2]])
+    mean, low, high = utility.mean_and_interval(three)
+    assert mean == pytest.approx(one.mean())
+    draws = [
+        three[rng.integers(3, size=3)][:, rng.integers(24, size=24)].mean() for _ in range(4000)
+    ]
+    assert (low, high) == pytest.approx(np.percentile(draws, (2.5, 97.5)), abs=0.01)
+    assert high - low > 4 * (expected[1] - expected[0])
 
 
 def test_an_altered_slice_takes_its_mask_along(folders):
