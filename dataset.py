@@ -870,8 +870,9 @@ def open_study(config: DataConfig) -> dict[str, SliceDataset]:
     bad: dict[str, str] = {}
     jobs = _scan_study(study, config.name_pattern, bad)
     _check_patients(study, jobs, config.allow_patient_overlap)
-    height, width = grid_of(jobs)
-    config = replace(config, height=config.height or height, width=config.width or width)
+    if not (config.height and config.width):  # a file of every volume is read to tell
+        height, width = grid_of(jobs)
+        config = replace(config, height=config.height or height, width=config.width or width)
     cache = _cache_folder(study, jobs, config)
     if bad or not cache.is_dir():
         _fill_cache(cache, study, jobs, config, bad)
@@ -951,7 +952,8 @@ def find_trained_study(trained: StudyInfo, checkpoint: str, cache: str = "") -> 
     none.
     """
     name = trained.study
-    caches = _cache_root(cache).glob(f"{glob.escape(Path(name).name)}-*/{INDEX}")
+    digest = "?" * 12  # two of them, or the cache of a study whose name goes on would be taken too
+    caches = _cache_root(cache).glob(f"{glob.escape(Path(name).name)}-{digest}-{digest}/{INDEX}")
     studies = []
     for path in caches:
         with suppress(*runtime.NOT_WHOLE):  # or another user's

@@ -64,6 +64,7 @@ OURS = (
     *("grid.png", "overview.png", "layouts.png", "nearest.png", "report.json"),
     f"{NIFTI}/case_*.nii.gz",
     f"{MASK_FOLDER}/seg_*.nii.gz",
+    "manifest.json",  # the last to be deleted, as it says that the others are ours
 )
 
 

@@ -211,11 +211,13 @@ class Checkpoints:
         return self.last_saved
 
     def save_epoch(self) -> None:
-        """The checkpoint of an epoch; deletes the one that is too many."""
+        """The checkpoint of an epoch; deletes those that are too many, of an earlier run too."""
         epoch = self.progress.epoch
         self.save(f"epoch_{epoch}")
         if self.config.keep:
-            self.path(f"epoch_{epoch - self.config.keep}").unlink(missing_ok=True)
+            kept = [self.path(f"epoch_{epoch - i}") for i in range(self.config.keep)]
+            for old in set(self.out.glob(self.path("epoch_[0-9]*").name)).difference(kept):
+                old.unlink(missing_ok=True)
 
     def finish(self) -> Path:
         """Save the final checkpoint; also as the best one, where no epoch was left to validate."""

@@ -908,6 +908,8 @@ def test_of_studies_of_one_name_that_of_the_training_is_found(study, tmp_path, m
     empty = str(tmp_path / "empty")
     assert dataset.find_trained_study(info, "x.pth", empty) == "keras_slices_data"
     (tmp_path / "keras_slices_data").rmdir()
+    other = shutil.copytree(study, tmp_path / "keras_slices_data-old")  # another name
+    open_study(DataConfig(data=str(other), height=64, width=32, cache=empty))
     with pytest.raises(FileNotFoundError, match=r"x\.pth was trained on is not there"):
         dataset.find_trained_study(info, "x.pth", empty)
 

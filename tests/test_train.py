@@ -102,6 +102,7 @@ def test_learning_rate_rises_then_falls():
 
 
 def test_a_run_leaves_what_it_promises(study, tmp_path, capsys):
+    (tmp_path / "vqvae2_epoch_9.pth").touch()  # of an earlier, longer run
     best = fit(study, tmp_path, epochs=5, keep=2)
     names = {"train_losses.txt", "val_losses.txt", "loss_plot.png", "log.jsonl", "index.html"}
     names |= {f"vqvae2_{name}.pth" for name in ("epoch_4", "epoch_5", "best", "epoch_final")}
