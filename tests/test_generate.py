@@ -249,6 +249,8 @@ def test_a_folder_of_something_else_loses_nothing(trained, tmp_path):
     (tmp_path / "raw" / "manifest.json").write_text(generate.DESCRIPTION)  # of an earlier run
     with pytest.raises(ValueError, match=r"dataset\.json: not written by generate"):
         generate.clear(tmp_path / "raw", "Dataset501_Real", "")
+    generate.clear(tmp_path / "raw", "Dataset502_New", "")
+    assert not (tmp_path / "raw" / "manifest.json").exists()  # nothing that it counts is there
     (tmp_path / "manifest.json").write_text("")
     assert len(list(tmp_path.glob("*.*"))) >= 3 and "years" in (tmp_path / "0000.png").read_text()
 
