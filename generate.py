@@ -38,7 +38,7 @@ from dataset import DataConfig, Placement, SliceDataset, StudyInfo
 from modules import VQVAE2, Trained, load_model
 from new_slices.code_maps import Samples, composer_of, decode, extract_codes, labels_on_layouts
 from new_slices.layouts import REGIONS, Composer, middles
-from new_slices.organs import likeliest, nearest_positions, segmenter_of
+from new_slices.organs import likeliest, segmenter_of
 from new_slices.prior import (
     BOTTOM_SAMPLING,
     REBUILT_GUIDANCE,
@@ -441,7 +441,7 @@ def write_pictures(album: Album, inputs: Inputs, report: dict, drawn: dict) -> N
     figures.slice_grid(album.out / "overview.png", groups, n, **album.look, panel=2.5)
 
     def pairs(which: str, images: Callable, names: Callable) -> list[tuple]:
-        best, shown = drawn["nearest"]["correlation"][which], []
+        best, shown = drawn["nearest"]["picture"][which], []
         for i in np.argsort(-best.similarity)[:PAIRS]:
             index, variant = torch.tensor([best.index[i]]), int(best.variant[i])
             nearest = inputs.variants.images(train.images(index), variant, index)[0, 0].numpy()
@@ -499,8 +499,8 @@ def plan(
         if math.isnan(config.position):
             masks = tqdm(drawn, desc="masks", disable=None)
             positions = composer.positions[[composer.most_alike(each)[0] for each in masks]]
-            beside = [nearest_positions(each, test.positions)[0] for each in positions]
-            twins = np.where(np.isnan(positions), twins, beside)  # without positions, any slice
+            rng = np.random.default_rng(config.seed)
+            twins = np.array([rng.choice(near(test, each)) for each in positions])
     return twins, positions, *composer.draw(positions, seeds_of(config), drawn)
 
 

@@ -79,8 +79,11 @@ CLOSEST = 0.95  # share of the training slices, see `closest`
 REFERENCES = 256  # of them, or up to twice as many, that say how close a new layout may come
 ASIDE = [(row, column) for row in (0, -1, 1) for column in (0, -1, 1)]  # cells
 # How often a layout has been drawn after each round, until a draw has no fault; those of a round
-# run side by side.
-DRAWS = 0, 1, 2, 4, 8, 16, 32
+# run side by side. After the first 32 draws a layout that leads back is taken as it is. One that is
+# too close or implausible is drawn of other slices, or kinds that few patients show would stay too
+# close to these.
+DRAWS = 0, 1, 2, 4, 8, 16, 32, 48
+OF_ITS_KIND = 32
 REBUILT = 4  # how often each training slice's layout is rebuilt, with tissue of others
 BENT = 0.35  # the standard deviation of bends and moves, over that by which patients differ
 
@@ -403,6 +406,11 @@ class Slices:
         same = same[: max(PATIENTS, count)]  # the nearest eight, where `near` has fewer
         return self.by_distance(same, self.seen[slice_])[: max(PATIENTS, count // 4)]
 
+    def near_less_alike(self, position: float, slice_: int) -> np.ndarray:
+        """The second quarter of `near` by how alike they are to a slice, of any organs: indices."""
+        order = self.by_distance(self.near(position), self.seen[slice_])
+        return order[len(order) // 4 : len(order) // 2]
+
     def most_alike(self, organs: np.ndarray, position: float = math.nan) -> np.ndarray:
         """All slices, those first whose organs are most like `organs` (h, w): indices.
 
@@ -556,7 +564,7 @@ class Composer(Critic):
                 for i, each, fault in zip(whose, drawn, found, strict=True):
                     if fault < faults[i]:
                         made[i], faults[i] = each, fault
-                left = left[faults[left] > 0]
+                left = left[faults[left] > (1 if after >= OF_ITS_KIND else 0)]
                 if not len(left):
                     break
         layouts, shapes, _ = zip(*made, strict=True)
@@ -572,15 +580,17 @@ class Composer(Critic):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One layout (h, w), its signed distances (labels, h, w), the slices that it is made of.
 
-        Drawn `again`, it starts from a slice that is like the one it started from at `first`.
+        Drawn `again`, it starts from a slice that is like the one it started from at `first`, and
+        after `OF_ITS_KIND` draws from one that is less so.
         """
         rng = np.random.default_rng((seed, again) if again else seed)
-        if again:
-            order = rng.permutation(self.near_alike(position, first))
-        elif own is None:
+        if own is not None:
+            order = self.most_alike(own, position)
+        elif not again:
             order = rng.permutation(self.near(position))
         else:
-            order = self.most_alike(own, position)
+            alike = self.near_alike if again < OF_ITS_KIND else self.near_less_alike
+            order = rng.permutation(alike(position, first))
         family = self.family(order, rng)
         members, laid, parts = self.lay(family)
         cells, count, frame = self.tissue.shape[1:], len(members), family[0]

@@ -185,11 +185,11 @@ def make_rows(inputs: Inputs, rng: np.random.Generator) -> dict[str, Row]:
     decoded, masks = inputs.decode(top, bottom)
     shown = rng.permutation(len(samples.images))[:n]
 
-    partners = [
-        rng.choice(organs.nearest_positions(p, train.positions)[:FEWEST]) for p in positions
-    ]
+    order = rng.permutation(len(train))  # of slices at one position, any may be the nearest
+    beside = [organs.nearest_positions(p, train.positions[order])[:FEWEST] for p in positions]
+    partners = order[[rng.choice(each) for each in beside]]
     halves, middle = images.copy(), images.shape[1] // 2
-    halves[:, :middle] = inputs.images("train", np.array(partners))[:, :middle]
+    halves[:, :middle] = inputs.images("train", partners)[:, :middle]
     mixed, mixed_masks = inputs.decode(top, np.roll(bottom, min(1 + n // 2, n - 1), axis=0))
     by_place = [redrawn(inputs.codes[f"train_{level}"][0], n, rng) for level in LEVELS]
     known = validate.masks(chosen).numpy() if validate.labels else np.zeros(images.shape, np.uint8)
@@ -589,8 +589,8 @@ def score_copying(
 ) -> tuple[dict, dict]:
     """The audits by picture, by codes in common and by layout: reports, and what each found."""
     audits = {
-        "correlation": picture_audit(inputs, rows, honest, rng),
-        "code agreement": code_audit(inputs, honest, rng),
+        "picture": picture_audit(inputs, rows, honest, rng),
+        "codes": code_audit(inputs, honest, rng),
     }
     # Beside test slices whose organs nobody knows, or that show none, every mask would be a copy.
     shown, labels = inputs.codes["test_layout"][0][honest], inputs.prior.config.labels

@@ -33,7 +33,7 @@ MASK_SOURCES = {  # where the masks of metrics.json's "dice" come from
 }
 IN_SHORT = {  # of report.json's "scorecard"
     "new slices without impossible anatomy": "constraint",
-    "new slices too close to a training slice": "privacy, by correlation",
+    "new slices too close to a training slice": "privacy, by picture",
 }
 OVERVIEW = "Held-out slices, their reconstructions, and new slices"
 EPOCH = {"epoch", "step", "seconds", "train_loss", "val_loss"}  # in every epoch's line of a log

@@ -277,7 +277,7 @@ def test_a_prior_that_repeats_its_training_slices_is_caught(
         lambda path, groups, *_, **__: pictures.update({path: groups}),
     )
     copying = generate.generate(config(trained, tmp_path))["copying"]
-    for measure in ("correlation", "code agreement"):
+    for measure in ("picture", "codes"):
         found = copying[measure]
         assert found["verdict"].startswith("COPIES") == copied
         share = found["samples"]["share"]
@@ -317,9 +317,9 @@ def test_altered_training_slices_are_found(trained):
         patients = train.patients
         others = [shares[patients == each].max() for each in {*patients} - {patients[slice_]}]
         others = sorted(others)[-8:]
-        found = audits["code agreement"]["samples"].similarity[i]
+        found = audits["codes"]["samples"].similarity[i]
         assert found == pytest.approx(1 / np.mean(others), rel=1e-4)
-    by_codes = audits["code agreement"]  # a part of a slice is less than the whole
+    by_codes = audits["codes"]  # a part of a slice is less than the whole
     assert by_codes["copies"].similarity.max() < by_codes["samples"].similarity.min() / 2
 
 
@@ -368,7 +368,7 @@ def test_which_controls_a_measure_sees():
     }
 
 
-def test_controls_are_what_they_are_called(trained):
+def test_controls_are_what_they_are_called(trained, monkeypatch):
     _, model, prior, splits = trained
     maps = code_maps.extract_codes(model, splits, 2, "model", trained[0] / "two.npz")
     samples = code_maps.Samples(np.zeros((5, 64, 32), np.float32), None, None, None)
@@ -381,6 +381,11 @@ def test_controls_are_what_they_are_called(trained):
     assert sorted(np.abs(validate - x).max((1, 2)).argmin() for x in real) == list(range(5))
     np.testing.assert_array_equal(halves[:, 32:], real[:, 32:])
     assert all((train[:, :32] == half).all((1, 2)).any() for half in halves[:, :32])
+    # Of slices at one position any may be the partner, not only those that come first.
+    monkeypatch.setattr(splits["train"], "positions", np.full(14, 0.5, np.float32))
+    again = sample_report.make_rows(inputs, np.random.default_rng(0))[sample_report.HALVES].images
+    whose = [np.abs(train[:, :32] - half).max((1, 2)).argmin() for half in again[:, :32]]
+    assert max(whose) >= sample_report.FEWEST
     with torch.inference_mode():
         top, bottom = model.encode(torch.from_numpy(real)[:, None])
         own = model.decode_codes(top, bottom)[:, 0].numpy()
@@ -425,19 +430,18 @@ def test_samples_of_a_position_stand_beside_test_slices_near_it(trained, tmp_pat
         assert (asked == position).all()
 
 
-def test_own_masks_without_positions_stand_beside_different_slices(trained, tmp_path):
-    test, own = trained[3]["test"], np.zeros((4, 32, 16), np.uint8)
-    positions = np.array([np.nan, 0.0, np.nan])
-    order = iter([0, 1, 2, 0])
+def test_own_masks_stand_beside_slices_near_them_or_any(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_report, "FEWEST", 2)
+    test, own = trained[3]["test"], np.zeros((16, 32, 16), np.uint8)
+    positions = np.array([np.nan, 0.0])
+    order = iter([0, 1] * 8)
     composer = SimpleNamespace(organs=np.zeros((1, 8, 4)), positions=positions)
     composer.most_alike = lambda _: [next(order)]
     composer.draw = lambda *_: (None, None)
-    settings = config(trained, tmp_path, n=4)
-    twins, asked, *_ = generate.plan(settings, composer, own, test)
-    expected = generate.choose_twins(settings, test)[0]
-    expected[1] = np.abs(test.positions).argmin()
-    assert np.isnan(asked).tolist() == [True, False, True, True]
-    assert twins.tolist() == expected.tolist() and len(set(twins)) > 1
+    twins, asked, *_ = generate.plan(config(trained, tmp_path, n=16), composer, own, test)
+    assert np.isnan(asked).tolist() == [True, False] * 8
+    assert set(twins[1::2]) == set(np.abs(test.positions).argsort(kind="stable")[:2])
+    assert len(set(twins[::2])) > 2  # without positions, any slice
 
 
 def test_models_that_are_not_a_pair(trained, tmp_path):
@@ -557,7 +561,7 @@ def test_without_organs_in_test_layouts_no_mask_is_called_a_copy(two_organs, val
     rng = np.random.default_rng(0)
     rows = {sample_report.RECONSTRUCTIONS: SimpleNamespace(images=samples.images)}
     reports, found = sample_report.score_copying(inputs, rows, np.arange(6), rng)
-    assert reports.keys() == found.keys() == {"correlation", "code agreement"}
+    assert reports.keys() == found.keys() == {"picture", "codes"}
 
 
 def test_a_measure_that_sees_no_control_is_left_out(two_organs, monkeypatch):

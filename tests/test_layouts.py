@@ -323,7 +323,7 @@ def test_a_layout_too_close_to_a_training_slice_is_drawn_again(monkeypatch):
         layouts.Composer, "draw_one", lambda *of: draws.append(of[-1]) or (slices[12], far, [0])
     )
     assert np.array_equal(composer.draw([0.2], [0])[0][0], slices[12])  # in the end, as it is
-    assert sorted(draws) == list(range(32))
+    assert sorted(draws) == list(range(48))
     asked.clear()
     monkeypatch.setattr(layouts.Composer, "draw_one", draw_one)
     own = np.zeros_like(slices[:1])
@@ -394,6 +394,10 @@ def test_a_layout_most_like_a_patient_of_whom_it_is_made_is_drawn_again(monkeypa
     for draws, best in (((0, 1, 2), 1), ((0, 1, 3), 2), ((0, 1, 2, 5), 2), ((0, 1, 2, 4, 8), 5)):
         monkeypatch.setattr(layouts, "DRAWS", draws)
         assert composer.draw([0.5], [0])[0].tolist() == [[best]]
+    monkeypatch.setattr(layouts, "OF_ITS_KIND", 4)  # so many may lead back in vain
+    assert composer.draw([0.5], [0])[0].tolist() == [[2]]
+    faults[2] = 2
+    assert composer.draw([0.5], [0])[0].tolist() == [[5]]
 
 
 def test_layouts_drawn_again_keep_the_organs_that_few_patients_show():
@@ -435,6 +439,12 @@ def test_a_layout_drawn_again_starts_from_a_slice_that_is_like_the_first_one(mon
         alike = near[np.argsort(apart, kind="stable")][: max(8, len(near) // 4)]
         assert sorted(rest[0]) == sorted(rest[1]) == sorted(alike)
         assert list(rest[0]) != list(rest[1])
+        orders.clear()  # in the end, slices that are less alike and may show other organs
+        composer.draw_one(position, 0, None, frame, layouts.OF_ITS_KIND)
+        near = composer.near(position)
+        apart = ((composer.seen[near] - composer.seen[frame]) ** 2).sum(1)
+        second = np.argsort(apart, kind="stable")[len(near) // 4 : len(near) // 2]
+        assert sorted(orders[0]) == sorted(near[second]) and list(orders[0]) != list(near[second])
         made = [composer.draw_one(position, 0, None, frame, more)[0] for more in (0, 1, 2)]
         assert len({each.tobytes() for each in made}) == 3
     assert len(details) > 1

@@ -86,7 +86,7 @@ def results(tmp_path):
     runtime.write_json(folder / "metrics.json", metrics)
     line = {"new slices": 56.78, "floor": 12.34, "control": 98.76, "passed": False}
     privacy = {"new slices": "0 of 3", "floor": "1 of 120", "control": None, "passed": None}
-    card = {"likeness": line | {"in words": "a & b"}, "privacy, by correlation": privacy}
+    card = {"likeness": line | {"in words": "a & b"}, "privacy, by picture": privacy}
     manifest = {"provenance": RUN, "note": "not a patient", "data": data}
     report = {"scorecard": card, "conclusion": "Bad, by likeness.", "manifest": manifest}
     runtime.write_json(folder / "generated" / "report.json", report)
@@ -117,8 +117,8 @@ def test_one_file_shows_the_whole_run(results):
     assert "| decoded from the codes | 0.8765 | 0.7654 | a U-Net of equal cost on " in shown
     assert "| label 3 | 2.250 | 1.125 | – | – | – | – | pieces 9, in real |" in shown
     assert "| label 7 | – | – | – | 0.5000 | – | – | no fault |" in shown
-    assert "| likeness | 56.78 | 12.34 | 98.76 | no | a & b | privacy, by correlation |" in shown
-    assert "| privacy, by correlation | 0 of 3 | 1 of 120 | – | – |" in shown
+    assert "| likeness | 56.78 | 12.34 | 98.76 | no | a & b | privacy, by picture |" in shown
+    assert "| privacy, by picture | 0 of 3 | 1 of 120 | – | – |" in shown
     assert "| train.py --data keras_slices_data | 2.13.0 |" in shown and "--before" not in shown
     assert "| priors | train_prior.py --seed 1 |" in shown
     assert "SYNTHETIC" in shown and "not a patient | Bad, by likeness. |" in shown
